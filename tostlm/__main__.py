@@ -1,0 +1,3 @@
+from tostlm.cli import main
+
+main()
