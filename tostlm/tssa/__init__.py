@@ -1,0 +1,73 @@
+"""Causal token statistics self-attention (TSSA), linear in the context. Imports torch alone."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tostlm.tssa.chunked import tssa_chunked
+from tostlm.tssa.reference import tssa_reference
+from tostlm.tssa.state import State
+
+__all__ = ["State", "tssa", "tssa_reference"]
+
+
+def tssa(
+    w: Tensor,
+    temp: Tensor,
+    bias: Tensor | None = None,
+    rho: Tensor | None = None,
+    reset: Tensor | None = None,
+    state: State | None = None,
+) -> tuple[Tensor, State]:
+    """Mix tokens causally by their running second moments.
+
+    Args:
+        w: [B, T, C], the projected tokens; C = H heads x D channels. fp32, bf16, fp16 or fp64; the statistics are
+            computed in fp32 or wider whatever its dtype.
+        temp: [H], temperature of the membership softmax over the heads.
+        bias: [T, H] or [B, T, H], added to each channel's share of its energy (the authors' `denom_bias`).
+        rho: [H] in (0, 1], how much of every running sum a token leaves; None is 1, the paper's operator.
+        reset: [B, T] bool, True where a document begins: the sums start again from zero there.
+        state: what the tokens before left; None is the beginning of a document.
+
+    Returns:
+        y [B, T, C] in w's dtype, and the state after the last token. Calls on consecutive pieces of a sequence, each
+        with the state of the one before, equal one call on the whole.
+
+    Raises:
+        ValueError: a shape does not fit the others.
+
+    Source: Token Statistics Transformer, arXiv 2412.17810; docs/tssa.md has the forward and backward equations.
+    """
+    _check(w, temp, bias, rho, reset, state)
+    return tssa_chunked(w, temp, bias, rho, reset, state)
+
+
+def _check(
+    w: Tensor,
+    temp: Tensor,
+    bias: Tensor | None,
+    rho: Tensor | None,
+    reset: Tensor | None,
+    state: State | None,
+) -> None:
+    if w.dim() != 3:
+        raise ValueError(f"w has shape {tuple(w.shape)}; it must be [batch, tokens, channels]")
+    B, T, C = w.shape
+    H = temp.numel()
+    if temp.dim() != 1 or H == 0 or C % H:
+        raise ValueError(f"temp has shape {tuple(temp.shape)}; it must be [heads], heads dividing {C} channels")
+    expected: list[tuple[str, Tensor | None, list[tuple[int, ...]]]] = [
+        ("bias", bias, [(T, H), (B, T, H)]),
+        ("rho", rho, [(H,)]),
+        ("reset", reset, [(B, T)]),
+    ]
+    if state is not None:
+        expected += [
+            ("state.energy", state.energy, [(B, C)]),
+            ("state.mass", state.mass, [(B, H)]),
+            ("state.weighted", state.weighted, [(B, C)]),
+        ]
+    for name, tensor, shapes in expected:
+        if tensor is not None and tuple(tensor.shape) not in shapes:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {' or '.join(map(str, shapes))}")

@@ -1,0 +1,239 @@
+"""Causal TSSA in plain PyTorch, chunk by chunk, with its own backward.
+
+Shapes: B sequences, T tokens, C channels = H heads x D. Tokens are handled in blocks; inside a block every running
+sum is two scans, over the rows of all chunks at once and then over the chunks. Only the input, the memberships and
+the state before each block are kept for the backward pass; the rest is computed again. The derivation is in
+docs/tssa.md, whose step numbers the backward follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tostlm.tssa.reference import EPS, EPS_MASS
+from tostlm.tssa.state import State
+
+CHUNK = 32  # tokens in the inner, row-by-row scan
+BLOCK = 1024  # tokens whose temporaries are alive at once
+
+
+def tssa_chunked(
+    w: Tensor,
+    temp: Tensor,
+    bias: Tensor | None = None,
+    rho: Tensor | None = None,
+    reset: Tensor | None = None,
+    state: State | None = None,
+) -> tuple[Tensor, State]:
+    """Chunked TSSA; arguments and results as `tostlm.tssa.tssa`."""
+    B, _, C = w.shape
+    before = State.zeros(B, C, temp.shape[0], w.device) if state is None else state
+    y, *after = _ChunkedTSSA.apply(w, temp, bias, rho, reset, *before)
+    return y, State(*after)
+
+
+def _blocks(T: int) -> Iterator[slice]:
+    """Blocks of whole chunks, then the ragged rest as one short chunk."""
+    whole = T - T % CHUNK
+    for start in range(0, whole, BLOCK):
+        yield slice(start, min(start + BLOCK, whole))
+    if whole < T:
+        yield slice(whole, T)
+
+
+def _chunks(x: Tensor) -> Tensor:
+    """View [B, T, ...] as [B, chunks, rows, ...]."""
+    rows = min(CHUNK, x.shape[1])
+    return x.view(x.shape[0], x.shape[1] // rows, rows, *x.shape[2:])
+
+
+def _scan(x: Tensor, decay: Tensor | None, carry: Tensor) -> Tensor:
+    """In place x_t <- decay_t x_{t-1} + x_t along dim 1, from `carry` before the first; returns the last in float64.
+
+    x [B, T, H, D], decay [B, T, H] or None for 1, carry [B, H, D] float64.
+    """
+    rows = _chunks(x)
+    if decay is None:
+        for t in range(1, rows.shape[2]):
+            rows[:, :, t] += rows[:, :, t - 1]
+        ends = carry[:, None] + rows[:, :, -1].double().cumsum(1)  # [B, chunks, H, D]
+        starts = torch.cat([carry[:, None], ends[:, :-1]], dim=1)
+        rows += starts.to(x.dtype)[:, :, None]
+        return ends[:, -1]
+    a = _chunks(decay)[..., None]
+    for t in range(1, rows.shape[2]):
+        rows[:, :, t].addcmul_(a[:, :, t], rows[:, :, t - 1])
+    reach = a.cumprod(2)  # weight of the chunk's incoming carry at each row
+    carries = []
+    for n in range(rows.shape[1]):
+        carries.append(carry)
+        carry = rows[:, n, -1] + reach[:, n, -1].double() * carry
+    rows.addcmul_(reach, torch.stack(carries, 1).to(x.dtype)[:, :, None])
+    return carry
+
+
+def _reverse_scan(x: Tensor, decay: Tensor | None, carry: Tensor) -> Tensor:
+    """In place x_t <- x_t + decay_{t+1} x_{t+1} along dim 1; returns decay_first x_first in float64.
+
+    `carry` [B, H, D] float64 is what arrives from the right, already multiplied by the decay of the step it comes from.
+    """
+    rows = _chunks(x)
+    if decay is None:
+        for t in range(rows.shape[2] - 2, -1, -1):
+            rows[:, :, t] += rows[:, :, t + 1]
+        firsts = rows[:, :, 0].double()
+        after = firsts.flip(1).cumsum(1).flip(1) + carry[:, None]  # [B, chunks, H, D], this chunk and all to its right
+        starts = torch.cat([after[:, 1:], carry[:, None]], dim=1)
+        rows += starts.to(x.dtype)[:, :, None]
+        return after[:, 0]
+    a = _chunks(decay)[..., None]
+    for t in range(rows.shape[2] - 2, -1, -1):
+        rows[:, :, t].addcmul_(a[:, :, t + 1], rows[:, :, t + 1])
+    reach = torch.ones_like(a)  # product of the decays right of each row
+    reach[:, :, :-1] = a[:, :, 1:].flip(2).cumprod(2).flip(2)
+    carries = [carry] * rows.shape[1]
+    for n in range(rows.shape[1] - 1, -1, -1):
+        carries[n] = carry
+        carry = a[:, n, 0].double() * (rows[:, n, 0] + reach[:, n, 0].double() * carry)
+    rows.addcmul_(reach, torch.stack(carries, 1).to(x.dtype)[:, :, None])
+    return carry
+
+
+def _shifted(x: Tensor, first: Tensor) -> Tensor:
+    """x_{t-1} along dim 1, `first` before it."""
+    return torch.cat([first.to(x.dtype)[:, None], x[:, :-1]], dim=1)
+
+
+class _ChunkedTSSA(torch.autograd.Function):
+    """(w, temp, bias, rho, reset, energy, mass, weighted) -> (y, energy, mass, weighted)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        w: Tensor,
+        temp: Tensor,
+        bias: Tensor | None,
+        rho: Tensor | None,
+        reset: Tensor | None,
+        energy: Tensor,
+        mass: Tensor,
+        weighted: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        B, T, C = w.shape
+        H = temp.shape[0]
+        D = C // H
+        compute = torch.promote_types(w.dtype, torch.float32)  # statistics are never narrower than fp32
+        temp_c = temp.to(compute)
+        decay = _decay(rho, reset, B, T, H, compute)
+        y = torch.empty_like(w, memory_format=torch.contiguous_format)
+        Pi = torch.empty(B, T, H, dtype=compute, device=w.device)
+        n = torch.empty_like(Pi)
+        s, m, c = energy.view(B, H, D), weighted.view(B, H, D), mass.view(B, H, 1)
+        starts = []
+        for block in _blocks(T):
+            starts += [s, m, c]
+            a = None if decay is None else decay[:, block].contiguous()
+            x = w[:, block].to(compute).view(B, -1, H, D)
+            square = x * x
+            running = square.clone()
+            s = _scan(running, a, s)
+            n_b = (square / running.clamp_min_(EPS)).sum(-1)  # [B, t, H]
+            if bias is not None:
+                n_b += D * (bias[block] if bias.dim() == 2 else bias[:, block])
+            Pi_b = torch.softmax(temp_c * n_b, dim=-1)
+            running = square.mul_(Pi_b[..., None])
+            m = _scan(running, a, m)
+            mass_b = Pi_b[..., None].clone()
+            c = _scan(mass_b, a, c)
+            mass_b += EPS_MASS
+            gate = mass_b / running.add_(mass_b)  # 1 / (1 + weighted / mass)
+            y[:, block] = gate.mul_(x).mul_(-Pi_b[..., None]).view(B, -1, C)
+            Pi[:, block], n[:, block] = Pi_b, n_b
+        ctx.save_for_backward(w, temp, bias, rho, reset, Pi, n, *starts)
+        return y, s.reshape(B, C), c.reshape(B, H), m.reshape(B, C)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, d_energy: Tensor, d_mass: Tensor, d_weighted: Tensor) -> tuple[Any, ...]:
+        w, temp, bias, rho, reset, Pi_all, n_all, *starts = ctx.saved_tensors
+        B, T, C = w.shape
+        H = temp.shape[0]
+        D = C // H
+        compute = Pi_all.dtype
+        decay = _decay(rho, reset, B, T, H, compute)
+        dw = torch.empty_like(w)
+        dn_all = torch.empty_like(n_all)
+        d_temp = torch.zeros(H, dtype=compute, device=w.device)
+        want_rho = ctx.needs_input_grad[3]
+        d_rho = torch.zeros(H, dtype=compute, device=w.device) if want_rho else None
+        S, M, Cm = d_energy.view(B, H, D), d_weighted.view(B, H, D), d_mass.view(B, H, 1)
+        for k, block in reversed(list(enumerate(_blocks(T)))):
+            s0, m0, c0 = starts[3 * k : 3 * k + 3]
+            a = None if decay is None else decay[:, block].contiguous()
+            x = w[:, block].to(compute).view(B, -1, H, D)
+            g = dy[:, block].to(compute).view(B, -1, H, D)
+            square = x * x
+            Pi = Pi_all[:, block]
+            P = Pi[..., None]
+
+            m = square * P
+            _scan(m, a, m0)
+            c = P.clone()
+            _scan(c, a, c0)
+            mass = c + EPS_MASS
+            gate = mass / (m + mass)
+
+            gated = gate * g  # steps 1 and 2
+            xgated = x * gated
+            share = P / mass
+            dm = xgated * gate
+            dc = (dm - xgated).sum(-1, keepdim=True) * share
+            dm *= share
+            M = _reverse_scan(dm, a, M)  # step 3
+            Cm = _reverse_scan(dc, a, Cm)
+            dPi = (dm * square - xgated).sum(-1) + dc[..., 0]  # step 4
+            dz = Pi * (dPi - (Pi * dPi).sum(-1, keepdim=True))  # step 5
+            d_temp += (dz * n_all[:, block]).sum((0, 1))
+            dn = temp.to(compute) * dz
+            dn_all[:, block] = dn
+
+            s = square.clone()  # step 6
+            _scan(s, a, s0)
+            floored = s.clamp_min(EPS)
+            direct = dn[..., None] / floored
+            through = direct * (square / floored) * (s >= EPS)
+            ds = -through
+            S = _reverse_scan(ds, a, S)
+            # Step 7: direct and through cancel exactly at a document's first token only when subtracted first.
+            d_square = P * dm + (direct - through) + (ds + through)
+            dw[:, block] = (2 * x * d_square - P * gated).view(B, -1, C)
+
+            if d_rho is not None:  # step 9
+                per_token = (ds * _shifted(s, s0) + dm * _shifted(m, m0)).sum(-1)
+                per_token += (dc * _shifted(c, c0))[..., 0]
+                if reset is not None:
+                    per_token = per_token.masked_fill(reset[:, block, None], 0.0)
+                d_rho += per_token.sum((0, 1))
+
+        d_bias = None
+        if bias is not None:
+            d_bias = (D * (dn_all.sum(0) if bias.dim() == 2 else dn_all)).to(bias.dtype)
+        d_rho_out = None if d_rho is None else d_rho.to(rho.dtype)
+        d_state = S.reshape(B, C), Cm.reshape(B, H), M.reshape(B, C)
+        return dw, d_temp.to(temp.dtype), d_bias, d_rho_out, None, *d_state
+
+
+def _decay(rho: Tensor | None, reset: Tensor | None, B: int, T: int, H: int, dtype: torch.dtype) -> Tensor | None:
+    """What the running sums are multiplied by before each token, [B, T, H], or None for 1 everywhere."""
+    if rho is None and reset is None:
+        return None
+    source = rho if rho is not None else reset
+    assert source is not None
+    decay = torch.ones(H, dtype=dtype, device=source.device) if rho is None else rho.to(dtype)
+    decay = decay.expand(B, T, H)
+    return decay if reset is None else decay.masked_fill(reset[..., None], 0.0)
