@@ -1,0 +1,18 @@
+"""The language models: ToST, GPT-2 and hybrids of the two."""
+
+from tostlm.model.config import ModelConfig
+from tostlm.model.flops import count_parameters, training_flops_per_token
+from tostlm.model.init import create_lm, parameter_groups
+from tostlm.model.lm import LM, LMState
+from tostlm.model.loss import IGNORE
+
+__all__ = [
+    "IGNORE",
+    "LM",
+    "LMState",
+    "ModelConfig",
+    "count_parameters",
+    "create_lm",
+    "parameter_groups",
+    "training_flops_per_token",
+]
