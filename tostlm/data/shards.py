@@ -1,0 +1,246 @@
+"""Token shards on disk: raw little-endian ids, where each document ends, and a manifest that says what they are.
+
+A prepared folder holds
+
+    manifest.json               written last: a folder without one is unfinished
+    tokenizer.model             what the ids mean
+    SPLIT-00000.bin             token ids, uint16 or uint32, one document after another, each with its document end
+    SPLIT-00000.ends            uint64, for each document of that shard the number of shard tokens up to its end
+
+docs/data.md is the format's specification.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pydantic
+
+from tostlm.data.tokenizer import Tokenizer
+from tostlm.errors import UserError
+from tostlm.files import sha256_of, write_atomically
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.model"
+TRAIN, HELDOUT = "train", "heldout"
+
+
+class Record(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+
+class Shard(Record):
+    """One pair of files."""
+
+    name: str  # SPLIT-NNNNN, without suffix
+    tokens: int
+    documents: int
+    sha256: str  # of NAME.bin
+    ends_sha256: str  # of NAME.ends
+
+
+class Split(Record):
+    tokens: int
+    documents: int
+    text_bytes: int  # UTF-8 bytes of the text
+    shards: tuple[Shard, ...]
+
+
+class Manifest(Record):
+    schema_version: int
+    dtype: str
+    tokenizer_sha256: str
+    vocab_size: int
+    eos_id: int
+    sources: tuple[str, ...]
+    heldout_fraction: float
+    splits: dict[str, Split]
+
+
+class TokenSet:
+    """One split of a prepared folder, as one long array of tokens, mapped into memory.
+
+    Raises:
+        UserError: the folder is unfinished or of another format, a shard is missing or cut short, the split is empty.
+    """
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        if split not in self.manifest.splits:
+            raise UserError(f"{folder} has no split {split!r}, only {', '.join(self.manifest.splits)}")
+        self.split = self.manifest.splits[split]
+        if not self.split.tokens:
+            raise UserError(f"the {split} split of {folder} holds no tokens; prepare more documents")
+        self._tokens = [
+            self._map(shard.name + ".bin", self.manifest.dtype, shard.tokens) for shard in self.split.shards
+        ]
+        self._ends = [self._map(shard.name + ".ends", "<u8", shard.documents) for shard in self.split.shards]
+        self._starts = np.cumsum([0, *(shard.tokens for shard in self.split.shards)])
+
+    def _map(self, name: str, dtype: str, count: int) -> np.ndarray:
+        path = self.folder / name
+        expected = count * np.dtype(dtype).itemsize
+        found = path.stat().st_size if path.exists() else 0
+        if found != expected:
+            raise UserError(f"shard {path} has {found} bytes, its manifest says {expected}; prepare the data again")
+        return np.memmap(path, dtype=dtype, mode="r") if count else np.empty(0, dtype)
+
+    def __len__(self) -> int:
+        return self.split.tokens
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start to stop of the split, across shards, as int64.
+
+        Raises:
+            UserError: an id is outside the vocabulary, so the shard is damaged.
+        """
+        parts = []
+        shard = bisect_right(self._starts, start) - 1
+        while start < stop:
+            base = int(self._starts[shard])
+            part = self._tokens[shard][start - base : stop - base].astype(np.int64)
+            if part.size and part.max() >= self.manifest.vocab_size:
+                name = self.folder / f"{self.split.shards[shard].name}.bin"
+                raise UserError(
+                    f"shard {name} holds token {part.max()}, beyond its vocabulary of {self.manifest.vocab_size}: "
+                    f"it is damaged; see `tostlm data verify {self.folder}`"
+                )
+            parts.append(part)
+            start = base + len(self._tokens[shard])
+            shard += 1
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    @cached_property
+    def document_bounds(self) -> np.ndarray:
+        """First and past-the-last token of every document, its document end included: [documents, 2]."""
+        ends = np.concatenate(
+            [ends.astype(np.int64) + base for ends, base in zip(self._ends, self._starts, strict=False)]
+        )
+        return np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)
+
+
+class ShardWriter:
+    """Writes one split, a new shard every `shard_tokens` tokens; a document never straddles two shards."""
+
+    def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int) -> None:
+        self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
+        self._shards: list[Shard] = []
+        self._ends: list[int] = []
+        self._text_bytes = 0
+        self._file: BinaryIO | None = None
+
+    def add(self, tokens: list[int], text_bytes: int) -> None:
+        """Write one document, its document end included."""
+        if self._file is None:
+            name = f"{self._split}-{len(self._shards):05d}"
+            self._file = (self._folder / f"{name}.bin").open("wb")
+        np.array(tokens, dtype=self._dtype).tofile(self._file)
+        self._ends.append(len(tokens) + (self._ends[-1] if self._ends else 0))
+        self._text_bytes += text_bytes
+        if self._ends[-1] >= self._shard_tokens:
+            self._finish_shard()
+
+    def _finish_shard(self) -> None:
+        if self._file is None:
+            return
+        self._file.close()
+        self._file = None
+        name = f"{self._split}-{len(self._shards):05d}"
+        tokens, ends = self._folder / f"{name}.bin", self._folder / f"{name}.ends"
+        np.array(self._ends, dtype="<u8").tofile(ends)
+        self._shards.append(
+            Shard(
+                name=name,
+                tokens=self._ends[-1],
+                documents=len(self._ends),
+                sha256=sha256_of(tokens),
+                ends_sha256=sha256_of(ends),
+            )
+        )
+        self._ends = []
+
+    def finish(self) -> Split:
+        """Close the last shard; returns what the manifest says of the split."""
+        self._finish_shard()
+        return Split(
+            tokens=sum(shard.tokens for shard in self._shards),
+            documents=sum(shard.documents for shard in self._shards),
+            text_bytes=self._text_bytes,
+            shards=tuple(self._shards),
+        )
+
+
+def dtype_for(vocab_size: int) -> str:
+    """The narrowest dtype that holds every id below `vocab_size`, little-endian."""
+    return "<u2" if vocab_size <= 1 << 16 else "<u4"
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    write_atomically(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a prepared folder.
+
+    Raises:
+        UserError: there is none, or it is not one this version reads.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{folder} holds no prepared data; make it with `tostlm prepare --out {folder}`")
+    try:
+        content = json.loads(path.read_bytes())
+        version = content.get("schema_version")
+        if version != SCHEMA:
+            raise UserError(f"{path} is of schema {version}, this tostlm reads {SCHEMA}; prepare the data again")
+        return Manifest.model_validate(content)
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); prepare the data again") from None
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer a prepared folder was made with.
+
+    Raises:
+        UserError: it is missing, or not the one of the manifest.
+    """
+    manifest = read_manifest(folder)
+    tokenizer = Tokenizer.load(folder / TOKENIZER)
+    if tokenizer.sha256 != manifest.tokenizer_sha256:
+        raise UserError(
+            f"{folder / TOKENIZER} is not the tokenizer the shards were made with (sha256 {tokenizer.sha256[:12]}, "
+            f"manifest {manifest.tokenizer_sha256[:12]}); prepare the data again"
+        )
+    return tokenizer
+
+
+def verify(folder: Path) -> Iterator[str]:
+    """Read every byte of a prepared folder; yields the name of each file found whole.
+
+    Raises:
+        UserError: a file's checksum is not the manifest's.
+    """
+    manifest = read_manifest(folder)
+    load_tokenizer(folder)
+    yield TOKENIZER
+    for name, split in manifest.splits.items():
+        if split.tokens:
+            TokenSet(folder, name)
+        for shard in split.shards:
+            for file, expected in (
+                (f"{shard.name}.bin", shard.sha256),
+                (f"{shard.name}.ends", shard.ends_sha256),
+            ):
+                if sha256_of(folder / file) != expected:
+                    raise UserError(
+                        f"shard {folder / file} is damaged: its SHA-256 is not the manifest's; prepare again"
+                    )
+                yield file

@@ -1,0 +1,134 @@
+"""Documents from anything `datasets` loads: files, folders, globs, data that a Python package ships, hub ids."""
+
+from __future__ import annotations
+
+import glob
+import importlib.resources
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tostlm.errors import UserError
+
+COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
+BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "json": {},
+    "parquet": {},
+    "arrow": {},
+    "text": {"sample_by": "document"},
+}
+PACKAGE = "package:"
+HUB_ID = re.compile(r"^(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.\[\]:%-]+))?$")
+
+
+def documents(sources: Sequence[str], text_column: str = "text") -> Iterator[str]:
+    """The texts of every source, in order; empty ones are left out.
+
+    A source is a file (.jsonl, .json, .parquet, .arrow, .txt, compressed or not; a .txt file is one document), a
+    folder or a glob of such files, `package:NAME/GLOB` for files a Python package ships, or a Hugging Face dataset
+    `OWNER/NAME[:CONFIG][@SPLIT]`. Nothing is read before the first document is asked for, and files stream.
+
+    Raises:
+        UserError: a source is missing or unreadable, or lacks the text column.
+    """
+    for source in sources:
+        empty = True
+        for dataset, origin in _datasets(source):
+            for text in _texts(dataset, origin, text_column):
+                empty = False
+                yield text
+        if empty:
+            raise UserError(f"source {source} holds no text; name a source with at least one document")
+
+
+def _datasets(source: str) -> Iterator[tuple[Any, str]]:
+    files = _files(source)
+    if files is None:
+        yield _hub_dataset(source), source
+        return
+    import datasets
+
+    present = [path for path in files if Path(path).stat().st_size]
+    for builder, paths in itertools.groupby(present, key=_builder):
+        group = list(paths)
+        origin = group[0] if len(group) == 1 else source
+        try:
+            stream = datasets.load_dataset(builder, data_files=group, split="train", streaming=True, **OPTIONS[builder])
+        except (OSError, ValueError) as error:
+            raise UserError(f"source {origin} cannot be read: {error}") from None
+        yield stream, origin
+
+
+def _builder(path: str) -> str:
+    """The `datasets` builder for a file."""
+    suffixes = [suffix for suffix in Path(path).suffixes if suffix not in COMPRESSIONS]
+    return BUILDERS[suffixes[-1]]
+
+
+def _files(source: str) -> list[str] | None:
+    """The data files a source names, sorted; None where it names none here but looks like a hub id."""
+    pattern = source
+    if source.startswith(PACKAGE):
+        name, _, inside = source.removeprefix(PACKAGE).partition("/")
+        try:
+            pattern = str(importlib.resources.files(name).joinpath(inside))
+        except ModuleNotFoundError:
+            raise UserError(f"source {source}: the package {name} is not installed; `pip install {name}`") from None
+    if Path(pattern).is_dir():
+        found = [str(path) for path in Path(pattern).rglob("*") if path.is_file() and _is_readable(str(path))]
+    else:
+        found = [path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]  # noqa: PTH207
+    types = " ".join(BUILDERS)
+    if not found:
+        if not Path(pattern).exists() and HUB_ID.match(source) and "/" in source and not Path(source).suffix:
+            return None
+        raise UserError(f"source {source} names no file ({types}, compressed or not); check the path")
+    unknown = [path for path in found if not _is_readable(path)]
+    if unknown:
+        raise UserError(f"source {unknown[0]} is of no known type; use one of {types}, compressed or not")
+    return sorted(found)
+
+
+def _is_readable(path: str) -> bool:
+    for compression in COMPRESSIONS:
+        path = path.removesuffix(compression)
+    return path.endswith(tuple(BUILDERS))
+
+
+def _hub_dataset(source: str) -> Any:
+    import datasets
+
+    match = HUB_ID.match(source)
+    assert match is not None
+    split = match["split"] or "train"
+    try:
+        return datasets.load_dataset(match["name"], match["config"], split=split, streaming=True)
+    except Exception as error:  # the hub client raises many kinds, all of which mean the same to the user
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"source {source} is no file here and the Hugging Face hub did not give it: {reason}") from None
+
+
+def _texts(dataset: Any, origin: str, text_column: str) -> Iterator[str]:
+    rows = iter(dataset)
+    number = 0
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # each reader of `datasets` raises its own kind on broken data
+            cause = error.__cause__ or error
+            reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+            raise UserError(f"source {origin} cannot be read after {number} documents: {reason}") from None
+        if text_column not in row:
+            columns = ", ".join(row)
+            raise UserError(f"source {origin} has no column {text_column!r}, only {columns}; choose with --text-column")
+        text = row[text_column]
+        if not isinstance(text, str):
+            raise UserError(f"source {origin}, document {number}: {text_column} is {text!r:.40}, not text")
+        number += 1
+        if text:
+            yield text
