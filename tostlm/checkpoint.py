@@ -1,0 +1,110 @@
+"""Checkpoints as everything but training reads them: weights without pickles, the config and the tokenizer.
+
+A run's folder holds
+
+    config.yaml
+    metrics.jsonl, tensorboard/
+    checkpoints/step-00000100/
+        weights.safetensors   the model, in the dtype it trained in
+        config.yaml           the run's config
+        tokenizer.model
+        progress.json         what a resumed run must match
+        engine/               DeepSpeed's shards, for resuming alone
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+
+from tostlm.config import RunConfig, load_config
+from tostlm.data import Tokenizer
+from tostlm.errors import UserError
+from tostlm.model import LM
+
+WEIGHTS, CONFIG, TOKENIZER, PROGRESS, ENGINE = (
+    "weights.safetensors",
+    "config.yaml",
+    "tokenizer.model",
+    "progress.json",
+    "engine",
+)
+STEP = re.compile(r"^step-(\d{8,})$")
+
+
+class Progress(NamedTuple):
+    """Where a run was, and what wrote it."""
+
+    step: int
+    tokens: int
+    world_size: int
+    zero_stage: int
+
+
+class Checkpoint(NamedTuple):
+    """A trained model and all that is needed to use it."""
+
+    path: Path
+    lm: LM
+    config: RunConfig
+    tokenizer: Tokenizer
+    progress: Progress
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """A run's finished checkpoints, oldest first."""
+    folder = run_dir / "checkpoints"
+    found = [path for path in folder.iterdir() if STEP.match(path.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint that `path` names: itself, or the newest of a run's folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (path / PROGRESS).is_file():
+        return path
+    found = checkpoints(path)
+    if not found:
+        raise UserError(f"{path} is neither a checkpoint nor the folder of a run that saved one")
+    return found[-1]
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """How far a checkpoint's run was.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        return Progress(**json.loads((checkpoint / PROGRESS).read_text()))
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"checkpoint {checkpoint} has no readable {PROGRESS}; use an older one") from None
+
+
+def load(path: Path, dtype: torch.dtype | None = None) -> Checkpoint:
+    """Load a model for evaluation or conversion, from a checkpoint or a run's folder; nothing is unpickled.
+
+    Raises:
+        UserError: there is no checkpoint, or it is damaged.
+    """
+    checkpoint = resolve(path)
+    config = load_config(checkpoint / CONFIG)
+    with torch.device("meta"):
+        lm = LM(config.model)
+    try:
+        weights = safetensors.torch.load_file(checkpoint / WEIGHTS)
+        lm.load_state_dict(weights, assign=True)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"checkpoint {checkpoint}: {WEIGHTS} does not fit its config ({reason})") from None
+    lm = lm.to(dtype).eval().requires_grad_(False)
+    return Checkpoint(checkpoint, lm, config, Tokenizer.load(checkpoint / TOKENIZER), read_progress(checkpoint))

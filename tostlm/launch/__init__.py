@@ -1,0 +1,6 @@
+"""Starting the processes of a run."""
+
+from tostlm.launch.local import run_local
+from tostlm.launch.ranks import Ranks, export_rendezvous, ranks_from_environment
+
+__all__ = ["Ranks", "export_rendezvous", "ranks_from_environment", "run_local"]

@@ -1,0 +1,146 @@
+"""DeepSpeed, and nothing of it elsewhere: starting the engine, one step, the model's whole weights."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if not torch.accelerator.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it looked for a GPU in vain
+
+import deepspeed
+from deepspeed.ops.op_builder import ShareMemCommBuilder
+
+from tostlm.config import RunConfig, batches
+from tostlm.errors import UserError
+from tostlm.launch import Ranks
+from tostlm.model import LM, parameter_groups
+
+SHARDS = "shards"  # DeepSpeed's tag
+
+# DeepSpeed calls collectives by names that torch deprecates, once a collective.
+warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor)", category=FutureWarning)
+
+
+def deepspeed_dict(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration: its own block as it is, and the batch sizes derived from tokens."""
+    shares = batches(config, world_size)
+    return {
+        **config.deepspeed,
+        "train_batch_size": shares.sequences,
+        "train_micro_batch_size_per_gpu": shares.micro_sequences,
+        "gradient_accumulation_steps": shares.accumulation,
+        "steps_per_print": config.deepspeed.get("steps_per_print", config.train.steps + 1),
+    }
+
+
+def join_ranks() -> torch.device:
+    """Meet the other ranks; returns this rank's device."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Training never calls the shared-memory all-reduce that DeepSpeed would compile for a minute at the first start.
+    deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    return torch.device(deepspeed.get_accelerator().current_device_name())
+
+
+def start_engine(config: RunConfig, lm: LM, ranks: Ranks) -> Any:
+    """A DeepSpeed engine around the model and AdamW.
+
+    Raises:
+        UserError: DeepSpeed refuses its block of the config.
+    """
+    optimizer = torch.optim.AdamW(
+        parameter_groups(lm, config.optimizer.weight_decay),
+        lr=config.optimizer.lr,
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+        fused=torch.cuda.is_available(),
+    )
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=lm,
+            optimizer=optimizer,
+            config=deepspeed_dict(config, ranks.world),
+            dist_init_required=False,
+        )
+    except (
+        ValueError,
+        AssertionError,
+        NotImplementedError,
+        deepspeed.runtime.config.DeepSpeedConfigError,
+    ) as error:
+        raise UserError(f"DeepSpeed refuses the deepspeed block: {' '.join(str(error).split())}") from error
+    for state in optimizer.state.values():
+        # At stage 0 in low precision DeepSpeed makes the optimizer's state by a step on zero gradients, which Adam's
+        # bias correction would count.
+        state["step"].zero_()
+    return engine
+
+
+class Step(NamedTuple):
+    """What one update was like."""
+
+    loss: float  # mean over this rank's tokens, in nats
+    grad_norm: float  # of the whole gradient, before clipping
+
+
+def train_step(engine: Any, tokens: Tensor, targets: Tensor, lr: float) -> Step:
+    """One update from this rank's tokens and targets, [sequences, context] each."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    micro = engine.train_micro_batch_size_per_gpu()
+    losses = []
+    for start in range(0, len(tokens), micro):
+        loss, _ = engine(tokens[start : start + micro], targets=targets[start : start + micro])
+        engine.backward(loss)
+        unreported_norm = _unreported_grad_norm(engine)
+        engine.step()
+        losses.append(loss.detach())
+    grad_norm = engine.get_global_grad_norm() if unreported_norm is None else unreported_norm
+    return Step(float(torch.stack(losses).mean()), float(grad_norm))
+
+
+def _unreported_grad_norm(engine: Any) -> Tensor | None:
+    """The gradient's norm where DeepSpeed leaves it out: at stage 0 in fp32, once the ranks' gradients are averaged."""
+    if engine.zero_optimization_stage() or engine.bfloat16_enabled() or engine.fp16_enabled():
+        return None
+    return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+
+
+def save_engine(engine: Any, folder: Path) -> None:
+    """Write every rank's shards under `folder`; every rank must call."""
+    engine.save_checkpoint(str(folder), tag=SHARDS, save_latest=False)
+
+
+def load_engine(engine: Any, folder: Path) -> None:
+    """Read what `save_engine` wrote.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        loaded, _ = engine.load_checkpoint(str(folder), tag=SHARDS)
+    except (RuntimeError, OSError, EOFError, AssertionError, pickle.UnpicklingError) as error:
+        raise UserError(f"{folder} cannot be read: {str(error).splitlines()[0]}") from None
+    if loaded is None:
+        raise UserError(f"{folder} holds no shards")
+
+
+def whole_weights(engine: Any, rank: int) -> dict[str, Tensor]:
+    """The model's weights on the CPU of rank 0, gathered from all ranks (every rank must call); empty elsewhere."""
+    partitioned = engine.zero_optimization_partition_weights()
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        gathered = deepspeed.zero.GatheredParameters([parameter]) if partitioned else nullcontext()
+        with gathered:
+            if rank == 0:
+                weights[name] = parameter.detach().cpu().clone()
+    return weights
