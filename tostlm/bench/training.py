@@ -1,0 +1,88 @@
+"""Tokens a second of a training pass, models side by side at growing contexts."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from tostlm.model import LM, ModelConfig, create_lm
+
+
+class Rate(NamedTuple):
+    """Median of a model's interleaved runs at one context."""
+
+    model: str
+    context: int
+    tokens_per_second: float
+
+
+def bench_training(
+    models: Mapping[str, ModelConfig],
+    contexts: Sequence[int],
+    tokens: int,
+    repeats: int,
+    device: torch.device,
+) -> list[Rate]:
+    """Time forward and backward passes over `tokens` tokens, or one context where that is longer.
+
+    The models take turns, run by run, so that the machine's moods fall on all of them. Learned positions are as many
+    as the context asks for.
+    """
+    rates = []
+    for context in contexts:
+        lms = {name: _model(config, context, device) for name, config in models.items()}
+        sequences = max(1, tokens // context)
+        seconds: dict[str, list[float]] = {name: [] for name in lms}
+        for repeat in range(repeats + 1):
+            for name, lm in lms.items():
+                elapsed = _time_pass(lm, sequences, context)
+                if repeat:  # the first warms up
+                    seconds[name].append(elapsed)
+        rates += [Rate(name, context, sequences * context / statistics.median(seconds[name])) for name in lms]
+    return rates
+
+
+def _model(config: ModelConfig, context: int, device: torch.device) -> LM:
+    positions = None if config.positions is None else context
+    return create_lm(replace(config, positions=positions), seed=0).to(device)
+
+
+def _time_pass(lm: LM, sequences: int, context: int) -> float:
+    device = lm.embed.weight.device
+    tokens = torch.randint(lm.config.vocab_size, (sequences, context + 1), device=device)
+    _wait(device)
+    start = time.perf_counter()
+    loss, _ = lm(tokens[:, :-1], targets=tokens[:, 1:])
+    loss.backward()
+    _wait(device)
+    elapsed = time.perf_counter() - start
+    lm.zero_grad()
+    return elapsed
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def table(rates: Sequence[Rate]) -> str:
+    """Tokens a second by context; from the second model on also the first one's speed over its."""
+    names = list(dict.fromkeys(rate.model for rate in rates))
+    found = {(rate.model, rate.context): rate.tokens_per_second for rate in rates}
+    ratios = [f"{names[0]} / {name}" for name in names[1:]]
+    widths = [max(16, len(column) + 2) for column in (*names, *ratios)]
+    lines = [_row("context", [*names, *ratios], widths) + "   tokens/s, forward and backward"]
+    for context in dict.fromkeys(rate.context for rate in rates):
+        speeds = [found[name, context] for name in names]
+        cells = [f"{speed:,.0f}" for speed in speeds] + [f"{speeds[0] / speed:.2f}x" for speed in speeds[1:]]
+        lines.append(_row(str(context), cells, widths))
+    return "\n".join(lines)
+
+
+def _row(context: str, cells: Sequence[str], widths: Sequence[int]) -> str:
+    return f"{context:>8}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))

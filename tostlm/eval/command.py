@@ -1,0 +1,69 @@
+"""What `tostlm eval` and `tostlm generate` do."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+from tostlm.checkpoint import Checkpoint, load
+from tostlm.data import HELDOUT, TokenSet
+from tostlm.errors import UserError
+from tostlm.eval.generate import generate
+from tostlm.eval.perplexity import choose_targets, score_contexts
+from tostlm.eval.report import ModelScores, table, write_report
+from tostlm.files import require_writable
+
+
+def perplexity(
+    paths: Sequence[Path], contexts: Sequence[int], data: Path | None, windows: int, out: Path | None
+) -> str:
+    """Score checkpoints on the same targets, write the report, return the table.
+
+    Raises:
+        UserError: a checkpoint, the data or the contexts do not go together.
+    """
+    checkpoints = [load(path) for path in paths]
+    tokens = TokenSet(data or checkpoints[0].config.data.path, HELDOUT)
+    out = out or checkpoints[0].config.run_dir
+    require_writable(out)
+    targets = choose_targets(tokens, contexts, windows)
+    names = _names([checkpoint.config.run_dir for checkpoint in checkpoints])
+    models = []
+    for name, checkpoint in zip(names, checkpoints, strict=True):
+        positions = checkpoint.config.model.positions
+        if positions is not None and positions < min(contexts):
+            raise UserError(
+                f"{checkpoint.path} has {positions} positions, fewer than the shortest of --contexts, {min(contexts)}"
+            )
+        scores = list(score_contexts(checkpoint, tokens, targets, contexts))
+        models.append(ModelScores(name, str(checkpoint.path), checkpoint.progress.step, positions, scores))
+    facts = {"data": str(tokens.folder), "targets": len(targets.ends) * targets.span}
+    write_report(models, facts, out)
+    return f"{table(models, contexts)}\nwritten to {out}/perplexity.json, .csv and .png"
+
+
+def _names(run_dirs: Sequence[Path]) -> list[str]:
+    """The folders' names, numbered where two are the same."""
+    names = [run_dir.name for run_dir in run_dirs]
+    return [f"{name}-{index}" if names.count(name) > 1 else name for index, name in enumerate(names)]
+
+
+def write_text(
+    checkpoint: Checkpoint, prompt: str, tokens: int, temperature: float, top_k: int | None, seed: int
+) -> str:
+    """The prompt and what the model writes after it, to the document's end or `tokens` tokens.
+
+    Raises:
+        UserError: the prompt and the text are longer than the model's positions.
+    """
+    tokenizer, positions = checkpoint.tokenizer, checkpoint.config.model.positions
+    start = [tokenizer.eos_id, *tokenizer.encode(prompt)]  # a document begins after the end of another
+    if positions is not None and len(start) + tokens - 1 > positions:
+        raise UserError(
+            f"a prompt of {len(start)} tokens and {tokens} more are longer than the model's {positions} positions; "
+            f"ask for at most {max(0, positions - len(start) + 1)} --tokens"
+        )
+    written = generate(checkpoint.lm, start, temperature=temperature, top_k=top_k, seed=seed)
+    text = itertools.takewhile(lambda token: token != tokenizer.eos_id, itertools.islice(written, tokens))
+    return prompt + tokenizer.decode(list(text))

@@ -1,0 +1,97 @@
+"""Perplexity at growing context lengths, on the same target tokens at every one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from tostlm.checkpoint import Checkpoint
+from tostlm.data import TokenSet
+from tostlm.errors import UserError
+
+PASS_TOKENS = 8192  # tokens a forward pass reads, unless one context is longer
+
+
+class Targets(NamedTuple):
+    """What is scored: in each window the tokens just before `ends`, `span` of them."""
+
+    ends: list[int]  # past-the-last target, as token numbers of the set
+    span: int
+    longest: int  # every window has this many tokens of its document before its last target
+
+
+class Score(NamedTuple):
+    """How well the targets were predicted from `context` tokens."""
+
+    context: int
+    nats: float  # mean over the targets
+    bits_per_byte: float
+    perplexity: float
+
+
+def choose_targets(tokens: TokenSet, contexts: Sequence[int], windows: int) -> Targets:
+    """Spans spread evenly over the documents that are longer than the longest context.
+
+    A span is half the shortest context, so each of its tokens sees at least half of any context and all of it in the
+    limit.
+
+    Raises:
+        UserError: no document is long enough.
+    """
+    longest, span = max(contexts), max(1, min(contexts) // 2)
+    ends = [
+        end for first, stop in tokens.document_bounds.tolist() for end in range(first + longest + 1, stop + 1, span)
+    ]
+    if not ends:
+        lengths = tokens.document_bounds[:, 1] - tokens.document_bounds[:, 0]
+        raise UserError(
+            f"no held-out document of {tokens.folder} is longer than {longest} tokens (the longest has "
+            f"{lengths.max()}); ask for shorter --contexts or hold out more documents"
+        )
+    chosen = np.unique(np.linspace(0, len(ends) - 1, min(windows, len(ends))).round().astype(int))
+    return Targets([ends[index] for index in chosen], span, longest)
+
+
+def score_contexts(
+    checkpoint: Checkpoint, tokens: TokenSet, targets: Targets, contexts: Sequence[int]
+) -> Iterator[Score]:
+    """Score the targets at each context the model's positions allow, shortest first.
+
+    Raises:
+        UserError: the tokens were made by another tokenizer than the model's.
+    """
+    if tokens.manifest.tokenizer_sha256 != checkpoint.tokenizer.sha256:
+        raise UserError(
+            f"{tokens.folder} was prepared with another tokenizer than the one {checkpoint.path} was trained with; "
+            f"prepare the text again with {checkpoint.path / 'tokenizer.model'}"
+        )
+    limit = checkpoint.config.model.positions
+    text_bytes = sum(_target_bytes(checkpoint, tokens, end, targets.span) for end in targets.ends)
+    count = len(targets.ends) * targets.span
+    for context in sorted(contexts):
+        if limit is not None and context > limit:
+            return
+        nats = _total_nats(checkpoint, tokens, targets, context)
+        yield Score(context, nats / count, nats / math.log(2) / text_bytes, math.exp(nats / count))
+
+
+def _target_bytes(checkpoint: Checkpoint, tokens: TokenSet, end: int, span: int) -> int:
+    return int(checkpoint.tokenizer.token_bytes[tokens.tokens(end - span, end)].sum())
+
+
+@torch.no_grad()
+def _total_nats(checkpoint: Checkpoint, tokens: TokenSet, targets: Targets, context: int) -> float:
+    total = 0.0
+    device = checkpoint.lm.embed.weight.device
+    batch = max(1, PASS_TOKENS // context)
+    for first in range(0, len(targets.ends), batch):
+        rows = [tokens.tokens(end - context - 1, end) for end in targets.ends[first : first + batch]]
+        window = torch.from_numpy(np.stack(rows)).to(device)  # [batch, context + 1]
+        scored = window[:, -targets.span :]
+        loss, _ = checkpoint.lm(window[:, :-1], targets=scored)
+        total += float(loss) * scored.numel()
+    return total
