@@ -1,0 +1,258 @@
+"""The command line: a verb for each arrow of the data's way."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tostlm.errors import UserError
+
+HELP = """Pretrain language models whose token mixer is linear in the context.
+
+\b
+text -> tokenizer -> token shards -> training -> checkpoint -> perplexity, text, Hugging Face
+        tokenizer    prepare         train                     eval        generate  convert
+
+`tostlm quickstart` goes the whole way once.
+"""
+
+app = typer.Typer(
+    help=HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+tokenizer_app = typer.Typer(help="Tokenizers.", no_args_is_help=True)
+data_app = typer.Typer(help="Prepared data.", no_args_is_help=True)
+eval_app = typer.Typer(help="What a checkpoint is worth.", no_args_is_help=True)
+bench_app = typer.Typer(help="How fast models are, side by side.", no_args_is_help=True)
+app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(data_app, name="data")
+app.add_typer(eval_app, name="eval")
+app.add_typer(bench_app, name="bench")
+
+SOURCE_HELP = "file, folder, glob, package:NAME/GLOB or Hugging Face OWNER/NAME[:CONFIG][@SPLIT]; may be repeated"
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="the run's YAML file, as in configs/")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="dotted keys, as in optimizer.lr=3e-4")
+]
+MoreSources = Annotated[
+    list[str] | None, typer.Argument(metavar="[SOURCE]...", help="more sources, as a shell's glob gives them")
+]
+Sources = Annotated[list[str], typer.Option("--source", help=SOURCE_HELP)]
+TextColumn = Annotated[str, typer.Option(help="column that holds the text")]
+CheckpointPath = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="a checkpoint, or a run's folder for its newest")
+]
+Threads = Annotated[int | None, typer.Option(help="threads; default: one a core")]
+
+
+@app.command()
+def quickstart(
+    configs: Annotated[Path, typer.Option(help="folder with quickstart.yaml and quickstart-gpt2.yaml")] = Path(
+        "configs"
+    ),
+    nproc: Annotated[int, typer.Option(help="training processes")] = 2,
+) -> None:
+    """The whole way on presidential speeches, for ToST and GPT-2; a second run goes on where the first ended."""
+    from tostlm.quickstart import quickstart as run
+
+    run(configs, nproc)
+
+
+@app.command()
+def config(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Print a run's resolved config, its parameters, steps and tokens."""
+    from tostlm.config import dump_config, load_config
+    from tostlm.model import count_parameters
+
+    run = load_config(config, overrides or [])
+    print(dump_config(run))
+    print(f"# parameters       {count_parameters(run.model):,} without position embeddings")
+    print(f"# tokens per step  {run.train.batch_tokens:,}")
+    print(f"# steps            {run.train.steps:,}")
+    print(f"# total tokens     {run.tokens:,}")
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    source: Sources,
+    vocab_size: Annotated[int, typer.Option(help="pieces, the 256 bytes among them")],
+    out: Annotated[Path, typer.Option(help="the .model file to write")],
+    more: MoreSources = None,
+    text_column: TextColumn = "text",
+    threads: Threads = None,
+) -> None:
+    """Train a lossless SentencePiece BPE tokenizer."""
+    from tostlm.data import documents, train_tokenizer
+
+    texts = documents([*source, *(more or [])], text_column)
+    tokenizer = train_tokenizer(texts, vocab_size, out, threads or os.cpu_count() or 1)
+    print(f"{out}: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.sha256}")
+
+
+@app.command()
+def prepare(
+    source: Sources,
+    tokenizer: Annotated[Path, typer.Option(help="the tokenizer's .model file")],
+    out: Annotated[Path, typer.Option(help="the folder to write")],
+    more: MoreSources = None,
+    text_column: TextColumn = "text",
+    heldout_fraction: Annotated[float, typer.Option(help="share of the documents kept from training")] = 0.01,
+    shard_tokens: Annotated[int, typer.Option(help="a new shard begins after this many tokens")] = 100_000_000,
+    threads: Threads = None,
+) -> None:
+    """Tokenize text into shards with a manifest and a held-out split."""
+    from tostlm.data import Tokenizer
+    from tostlm.data import prepare as prepare_data
+
+    manifest = prepare_data(
+        [*source, *(more or [])],
+        Tokenizer.load(tokenizer),
+        out,
+        text_column=text_column,
+        heldout_fraction=heldout_fraction,
+        shard_tokens=shard_tokens,
+        threads=threads or os.cpu_count() or 1,
+    )
+    for name, split in manifest.splits.items():
+        print(f"{out}: {name} {split.tokens:,} tokens of {split.documents:,} documents, {split.text_bytes:,} bytes")
+
+
+@data_app.command("verify")
+def data_verify(folder: Annotated[Path, typer.Argument(help="a folder made by `tostlm prepare`")]) -> None:
+    """Compare every byte of prepared data with its manifest's checksums."""
+    from tostlm.data import verify
+
+    count = sum(1 for _ in verify(folder))
+    print(f"{folder}: {count} files are whole")
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nproc: Annotated[int | None, typer.Option(help="processes on this machine; default: one a GPU, or one")] = None,
+) -> None:
+    """Train a run from its newest checkpoint, or from the start.
+
+    Under torchrun or a Slurm step the ranks come from there; otherwise --nproc processes are started here.
+    """
+    from tostlm.config import load_config
+    from tostlm.launch import export_rendezvous, ranks_from_environment, run_local
+
+    run = load_config(config, overrides or [])
+    ranks = ranks_from_environment(os.environ)
+    if ranks is None:
+        import torch
+
+        processes = nproc or torch.cuda.device_count() or 1
+        raise typer.Exit(run_local(["train", str(config), *(overrides or [])], processes))
+    if nproc is not None:
+        raise UserError(f"--nproc {nproc} is for machines without a launcher; here one has started {ranks.world} ranks")
+    export_rendezvous(ranks)
+    from tostlm.train import train as train_run
+
+    train_run(run, ranks)
+
+
+@eval_app.command("perplexity")
+def eval_perplexity(
+    checkpoints: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT...", help="checkpoints or folders of runs")],
+    contexts: Annotated[str, typer.Option(help="context lengths in tokens, with commas between")] = "128,256,512,1024",
+    data: Annotated[Path | None, typer.Option(help="prepared data; default: the first checkpoint's")] = None,
+    windows: Annotated[int, typer.Option(help="windows scored at each context")] = 64,
+    out: Annotated[Path | None, typer.Option(help="folder for .json, .csv, .png; default: the first run's")] = None,
+) -> None:
+    """Perplexity on held-out documents at growing contexts, the same tokens scored at every one."""
+    from tostlm.eval.command import perplexity
+
+    print(perplexity(checkpoints, _numbers(contexts, "--contexts"), data, windows, out))
+
+
+@app.command()
+def generate(
+    checkpoint: CheckpointPath,
+    prompt: Annotated[str, typer.Option(help="text to go on from; default: the start of a document")] = "",
+    tokens: Annotated[int, typer.Option(help="tokens to write at most")] = 100,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, help="choose among this many")] = None,
+    seed: int = 0,
+) -> None:
+    """Write text with a checkpoint."""
+    from tostlm.checkpoint import load
+    from tostlm.eval.command import write_text
+
+    print(write_text(load(checkpoint), prompt, tokens, temperature, top_k, seed))
+
+
+@bench_app.command("train")
+def bench_train(
+    configs: Annotated[list[Path], typer.Argument(metavar="CONFIG...", help="runs whose models are compared")],
+    contexts: Annotated[str, typer.Option(help="context lengths in tokens, with commas between")] = "512,2048,8192",
+    tokens: Annotated[int, typer.Option(help="tokens a pass")] = 8192,
+    repeats: Annotated[int, typer.Option(min=1, help="timed passes of each model")] = 5,
+    threads: Threads = None,
+    out: Annotated[Path | None, typer.Option(help="a .json file to write too")] = None,
+) -> None:
+    """Training tokens a second of several models, taking turns, at growing contexts."""
+    from tostlm.bench.command import training
+
+    print(training(configs, _numbers(contexts, "--contexts"), tokens, repeats, threads, out))
+
+
+@app.command()
+def convert(
+    checkpoint: CheckpointPath,
+    to: Annotated[str, typer.Option(metavar="hf", help="the format: hf")],
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="the folder to write")],
+) -> None:
+    """Convert a checkpoint to a Hugging Face folder that computes the same logits."""
+    from tostlm.checkpoint import load
+    from tostlm.convert import export_hf
+
+    if to != "hf":
+        raise UserError(f"--to {to} is not known; use --to hf")
+    export_hf(load(checkpoint), out)
+    print(f"{out}: loads with transformers.AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)")
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 2:
+        raise UserError(f"{option} {text!r} must be whole numbers above 1 with commas between, as in 128,256,512")
+    return sorted(set(numbers))
+
+
+def main() -> None:
+    """Run a command; a user's mistake is one line and exit code 2, an interruption 130."""
+    is_other_rank = os.environ.get("RANK", "0") != "0"
+    try:
+        app()
+    except UserError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(
+            f"{error.strerror}{where}; free or choose another place and run the command again: what was finished stays"
+        )
+    except KeyboardInterrupt:
+        if not is_other_rank and "TOSTLM_LAUNCHED" not in os.environ:
+            print("\ntostlm: interrupted; the same command goes on from what is finished", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _fail(message: str) -> None:
+    print(f"tostlm: error: {message}", file=sys.stderr)
+    raise SystemExit(2) from None

@@ -1,0 +1,64 @@
+"""A softmax-only model as transformers' own GPT2LMHeadModel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from tostlm.model import LM
+from tostlm.model.lm import Block
+
+
+def is_gpt2(lm: LM) -> bool:
+    """Whether GPT-2's architecture holds the model."""
+    return set(lm.config.mixers) == {"softmax"} and lm.config.positions is not None
+
+
+def to_gpt2(lm: LM, eos_id: int) -> GPT2LMHeadModel:
+    """The same function of its tokens. LayerScale is folded into the projection before it; biases are zero."""
+    config = GPT2Config(
+        vocab_size=lm.config.vocab_size,
+        n_positions=lm.config.positions,
+        n_embd=lm.config.width,
+        n_layer=lm.config.layers,
+        n_head=lm.config.heads,
+        activation_function="gelu",
+        layer_norm_epsilon=lm.norm.eps,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=eos_id,
+        eos_token_id=eos_id,
+        dtype=lm.embed.weight.dtype,
+    )
+    model = GPT2LMHeadModel(config).to(lm.embed.weight.dtype)
+    assert lm.positions is not None
+    weights = {
+        "wte.weight": lm.embed.weight,
+        "wpe.weight": lm.positions.weight,
+        "ln_f.weight": lm.norm.weight,
+    }
+    for layer, block in enumerate(lm.blocks):
+        assert isinstance(block, Block)
+        weights |= {f"h.{layer}.{name}": value for name, value in _block(block).items()}
+    state = {name: torch.zeros_like(value) for name, value in model.transformer.state_dict().items()}
+    model.transformer.load_state_dict(state | weights)
+    return model.eval()
+
+
+def _block(block: Block) -> dict[str, Tensor]:
+    return {
+        "ln_1.weight": block.norm_mixer.weight,
+        "attn.c_attn.weight": _conv1d(block.mixer.in_proj),
+        "attn.c_proj.weight": _conv1d(block.mixer.out_proj, block.scale_mixer),
+        "ln_2.weight": block.norm_mlp.weight,
+        "mlp.c_fc.weight": _conv1d(block.mlp.in_proj),
+        "mlp.c_proj.weight": _conv1d(block.mlp.out_proj, block.scale_mlp),
+    }
+
+
+def _conv1d(linear: nn.Linear, scale: Tensor | None = None) -> Tensor:
+    """GPT-2 keeps its matrices as [in, out]."""
+    weight = linear.weight if scale is None else scale[:, None] * linear.weight
+    return weight.t()

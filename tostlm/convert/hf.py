@@ -1,0 +1,142 @@
+"""A checkpoint as a Hugging Face folder, published only when it computes the same logits."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from tostlm.checkpoint import Checkpoint
+from tostlm.convert.configuration_tost import TostConfig
+from tostlm.convert.gpt2 import is_gpt2, to_gpt2
+from tostlm.convert.modeling_tost import TostForCausalLM
+from tostlm.convert.tokenizer import save_tokenizer
+from tostlm.errors import UserError
+from tostlm.files import require_writable
+
+# The modules an exported ToST needs: copied as they are, but for where they import each other from.
+MODULES = (
+    "tostlm.convert.configuration_tost",
+    "tostlm.convert.modeling_tost",
+    "tostlm.model.config",
+    "tostlm.model.lm",
+    "tostlm.model.loss",
+    "tostlm.model.mixers",
+    "tostlm.tssa",
+    "tostlm.tssa.chunked",
+    "tostlm.tssa.reference",
+    "tostlm.tssa.state",
+)
+INTERNAL_IMPORT = re.compile(r"^from (tostlm[\w.]*) import", re.MULTILINE)
+PROBE_TEXT = (
+    "A state is 2C + H numbers.\n\n\tTokens: 1776, \u201cna\u00efve\u201d, \u2581, \u6f22\u5b57 \U0001f642  end"
+)
+PROBE_TOKENS = 96
+TOLERANCE = 1e-3  # of the logits' spread; folding LayerScale and another order of sums stay a hundred times below
+
+
+def export_hf(checkpoint: Checkpoint, out: Path) -> None:
+    """Write weights, config, tokenizer and, for ToST, modeling files, such that transformers alone can load them.
+
+    GPT-2 becomes transformers' own GPT2LMHeadModel. The folder appears at `out` whole, after its logits, whole and
+    token by token, and its token ids were compared with the checkpoint's.
+
+    Raises:
+        UserError: `out` exists, or what was written does not compute the same.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists; remove it or choose another folder")
+    require_writable(out.parent)
+    partial = out.with_name(f"{out.name}_partial".replace(".", "_"))
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write(checkpoint, partial)
+        _check(checkpoint, partial)
+        partial.replace(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(checkpoint: Checkpoint, folder: Path) -> None:
+    lm, eos_id = checkpoint.lm, checkpoint.tokenizer.eos_id
+    if is_gpt2(lm):
+        to_gpt2(lm, eos_id).save_pretrained(folder)
+    else:
+        config = TostConfig(
+            **asdict(lm.config),
+            bos_token_id=eos_id,
+            eos_token_id=eos_id,
+            dtype=lm.embed.weight.dtype,
+            architectures=["TostForCausalLM"],
+            auto_map={
+                "AutoConfig": "configuration_tost.TostConfig",
+                "AutoModelForCausalLM": "modeling_tost.TostForCausalLM",
+            },
+        )
+        with torch.device("meta"):
+            model = TostForCausalLM(config)
+        model.lm.load_state_dict(lm.state_dict(), assign=True)
+        model.save_pretrained(folder)
+        for module in MODULES:
+            (folder / f"{_flat(module)}.py").write_text(_standalone(module))
+    save_tokenizer(checkpoint.tokenizer, lm.config.positions, folder)
+
+
+def _flat(module: str) -> str:
+    """Name of a module in the exported folder, which has no packages."""
+    if module.startswith("tostlm.convert."):
+        return module.removeprefix("tostlm.convert.")
+    return module.replace(".", "_")
+
+
+def _standalone(module: str) -> str:
+    """A module's source, importing its siblings from the folder it is exported to."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None
+    source = Path(spec.origin).read_text()
+    return INTERNAL_IMPORT.sub(lambda match: f"from .{_flat(match[1])} import", source)
+
+
+@torch.no_grad()
+def _check(checkpoint: Checkpoint, folder: Path) -> None:
+    lm = checkpoint.lm
+    exported = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
+    generator = torch.Generator().manual_seed(0)
+    length = min(PROBE_TOKENS, lm.config.positions or PROBE_TOKENS)
+    tokens = torch.randint(checkpoint.tokenizer.vocab_size, (2, length), generator=generator)
+    expected = lm(tokens)[0]
+    _compare(folder, "logits", exported(tokens).logits, expected)
+    _compare(folder, "logits of single steps", _stepwise(exported, tokens), expected)
+    ids = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(
+        PROBE_TEXT, add_special_tokens=False
+    )["input_ids"]
+    if ids != checkpoint.tokenizer.encode(PROBE_TEXT):
+        raise UserError(
+            f"the tokenizer written to {folder} gives other ids than the checkpoint's; nothing was published"
+        )
+
+
+def _stepwise(model: Any, tokens: Tensor) -> Tensor:
+    past, logits = None, []
+    for token in tokens.split(1, dim=1):
+        output = model(token, past_key_values=past, use_cache=True)
+        past = output.past_key_values
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1)
+
+
+def _compare(folder: Path, what: str, found: Tensor, expected: Tensor) -> None:
+    spread = float(expected.float().std())
+    error = float((found.float() - expected.float()).abs().max())
+    if not error <= TOLERANCE * spread:
+        raise UserError(
+            f"the {what} of the model written to {folder} differ from the checkpoint's by {error:.1e} (their standard "
+            f"deviation is {spread:.1e}, {TOLERANCE} of it is allowed); nothing was published"
+        )

