@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -37,6 +38,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 
+INTERRUPTED = 128 + signal.SIGINT
 SOURCE_HELP = "file, folder, glob, package:NAME/GLOB or Hugging Face OWNER/NAME[:CONFIG][@SPLIT]; may be repeated"
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="the run's YAML file, as in configs/")]
 Overrides = Annotated[
@@ -87,13 +89,12 @@ def tokenizer_train(
     out: Annotated[Path, typer.Option(help="the .model file to write")],
     more: MoreSources = None,
     text_column: TextColumn = "text",
-    threads: Threads = None,
 ) -> None:
     """Train a lossless SentencePiece BPE tokenizer."""
     from tostlm.data import documents, train_tokenizer
 
     texts = documents([*source, *(more or [])], text_column)
-    tokenizer = train_tokenizer(texts, vocab_size, out, threads or os.cpu_count() or 1)
+    tokenizer = train_tokenizer(texts, vocab_size, out)
     print(f"{out}: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.sha256}")
 
 
@@ -235,7 +236,6 @@ def _numbers(text: str, option: str) -> list[int]:
 
 def main() -> None:
     """Run a command; a user's mistake is one line and exit code 2, an interruption 130."""
-    is_other_rank = os.environ.get("RANK", "0") != "0"
     try:
         app()
     except UserError as error:
@@ -247,12 +247,14 @@ def main() -> None:
         _fail(
             f"{error.strerror}{where}; free or choose another place and run the command again: what was finished stays"
         )
-    except KeyboardInterrupt:
-        if not is_other_rank and "TOSTLM_LAUNCHED" not in os.environ:
+    except SystemExit as ending:  # typer turns an interruption into this code
+        if ending.code == INTERRUPTED and "RANK" not in os.environ:  # of a rank its launcher says it
             print("\ntostlm: interrupted; the same command goes on from what is finished", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise
 
 
 def _fail(message: str) -> None:
-    print(f"tostlm: error: {message}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    of_rank = "" if rank == "0" else f" on rank {rank}"
+    print(f"tostlm: error{of_rank}: {message}", file=sys.stderr)
     raise SystemExit(2) from None

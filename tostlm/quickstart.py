@@ -75,7 +75,7 @@ def _last_checkpoint(config: RunConfig) -> Path:
 def _train_tokenizer(config: RunConfig, out: Path) -> None:
     from tostlm.data import documents, train_tokenizer
 
-    train_tokenizer(documents([SOURCE]), config.model.vocab_size, out, threads=2)
+    train_tokenizer(documents([SOURCE]), config.model.vocab_size, out)
 
 
 def _prepare(config: RunConfig, tokenizer: Path) -> None:

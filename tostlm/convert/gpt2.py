@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -16,7 +18,10 @@ def is_gpt2(lm: LM) -> bool:
 
 
 def to_gpt2(lm: LM, eos_id: int) -> GPT2LMHeadModel:
-    """The same function of its tokens. LayerScale is folded into the projection before it; biases are zero."""
+    """The same function of its tokens, in fp32: LayerScale is folded into the projection before it, which bf16 would
+    round; biases are zero.
+    """
+    lm = copy.deepcopy(lm).float()
     config = GPT2Config(
         vocab_size=lm.config.vocab_size,
         n_positions=lm.config.positions,
@@ -30,9 +35,9 @@ def to_gpt2(lm: LM, eos_id: int) -> GPT2LMHeadModel:
         attn_pdrop=0.0,
         bos_token_id=eos_id,
         eos_token_id=eos_id,
-        dtype=lm.embed.weight.dtype,
+        dtype=torch.float32,
     )
-    model = GPT2LMHeadModel(config).to(lm.embed.weight.dtype)
+    model = GPT2LMHeadModel(config)
     assert lm.positions is not None
     weights = {
         "wte.weight": lm.embed.weight,

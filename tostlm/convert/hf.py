@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import re
 import shutil
@@ -54,6 +55,7 @@ def export_hf(checkpoint: Checkpoint, out: Path) -> None:
     if out.exists():
         raise UserError(f"{out} exists; remove it or choose another folder")
     require_writable(out.parent)
+    transformers.utils.logging.disable_progress_bar()
     partial = out.with_name(f"{out.name}_partial".replace(".", "_"))
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -106,8 +108,9 @@ def _standalone(module: str) -> str:
 
 @torch.no_grad()
 def _check(checkpoint: Checkpoint, folder: Path) -> None:
-    lm = checkpoint.lm
-    exported = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
+    lm = copy.deepcopy(checkpoint.lm).float()  # in bf16 rounding would hide a difference
+    exported = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    exported.eval()
     generator = torch.Generator().manual_seed(0)
     length = min(PROBE_TOKENS, lm.config.positions or PROBE_TOKENS)
     tokens = torch.randint(checkpoint.tokenizer.vocab_size, (2, length), generator=generator)

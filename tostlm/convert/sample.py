@@ -10,6 +10,7 @@ import transformers
 
 def sample(folder: Path, prompt: str, tokens: int) -> str:
     """The prompt and at most `tokens` sampled tokens after it."""
+    transformers.utils.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     torch.manual_seed(0)

@@ -142,7 +142,7 @@ class ShardWriter:
         if self._file is None:
             name = f"{self._split}-{len(self._shards):05d}"
             self._file = (self._folder / f"{name}.bin").open("wb")
-        np.array(tokens, dtype=self._dtype).tofile(self._file)
+        self._file.write(np.array(tokens, dtype=self._dtype).tobytes())
         self._ends.append(len(tokens) + (self._ends[-1] if self._ends else 0))
         self._text_bytes += text_bytes
         if self._ends[-1] >= self._shard_tokens:
@@ -155,7 +155,7 @@ class ShardWriter:
         self._file = None
         name = f"{self._split}-{len(self._shards):05d}"
         tokens, ends = self._folder / f"{name}.bin", self._folder / f"{name}.ends"
-        np.array(self._ends, dtype="<u8").tofile(ends)
+        ends.write_bytes(np.array(self._ends, dtype="<u8").tobytes())
         self._shards.append(
             Shard(
                 name=name,

@@ -114,7 +114,7 @@ class Tokenizer:
         return b"".join(map(self._bytes_of, tokens)).decode(errors="replace")
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, threads: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path) -> Tokenizer:
     """Train a lossless BPE tokenizer and write its .model file to `out`, whole or not at all.
 
     Raises:
@@ -144,7 +144,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, threads: i
             eos_piece=DOCUMENT_END,
             bos_id=-1,
             pad_id=-1,
-            num_threads=threads,
             minloglevel=2,
         )
     except RuntimeError as error:

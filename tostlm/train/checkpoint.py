@@ -32,22 +32,32 @@ PARTIAL = ".saving-"
 
 
 def save(engine: Any, config: RunConfig, tokenizer: Tokenizer, step: int, ranks: Ranks) -> Path:
-    """Write a checkpoint of all ranks and publish it by a rename: a reader finds it whole or not at all."""
-    folder = config.run_dir / "checkpoints"
-    final, partial = folder / f"step-{step:08d}", folder / f"{PARTIAL}step-{step:08d}"
+    """Write a checkpoint of all ranks and publish it by a rename: a reader finds it whole or not at all.
+
+    Raises:
+        UserError: it cannot be written; the run's older checkpoints are untouched.
+    """
+    final = config.run_dir / "checkpoints" / f"step-{step:08d}"
+    partial = final.with_name(f"{PARTIAL}{final.name}")
     if ranks.rank == 0:
-        for leftover in folder.glob(f"{PARTIAL}*"):
-            shutil.rmtree(leftover)
         partial.mkdir(parents=True)
     dist.barrier()
-    save_engine(engine, partial / ENGINE)
-    weights = whole_weights(engine, ranks.rank)
-    if ranks.rank == 0:
-        progress = Progress(step, step * config.train.batch_tokens, ranks.world, config.zero_stage)
-        write_atomically(partial / WEIGHTS, safetensors.torch.save(weights))
-        write_atomically(partial / CONFIG, dump_config(config))
-        write_atomically(partial / TOKENIZER, tokenizer.model)
-        write_atomically(partial / PROGRESS, json.dumps(progress._asdict()) + "\n")
+    try:
+        save_engine(engine, partial / ENGINE)
+        weights = whole_weights(engine, ranks.rank)
+        if ranks.rank == 0:
+            progress = Progress(step, step * config.train.batch_tokens, ranks.world, config.zero_stage)
+            write_atomically(partial / WEIGHTS, safetensors.torch.save(weights))
+            write_atomically(partial / CONFIG, dump_config(config))
+            write_atomically(partial / TOKENIZER, tokenizer.model)
+            write_atomically(partial / PROGRESS, json.dumps(progress._asdict()) + "\n")
+    except OSError as error:
+        if ranks.rank == 0:
+            clear_unfinished(config)
+        raise UserError(
+            f"checkpoint {final} cannot be written: {error.strerror}; make room and run the command again, it resumes "
+            "from the checkpoint before"
+        ) from None
     dist.barrier()
     if ranks.rank == 0:
         partial.replace(final)
@@ -56,6 +66,18 @@ def save(engine: Any, config: RunConfig, tokenizer: Tokenizer, step: int, ranks:
                 shutil.rmtree(old)
     dist.barrier()
     return final
+
+
+def clear_unfinished(config: RunConfig) -> None:
+    """Remove what a save that did not end has left."""
+    for leftover in (config.run_dir / "checkpoints").glob(f"{PARTIAL}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def last_step(config: RunConfig) -> int:
+    """The step of the newest checkpoint in the run's folder, 0 where there is none."""
+    found = checkpoints(config.run_dir)
+    return read_progress(found[-1]).step if found else 0
 
 
 def check_resumable(config: RunConfig, tokenizer: Tokenizer, world_size: int) -> None:
@@ -95,7 +117,7 @@ def _identity(config: RunConfig) -> dict[str, Any]:
 
 
 def resume(engine: Any, config: RunConfig) -> int:
-    """Load the newest checkpoint in the run's folder into the engine; returns its step, 0 where there is none.
+    """Load the newest checkpoint in the run's folder into the engine, if there is one; returns the step to go on from.
 
     Raises:
         UserError: its engine shards cannot be read.
@@ -108,4 +130,4 @@ def resume(engine: Any, config: RunConfig) -> int:
         load_engine(engine, newest / ENGINE)
     except UserError as error:
         raise UserError(f"{error}; remove {newest} to resume from the checkpoint before it") from None
-    return read_progress(newest).step
+    return last_step(config)

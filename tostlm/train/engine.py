@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import pickle
+import shutil
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,6 +27,7 @@ from tostlm.launch import Ranks
 from tostlm.model import LM, parameter_groups
 
 SHARDS = "shards"  # DeepSpeed's tag
+SMALLEST_DISK_BYTES = 1 << 20  # less is called full
 
 # DeepSpeed calls collectives by names that torch deprecates, once a collective.
 warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor)", category=FutureWarning)
@@ -116,8 +119,16 @@ def _unreported_grad_norm(engine: Any) -> Tensor | None:
 
 
 def save_engine(engine: Any, folder: Path) -> None:
-    """Write every rank's shards under `folder`; every rank must call."""
-    engine.save_checkpoint(str(folder), tag=SHARDS, save_latest=False)
+    """Write every rank's shards under `folder`; every rank must call.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    try:
+        engine.save_checkpoint(str(folder), tag=SHARDS, save_latest=False)
+    except RuntimeError as error:  # torch's writer keeps the system's reason to itself
+        full = shutil.disk_usage(folder).free < SMALLEST_DISK_BYTES
+        raise OSError(errno.ENOSPC if full else errno.EIO, os.strerror(errno.ENOSPC) if full else str(error)) from error
 
 
 def load_engine(engine: Any, folder: Path) -> None:

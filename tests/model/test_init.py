@@ -1,0 +1,57 @@
+"""The authors' start and their decay groups, which a port must not change in silence."""
+
+import math
+
+import pytest
+import torch
+
+from tostlm.model import ModelConfig, create_lm, parameter_groups
+
+CONFIG = ModelConfig(layers=8, width=128, heads=4, vocab_size=2000, positions=256, mixers=("tssa", "softmax"))
+
+
+def test_one_seed_is_one_model() -> None:
+    a, b, other = create_lm(CONFIG, 1), create_lm(CONFIG, 1), create_lm(CONFIG, 2)
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    assert not torch.equal(a.embed.weight, other.embed.weight)
+
+
+def test_starting_values() -> None:
+    for name, parameter in create_lm(CONFIG, 0).requires_grad_(False).named_parameters():
+        if name.endswith("out_proj.weight"):
+            assert float(parameter.std()) == pytest.approx(0.02 / math.sqrt(2 * 8), rel=0.05)
+        elif "scale_" in name:
+            assert (parameter == 1e-5).all()
+        elif name.endswith("mixer.bias"):
+            assert (parameter == 0).all()
+        elif name.endswith("temp") or "norm" in name:
+            assert (parameter == 1).all()
+        else:
+            assert float(parameter.std()) == pytest.approx(0.02, rel=0.05), name
+            assert abs(parameter.mean()) < 1e-3
+
+
+def test_what_decays() -> None:
+    lm = create_lm(CONFIG, 0)
+    names = {parameter: name for name, parameter in lm.named_parameters()}
+    decayed, kept = parameter_groups(lm, weight_decay=0.1)
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
+    kept_kinds = {names[p].removesuffix(".weight").rsplit(".", 1)[-1] for p in kept["params"]}
+    assert kept_kinds == {"norm", "norm_mixer", "norm_mlp", "scale_mixer", "scale_mlp", "temp", "bias"}
+    decayed_kinds = {names[p].removesuffix(".weight").rsplit(".", 1)[-1] for p in decayed["params"]}
+    assert decayed_kinds == {"embed", "positions", "in_proj", "out_proj"}
+    assert len(decayed["params"]) + len(kept["params"]) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"width": 100, "heads": 3}, "width 100 does not divide into 3 heads"),
+        ({"layers": 0}, "layers 0 must be at least 1"),
+        ({"mixers": ()}, "mixers is empty"),
+        ({"halflife_tokens": (0, 5)}, "must be positive"),
+    ],
+)
+def test_impossible_shapes(change: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ModelConfig(**{"layers": 2, "width": 8, "heads": 2, "vocab_size": 9, "positions": 4, **change})

@@ -1,0 +1,69 @@
+"""The arrows between the packages, held: who may import whom."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / "tostlm"
+FILES = sorted(PACKAGE.rglob("*.py"))
+MAY_IMPORT = {  # of tostlm's own packages and modules
+    "tssa": set(),
+    "model": {"tssa"},
+    "errors": set(),
+    "files": {"errors"},
+    "config": {"errors", "model"},
+    "data": {"errors", "files"},
+    "launch": {"errors"},
+    "checkpoint": {"config", "data", "errors", "model"},
+    "train": {"checkpoint", "config", "data", "errors", "files", "launch", "model"},
+    "eval": {"checkpoint", "config", "data", "errors", "files", "model"},
+    "bench": {"config", "errors", "files", "model"},
+    "convert": {"checkpoint", "data", "errors", "files", "model"},
+}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            found.add(node.module or "")
+    return found
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if room(p) in MAY_IMPORT], ids=lambda p: str(p.relative_to(ROOT)))
+def test_arrows(path: Path) -> None:
+    own = {name.split(".")[1] for name in imports(path) if name.startswith("tostlm.")}
+    assert own - {room(path)} <= MAY_IMPORT[room(path)]
+
+
+def importers(module: str) -> set[str]:
+    return {str(p.relative_to(PACKAGE)) for p in FILES if any(i.split(".")[0] == module for i in imports(p))}
+
+
+def test_each_engine_has_one_door() -> None:
+    assert importers("deepspeed") == {"train/engine.py"}
+    assert {path.split("/")[0] for path in importers("transformers")} == {"convert"}
+    assert importers("matplotlib") == {"eval/report.py"}
+
+
+def test_the_operator_and_the_models_import_torch_alone() -> None:
+    for path in FILES:
+        if room(path) in ("tssa", "model"):
+            foreign = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - {"tostlm"}
+            assert foreign <= {"torch"}, path
+
+
+def test_files_stay_readable() -> None:
+    for path in FILES:
+        assert len(path.read_text().splitlines()) <= 300, path

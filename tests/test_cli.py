@@ -1,0 +1,87 @@
+"""The command line as a person meets it: help that teaches, mistakes in one line, disks that are full."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Run, fail, succeed, tostlm
+from tostlm.checkpoint import checkpoints
+from tostlm.data import Tokenizer, read_manifest
+
+VERBS = ["quickstart", "config", "tokenizer", "prepare", "data", "train", "eval", "generate", "bench", "convert"]
+
+
+def test_help_teaches_the_way() -> None:
+    printed = succeed(tostlm("--help"))
+    assert "text -> tokenizer -> token shards -> training -> checkpoint" in printed
+    listed = re.findall(r"^  (\w+)  ", printed.split("Commands:")[1], re.MULTILINE)
+    assert sorted(listed) == sorted(VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb: str) -> None:
+    assert len(succeed(tostlm(verb, "--help"))) > 100
+
+
+def test_help_is_quick_to_import() -> None:
+    """Nothing heavy is loaded before a verb needs it."""
+    code = "import sys, tostlm.cli; assert not {'torch', 'deepspeed', 'transformers', 'datasets'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_from_text_to_shards(corpus: Path, tmp_path: Path) -> None:
+    model, out = tmp_path / "tokenizer.model", tmp_path / "data"
+    printed = succeed(tostlm("tokenizer", "train", "--source", str(corpus), "--vocab-size", "400", "--out", str(model)))
+    assert Tokenizer.load(model).sha256 in printed
+    copy = tmp_path / "more.jsonl"
+    copy.write_text('{"text": "and another file"}\n')
+    command = ["prepare", "--source", str(corpus), str(copy), "--tokenizer", str(model), "--out", str(out)]
+    printed = succeed(tostlm(*command, "--heldout-fraction", "0.1"))
+    manifest = read_manifest(out)
+    assert sum(split.documents for split in manifest.splits.values()) == 61
+    assert f"train {manifest.splits['train'].tokens:,} tokens" in printed
+    assert "5 files are whole" in succeed(tostlm("data", "verify", str(out)))
+    fail(tostlm(*command), "is prepared already")
+    fail(tostlm("prepare", "--source", "nowhere.txt", "--tokenizer", str(model), "--out", "x"), "names no file")
+    fail(tostlm("prepare", "--source", str(corpus), "--tokenizer", "no.model", "--out", "x"), "no.model does not exist")
+    fail(tostlm("data", "verify", str(tmp_path)), "holds no prepared data")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of two megabytes."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small tmpfs takes root; run the tests as root to enable")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], check=True)
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_while_preparing(small_disk: Path, corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "t.model").write_bytes(tokenizer.model)
+    source = ["--source", *[str(corpus)] * 10, "--tokenizer", str(tmp_path / "t.model")]
+    fail(tostlm("prepare", *source, "--out", str(small_disk / "data")), "No space left on device")
+    assert not list(small_disk.iterdir())
+
+
+@pytest.mark.parametrize("free_bytes", [100_000, 400_000], ids=["in the shards", "in the weights"])
+def test_a_full_disk_while_saving(small_disk: Path, run: Run, free_bytes: int) -> None:
+    overrides = [f"run_dir={small_disk}/run", "train.keep_last_checkpoints=1"]
+    run.dir = small_disk / "run"
+    succeed(run.train(*overrides, "train.steps=3"))
+    ballast = small_disk / "ballast"
+    room = os.statvfs(small_disk)
+    ballast.write_bytes(b"x" * (room.f_bavail * room.f_frsize - free_bytes))
+    fail(run.train(*overrides), "checkpoint", "step-00000006 cannot be written: No space left on device", "make room")
+    assert [path.name for path in (run.dir / "checkpoints").iterdir()] == ["step-00000003"]
+
+    ballast.unlink()
+    succeed(run.train(*overrides))
+    assert [path.name for path in checkpoints(run.dir)] == ["step-00000006"]

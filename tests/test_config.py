@@ -1,0 +1,129 @@
+"""Configs are strict, and every mistake is one line with the way out."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT, Run, fail, succeed, tostlm
+from tostlm.config import DEEPSPEED_KEYS, batches, dump_config, load_config
+from tostlm.errors import UserError
+from tostlm.model import count_parameters
+from tostlm.train.engine import deepspeed_dict
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+SIZES = {  # millions of parameters without position embeddings
+    "tost-base": 110,
+    "tost-medium": 304,
+    "tost-large": 655,
+    "gpt2-base": 124,
+    "gpt2-medium": 354,
+    "gpt2-large": 772,
+    "quickstart": 1.18,
+    "quickstart-gpt2": 1.31,
+}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_builds(path: Path) -> None:
+    config = load_config(path)
+    assert count_parameters(config.model) / 1e6 == pytest.approx(SIZES[path.stem], rel=0.005)
+    deepspeed_dict(config, world_size=2 if "quickstart" in path.stem else 8)
+
+
+@pytest.mark.parametrize("size", ["base", "medium", "large"])
+def test_the_authors_recipe(size: str) -> None:
+    tost, gpt2 = (load_config(ROOT / "configs" / f"{kind}-{size}.yaml") for kind in ("tost", "gpt2"))
+    assert tost.train == gpt2.train
+    assert tost.optimizer == gpt2.optimizer
+    assert (tost.train.batch_tokens, tost.train.steps, tost.tokens) == (491_520, 600_000, 294_912_000_000)
+    optimizer = tost.optimizer
+    assert (optimizer.lr, optimizer.min_lr, optimizer.warmup_steps, optimizer.betas) == (6e-4, 6e-5, 2000, (0.9, 0.95))
+    assert optimizer.weight_decay == (1e-2 if size == "base" else 1e-1)
+    assert tost.deepspeed["gradient_clipping"] == 1.0
+    assert tost.data.context_tokens == tost.model.positions == 1024
+
+
+def test_dump_reads_back(run: Run, tmp_path: Path) -> None:
+    config = run.config("optimizer.lr=3e-3", "model.layers=5")
+    (tmp_path / "dumped.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "dumped.yaml") == config
+    assert (config.optimizer.lr, config.model.layers) == (3e-3, 5)
+
+
+def test_overrides_make_missing_parents(run: Run) -> None:
+    assert run.config("deepspeed.bf16.enabled=true").deepspeed["bf16"] == {"enabled": True}
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.widht=3", "model.widht is an unknown key; the nearest is model.width"),
+        ("optimiser.lr=1", "optimiser is an unknown key; the nearest is optimizer"),
+        ("data.context=1", "data.context is an unknown key; the nearest is data.context_tokens"),
+        ("optimizer.lr=fast", "optimizer.lr='fast': input should be a valid number"),
+        ("train.steps=true", "train.steps=True: input should be a valid integer"),
+        ("train.steps=0", "train.steps=0: input should be greater than or equal to 1"),
+        ("train.steps=null", "train.steps=None"),
+        ("model.mixers=[gru]", "model.mixers.0='gru': input should be 'tssa' or 'softmax'"),
+        ("model.heads=3", "model: width 32 does not divide into 3 heads"),
+        ("train.batch_tokens=1000", "train.batch_tokens 1000 does not divide into contexts of 64 tokens; try 1024"),
+        ("optimizer.schedule=wsd", "decay_steps goes with schedule wsd"),
+        ("optimizer.min_lr=1", "min_lr 1.0 is above lr"),
+        ("deepspeed.train_batch_size=8", "deepspeed.train_batch_size is derived; set train.batch_tokens instead"),
+        ("deepspeed.zero_optimisation=1", "is no DeepSpeed key; the nearest is zero_optimization"),
+        ("model.positions=32", "data.context_tokens 64 is longer than model.positions 32"),
+        ("steps", "override 'steps' is not KEY=VALUE"),
+        ("train.steps.x=3", "steps holds a value, not keys"),
+        ("train.steps=[1", "'[1' is not a YAML value"),
+    ],
+)
+def test_mistakes(run: Run, override: str, words: str) -> None:
+    with pytest.raises(UserError) as error:
+        run.config(override)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_key(tmp_path: Path, run: Run) -> None:
+    content = yaml.safe_load(run.file.read_text())
+    del content["optimizer"]["lr"]
+    (tmp_path / "less.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=r"optimizer\.lr is missing"):
+        load_config(tmp_path / "less.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [("a: [", "is not YAML"), ("- 1", "must be a mapping"), (None, "cannot")]
+)
+def test_not_a_config(tmp_path: Path, content: str | None, words: str) -> None:
+    if content is not None:
+        (tmp_path / "x.yaml").write_text(content)
+    with pytest.raises(UserError, match=words):
+        load_config(tmp_path / "x.yaml")
+
+
+def test_batches_are_shared_out(run: Run) -> None:
+    assert batches(run.config(), 2) == (8, 2, 2)
+    with pytest.raises(UserError, match=r"512 does not divide into 3 ranks x train.micro_batch_tokens 128; try .*=384"):
+        batches(run.config(), 3)
+
+
+def test_deepspeed_keys_pass_through_unchanged(run: Run) -> None:
+    config = run.config("deepspeed.zero_optimization.offload_optimizer.device=cpu", "deepspeed.bf16.enabled=true")
+    derived = deepspeed_dict(config, 4)
+    assert {key: derived[key] for key in config.deepspeed} == config.deepspeed
+    assert (
+        derived["train_batch_size"],
+        derived["train_micro_batch_size_per_gpu"],
+        derived["gradient_accumulation_steps"],
+    ) == (8, 2, 1)
+    assert set(config.deepspeed) <= set(DEEPSPEED_KEYS)
+
+
+def test_the_verb(run: Run) -> None:
+    printed = succeed(tostlm("config", str(run.file), "train.steps=7"))
+    assert "steps: 7" in printed
+    assert "# parameters       37,156" in printed
+    assert "# total tokens     3,584" in printed
+    fail(tostlm("config", str(run.file), "model.widht=7"), "model.widht", "model.width")

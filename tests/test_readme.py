@@ -1,0 +1,81 @@
+"""Every command of the README runs, as a reader would run it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT, tostlm
+from tostlm.data import documents, train_tokenizer
+
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_first_two_commands() -> None:
+    assert blocks("sh")[0].split("\n")[:2] == ["make quickstart", "make test"]
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "make test"
+    makefile = (ROOT / "Makefile").read_text()
+    for line in ("tostlm quickstart", "ruff check .", "ruff format --check .", "mypy", "pytest"):
+        assert f"$(BIN)/{line}\n" in makefile
+
+
+def test_every_command_and_the_python(tmp_path: Path, speeches: list[str]) -> None:
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "mydir").mkdir()
+    for half in (0, 1):
+        rows = [json.dumps({"text": text}) for text in speeches[half::2]]
+        (tmp_path / "mydir" / f"{half}.jsonl").write_text("\n".join(rows) + "\n")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def run(command: list[str]) -> None:
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, f"{command[-1]}\n{result.stdout}{result.stderr}"
+
+    for command in blocks("sh")[1].splitlines():
+        run(["sh", "-c", command])
+    (snippet,) = blocks("python")
+    run([sys.executable, "-c", snippet])
+    assert (tmp_path / "runs" / "mine" / "tost" / "perplexity.png").exists()
+
+
+def test_every_verb_is_shown() -> None:
+    verbs = set(re.findall(r"^  (\w+)  ", tostlm("--help").stdout.split("Commands:")[1], re.MULTILINE))
+    assert verbs == {"quickstart"} | {line.split()[1] for line in blocks("sh")[1].splitlines()}
+
+
+def test_the_table_of_configs() -> None:
+    for path in (ROOT / "configs").glob("*.yaml"):
+        config = yaml.safe_load(path.read_text())
+        shape = " x ".join(str(config["model"][key]) for key in ("layers", "width", "heads"))
+        size = path.stem.removeprefix("tost-").removeprefix("gpt2-")
+        row = next(line for line in README.splitlines() if line.startswith("| `") and size in line and shape in line)
+        assert f"{int(config['train']['batch_tokens']):,} | {int(config['train']['steps']):,} |" in row
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "tokenizer").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("https://") or (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_the_recorded_tokenizer_is_what_its_recipe_makes(tmp_path: Path) -> None:
+    recipe = (ROOT / "tokenizer" / "speeches-4096.sh").read_text()
+    source, vocab_size = re.search(r"--source '(\S+)' --vocab-size (\d+)", recipe).groups()
+    tokenizer = train_tokenizer(documents([source]), int(vocab_size), tmp_path / "t.model")
+    assert f"`{tokenizer.sha256}`" in (ROOT / "tokenizer" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("word", ["TODO", "FIXME", "XXX"])
+def test_nothing_is_left_for_later(word: str) -> None:
+    for path in [*(ROOT / "tostlm").rglob("*.py"), *ROOT.glob("*.md")]:
+        assert word not in path.read_text(), path

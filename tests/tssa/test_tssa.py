@@ -1,0 +1,219 @@
+"""The heart: whole == pieces == steps == reference, in values, end state and every gradient."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tostlm.tssa import State, tssa, tssa_reference
+
+Operator = Callable[..., tuple[Tensor, State]]
+
+
+class Inputs(NamedTuple):
+    w: Tensor
+    temp: Tensor
+    bias: Tensor | None
+    rho: Tensor | None
+    reset: Tensor | None
+    state: State | None
+
+    def differentiable(self) -> list[Tensor]:
+        return [x for x in (self.w, self.temp, self.bias, self.rho, *(self.state or ())) if x is not None]
+
+
+def draw(
+    B: int = 2, T: int = 33, H: int = 3, D: int = 4, bias: str = "none", options: Sequence[str] = (), seed: int = 0
+) -> Inputs:
+    """Random inputs in float64, every floating one asking for its gradient."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    def positive(*shape: int) -> Tensor:
+        return (0.5 + torch.rand(*shape, generator=generator, dtype=torch.float64)).requires_grad_()
+
+    return Inputs(
+        w=normal(B, T, H * D),
+        temp=positive(H),
+        bias={"none": lambda: None, "shared": lambda: normal(T, H), "own": lambda: normal(B, T, H)}[bias](),
+        rho=torch.linspace(1, 0.5, H, dtype=torch.float64).requires_grad_() if "rho" in options else None,
+        reset=torch.rand(B, T, generator=generator) < 0.1 if "reset" in options else None,
+        state=State(positive(B, H * D), positive(B, H), positive(B, H * D)) if "state" in options else None,
+    )
+
+
+def outcome(operator: Operator, inputs: Inputs) -> list[Tensor]:
+    """y, the end state and every gradient, from gradients that arrive at y and at the end state."""
+    y, state = operator(*inputs)
+    outputs = [y, *state]
+    arriving = [torch.sin(torch.arange(x.numel()).double()).to(x.dtype).view_as(x) for x in outputs]
+    gradients = torch.autograd.grad(outputs, inputs.differentiable(), arriving, allow_unused=True)
+    zeros = [torch.zeros_like(x) for x in inputs.differentiable()]
+    return [*outputs, *(z if g is None else g for g, z in zip(gradients, zeros, strict=True))]
+
+
+def in_pieces(cuts: Sequence[int]) -> Operator:
+    """The operator called piece by piece, each with the state of the one before."""
+
+    def operator(
+        w: Tensor, temp: Tensor, bias: Tensor | None, rho: Tensor | None, reset: Tensor | None, state: State | None
+    ) -> tuple[Tensor, State]:
+        ys = []
+        edges = [0, *cuts, w.shape[1]]
+        for start, stop in itertools.pairwise(edges):
+            b = None if bias is None else bias[..., start:stop, :]
+            y, state = tssa(w[:, start:stop], temp, b, rho, None if reset is None else reset[:, start:stop], state)
+            ys.append(y)
+        assert state is not None
+        return torch.cat(ys, 1), state
+
+    return operator
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-9) -> None:
+    for index, (a, b) in enumerate(zip(found, expected, strict=True)):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda m, i=index: f"output {i}: {m}")
+
+
+@pytest.mark.parametrize("T", [1, 2, 31, 32, 33, 63, 100])
+@pytest.mark.parametrize("bias", ["none", "shared", "own"])
+@pytest.mark.parametrize("options", [(), ("rho",), ("reset",), ("state",), ("rho", "reset", "state")], ids="+".join)
+def test_equals_the_reference(T: int, bias: str, options: tuple[str, ...]) -> None:
+    inputs = draw(T=T, bias=bias, options=options)
+    assert_same(outcome(tssa, inputs), outcome(tssa_reference, inputs))
+
+
+def test_equals_the_reference_over_several_blocks() -> None:
+    inputs = draw(B=1, T=2100, H=2, D=2, bias="shared", options=("rho", "reset", "state"))
+    assert_same(outcome(tssa, inputs), outcome(tssa_reference, inputs), tolerance=1e-8)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), T=st.integers(2, 90), seed=st.integers(0, 9))
+def test_pieces_equal_the_whole(data: st.DataObject, T: int, seed: int) -> None:
+    cuts = sorted(data.draw(st.sets(st.integers(1, T - 1), max_size=5)))
+    inputs = draw(T=T, bias="own", options=("rho", "reset", "state"), seed=seed)
+    assert_same(outcome(in_pieces(cuts), inputs), outcome(tssa, inputs))
+
+
+def test_single_steps_equal_the_whole() -> None:
+    inputs = draw(T=40, bias="shared", options=("rho", "state"))
+    assert_same(outcome(in_pieces(range(1, 40)), inputs), outcome(tssa, inputs))
+
+
+@pytest.mark.parametrize("operator", [tssa, tssa_reference])
+def test_gradients_are_derivatives(operator: Operator) -> None:
+    inputs = draw(B=2, T=9, H=3, D=2, bias="own", options=("rho", "state"))
+    reset = torch.zeros(2, 9, dtype=torch.bool)
+    reset[0, 4] = reset[1, 0] = True
+
+    def function(w: Tensor, temp: Tensor, bias: Tensor, rho: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        y, after = operator(w, temp, bias, rho, reset, State(*state))
+        return y, *after
+
+    assert torch.autograd.gradcheck(function, inputs.differentiable())
+
+
+def test_a_reset_is_the_beginning_of_a_document() -> None:
+    first, second = draw(T=20, options=("rho",), seed=1), draw(T=30, options=("rho",), seed=2)
+    reset = torch.zeros(2, 50, dtype=torch.bool)
+    reset[:, 20] = True
+    packed, end = tssa(torch.cat([first.w, second.w], 1), first.temp, None, first.rho, reset)
+    alone, alone_end = tssa(second.w, first.temp, None, first.rho)
+    assert_same([packed[:, 20:], *end], [alone, *alone_end])
+
+
+def test_the_future_changes_nothing() -> None:
+    inputs = draw(T=64, options=("rho",))
+    changed = inputs.w.detach().clone()
+    changed[:, 40:] = 7.0
+    assert torch.equal(tssa(changed, *inputs[1:])[0][:, :40], tssa(*inputs)[0][:, :40])
+
+
+def test_the_literal_operator_is_the_authors() -> None:
+    """The formula of the released code, over [B, H, T, D] with torch.cumsum."""
+    inputs = draw(T=50, bias="shared")
+    B, T, H, D = 2, 50, 3, 4
+    w = inputs.w.view(B, T, H, D).transpose(1, 2)
+    square = w**2
+    normed = square / square.cumsum(-2).clamp_min(1e-12) + inputs.bias.t()[None, :, :, None]
+    Pi = torch.softmax(normed.sum(-1) * inputs.temp[:, None], dim=1)
+    dots = (square * Pi[..., None]).cumsum(-2) / (Pi.cumsum(-1) + 1e-8)[..., None]
+    y = (-(w * Pi[..., None]) / (1 + dots)).transpose(1, 2).reshape(B, T, H * D)
+    torch.testing.assert_close(tssa(*inputs)[0], y, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+def test_low_precision_costs_its_own_rounding_alone(dtype: torch.dtype, tolerance: float) -> None:
+    inputs = draw(T=200, bias="shared", options=("rho",))
+    low = inputs._replace(**{name: getattr(inputs, name).detach().to(dtype).requires_grad_() for name in ("w", "temp")})
+    exact = low._replace(w=low.w.detach().double().requires_grad_(), temp=low.temp.detach().double().requires_grad_())
+    found, expected = outcome(tssa, low), outcome(tssa_reference, exact)
+    assert found[0].dtype == dtype
+    assert found[4].dtype == dtype  # the gradient of w
+    for a, b in zip(found[:5], expected[:5], strict=True):
+        error = (a.double() - b).norm() / b.norm()
+        assert error < tolerance
+
+
+def test_the_carry_does_not_lose_tokens_over_a_long_context() -> None:
+    """A running sum in fp32 stalls where its terms fall below its spacing; the state must not."""
+    w = torch.ones(1, 200_000, 2)
+    w[:, 0] = 300.0  # 90,000 of energy, whose fp32 spacing is 1/128
+    w[:, 1:] = 0.05  # 0.0025 each
+    _, state = tssa(w, torch.ones(1))
+    expected = 90_000 + 199_999 * w[0, 1, 0].double() ** 2
+    torch.testing.assert_close(state.energy[0, 0], expected, rtol=2e-6, atol=0)  # fp32 would be 5e-3 off
+
+
+def test_degenerate_inputs() -> None:
+    temp = torch.ones(2)
+    empty, state = tssa(torch.zeros(3, 0, 4), temp)
+    assert empty.shape == (3, 0, 4)
+    assert all(torch.equal(x, torch.zeros_like(x)) for x in state)
+    assert torch.equal(tssa(torch.zeros(1, 5, 4), temp)[0], torch.zeros(1, 5, 4))
+    for scale in (1e18, 1e-30):
+        assert tssa(torch.full((1, 40, 4), scale), temp)[0].isfinite().all()
+
+
+def test_nan_in_one_sequence_stays_there() -> None:
+    w = torch.randn(2, 70, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    clean = tssa(w, torch.ones(3))[0][1]
+    w[0, 3, 2] = torch.nan
+    poisoned = w.requires_grad_()
+    y, _ = tssa(poisoned, torch.ones(3))
+    y[1].sum().backward()
+    assert torch.equal(y[1], clean)
+    assert poisoned.grad is not None
+    assert poisoned.grad[1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"w": torch.zeros(4, 5)}, "w has shape (4, 5)"),
+        ({"temp": torch.ones(5)}, "heads dividing 12"),
+        ({"bias": torch.zeros(7, 3)}, "bias has shape (7, 3)"),
+        ({"rho": torch.ones(1)}, "rho has shape (1,)"),
+        ({"reset": torch.zeros(2, 3, dtype=torch.bool)}, "reset has shape (2, 3)"),
+        ({"state": State.zeros(2, 12, 4)}, "state.mass has shape (2, 4)"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(change: dict[str, object], words: str) -> None:
+    arguments = {"w": torch.zeros(2, 33, 12), "temp": torch.ones(3), **change}
+    with pytest.raises(ValueError, match=words.replace("(", r"\(").replace(")", r"\)")):
+        tssa(**arguments)
+
+
+def test_states_of_chosen_sequences() -> None:
+    _, state = tssa(*draw(B=3))
+    chosen = state.select(torch.tensor([2, 0, 0]))
+    assert torch.equal(chosen.energy, state.energy[[2, 0, 0]])
+    assert torch.equal(chosen.mass, state.mass[[2, 0, 0]])
