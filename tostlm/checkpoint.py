@@ -57,6 +57,11 @@ class Checkpoint(NamedTuple):
     progress: Progress
 
 
+def best_device() -> torch.device:
+    """This machine's accelerator, or its CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
 def checkpoints(run_dir: Path) -> list[Path]:
     """A run's finished checkpoints, oldest first."""
     folder = run_dir / "checkpoints"
@@ -90,7 +95,7 @@ def read_progress(checkpoint: Path) -> Progress:
         raise UserError(f"checkpoint {checkpoint} has no readable {PROGRESS}; use an older one") from None
 
 
-def load(path: Path, dtype: torch.dtype | None = None) -> Checkpoint:
+def load(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
     """Load a model for evaluation or conversion, from a checkpoint or a run's folder; nothing is unpickled.
 
     Raises:
@@ -106,5 +111,5 @@ def load(path: Path, dtype: torch.dtype | None = None) -> Checkpoint:
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"checkpoint {checkpoint}: {WEIGHTS} does not fit its config ({reason})") from None
-    lm = lm.to(dtype).eval().requires_grad_(False)
+    lm = lm.to(device).eval().requires_grad_(False)
     return Checkpoint(checkpoint, lm, config, Tokenizer.load(checkpoint / TOKENIZER), read_progress(checkpoint))

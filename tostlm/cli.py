@@ -187,10 +187,9 @@ def generate(
     seed: int = 0,
 ) -> None:
     """Write text with a checkpoint."""
-    from tostlm.checkpoint import load
     from tostlm.eval.command import write_text
 
-    print(write_text(load(checkpoint), prompt, tokens, temperature, top_k, seed))
+    print(write_text(checkpoint, prompt, tokens, temperature, top_k, seed))
 
 
 @bench_app.command("train")

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from tostlm.checkpoint import Checkpoint, load
+from tostlm.checkpoint import best_device, load
 from tostlm.data import HELDOUT, TokenSet
 from tostlm.errors import UserError
 from tostlm.eval.generate import generate
@@ -23,7 +23,7 @@ def perplexity(
     Raises:
         UserError: a checkpoint, the data or the contexts do not go together.
     """
-    checkpoints = [load(path) for path in paths]
+    checkpoints = [load(path, best_device()) for path in paths]
     tokens = TokenSet(data or checkpoints[0].config.data.path, HELDOUT)
     out = out or checkpoints[0].config.run_dir
     require_writable(out)
@@ -49,14 +49,13 @@ def _names(run_dirs: Sequence[Path]) -> list[str]:
     return [f"{name}-{index}" if names.count(name) > 1 else name for index, name in enumerate(names)]
 
 
-def write_text(
-    checkpoint: Checkpoint, prompt: str, tokens: int, temperature: float, top_k: int | None, seed: int
-) -> str:
+def write_text(path: Path, prompt: str, tokens: int, temperature: float, top_k: int | None, seed: int) -> str:
     """The prompt and what the model writes after it, to the document's end or `tokens` tokens.
 
     Raises:
-        UserError: the prompt and the text are longer than the model's positions.
+        UserError: there is no checkpoint, or the prompt and the text are longer than the model's positions.
     """
+    checkpoint = load(path, best_device())
     tokenizer, positions = checkpoint.tokenizer, checkpoint.config.model.positions
     start = [tokenizer.eos_id, *tokenizer.encode(prompt)]  # a document begins after the end of another
     if positions is not None and len(start) + tokens - 1 > positions:

@@ -45,8 +45,10 @@ def deepspeed_dict(config: RunConfig, world_size: int) -> dict[str, Any]:
     }
 
 
-def join_ranks() -> torch.device:
+def join_ranks(ranks: Ranks) -> torch.device:
     """Meet the other ranks; returns this rank's device."""
+    if torch.cuda.is_available():  # a launcher may show each rank its own GPU alone
+        torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Training never calls the shared-memory all-reduce that DeepSpeed would compile for a minute at the first start.
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
@@ -91,8 +93,8 @@ def start_engine(config: RunConfig, lm: LM, ranks: Ranks) -> Any:
 class Step(NamedTuple):
     """What one update was like."""
 
-    loss: float  # mean over this rank's tokens, in nats
-    grad_norm: float  # of the whole gradient, before clipping
+    loss: Tensor  # mean over this rank's tokens, in nats
+    grad_norm: Tensor | float  # of the whole gradient, before clipping
 
 
 def train_step(engine: Any, tokens: Tensor, targets: Tensor, lr: float) -> Step:
@@ -108,7 +110,7 @@ def train_step(engine: Any, tokens: Tensor, targets: Tensor, lr: float) -> Step:
         engine.step()
         losses.append(loss.detach())
     grad_norm = engine.get_global_grad_norm() if unreported_norm is None else unreported_norm
-    return Step(float(torch.stack(losses).mean()), float(grad_norm))
+    return Step(torch.stack(losses).mean(), grad_norm)
 
 
 def _unreported_grad_norm(engine: Any) -> Tensor | None:

@@ -34,7 +34,7 @@ def train(config: RunConfig, ranks: Ranks) -> None:
         if ranks.rank == 0:
             print(f"{config.run_dir}: finished at step {last_step(config)}; raise train.steps to go on")
         return
-    device = join_ranks()
+    device = join_ranks(ranks)
     tokenizer = load_tokenizer(config.data.path)
     loader = Loader(
         TokenSet(config.data.path, TRAIN),
@@ -54,7 +54,7 @@ def train(config: RunConfig, ranks: Ranks) -> None:
             last = step == config.train.steps
 
             if step % config.train.log_every_steps == 0 or last:
-                metrics.train(step, mean_over_ranks(update.loss), lr, update.grad_norm)
+                metrics.train(step, mean_over_ranks(update.loss), lr, float(update.grad_norm))
             if step % config.train.eval_every_steps == 0 or last:
                 metrics.heldout(step, evaluate(engine, config, ranks, device))
                 metrics.restart_clock(step)
@@ -99,9 +99,9 @@ def evaluate(engine: Any, config: RunConfig, ranks: Ranks, device: torch.device)
     losses = []
     for index in range(passes):
         tokens, targets = on_device(loader.batch(index, ranks.rank, ranks.world), device)
-        losses.append(float(engine(tokens, targets=targets)[0]))
+        losses.append(engine(tokens, targets=targets)[0])
     engine.train()
-    return mean_over_ranks(sum(losses) / len(losses))
+    return mean_over_ranks(torch.stack(losses).mean())
 
 
 def on_device(batch: tuple[np.ndarray, np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -109,10 +109,8 @@ def on_device(batch: tuple[np.ndarray, np.ndarray], device: torch.device) -> tup
     return tokens, targets
 
 
-def mean_over_ranks(value: float) -> float:
+def mean_over_ranks(value: Tensor) -> float:
     """The mean of one number of each rank, on every rank."""
-    total = torch.tensor(value, dtype=torch.float64)
-    if dist.get_backend() == "nccl":
-        total = total.cuda()
+    total = value.double()
     dist.all_reduce(total)
     return float(total) / dist.get_world_size()
