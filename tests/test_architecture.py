@@ -47,6 +47,10 @@ def test_arrows(path: Path) -> None:
     assert own - {room(path)} <= MAY_IMPORT[room(path)]
 
 
+def test_every_room_has_its_arrows() -> None:
+    assert {room(path) for path in FILES} == MAY_IMPORT.keys() | {"__init__", "__main__", "cli", "quickstart"}
+
+
 def importers(module: str) -> set[str]:
     return {str(p.relative_to(PACKAGE)) for p in FILES if any(i.split(".")[0] == module for i in imports(p))}
 

@@ -34,6 +34,36 @@ def test_help_is_quick_to_import() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["tokenizer", "train", "--source", "x.txt", "--out", "t.model", "--vocab-size", "10"],
+        ["train", "x.yaml", "--nproc", "0"],
+        ["eval", "perplexity", "x", "--windows", "0"],
+        ["generate", "x", "--tokens", "-1"],
+        ["generate", "x", "--seed", "-1"],
+        ["bench", "train", "x.yaml", "--threads", "0"],
+    ],
+    ids=lambda arguments: arguments[-2],
+)
+def test_numbers_out_of_range(arguments: list[str]) -> None:
+    result = tostlm(*arguments)
+    assert result.returncode == 2
+    assert arguments[-2] in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_out_of_memory_is_said(run: Run) -> None:
+    fail(run.train("model.layers=2000", "model.width=65536"), "out of memory", "use a smaller model")
+
+
+def test_outputs_are_checked_before_the_work(corpus: Path, tmp_path: Path) -> None:
+    command = ["tokenizer", "train", "--source", str(corpus), "--vocab-size", "400", "--out"]
+    fail(tostlm(*command, str(tmp_path)), "is a folder; name a file in it")
+    fail(tostlm(*command, str(corpus / "x.model")), "cannot write in")
+    fail(tostlm(*command, str(tmp_path / ("x" * 300))), "File name too long")
+
+
 def test_from_text_to_shards(corpus: Path, tmp_path: Path) -> None:
     model, out = tmp_path / "tokenizer.model", tmp_path / "data"
     printed = succeed(tostlm("tokenizer", "train", "--source", str(corpus), "--vocab-size", "400", "--out", str(model)))
@@ -48,7 +78,7 @@ def test_from_text_to_shards(corpus: Path, tmp_path: Path) -> None:
     assert "5 files are whole" in succeed(tostlm("data", "verify", str(out)))
     fail(tostlm(*command), "is prepared already")
     fail(tostlm("prepare", "--source", "nowhere.txt", "--tokenizer", str(model), "--out", "x"), "names no file")
-    fail(tostlm("prepare", "--source", str(corpus), "--tokenizer", "no.model", "--out", "x"), "no.model does not exist")
+    fail(tostlm("prepare", "--source", str(corpus), "--tokenizer", "no.model", "--out", "x"), "no.model is no file")
     fail(tostlm("data", "verify", str(tmp_path)), "holds no prepared data")
 
 

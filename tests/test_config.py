@@ -73,6 +73,14 @@ def test_overrides_make_missing_parents(run: Run) -> None:
         ("deepspeed.train_batch_size=8", "deepspeed.train_batch_size is derived; set train.batch_tokens instead"),
         ("deepspeed.zero_optimisation=1", "is no DeepSpeed key; the nearest is zero_optimization"),
         ("model.positions=32", "data.context_tokens 64 is longer than model.positions 32"),
+        ("optimizer.lr=.inf", "optimizer.lr"),
+        ("model.layer_scale=.nan", "model.layer_scale"),
+        ("optimizer.betas=[1.5,2]", "optimizer.betas.0=1.5"),
+        ("optimizer.betas=[0.9]", "optimizer.betas needs 2 values"),
+        ("seed=-1", "seed=-1"),
+        ("model.vocab_size=99999999999999", "model: vocab_size 99999999999999 must be from 1 to"),
+        ("deepspeed.zero_optimization=2", "deepspeed.zero_optimization is 2; it must be a mapping of keys"),
+        ("deepspeed.gradient_clipping=abc", "deepspeed.gradient_clipping is 'abc'; it must be a number"),
         ("steps", "override 'steps' is not KEY=VALUE"),
         ("train.steps.x=3", "steps holds a value, not keys"),
         ("train.steps=[1", "'[1' is not a YAML value"),
@@ -94,7 +102,14 @@ def test_a_missing_key(tmp_path: Path, run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [("a: [", "is not YAML"), ("- 1", "must be a mapping"), (None, "cannot")]
+    ("content", "words"),
+    [
+        ("a: [", "is not YAML"),
+        ("- 1", "must be a mapping"),
+        (None, "cannot"),
+        ("seed: 2020-13-45", "is not YAML"),
+        ("a: &a [*a]", "alias"),
+    ],
 )
 def test_not_a_config(tmp_path: Path, content: str | None, words: str) -> None:
     if content is not None:

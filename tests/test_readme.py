@@ -12,7 +12,9 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, tostlm
+from tostlm.config import load_config
 from tostlm.data import documents, train_tokenizer
+from tostlm.model import count_parameters
 
 README = (ROOT / "README.md").read_text()
 
@@ -57,8 +59,10 @@ def test_the_table_of_configs() -> None:
     for path in (ROOT / "configs").glob("*.yaml"):
         config = yaml.safe_load(path.read_text())
         shape = " x ".join(str(config["model"][key]) for key in ("layers", "width", "heads"))
-        size = path.stem.removeprefix("tost-").removeprefix("gpt2-")
-        row = next(line for line in README.splitlines() if line.startswith("| `") and size in line and shape in line)
+        row = next(line for line in README.splitlines() if line.startswith(f"| `{path.stem}` |"))
+        assert shape in row
+        size = count_parameters(load_config(path).model) / 1e6
+        assert (f"{size:.0f}M" if size > 10 else f"{size:.1f}M") in row
         assert f"{int(config['train']['batch_tokens']):,} | {int(config['train']['steps']):,} |" in row
 
 

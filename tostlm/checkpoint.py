@@ -25,7 +25,7 @@ import torch
 
 from tostlm.config import RunConfig, load_config
 from tostlm.data import Tokenizer
-from tostlm.errors import UserError
+from tostlm.errors import UserError, reason_of
 from tostlm.model import LM
 
 WEIGHTS, CONFIG, TOKENIZER, PROGRESS, ENGINE = (
@@ -39,12 +39,11 @@ STEP = re.compile(r"^step-(\d{8,})$")
 
 
 class Progress(NamedTuple):
-    """Where a run was, and what wrote it."""
+    """Where a run was, and what a resumed one must share beside its config."""
 
     step: int
-    tokens: int
     world_size: int
-    zero_stage: int
+    data_sha256: str  # of the prepared data's manifest
 
 
 class Checkpoint(NamedTuple):
@@ -58,14 +57,19 @@ class Checkpoint(NamedTuple):
 
 
 def best_device() -> torch.device:
-    """This machine's accelerator, or its CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    """This machine's GPU, or its CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def checkpoint_folder(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """A run's finished checkpoints, oldest first."""
     folder = run_dir / "checkpoints"
-    found = [path for path in folder.iterdir() if STEP.match(path.name)] if folder.is_dir() else []
+    found = [path for path in folder.glob("step-*") if STEP.match(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
@@ -81,6 +85,11 @@ def resolve(path: Path) -> Path:
     if not found:
         raise UserError(f"{path} is neither a checkpoint nor the folder of a run that saved one")
     return found[-1]
+
+
+def run_folder(checkpoint: Path) -> Path:
+    """The folder of the run that wrote a checkpoint, wherever it is now; of a copied checkpoint, itself."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
 
 
 def read_progress(checkpoint: Path) -> Progress:
@@ -102,6 +111,9 @@ def load(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
         UserError: there is no checkpoint, or it is damaged.
     """
     checkpoint = resolve(path)
+    for name in (CONFIG, WEIGHTS, TOKENIZER):
+        if not (checkpoint / name).is_file():
+            raise UserError(f"checkpoint {checkpoint} has no {name}: it is damaged; use an older one")
     config = load_config(checkpoint / CONFIG)
     with torch.device("meta"):
         lm = LM(config.model)
@@ -109,7 +121,6 @@ def load(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
         weights = safetensors.torch.load_file(checkpoint / WEIGHTS)
         lm.load_state_dict(weights, assign=True)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"checkpoint {checkpoint}: {WEIGHTS} does not fit its config ({reason})") from None
+        raise UserError(f"checkpoint {checkpoint}: {WEIGHTS} does not fit its config ({reason_of(error)})") from None
     lm = lm.to(device).eval().requires_grad_(False)
     return Checkpoint(checkpoint, lm, config, Tokenizer.load(checkpoint / TOKENIZER), read_progress(checkpoint))

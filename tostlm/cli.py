@@ -6,12 +6,13 @@ import errno
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tostlm.errors import UserError
+from tostlm.errors import UserError, reason_of
 
 HELP = """Pretrain language models whose token mixer is linear in the context.
 
@@ -38,6 +39,10 @@ app.add_typer(data_app, name="data")
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 
+MENDABLE = (  # limits of a disk, and paths that cannot be written
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
+)
 INTERRUPTED = 128 + signal.SIGINT
 SOURCE_HELP = "file, folder, glob, package:NAME/GLOB or Hugging Face OWNER/NAME[:CONFIG][@SPLIT]; may be repeated"
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="the run's YAML file, as in configs/")]
@@ -52,7 +57,7 @@ TextColumn = Annotated[str, typer.Option(help="column that holds the text")]
 CheckpointPath = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="a checkpoint, or a run's folder for its newest")
 ]
-Threads = Annotated[int | None, typer.Option(help="threads; default: one a core")]
+Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="threads; default: one a core")]
 
 
 @app.command()
@@ -60,7 +65,7 @@ def quickstart(
     configs: Annotated[Path, typer.Option(help="folder with quickstart.yaml and quickstart-gpt2.yaml")] = Path(
         "configs"
     ),
-    nproc: Annotated[int, typer.Option(help="training processes")] = 2,
+    nproc: Annotated[int, typer.Option(min=1, help="training processes")] = 2,
 ) -> None:
     """The whole way on presidential speeches, for ToST and GPT-2; a second run goes on where the first ended."""
     from tostlm.quickstart import quickstart as run
@@ -85,16 +90,19 @@ def config(config: ConfigFile, overrides: Overrides = None) -> None:
 @tokenizer_app.command("train")
 def tokenizer_train(
     source: Sources,
-    vocab_size: Annotated[int, typer.Option(help="pieces, the 256 bytes among them")],
+    vocab_size: Annotated[int, typer.Option(min=260, max=1_000_000, help="pieces, the 256 bytes among them")],
     out: Annotated[Path, typer.Option(help="the .model file to write")],
     more: MoreSources = None,
     text_column: TextColumn = "text",
+    text_bytes: Annotated[int, typer.Option(min=1, help="stop reading after this much text")] = 1_000_000_000,
 ) -> None:
     """Train a lossless SentencePiece BPE tokenizer."""
     from tostlm.data import documents, train_tokenizer
+    from tostlm.files import require_file_writable
 
+    require_file_writable(out)
     texts = documents([*source, *(more or [])], text_column)
-    tokenizer = train_tokenizer(texts, vocab_size, out)
+    tokenizer = train_tokenizer(texts, vocab_size, out, text_bytes)
     print(f"{out}: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.sha256}")
 
 
@@ -106,7 +114,7 @@ def prepare(
     more: MoreSources = None,
     text_column: TextColumn = "text",
     heldout_fraction: Annotated[float, typer.Option(help="share of the documents kept from training")] = 0.01,
-    shard_tokens: Annotated[int, typer.Option(help="a new shard begins after this many tokens")] = 100_000_000,
+    shard_tokens: Annotated[int, typer.Option(min=1, help="a new shard begins after this many tokens")] = 100_000_000,
     threads: Threads = None,
 ) -> None:
     """Tokenize text into shards with a manifest and a held-out split."""
@@ -139,13 +147,15 @@ def data_verify(folder: Annotated[Path, typer.Argument(help="a folder made by `t
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
-    nproc: Annotated[int | None, typer.Option(help="processes on this machine; default: one a GPU, or one")] = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="processes on this machine; default: one a GPU, or one")
+    ] = None,
 ) -> None:
     """Train a run from its newest checkpoint, or from the start.
 
     Under torchrun or a Slurm step the ranks come from there; otherwise --nproc processes are started here.
     """
-    from tostlm.config import load_config
+    from tostlm.config import batches, load_config
     from tostlm.launch import export_rendezvous, ranks_from_environment, run_local
 
     run = load_config(config, overrides or [])
@@ -154,6 +164,7 @@ def train(
         import torch
 
         processes = nproc or torch.cuda.device_count() or 1
+        batches(run, processes)
         raise typer.Exit(run_local(["train", str(config), *(overrides or [])], processes))
     if nproc is not None:
         raise UserError(f"--nproc {nproc} is for machines without a launcher; here one has started {ranks.world} ranks")
@@ -168,7 +179,7 @@ def eval_perplexity(
     checkpoints: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT...", help="checkpoints or folders of runs")],
     contexts: Annotated[str, typer.Option(help="context lengths in tokens, with commas between")] = "128,256,512,1024",
     data: Annotated[Path | None, typer.Option(help="prepared data; default: the first checkpoint's")] = None,
-    windows: Annotated[int, typer.Option(help="windows scored at each context")] = 64,
+    windows: Annotated[int, typer.Option(min=1, help="windows scored at each context")] = 64,
     out: Annotated[Path | None, typer.Option(help="folder for .json, .csv, .png; default: the first run's")] = None,
 ) -> None:
     """Perplexity on held-out documents at growing contexts, the same tokens scored at every one."""
@@ -181,10 +192,10 @@ def eval_perplexity(
 def generate(
     checkpoint: CheckpointPath,
     prompt: Annotated[str, typer.Option(help="text to go on from; default: the start of a document")] = "",
-    tokens: Annotated[int, typer.Option(help="tokens to write at most")] = 100,
+    tokens: Annotated[int, typer.Option(min=1, help="tokens to write at most")] = 100,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="choose among this many")] = None,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
 ) -> None:
     """Write text with a checkpoint."""
     from tostlm.eval.command import write_text
@@ -196,7 +207,7 @@ def generate(
 def bench_train(
     configs: Annotated[list[Path], typer.Argument(metavar="CONFIG...", help="runs whose models are compared")],
     contexts: Annotated[str, typer.Option(help="context lengths in tokens, with commas between")] = "512,2048,8192",
-    tokens: Annotated[int, typer.Option(help="tokens a pass")] = 8192,
+    tokens: Annotated[int, typer.Option(min=1, help="tokens a pass")] = 8192,
     repeats: Annotated[int, typer.Option(min=1, help="timed passes of each model")] = 5,
     threads: Threads = None,
     out: Annotated[Path | None, typer.Option(help="a .json file to write too")] = None,
@@ -235,25 +246,45 @@ def _numbers(text: str, option: str) -> list[int]:
 
 def main() -> None:
     """Run a command; a user's mistake is one line and exit code 2, an interruption 130."""
+    code = _run()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "RANK" in os.environ:
+        # Threads of torch's gloo now and then abort a rank whose interpreter ends around them; all is written by now.
+        os._exit(code)
+    sys.exit(code)
+
+
+def _run() -> int:
     try:
         app()
     except UserError as error:
-        _fail(str(error))
+        return _fail(str(error))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
-            raise
+        if error.errno not in MENDABLE:
+            return _defect()
         where = f" ({error.filename})" if error.filename else ""
-        _fail(
-            f"{error.strerror}{where}; free or choose another place and run the command again: what was finished stays"
-        )
-    except SystemExit as ending:  # typer turns an interruption into this code
+        return _fail(f"{error.strerror}{where}; free or choose another place and try again: what was finished stays")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate" not in str(error) and "out of memory" not in str(error):
+            return _defect()
+        return _fail(f"out of memory ({reason_of(error)}); use a smaller model, context or micro-batch")
+    except SystemExit as ending:  # typer's own; it turns an interruption into one
         if ending.code == INTERRUPTED and "RANK" not in os.environ:  # of a rank its launcher says it
             print("\ntostlm: interrupted; the same command goes on from what is finished", file=sys.stderr)
-        raise
+        return ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+    except Exception:
+        return _defect()
+    return 0
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> int:
     rank = os.environ.get("RANK", "0")
     of_rank = "" if rank == "0" else f" on rank {rank}"
     print(f"tostlm: error{of_rank}: {message}", file=sys.stderr)
-    raise SystemExit(2) from None
+    return 2
+
+
+def _defect() -> int:
+    traceback.print_exc()
+    return 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from tostlm.errors import UserError
 from tostlm.model import ModelConfig
 
 Positive = Annotated[int, pydantic.Field(ge=1)]
+Share = Annotated[float, pydantic.Field(ge=0, lt=1)]
 
 # What tostlm derives from its own keys, and the key to set instead.
 DERIVED_DEEPSPEED_KEYS = {
@@ -27,13 +29,11 @@ DERIVED_DEEPSPEED_KEYS = {
 }
 # DeepSpeed takes unknown top-level keys in silence (blocks inside it check their own), so they are known here.
 DEEPSPEED_KEYS = (
-    "activation_checkpointing",
     "aio",
     "bf16",
     "checkpoint",
     "comms_logger",
     "communication_data_type",
-    "compile",
     "csv_monitor",
     "data_types",
     "disable_allgather",
@@ -56,8 +56,11 @@ DEEPSPEED_KEYS = (
 )
 
 
+DEEPSPEED_BLOCKS = ("bf16", "data_types", "fp16", "torch_autocast", "zero_optimization")
+
+
 class _Section(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataConfig(_Section):
@@ -89,7 +92,7 @@ class OptimizerConfig(_Section):
     schedule: Literal["cosine", "wsd"] = "cosine"
     warmup_steps: Annotated[int, pydantic.Field(ge=0)]
     decay_steps: Positive | None = None  # of the final decay; wsd only
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Share, Share] = (0.9, 0.95)
     eps: Annotated[float, pydantic.Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, pydantic.Field(ge=0)]
 
@@ -106,7 +109,7 @@ class RunConfig(_Section):
     """Everything that decides a run."""
 
     run_dir: Path
-    seed: int = 0
+    seed: Annotated[int, pydantic.Field(ge=0, lt=1 << 63)] = 0
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
@@ -132,6 +135,11 @@ class RunConfig(_Section):
                 raise ValueError(f"deepspeed.{key} is derived; set {DERIVED_DEEPSPEED_KEYS[key]} instead")
             if key not in DEEPSPEED_KEYS:
                 raise ValueError(f"deepspeed.{key} is no DeepSpeed key{_nearest(key, DEEPSPEED_KEYS)}")
+            if key in DEEPSPEED_BLOCKS and not isinstance(self.deepspeed[key], dict):
+                raise ValueError(f"deepspeed.{key} is {self.deepspeed[key]!r}; it must be a mapping of keys")
+        clip = self.deepspeed.get("gradient_clipping", 0.0)
+        if isinstance(clip, bool) or not isinstance(clip, int | float) or not 0 <= clip < math.inf:
+            raise ValueError(f"deepspeed.gradient_clipping is {clip!r}; it must be a number, 0 for none")
         return self
 
     @property
@@ -142,6 +150,15 @@ class RunConfig(_Section):
     @property
     def zero_stage(self) -> int:
         return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
+
+    @property
+    def precision(self) -> str:
+        """What matrices are multiplied in, and whether by casting (autocast) or by keeping the weights in it."""
+        for dtype in ("bf16", "fp16"):
+            if self.deepspeed.get(dtype, {}).get("enabled"):
+                return dtype
+        autocast = self.deepspeed.get("torch_autocast", {})
+        return f"autocast {autocast.get('dtype', 'bfloat16')}" if autocast.get("enabled") else "fp32"
 
 
 class Batches(NamedTuple):
@@ -183,7 +200,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raw = yaml.load(path.read_text(), _Loader)
     except OSError as error:
         raise UserError(f"config {path} cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or no date where one is spelt
         raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise UserError(f"config {path} must be a mapping of keys, as configs/quickstart.yaml is")
@@ -219,13 +236,17 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             raise UserError(f"override {override!r}: {parent} holds a value, not keys")
     try:
         node[last] = yaml.load(value, _Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"override {override!r}: {value!r} is not a YAML value") from None
 
 
 def _validate(raw: dict[str, Any], name: str) -> RunConfig:
     try:
-        return RunConfig.model_validate_json(json.dumps(raw, default=str), strict=True)
+        content = json.dumps(raw, default=str)
+    except ValueError:
+        raise UserError(f"{name}: a YAML alias stands inside what it names; write it out") from None
+    try:
+        return RunConfig.model_validate_json(content, strict=True)
     except pydantic.ValidationError as error:
         # An unknown key often leaves its namesake missing: name the cause, not the consequence.
         problems = sorted(error.errors(), key=lambda problem: problem["type"] not in _UNKNOWN_KEY)
@@ -240,6 +261,8 @@ def _explain(problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] in _UNKNOWN_KEY:
         return f"{key} is an unknown key{_nearest(key, _keys())}"
+    if problem["type"].startswith("missing") and isinstance(problem["loc"][-1], int):
+        return f"{key.rpartition('.')[0]} needs {problem['loc'][-1] + 1} values or more"
     if problem["type"].startswith("missing"):
         return f"{key} is missing; give it a value"
     if problem["type"] == "value_error":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from tostlm.errors import UserError
@@ -43,3 +45,35 @@ def require_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"cannot write in {folder}: {error.strerror}; choose another folder or free it") from None
+
+
+def require_file_writable(path: Path) -> None:
+    """Make a file's folder, or say why the file cannot be written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file in it")
+    require_writable(path.parent)
+
+
+def lock_for_life(path: Path, message: str) -> None:
+    """Lock a file until this process ends, however it ends.
+
+    Raises:
+        UserError: another process holds it; `message` says of what.
+    """
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR)  # closed by the system, with the process
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(message) from None
+    except OSError:  # a file system without locks
+        os.close(descriptor)
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of some paths without suffix, numbered where two are the same."""
+    names = [path.stem for path in paths]
+    return [f"{name}-{index}" if names.count(name) > 1 else name for index, name in enumerate(names)]

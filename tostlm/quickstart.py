@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tostlm.checkpoint import load
+from tostlm.checkpoint import checkpoint_folder, load
 from tostlm.config import RunConfig, load_config
 from tostlm.files import write_atomically
 from tostlm.launch import run_local
@@ -59,17 +59,13 @@ def _steps(
     return (
         Step("tokenizer", tokenizer, lambda: _train_tokenizer(tost, tokenizer)),
         Step("token shards", tost.data.path, lambda: _prepare(tost, tokenizer)),
-        Step("train ToST", _last_checkpoint(tost), lambda: _train(tost_file, processes)),
-        Step("train GPT-2", _last_checkpoint(gpt2), lambda: _train(gpt2_file, processes)),
+        Step("train ToST", checkpoint_folder(tost.run_dir, tost.train.steps), lambda: _train(tost_file, processes)),
+        Step("train GPT-2", checkpoint_folder(gpt2.run_dir, gpt2.train.steps), lambda: _train(gpt2_file, processes)),
         Step("perplexity by context", root / "perplexity.txt", lambda: _perplexity(tost, gpt2, root)),
         Step("tokens a second", root / "throughput.txt", lambda: _throughput(tost_file, gpt2_file, root)),
         Step("Hugging Face export", exported, lambda: _export(tost, exported)),
         Step("sample", root / "sample.txt", lambda: _sample(exported, root / "sample.txt")),
     )
-
-
-def _last_checkpoint(config: RunConfig) -> Path:
-    return config.run_dir / "checkpoints" / f"step-{config.train.steps:08d}"
 
 
 def _train_tokenizer(config: RunConfig, out: Path) -> None:

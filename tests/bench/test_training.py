@@ -7,19 +7,23 @@ import torch
 
 from tests.conftest import ROOT, Run, succeed, tostlm
 from tostlm.bench import Rate, bench_training, table
-from tostlm.model import ModelConfig
+from tostlm.config import load_config
 
 
 def test_every_model_at_every_context(monkeypatch) -> None:
     passes = []
 
-    def record(lm, sequences: int, context: int) -> float:
+    def record(lm, precision: str, sequences: int, context: int) -> float:
+        assert precision == "autocast bfloat16"
         passes.append((lm.config.mixers[0], lm.config.positions, sequences, context))
         return 0.5
 
     monkeypatch.setattr("tostlm.bench.training._time_pass", record)
-    models = {"tost": ModelConfig(1, 8, 1, 32, None), "gpt2": ModelConfig(1, 8, 1, 32, 16, ("softmax",))}
-    rates = bench_training(models, [32, 512], tokens=128, repeats=2, device=torch.device("cpu"))
+    small = ["model.layers=1", "model.width=8", "model.heads=1", "model.vocab_size=32"]
+    names = {"tost": "quickstart", "gpt2": "gpt2-base"}
+    autocast = ["deepspeed.torch_autocast.enabled=true", "deepspeed.torch_autocast.dtype=bfloat16"]
+    runs = {name: load_config(ROOT / "configs" / f"{file}.yaml", small + autocast) for name, file in names.items()}
+    rates = bench_training(runs, [32, 512], tokens=128, repeats=2, device=torch.device("cpu"))
     assert rates == [Rate("tost", 32, 256), Rate("gpt2", 32, 256), Rate("tost", 512, 1024), Rate("gpt2", 512, 1024)]
     # They take turns, after a pass each that warms up; positions grow with the context.
     assert (

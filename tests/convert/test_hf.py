@@ -8,6 +8,7 @@ import venv
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 import transformers
 
@@ -113,22 +114,27 @@ def test_generation_runs_on_a_state_of_constant_size(exported: dict[str, Path]) 
 
 
 def test_labels_are_shifted_as_usual(exported: dict[str, Path]) -> None:
-    losses = []
     for folder in exported.values():
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
         tokens = torch.arange(3, 53)[None]
         output = model(tokens, labels=tokens)
         expected = torch.nn.functional.cross_entropy(output.logits[0, :-1], tokens[0, 1:])
         torch.testing.assert_close(output.loss, expected)
-        losses.append(output.loss)
-    assert len(losses) == 2
 
 
-def test_left_padding_is_refused(exported: dict[str, Path]) -> None:
+def test_a_trainer_divides_the_loss_by_its_accumulation_steps(exported: dict[str, Path]) -> None:
+    """transformers.Trainer asks the model; where it is not told, it takes `**kwargs` for a loss summed over a batch."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported["tssa"], trust_remote_code=True)
+    assert model.accepts_loss_kwargs is False
+
+
+def test_padding_that_would_be_read_as_text_is_refused(exported: dict[str, Path]) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(exported["tssa"], trust_remote_code=True)
     tokens, mask = torch.ones(2, 6, dtype=torch.long), torch.ones(2, 6, dtype=torch.long)
     mask[1, 4:] = 0
     model(tokens, attention_mask=mask)  # on the right it changes nothing before it
+    with pytest.raises(ValueError, match="generation from padded batches is not supported"):
+        model.generate(tokens, attention_mask=mask, max_new_tokens=2)
     mask[1, :2] = 0
     with pytest.raises(ValueError, match="left-padded batches are not supported"):
         model(tokens, attention_mask=mask)
@@ -138,7 +144,7 @@ def test_the_exported_tokenizer_gives_the_same_ids(
     exported: dict[str, Path], tokenizer: Tokenizer, speeches: list[str]
 ) -> None:
     fast = transformers.AutoTokenizer.from_pretrained(exported["softmax"])
-    for text in [*speeches, "\u2581 \u2581\u2581x", "  a\n\n\tb  ", "\u6f22\u5b57 \U0001f642", "<unk>"[1:]]:
+    for text in [*speeches, "\u2581 \u2581\u2581x", "  a\n\n\tb  ", "\u6f22\u5b57 \U0001f642", "<unk>", "<0x0A>"]:
         ids = fast(text, add_special_tokens=False)["input_ids"]
         assert ids == tokenizer.encode(text)
         assert fast.decode(ids) == text
@@ -182,6 +188,31 @@ def test_a_wrong_export_is_not_published(
         with pytest.raises(UserError, match=r"differ from the checkpoint's by .* nothing was published"):
             export_hf(load(trained[mixer].dir), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tokenizer_that_is_no_bpe_is_not_exported(
+    trained: dict[str, Run], speeches: list[str], tmp_path: Path
+) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter("\n".join(speeches).splitlines()),
+        model_prefix=str(tmp_path / "unigram"),
+        vocab_size=500,
+        normalization_rule_name="identity",
+        byte_fallback=True,
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        minloglevel=2,
+    )
+    checkpoint = load(trained["tssa"].dir)
+    with pytest.raises(UserError, match="only BPE tokenizers"):
+        export_hf(checkpoint._replace(tokenizer=Tokenizer.load(tmp_path / "unigram.model")), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_leaves_its_neighbours_alone(trained: dict[str, Run], tmp_path: Path) -> None:
+    (tmp_path / "hf_partial").mkdir()
+    export_hf(load(trained["tssa"].dir), tmp_path / "hf")
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "hf_partial"}
 
 
 def test_mistakes(trained: dict[str, Run], exported: dict[str, Path], tmp_path: Path) -> None:

@@ -119,10 +119,10 @@ def test_prepared_data_is_not_overwritten(copy: Path, corpus: Path, tokenizer: T
     before = (copy / "manifest.json").read_bytes()
     with pytest.raises(UserError, match="is prepared already"):
         prepare([str(corpus)], tokenizer, copy)
+    assert (copy / "manifest.json").read_bytes() == before
     (copy / "manifest.json").unlink()
     with pytest.raises(UserError, match="exists and is no prepared data"):
         prepare([str(corpus)], tokenizer, copy)
-    assert before
 
 
 def test_an_unfinished_folder_is_no_data(tmp_path: Path) -> None:

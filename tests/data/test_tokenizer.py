@@ -1,5 +1,6 @@
 """decode(encode(x)) == x for every text, and an identity that is checked."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -59,16 +60,31 @@ def test_training_is_reproducible(speeches: list[str], tmp_path: Path) -> None:
     assert Tokenizer.load(tmp_path / "1.model").sha256 == models[0].sha256
 
 
+def test_training_reads_no_more_than_it_is_told(speeches: list[str], tmp_path: Path) -> None:
+    short = train_tokenizer(speeches[:20], 400, tmp_path / "short.model")
+    told = train_tokenizer(speeches, 400, tmp_path / "told.model", sum(len(t.encode()) for t in speeches[:20]))
+    assert told.sha256 == short.sha256
+
+
+def broken() -> Iterator[str]:
+    yield "a line\n" * 100
+    raise ValueError("broken source")
+
+
 def test_too_little_text(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="vocab_size 5000 does not fit this text"):
         train_tokenizer(["a few words"], 5000, tmp_path / "t.model")
+    with pytest.raises(UserError, match="the 256 bytes"):
+        train_tokenizer(["a few words"], 258, tmp_path / "t.model")
+    with pytest.raises(ValueError, match="broken source"):
+        train_tokenizer(broken(), 400, tmp_path / "t.model")
     with pytest.raises(UserError, match="no text"):
         train_tokenizer([], 300, tmp_path / "t.model")
     assert not (tmp_path / "t.model").exists()
 
 
 def test_not_a_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"missing\.model does not exist"):
+    with pytest.raises(UserError, match=r"missing\.model is no file"):
         Tokenizer.load(tmp_path / "missing.model")
     (tmp_path / "junk.model").write_bytes(np.arange(100, dtype=np.uint8).tobytes())
     with pytest.raises(UserError, match="not a SentencePiece model"):

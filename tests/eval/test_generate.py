@@ -14,7 +14,9 @@ from tostlm.eval import generate
 def test_steps_equal_reading_again(trained: dict[str, Run], mixer: str) -> None:
     checkpoint = load(trained[mixer].dir)
     prompt = [checkpoint.tokenizer.eos_id, *checkpoint.tokenizer.encode("Fellow citizens")]
-    written = list(itertools.islice(generate(checkpoint.lm, prompt, temperature=0), 20))
+    written = list(
+        itertools.islice(generate(checkpoint.lm, prompt, checkpoint.tokenizer.vocab_size, temperature=0), 20)
+    )
     context = list(prompt)
     for token in written:
         logits, _ = checkpoint.lm(torch.tensor([context]))
@@ -26,10 +28,15 @@ def test_sampling_is_seeded_and_top_k_narrows_it(trained: dict[str, Run]) -> Non
     lm = load(trained["tssa"].dir).lm
 
     def text(**options: float) -> list[int]:
-        return list(itertools.islice(generate(lm, [1], **options), 30))
+        return list(itertools.islice(generate(lm, [1], 512, **options), 30))
 
     assert text(seed=1) == text(seed=1) != text(seed=2)
     assert text(seed=1, top_k=1) == text(temperature=0)
+
+
+def test_rows_beyond_the_tokenizer_are_never_written(trained: dict[str, Run]) -> None:
+    lm = load(trained["tssa"].dir).lm
+    assert set(itertools.islice(generate(lm, [1], 7, temperature=5.0), 100)) <= set(range(7))
 
 
 def test_the_verb(trained: dict[str, Run]) -> None:

@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -97,11 +99,18 @@ def test_mistakes(trained: dict[str, Run], tmp_path: Path) -> None:
     fail(tostlm("eval", "perplexity", tssa, "--contexts", "16,x"), "--contexts '16,x' must be whole numbers")
     fail(tostlm("eval", "perplexity", softmax, "--contexts", "128,256"), "has 64 positions, fewer than the shortest")
     fail(tostlm("eval", "perplexity", tssa, "--out", "/proc/no"), "cannot write in /proc/no")
-    (tmp_path / "cut").mkdir()
-    for file in load(trained["tssa"].dir).path.iterdir():
-        if file.is_file():
-            (tmp_path / "cut" / file.name).write_bytes(file.read_bytes()[:3000])
-    fail(tostlm("eval", "perplexity", str(tmp_path / "cut")), "weights.safetensors does not fit its config")
+    cut = Path(shutil.copytree(load(trained["tssa"].dir).path, tmp_path / "cut"))
+    os.truncate(cut / "weights.safetensors", 3000)
+    fail(tostlm("eval", "perplexity", str(cut)), "weights.safetensors does not fit its config")
+    (cut / "tokenizer.model").unlink()
+    fail(tostlm("eval", "perplexity", str(cut)), "has no tokenizer.model: it is damaged")
+
+
+def test_a_moved_run_reports_where_it_is(trained: dict[str, Run], tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(trained["tssa"].dir, tmp_path / "moved"))
+    printed = succeed(tostlm("eval", "perplexity", str(moved), "--contexts", "16", "--windows", "2"))
+    assert f"written to {moved}/perplexity.json" in printed
+    assert (moved / "perplexity.png").exists()
 
 
 def test_another_tokenizer(trained: dict[str, Run], corpus: Path, speeches: list[str], tmp_path: Path) -> None:

@@ -22,6 +22,17 @@ def test_a_batch_script_is_no_rank() -> None:
     assert ranks_from_environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "123"}) is None
 
 
+def test_one_task_may_be_a_shell() -> None:
+    """In `srun --pty bash` the GPUs of the node are the launcher's to share out."""
+    assert ranks_from_environment({**SLURM_STEP, "SLURM_STEP_NUM_TASKS": "1"}) is None
+
+
+def test_without_scontrol(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="export MASTER_ADDR yourself"):
+        export_rendezvous(Ranks(1, 1, 8), {**SLURM_STEP, "SLURM_STEP_NODELIST": "node[1-2]"})
+
+
 def test_nonsense() -> None:
     with pytest.raises(UserError, match="rank 'x'"):
         ranks_from_environment({**TORCHRUN, "RANK": "x"})

@@ -47,7 +47,7 @@ def test_what_decays() -> None:
     ("change", "words"),
     [
         ({"width": 100, "heads": 3}, "width 100 does not divide into 3 heads"),
-        ({"layers": 0}, "layers 0 must be at least 1"),
+        ({"layers": 0}, "layers 0 must be from 1"),
         ({"mixers": ()}, "mixers is empty"),
         ({"halflife_tokens": (0, 5)}, "must be positive"),
     ],

@@ -103,6 +103,21 @@ def test_the_loss_of_a_bf16_model_is_not_rounded_to_bf16() -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_the_loss_makes_no_gradients_where_none_is_wanted() -> None:
+    lm, products = create_lm(SHAPES["gpt2"], 0), 0
+    tokens = tokens_of(lm.config, 2, 30)
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal products
+            products += function.overloadpacket.__name__ == "mm" and lm.config.vocab_size in args[1].shape
+            return function(*args, **(kwargs or {}))
+
+    with Count(), torch.no_grad():
+        lm(tokens, targets=tokens)
+    assert products == 1
+
+
 def test_logits_never_take_context_times_vocabulary() -> None:
     """100,000 tokens x 50,000 pieces would be 20 GB."""
     config = ModelConfig(1, 8, 1, 50_000, positions=None)

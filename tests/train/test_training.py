@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import Run, fail, succeed, tostlm
@@ -18,49 +19,66 @@ from tostlm.model import create_lm
 
 STAGES = (0, 1, 2, 3)
 TOLERANCE = {"false": 1e-4, "true": 2e-2}  # of a loss, without and with bf16
+REPORTED = (("train", "loss"), ("train", "grad_norm"), ("heldout", "loss"))
 
 
 def options(stage: int, bf16: str = "false") -> list[str]:
-    return [f"deepspeed.zero_optimization.stage={stage}", f"deepspeed.bf16.enabled={bf16}"]
+    keys = [f"deepspeed.zero_optimization.stage={stage}", f"deepspeed.bf16.enabled={bf16}"]
+    # Parameters this small would otherwise stay whole at stage 3.
+    return [*keys, "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"] if stage == 3 else keys
+
+
+def wait_for_a_checkpoint(run: Run) -> None:
+    deadline = time.monotonic() + 120
+    while not checkpoints(run.dir) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert checkpoints(run.dir)
 
 
 @pytest.fixture(scope="module")
-def single(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
-    """Losses of one process at stage 0 in fp32: what every other way of training is held against."""
+def single(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One process at stage 0 in fp32: what every other way of training is held against."""
     run = Run(tmp_path_factory.mktemp("single"), data)
     succeed(run.train(*options(0)))
     losses = run.metrics("train")
     assert list(losses) == [1, 2, 3, 4, 5, 6]
     assert losses[6] < losses[1] - 0.3
-    return losses
+    return run
+
+
+def assert_alike(run: Run, single: Run, tolerance: float) -> None:
+    assert run.metrics("train") == pytest.approx(single.metrics("train"), abs=tolerance)
+    if tolerance == TOLERANCE["false"]:
+        norms = single.metrics("train", "grad_norm")
+        assert run.metrics("train", "grad_norm") == pytest.approx(norms, rel=10 * tolerance)
+    ours, theirs = (dict(load(r.dir).lm.named_parameters()) for r in (run, single))
+    assert ours.keys() == theirs.keys()
+    for name, parameter in ours.items():
+        difference = (parameter.float() - theirs[name]).norm() / theirs[name].norm().clamp_min(1e-3)
+        assert difference < 20 * tolerance, name
 
 
 @pytest.mark.parametrize("bf16", ["false", "true"], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_stage_trains_alike_and_resumes_exactly(
-    run: Run, single: dict[int, float], stage: int, bf16: str
-) -> None:
+def test_every_stage_trains_alike_and_resumes_exactly(run: Run, single: Run, stage: int, bf16: str) -> None:
     succeed(run.train(*options(stage, bf16), nproc=2))
-    whole = run.metrics("train")
-    for step, loss in whole.items():
-        assert loss == pytest.approx(single[step], abs=TOLERANCE[bf16])
-    norms = run.metrics("train", "grad_norm")
-    heldout = run.metrics("heldout")
+    assert_alike(run, single, TOLERANCE[bf16])
+    before = {key: run.metrics(kind, key) for kind, key in REPORTED}
 
     shutil.rmtree(checkpoints(run.dir)[-1])
     succeed(run.train(*options(stage, bf16), nproc=2))
-    assert run.metrics("train") == whole
-    assert run.metrics("train", "grad_norm") == norms
-    assert run.metrics("heldout") == heldout
+    assert {key: run.metrics(kind, key) for kind, key in REPORTED} == before
+    progress = read_progress(checkpoints(run.dir)[-1])
+    assert (progress.step, progress.world_size) == (6, 2)
 
-    portable = load(run.dir)
-    assert read_progress(portable.path)._asdict() == {
-        "step": 6,
-        "tokens": 3072,
-        "world_size": 2,
-        "zero_stage": stage,
-    }
-    assert portable.lm.embed.weight.std() > 0
+
+def test_autocast_trains_alike(run: Run, single: Run) -> None:
+    """The authors' precision: fp32 weights, bf16 matrices."""
+    autocast = ["deepspeed.torch_autocast.enabled=true", "deepspeed.torch_autocast.dtype=bfloat16"]
+    succeed(run.train(*options(1), *autocast, nproc=2))
+    assert_alike(run, single, TOLERANCE["true"])
+    assert load(run.dir).lm.embed.weight.dtype == torch.float32
+    assert run.metrics("train") != single.metrics("train")
 
 
 def test_softmax_trains_under_zero(data: Path, tmp_path: Path) -> None:
@@ -76,7 +94,13 @@ def test_softmax_trains_under_zero(data: Path, tmp_path: Path) -> None:
 def test_what_a_run_leaves_behind(trained: dict[str, Run]) -> None:
     run = trained["tssa"]
     assert [path.name for path in checkpoints(run.dir)] == ["step-00000003", "step-00000006"]
-    assert {path.name for path in run.dir.iterdir()} == {"checkpoints", "config.yaml", "metrics.jsonl", "tensorboard"}
+    assert {path.name for path in run.dir.iterdir()} == {
+        ".lock",
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "tensorboard",
+    }
     events = EventAccumulator(str(run.dir / "tensorboard"))
     events.Reload()
     scalars = {event.step: event.value for event in events.Scalars("train/loss")}
@@ -131,9 +155,7 @@ def test_an_interrupted_run_goes_on(run: Run) -> None:
         start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    deadline = time.monotonic() + 120
-    while not checkpoints(run.dir) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for_a_checkpoint(run)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal's Ctrl-C does
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -144,20 +166,20 @@ def test_an_interrupted_run_goes_on(run: Run) -> None:
     assert list(run.metrics("train")) == list(range(1, reached + 3))
 
 
-def test_a_killed_rank_ends_the_run(run: Run) -> None:
+@pytest.mark.parametrize("victim", ["a rank", "the launcher"])
+def test_no_rank_stays_behind(run: Run, victim: str) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "tostlm", "train", str(run.file), "train.steps=100000", "--nproc", "2"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    deadline = time.monotonic() + 120
-    while not checkpoints(run.dir) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[1]), signal.SIGKILL)
-    assert process.wait(timeout=30) == 128 + signal.SIGKILL
-    assert not Path(f"/proc/{children[0]}").exists()
+    wait_for_a_checkpoint(run)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    number = signal.SIGKILL if victim == "a rank" else signal.SIGTERM
+    os.kill(int(ranks[1]) if victim == "a rank" else process.pid, number)
+    assert process.wait(timeout=30) == 128 + number
+    assert not [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
 
 
 @pytest.mark.parametrize(
@@ -166,11 +188,31 @@ def test_a_killed_rank_ends_the_run(run: Run) -> None:
         (["model.width=64"], ["model.width=32", "model.width=64", "choose another run_dir"]),
         (["seed=5"], ["seed=0", "seed=5"]),
         (["train.batch_tokens=1024"], ["train.batch_tokens=512"]),
-        (options(2), ["written by 1 ranks at ZeRO stage 1", "at stage 2"]),
+        (options(2), ["has ZeRO stage=1, this run ZeRO stage=2"]),
+        (["deepspeed.bf16.enabled=true"], ["has precision=fp32, this run precision=bf16"]),
     ],
 )
 def test_a_checkpoint_of_another_run(trained: dict[str, Run], overrides: list[str], words: list[str]) -> None:
     fail(trained["tssa"].train("train.steps=8", *overrides), *words)
+
+
+def test_a_checkpoint_of_other_ranks_or_data(trained: dict[str, Run], data: Path, tmp_path: Path) -> None:
+    run = trained["tssa"]
+    fail(run.train("train.steps=8", nproc=2), "has ranks=1, this run ranks=2")
+    copy = Path(shutil.copytree(data, tmp_path / "copy"))
+    manifest = (copy / "manifest.json").read_text()
+    (copy / "manifest.json").write_text(manifest.replace("speeches.jsonl", "others.jsonl"))
+    fail(run.train("train.steps=8", f"data.path={copy}"), f"was trained on other data than {copy} holds")
+
+
+def test_optimizer_settings_may_change_on_resume(run: Run) -> None:
+    succeed(run.train())
+    losses = run.metrics("train")
+    for setting in ("optimizer.weight_decay=30.0", "optimizer.betas=[0.1,0.1]"):
+        shutil.rmtree(checkpoints(run.dir)[-1])
+        succeed(run.train(setting))
+        assert run.metrics("train")[4] == losses[4]
+        assert run.metrics("train")[6] != losses[6], setting
 
 
 @pytest.mark.parametrize(
@@ -184,12 +226,40 @@ def test_a_checkpoint_of_another_run(trained: dict[str, Run], overrides: list[st
             ["one window"],
         ),
         (["run_dir=/proc/nowhere"], ["cannot write in /proc/nowhere"]),
-        (["deepspeed.zero_optimization.stgae=2"], ["DeepSpeed refuses the deepspeed block", "stgae"]),
+        (["deepspeed.zero_optimization.stgae=2"], ["DeepSpeed refuses the deepspeed block", "stgae=2: Extra inputs"]),
+        (["deepspeed.zero_optimization.offload_optimizer.device=nvme"], ["DeepSpeed refuses the deepspeed block"]),
     ],
 )
 def test_runs_that_cannot_start(run: Run, overrides: list[str], words: list[str]) -> None:
     fail(run.train(*overrides, nproc=2), *words)
     assert not checkpoints(run.dir)
+
+
+def test_a_run_folder_is_one_process_groups(run: Run) -> None:
+    first = subprocess.Popen(
+        [sys.executable, "-m", "tostlm", "train", str(run.file), "train.steps=100000"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    wait_for_a_checkpoint(run)
+    fail(run.train("train.steps=100000"), f"{run.dir} is in use by another tostlm train")
+    os.kill(first.pid, signal.SIGKILL)  # its ranks end with it, and their lock
+    first.wait()
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        steps = run.metrics("train")
+        time.sleep(1)
+        if run.metrics("train") == steps:
+            break
+    succeed(run.train(f"train.steps={max(steps)}"))
+
+
+@pytest.mark.parametrize("setting", ["optimizer.lr=1e30", "model.layer_scale=1e30"])
+def test_a_run_that_diverges_stops_before_it_saves(run: Run, setting: str) -> None:
+    fail(run.train(setting, "train.steps=50", "train.save_every_steps=1", "optimizer.warmup_steps=0"), "diverged")
+    for path in checkpoints(run.dir):
+        assert all(p.isfinite().all() for p in load(path).lm.parameters()) or path == checkpoints(run.dir)[-1]
 
 
 def test_a_damaged_shard_is_found_before_training(run: Run, tmp_path: Path, data: Path) -> None:
@@ -209,6 +279,23 @@ def test_a_damaged_checkpoint(run: Run) -> None:
     assert "to resume from the checkpoint before it" in line
     shutil.rmtree(newest)
     succeed(run.train("train.steps=8"))
+
+
+def test_a_checkpoint_without_its_engine(run: Run) -> None:
+    succeed(run.train())
+    shutil.rmtree(checkpoints(run.dir)[-1] / "engine")
+    fail(run.train("train.steps=8"), "engine", "to resume from the checkpoint before it")
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"RANK": "5", "WORLD_SIZE": "2"}, "rank 5 is not below"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not"),
+    ],
+)
+def test_half_an_environment(run: Run, environment: dict[str, str], words: str) -> None:
+    fail(tostlm("train", str(run.file), **environment), words)
 
 
 def test_nproc_is_not_for_a_launcher(run: Run) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from tostlm.bench.training import bench_training, table
 from tostlm.config import load_config
-from tostlm.files import write_atomically
+from tostlm.files import distinct_names, require_file_writable, write_atomically
 
 
 def training(
@@ -25,9 +25,11 @@ def training(
     """Time the models of some configs, write the rates to `out`, return the table."""
     if threads:
         torch.set_num_threads(threads)
+    if out:
+        require_file_writable(out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models = {path.stem: load_config(path).model for path in configs}
-    rates = bench_training(models, contexts, tokens, repeats, device)
+    runs = dict(zip(distinct_names(configs), map(load_config, configs), strict=True))
+    rates = bench_training(runs, contexts, tokens, repeats, device)
     machine = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),

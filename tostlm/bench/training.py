@@ -10,7 +10,16 @@ from typing import NamedTuple
 
 import torch
 
+from tostlm.config import RunConfig
 from tostlm.model import LM, ModelConfig, create_lm
+
+# What matrices are multiplied in, by a run's precision; weights and updates are not timed here.
+AUTOCAST = {
+    "bf16": torch.bfloat16,
+    "autocast bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "autocast float16": torch.float16,
+}
 
 
 class Rate(NamedTuple):
@@ -22,7 +31,7 @@ class Rate(NamedTuple):
 
 
 def bench_training(
-    models: Mapping[str, ModelConfig],
+    runs: Mapping[str, RunConfig],
     contexts: Sequence[int],
     tokens: int,
     repeats: int,
@@ -30,17 +39,17 @@ def bench_training(
 ) -> list[Rate]:
     """Time forward and backward passes over `tokens` tokens, or one context where that is longer.
 
-    The models take turns, run by run, so that the machine's moods fall on all of them. Learned positions are as many
-    as the context asks for.
+    The runs' models take turns, pass by pass, so that the machine's moods fall on all of them. Learned positions are
+    as many as the context asks for.
     """
     rates = []
     for context in contexts:
-        lms = {name: _model(config, context, device) for name, config in models.items()}
+        lms = {name: _model(run.model, context, device) for name, run in runs.items()}
         sequences = max(1, tokens // context)
         seconds: dict[str, list[float]] = {name: [] for name in lms}
         for repeat in range(repeats + 1):
             for name, lm in lms.items():
-                elapsed = _time_pass(lm, sequences, context)
+                elapsed = _time_pass(lm, runs[name].precision, sequences, context)
                 if repeat:  # the first warms up
                     seconds[name].append(elapsed)
         rates += [Rate(name, context, sequences * context / statistics.median(seconds[name])) for name in lms]
@@ -52,12 +61,13 @@ def _model(config: ModelConfig, context: int, device: torch.device) -> LM:
     return create_lm(replace(config, positions=positions), seed=0).to(device)
 
 
-def _time_pass(lm: LM, sequences: int, context: int) -> float:
+def _time_pass(lm: LM, precision: str, sequences: int, context: int) -> float:
     device = lm.embed.weight.device
     tokens = torch.randint(lm.config.vocab_size, (sequences, context + 1), device=device)
     _wait(device)
     start = time.perf_counter()
-    loss, _ = lm(tokens[:, :-1], targets=tokens[:, 1:])
+    with torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
+        loss, _ = lm(tokens[:, :-1], targets=tokens[:, 1:])
     loss.backward()
     _wait(device)
     elapsed = time.perf_counter() - start

@@ -27,6 +27,7 @@ class TostConfig(PretrainedConfig):
             if field.name in kwargs:
                 setattr(self, field.name, kwargs.pop(field.name))
         super().__init__(**kwargs)
+        self.tie_word_embeddings = False  # one parameter serves both ends: there are no two to tie
 
     def model(self) -> ModelConfig:
         """The model's shape."""

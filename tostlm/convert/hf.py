@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import os
 import re
 import shutil
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from tostlm.convert.configuration_tost import TostConfig
 from tostlm.convert.gpt2 import is_gpt2, to_gpt2
 from tostlm.convert.modeling_tost import TostForCausalLM
 from tostlm.convert.tokenizer import save_tokenizer
+from tostlm.data.tokenizer import SPACE
 from tostlm.errors import UserError
 from tostlm.files import require_writable
 
@@ -56,8 +58,7 @@ def export_hf(checkpoint: Checkpoint, out: Path) -> None:
         raise UserError(f"{out} exists; remove it or choose another folder")
     require_writable(out.parent)
     transformers.utils.logging.disable_progress_bar()
-    partial = out.with_name(f"{out.name}_partial".replace(".", "_"))
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = out.with_name(f"tostlm_export_{os.getpid()}")
     try:
         _write(checkpoint, partial)
         _check(checkpoint, partial)
@@ -117,13 +118,14 @@ def _check(checkpoint: Checkpoint, folder: Path) -> None:
     expected = lm(tokens)[0]
     _compare(folder, "logits", exported(tokens).logits, expected)
     _compare(folder, "logits of single steps", _stepwise(exported, tokens), expected)
-    ids = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(
-        PROBE_TEXT, add_special_tokens=False
-    )["input_ids"]
-    if ids != checkpoint.tokenizer.encode(PROBE_TEXT):
-        raise UserError(
-            f"the tokenizer written to {folder} gives other ids than the checkpoint's; nothing was published"
-        )
+    ours, theirs = checkpoint.tokenizer, transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    texts = [PROBE_TEXT, *(piece.replace(SPACE, " ") for piece in ours.pieces() if piece != ours.end_piece)]
+    for text, ids in zip(texts, theirs(texts, add_special_tokens=False, verbose=False)["input_ids"], strict=True):
+        if ids != ours.encode(text):
+            raise UserError(
+                f"the exported tokenizer gives other ids for {text!r} than the checkpoint's; nothing was published: "
+                "only BPE tokenizers without symbols of their own can be exported"
+            )
 
 
 def _stepwise(model: Any, tokens: Tensor) -> Tensor:

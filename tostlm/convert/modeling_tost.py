@@ -12,15 +12,19 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from tostlm.convert.configuration_tost import TostConfig
 from tostlm.model.lm import LM, LMState
 
+WAY_OUT = "run sequences of one length together, others one by one"
+
 
 class TostForCausalLM(PreTrainedModel, GenerationMixin):
     """A causal LM for `AutoModelForCausalLM`. `past_key_values` is the LM's state: for ToST of constant size.
 
-    Batches may be padded on the right, not on the left: a ToST state would count the padding as text.
+    Scored batches may be padded on the right, where it changes nothing before it. A state would count padding as text:
+    batches padded on the left, and generation from padded ones, are refused.
     """
 
     config_class = TostConfig
     base_model_prefix = "lm"
+    accepts_loss_kwargs = False  # the loss is a mean; a Trainer must divide it by its accumulation steps
     _is_stateful = True  # a state cannot be rolled back, as assisted generation would ask
 
     def __init__(self, config: TostConfig) -> None:
@@ -54,7 +58,7 @@ class TostForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits [B, T, V], or of the last `logits_to_keep` tokens; loss with labels, shifted here as usual."""
         if attention_mask is not None and (attention_mask[:, 0] == 0).any():
-            raise ValueError("left-padded batches are not supported: pad on the right, or run sequences one by one")
+            raise ValueError(f"left-padded batches are not supported; {WAY_OUT}")
         x, state = self.lm.hidden(input_ids, past_key_values)
         logits = F.linear(x[:, -logits_to_keep:], self.lm.embed.weight)
         loss = None
@@ -67,12 +71,14 @@ class TostForCausalLM(PreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, past_key_values: LMState | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """The tokens the state has not read yet."""
+        mask = kwargs.get("attention_mask")
+        if mask is not None and (mask == 0).any():
+            raise ValueError(f"generation from padded batches is not supported; {WAY_OUT}")
         read = past_key_values.tokens if past_key_values is not None else 0
-        inputs = {key: kwargs.get(key) for key in ("attention_mask", "use_cache")}
         return {
-            **inputs,
             "input_ids": input_ids[:, read:],
             "past_key_values": past_key_values,
+            "use_cache": kwargs.get("use_cache"),
             "logits_to_keep": 1,
         }
 

@@ -8,26 +8,24 @@ import tokenizers
 from tokenizers import decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from tostlm.data.tokenizer import DOCUMENT_END, SPACE, Tokenizer
+from tostlm.data.tokenizer import SPACE, Tokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, positions: int | None, folder: Path) -> None:
-    """Write tokenizer.json and its configuration: the same ids for every text.
+    """Write tokenizer.json and its configuration: the same ids for every text without the document end's name.
 
     Pieces hold plain spaces there instead of SentencePiece's U+2581, so that the character itself is nothing special.
-    The document end, as usual in transformers, may be written in text as `<|endoftext|>`.
+    Written out (`<|endoftext|>`), that is the document end there, as usual in transformers.
     """
     vocabulary = {piece.replace(SPACE, " "): token for token, piece in enumerate(tokenizer.pieces())}
-    unknown = tokenizer.pieces()[0]
-    model = models.BPE(vocabulary, _merges(vocabulary), unk_token=unknown, byte_fallback=True)
+    model = models.BPE(vocabulary, _merges(vocabulary), byte_fallback=True)
     fast = tokenizers.Tokenizer(model)
     fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     PreTrainedTokenizerFast(
         tokenizer_object=fast,
-        eos_token=DOCUMENT_END,
-        bos_token=DOCUMENT_END,  # what stands before every document
-        pad_token=DOCUMENT_END,
-        unk_token=unknown,
+        eos_token=tokenizer.end_piece,
+        bos_token=tokenizer.end_piece,  # what stands before every document
+        pad_token=tokenizer.end_piece,
         padding_side="right",
         clean_up_tokenization_spaces=False,
         model_max_length=positions or int(1e30),

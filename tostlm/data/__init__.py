@@ -2,12 +2,13 @@
 
 from tostlm.data.loader import Loader
 from tostlm.data.prepare import prepare
-from tostlm.data.shards import HELDOUT, TRAIN, TokenSet, load_tokenizer, read_manifest, verify
+from tostlm.data.shards import HELDOUT, MANIFEST, TRAIN, TokenSet, load_tokenizer, read_manifest, verify
 from tostlm.data.sources import documents
 from tostlm.data.tokenizer import Tokenizer, train_tokenizer
 
 __all__ = [
     "HELDOUT",
+    "MANIFEST",
     "TRAIN",
     "Loader",
     "TokenSet",

@@ -78,7 +78,10 @@ class TokenSet:
             raise UserError(f"{folder} has no split {split!r}, only {', '.join(self.manifest.splits)}")
         self.split = self.manifest.splits[split]
         if not self.split.tokens:
-            raise UserError(f"the {split} split of {folder} holds no tokens; prepare more documents")
+            raise UserError(
+                f"the {split} split of {folder} holds no tokens; prepare more documents, or another --heldout-fraction "
+                f"than {self.manifest.heldout_fraction}"
+            )
         self._tokens = [
             self._map(shard.name + ".bin", self.manifest.dtype, shard.tokens) for shard in self.split.shards
         ]
@@ -137,11 +140,15 @@ class ShardWriter:
         self._text_bytes = 0
         self._file: BinaryIO | None = None
 
+    @property
+    def _name(self) -> str:
+        """Of the shard being written."""
+        return f"{self._split}-{len(self._shards):05d}"
+
     def add(self, tokens: list[int], text_bytes: int) -> None:
         """Write one document, its document end included."""
         if self._file is None:
-            name = f"{self._split}-{len(self._shards):05d}"
-            self._file = (self._folder / f"{name}.bin").open("wb")
+            self._file = (self._folder / f"{self._name}.bin").open("wb")
         self._file.write(np.array(tokens, dtype=self._dtype).tobytes())
         self._ends.append(len(tokens) + (self._ends[-1] if self._ends else 0))
         self._text_bytes += text_bytes
@@ -153,7 +160,7 @@ class ShardWriter:
             return
         self._file.close()
         self._file = None
-        name = f"{self._split}-{len(self._shards):05d}"
+        name = self._name
         tokens, ends = self._folder / f"{name}.bin", self._folder / f"{name}.ends"
         ends.write_bytes(np.array(self._ends, dtype="<u8").tobytes())
         self._shards.append(

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tostlm.errors import UserError
+from tostlm.errors import UserError, reason_of
 
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
@@ -51,39 +51,45 @@ def _datasets(source: str) -> Iterator[tuple[Any, str]]:
         return
     import datasets
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said once, by us
     present = [path for path in files if Path(path).stat().st_size]
     for builder, paths in itertools.groupby(present, key=_builder):
         group = list(paths)
         origin = group[0] if len(group) == 1 else source
         try:
-            stream = datasets.load_dataset(builder, data_files=group, split="train", streaming=True, **OPTIONS[builder])
-        except (OSError, ValueError) as error:
-            raise UserError(f"source {origin} cannot be read: {error}") from None
+            stream = datasets.load_dataset(
+                builder, data_files=[*map(glob.escape, group)], split="train", streaming=True, **OPTIONS[builder]
+            )
+        except Exception as error:  # each reader of `datasets` raises its own kind on broken data
+            raise UserError(f"source {origin} cannot be read: {reason_of(error)}") from None
         yield stream, origin
 
 
 def _builder(path: str) -> str:
     """The `datasets` builder for a file."""
-    suffixes = [suffix for suffix in Path(path).suffixes if suffix not in COMPRESSIONS]
+    suffixes = [suffix for suffix in Path(path.lower()).suffixes if suffix not in COMPRESSIONS]
     return BUILDERS[suffixes[-1]]
 
 
 def _files(source: str) -> list[str] | None:
     """The data files a source names, sorted; None where it names none here but looks like a hub id."""
+    if not source:
+        raise UserError("a source is empty; name a file, folder, glob or dataset")
     pattern = source
     if source.startswith(PACKAGE):
         name, _, inside = source.removeprefix(PACKAGE).partition("/")
         try:
             pattern = str(importlib.resources.files(name).joinpath(inside))
-        except ModuleNotFoundError:
+        except (ModuleNotFoundError, ValueError):
             raise UserError(f"source {source}: the package {name} is not installed; `pip install {name}`") from None
     if Path(pattern).is_dir():
         found = [str(path) for path in Path(pattern).rglob("*") if path.is_file() and _is_readable(str(path))]
     else:
-        found = [path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]  # noqa: PTH207
+        matches = [pattern] if Path(pattern).exists() else glob.glob(pattern, recursive=True)  # noqa: PTH207
+        found = [path for path in matches if Path(path).is_file()]
     types = " ".join(BUILDERS)
     if not found:
-        if not Path(pattern).exists() and HUB_ID.match(source) and "/" in source and not Path(source).suffix:
+        if not Path(pattern).exists() and HUB_ID.match(source) and "/" in source and not _is_readable(source):
             return None
         raise UserError(f"source {source} names no file ({types}, compressed or not); check the path")
     unknown = [path for path in found if not _is_readable(path)]
@@ -93,6 +99,7 @@ def _files(source: str) -> list[str] | None:
 
 
 def _is_readable(path: str) -> bool:
+    path = path.lower()
     for compression in COMPRESSIONS:
         path = path.removesuffix(compression)
     return path.endswith(tuple(BUILDERS))
@@ -107,8 +114,9 @@ def _hub_dataset(source: str) -> Any:
     try:
         return datasets.load_dataset(match["name"], match["config"], split=split, streaming=True)
     except Exception as error:  # the hub client raises many kinds, all of which mean the same to the user
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"source {source} is no file here and the Hugging Face hub did not give it: {reason}") from None
+        raise UserError(
+            f"source {source} is no file here and the Hugging Face hub did not give it: {reason_of(error)}"
+        ) from None
 
 
 def _texts(dataset: Any, origin: str, text_column: str) -> Iterator[str]:
@@ -119,9 +127,8 @@ def _texts(dataset: Any, origin: str, text_column: str) -> Iterator[str]:
             row = next(rows)
         except StopIteration:
             return
-        except Exception as error:  # each reader of `datasets` raises its own kind on broken data
-            cause = error.__cause__ or error
-            reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+        except Exception as error:
+            reason = reason_of(error.__cause__ or error)
             raise UserError(f"source {origin} cannot be read after {number} documents: {reason}") from None
         if text_column not in row:
             columns = ", ".join(row)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +39,7 @@ class Tokenizer:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise UserError(f"not a SentencePiece model: {error}") from None
-        if self.eos_id < 0:
+        if not model or self.eos_id < 0:
             raise UserError("the tokenizer has no document-end token (</s>); train one with `tostlm tokenizer train`")
         for probe in ("  two  spaces \n", "\u00e9 \ufb01 \U0001f642"):
             if self.decode(self.encode(probe)) != probe:
@@ -56,7 +57,7 @@ class Tokenizer:
             UserError: there is none at `path`, or it cannot be used.
         """
         if not path.is_file():
-            raise UserError(f"tokenizer {path} does not exist; make it with `tostlm tokenizer train --out {path}`")
+            raise UserError(f"tokenizer {path} is no file; make one with `tostlm tokenizer train`, or check the path")
         try:
             return cls(path.read_bytes())
         except UserError as error:
@@ -89,6 +90,11 @@ class Tokenizer:
             return bytes([int(piece[1:-1], 16)])
         return piece.replace(SPACE, " ").encode()
 
+    @property
+    def end_piece(self) -> str:
+        """The document end as SentencePiece spells it."""
+        return str(self._processor.id_to_piece(self.eos_id))
+
     def pieces(self) -> list[str]:
         """Every token as SentencePiece spells it, in the order of ids."""
         return [self._processor.id_to_piece(token) for token in range(self.vocab_size)]
@@ -114,13 +120,17 @@ class Tokenizer:
         return b"".join(map(self._bytes_of, tokens)).decode(errors="replace")
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, text_bytes: int = 1_000_000_000) -> Tokenizer:
     """Train a lossless BPE tokenizer and write its .model file to `out`, whole or not at all.
+
+    SentencePiece holds its text in memory, so only the first `text_bytes` of it are read; the same text gives the same
+    tokenizer.
 
     Raises:
         UserError: there is no text, or too little of it for `vocab_size` pieces.
     """
-    lines = _training_lines(texts)
+    failures: list[Exception] = []
+    lines = _remember_failure(_training_lines(texts, text_bytes), failures)
     first = next(lines, None)
     if first is None:
         raise UserError("the source holds no text to train a tokenizer on")
@@ -147,16 +157,38 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path) -> Tokeniz
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise UserError(f"vocab_size {vocab_size} does not fit this text: {str(error).splitlines()[-1]}") from None
+        if failures:
+            raise failures[0] from None
+        most = re.search(r"value <= (\d+)", str(error))
+        rule = (
+            f"it gives at most {most[1]} pieces"
+            if most
+            else "the 256 bytes, the text's characters and 2 marks come first"
+        )
+        raise UserError(
+            f"vocab_size {vocab_size} does not fit this text: {rule}; choose another, or more text"
+        ) from None
     tokenizer = Tokenizer(model.getvalue())
     write_atomically(out, tokenizer.model)
     return tokenizer
 
 
-def _training_lines(texts: Iterable[str]) -> Iterator[str]:
-    """Lines of the texts, none longer than SentencePiece reads."""
+def _remember_failure(lines: Iterator[str], failures: list[Exception]) -> Iterator[str]:
+    """The same lines; SentencePiece replaces what goes wrong in an iterator by a message of its own."""
+    try:
+        yield from lines
+    except Exception as error:
+        failures.append(error)
+        raise
+
+
+def _training_lines(texts: Iterable[str], text_bytes: int) -> Iterator[str]:
+    """Lines of the first `text_bytes` of text, none longer than SentencePiece reads."""
     longest = MAX_LINE_BYTES // 4  # characters: four bytes at the most each
     for text in texts:
+        if text_bytes <= 0:
+            return
+        text_bytes -= len(text.encode())
         for line in text.splitlines():
             for start in range(0, len(line), longest):
                 if piece := line[start : start + longest].replace("\0", ""):

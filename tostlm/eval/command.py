@@ -6,13 +6,13 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from tostlm.checkpoint import best_device, load
+from tostlm.checkpoint import best_device, load, run_folder
 from tostlm.data import HELDOUT, TokenSet
 from tostlm.errors import UserError
 from tostlm.eval.generate import generate
 from tostlm.eval.perplexity import choose_targets, score_contexts
 from tostlm.eval.report import ModelScores, table, write_report
-from tostlm.files import require_writable
+from tostlm.files import distinct_names, require_writable
 
 
 def perplexity(
@@ -25,10 +25,11 @@ def perplexity(
     """
     checkpoints = [load(path, best_device()) for path in paths]
     tokens = TokenSet(data or checkpoints[0].config.data.path, HELDOUT)
-    out = out or checkpoints[0].config.run_dir
+    folders = [run_folder(checkpoint.path) for checkpoint in checkpoints]
+    out = out or folders[0]
     require_writable(out)
     targets = choose_targets(tokens, contexts, windows)
-    names = _names([checkpoint.config.run_dir for checkpoint in checkpoints])
+    names = distinct_names(folders)
     models = []
     for name, checkpoint in zip(names, checkpoints, strict=True):
         positions = checkpoint.config.model.positions
@@ -43,12 +44,6 @@ def perplexity(
     return f"{table(models, contexts)}\nwritten to {out}/perplexity.json, .csv and .png"
 
 
-def _names(run_dirs: Sequence[Path]) -> list[str]:
-    """The folders' names, numbered where two are the same."""
-    names = [run_dir.name for run_dir in run_dirs]
-    return [f"{name}-{index}" if names.count(name) > 1 else name for index, name in enumerate(names)]
-
-
 def write_text(path: Path, prompt: str, tokens: int, temperature: float, top_k: int | None, seed: int) -> str:
     """The prompt and what the model writes after it, to the document's end or `tokens` tokens.
 
@@ -56,13 +51,19 @@ def write_text(path: Path, prompt: str, tokens: int, temperature: float, top_k: 
         UserError: there is no checkpoint, or the prompt and the text are longer than the model's positions.
     """
     checkpoint = load(path, best_device())
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the prompt {prompt!r} is not valid text in this terminal's encoding; use UTF-8") from None
     tokenizer, positions = checkpoint.tokenizer, checkpoint.config.model.positions
     start = [tokenizer.eos_id, *tokenizer.encode(prompt)]  # a document begins after the end of another
     if positions is not None and len(start) + tokens - 1 > positions:
+        room = positions - len(start) + 1
+        way_out = f"ask for at most {room} --tokens" if room > 0 else "shorten the prompt"
         raise UserError(
             f"a prompt of {len(start)} tokens and {tokens} more are longer than the model's {positions} positions; "
-            f"ask for at most {max(0, positions - len(start) + 1)} --tokens"
+            f"{way_out}"
         )
-    written = generate(checkpoint.lm, start, temperature=temperature, top_k=top_k, seed=seed)
+    written = generate(checkpoint.lm, start, tokenizer.vocab_size, temperature=temperature, top_k=top_k, seed=seed)
     text = itertools.takewhile(lambda token: token != tokenizer.eos_id, itertools.islice(written, tokens))
     return prompt + tokenizer.decode(list(text))

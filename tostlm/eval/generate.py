@@ -11,9 +11,9 @@ from tostlm.model import LM
 
 @torch.no_grad()
 def generate(
-    lm: LM, prompt: Sequence[int], *, temperature: float = 1.0, top_k: int | None = None, seed: int = 0
+    lm: LM, prompt: Sequence[int], vocab_size: int, *, temperature: float = 1.0, top_k: int | None = None, seed: int = 0
 ) -> Iterator[int]:
-    """Tokens after `prompt` (at least one token), without end; temperature 0 takes the likeliest.
+    """Tokens below `vocab_size` after `prompt` (at least one token), without end; temperature 0 takes the likeliest.
 
     Each step reads one token and the state, so for ToST a step costs the same after any context.
 
@@ -25,12 +25,14 @@ def generate(
     tokens, state = torch.tensor([prompt], device=device), None
     while True:
         logits, state = lm(tokens, state)
-        last = logits[0, -1].float()
+        last = logits[0, -1, :vocab_size].float()
         if temperature == 0:
             token = last.argmax()
         else:
             if top_k is not None:
                 last = last.where(last >= last.topk(min(top_k, len(last))).values[-1], -torch.inf)
-            token = torch.multinomial(torch.softmax(last / temperature, -1), 1, generator=generator)[0]
+            token = torch.multinomial(
+                torch.softmax((last - last.max()).double() / temperature, -1), 1, generator=generator
+            )[0]
         yield int(token)
         tokens = token.view(1, 1)

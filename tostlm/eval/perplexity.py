@@ -13,7 +13,7 @@ from tostlm.checkpoint import Checkpoint
 from tostlm.data import TokenSet
 from tostlm.errors import UserError
 
-PASS_TOKENS = 8192  # tokens a forward pass reads, unless one context is longer
+PASS_TOKENS = 8192  # tokens a forward pass reads
 
 
 class Targets(NamedTuple):
@@ -91,7 +91,11 @@ def _total_nats(checkpoint: Checkpoint, tokens: TokenSet, targets: Targets, cont
     for first in range(0, len(targets.ends), batch):
         rows = [tokens.tokens(end - context - 1, end) for end in targets.ends[first : first + batch]]
         window = torch.from_numpy(np.stack(rows)).to(device)  # [batch, context + 1]
-        scored = window[:, -targets.span :]
-        loss, _ = checkpoint.lm(window[:, :-1], targets=scored)
+        first_target = context + 1 - targets.span
+        state = None
+        for piece in window[:, : first_target - 1].split(PASS_TOKENS, dim=1):
+            _, state = checkpoint.lm.hidden(piece, state)
+        scored = window[:, first_target:]
+        loss, _ = checkpoint.lm(window[:, first_target - 1 : -1], state, scored)
         total += float(loss) * scored.numel()
     return total

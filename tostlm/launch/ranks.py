@@ -21,31 +21,47 @@ class Ranks(NamedTuple):
 
 
 def ranks_from_environment(environment: Mapping[str, str]) -> Ranks | None:
-    """The place that torchrun, `tostlm train --nproc` or a Slurm step gave this process; None outside of them."""
+    """The place that torchrun, `tostlm train --nproc` or a Slurm step gave this process; None outside of them.
+
+    Raises:
+        UserError: it is no number.
+    """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         rank, local, world = (environment.get(key, "0") for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    elif "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PROCID" in environment:
+    elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # one task may be a shell (srun --pty bash)
         rank, local, world = (
             environment.get(key, "0") for key in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
         )
     else:
         return None
     try:
-        return Ranks(int(rank), int(local), int(world))
+        ranks = Ranks(int(rank), int(local), int(world))
     except ValueError:
         raise UserError(f"rank {rank!r}, local rank {local!r} and world size {world!r} must be numbers") from None
+    if not 0 <= ranks.rank < ranks.world:
+        raise UserError(f"rank {rank} is not below the world size {world}; check RANK and WORLD_SIZE")
+    return ranks
 
 
 def export_rendezvous(ranks: Ranks, environment: MutableMapping[str, str] = os.environ) -> None:
-    """Tell torch.distributed where the ranks meet, where the launcher has not."""
+    """Tell torch.distributed where the ranks meet, where the launcher has not.
+
+    Raises:
+        UserError: nobody says where.
+    """
     environment.update(RANK=str(ranks.rank), LOCAL_RANK=str(ranks.local_rank), WORLD_SIZE=str(ranks.world))
     if "MASTER_ADDR" not in environment and "SLURM_STEP_NODELIST" in environment:
-        nodes = subprocess.run(
-            ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        environment["MASTER_ADDR"] = nodes.stdout.split()[0]
+        environment["MASTER_ADDR"] = _first_node(environment["SLURM_STEP_NODELIST"])
     if "MASTER_PORT" not in environment and "SLURM_JOB_ID" in environment:
         environment["MASTER_PORT"] = str(FIRST_PORT + int(environment["SLURM_JOB_ID"]) % PORTS)
+    for key in ("MASTER_ADDR", "MASTER_PORT"):
+        if key not in environment:
+            raise UserError(f"RANK is set and {key} is not; export the address and a free port of rank 0's node")
+
+
+def _first_node(node_list: str) -> str:
+    command = ["scontrol", "show", "hostnames", node_list]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        raise UserError(f"scontrol did not name the first node of {node_list}; export MASTER_ADDR yourself") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+LARGEST = 2**31 - 1  # of a dimension
 MixerName = Literal["tssa", "softmax"]
 
 
@@ -27,7 +28,7 @@ class ModelConfig:
     """
 
     # Unknown keys are errors where a config file is read; pydantic looks here for that.
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, str | bool]] = {"extra": "forbid", "allow_inf_nan": False}
 
     layers: int
     width: int
@@ -41,8 +42,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "vocab_size", "positions"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} {value} must be at least 1")
+            if value is not None and not 1 <= value <= LARGEST:
+                raise ValueError(f"{name} {value} must be from 1 to {LARGEST}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} does not divide into {self.heads} heads")
         if not self.mixers:

@@ -21,8 +21,8 @@ def training_flops_per_token(config: ModelConfig, context: int) -> float:
     """Forward and backward operations a token at `context` tokens.
 
     Each matrix costs 2 operations a weight forward and 4 backward (Kaplan et al. 2020, arXiv 2001.08361); causal
-    attention 2 C a token of the context it can see, on average half of it; TSSA a constant. Recomputation and the
-    embedding lookup are not counted.
+    attention 4 C for each token it can see (scores and values), on average half the context; TSSA a constant.
+    Recomputation and the embedding lookup are not counted.
     """
     C = config.width
     forward = 2.0 * config.vocab_size * C

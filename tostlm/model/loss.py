@@ -22,19 +22,19 @@ def mean_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     x [..., C], weight [V, C], targets [...] with `IGNORE` where nothing is scored.
     """
     scored = (targets != IGNORE).sum().clamp_min(1)
-    return _SumCrossEntropy.apply(x.flatten(0, -2), weight, targets.flatten()) / scored
+    learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return _SumCrossEntropy.apply(x.flatten(0, -2), weight, targets.flatten(), learns) / scored
 
 
 class _SumCrossEntropy(torch.autograd.Function):
-    """(x [N, C], weight [V, C], targets [N]) -> the sum; gradients are made with it, while the logits are there."""
+    """(x [N, C], weight [V, C], targets [N], learns) -> the sum; gradients are made with it, beside the logits."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, learns: bool) -> Tensor:
         compute = torch.promote_types(x.dtype, torch.float32)
         total = torch.zeros((), dtype=compute, device=x.device)
-        differentiate = any(ctx.needs_input_grad)
-        dx = torch.empty_like(x) if differentiate else None
-        dweight = torch.zeros_like(weight, dtype=compute) if differentiate else None
+        dx = torch.empty_like(x) if learns else None
+        dweight = torch.zeros_like(weight, dtype=compute) if learns else None
         chunk = max(1, CHUNK_LOGITS // weight.shape[0])
         for start in range(0, x.shape[0], chunk):
             rows = slice(start, start + chunk)
@@ -55,6 +55,6 @@ class _SumCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None]:
-        dx, dweight = ctx.saved_tensors
-        return dx * scale.to(dx.dtype), dweight * scale.to(dweight.dtype), None
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        dx, dweight = (d.to(scale.dtype).mul(scale).to(d.dtype) for d in ctx.saved_tensors)
+        return dx, dweight, None, None

@@ -18,13 +18,14 @@ from tostlm.checkpoint import (
     TOKENIZER,
     WEIGHTS,
     Progress,
+    checkpoint_folder,
     checkpoints,
     read_progress,
 )
 from tostlm.config import RunConfig, dump_config, load_config
-from tostlm.data import Tokenizer
+from tostlm.data import MANIFEST, Tokenizer
 from tostlm.errors import UserError
-from tostlm.files import write_atomically
+from tostlm.files import sha256_of, write_atomically
 from tostlm.launch import Ranks
 from tostlm.train.engine import load_engine, save_engine, whole_weights
 
@@ -37,16 +38,14 @@ def save(engine: Any, config: RunConfig, tokenizer: Tokenizer, step: int, ranks:
     Raises:
         UserError: it cannot be written; the run's older checkpoints are untouched.
     """
-    final = config.run_dir / "checkpoints" / f"step-{step:08d}"
+    final = checkpoint_folder(config.run_dir, step)
     partial = final.with_name(f"{PARTIAL}{final.name}")
-    if ranks.rank == 0:
-        partial.mkdir(parents=True)
-    dist.barrier()
     try:
+        partial.mkdir(parents=True, exist_ok=True)
         save_engine(engine, partial / ENGINE)
         weights = whole_weights(engine, ranks.rank)
         if ranks.rank == 0:
-            progress = Progress(step, step * config.train.batch_tokens, ranks.world, config.zero_stage)
+            progress = Progress(step, ranks.world, sha256_of(config.data.path / MANIFEST))
             write_atomically(partial / WEIGHTS, safetensors.torch.save(weights))
             write_atomically(partial / CONFIG, dump_config(config))
             write_atomically(partial / TOKENIZER, tokenizer.model)
@@ -91,43 +90,40 @@ def check_resumable(config: RunConfig, tokenizer: Tokenizer, world_size: int) ->
         return
     newest = found[-1]
     way_out = "choose another run_dir, or put the old value back"
-    ours, theirs = _identity(config), _identity(load_config(newest / CONFIG))
-    for key, value in ours.items():
+    saved, progress = load_config(newest / CONFIG), read_progress(newest)
+    theirs = _identity(saved, progress.world_size)
+    for key, value in _identity(config, world_size).items():
         if value != theirs[key]:
-            raise UserError(f"checkpoint {newest} has {key}={theirs[key]}, the config {key}={value}; {way_out}")
+            raise UserError(f"checkpoint {newest} has {key}={theirs[key]}, this run {key}={value}; {way_out}")
     if Tokenizer.load(newest / TOKENIZER).sha256 != tokenizer.sha256:
         raise UserError(f"checkpoint {newest} was trained with another tokenizer than {config.data.path}; {way_out}")
-    progress = read_progress(newest)
-    written, now = (progress.world_size, progress.zero_stage), (world_size, config.zero_stage)
-    if written != now:
-        raise UserError(
-            f"checkpoint {newest} was written by {written[0]} ranks at ZeRO stage {written[1]}, this run has {now[0]} "
-            f"at stage {now[1]}; resume with the same"
-        )
+    if progress.data_sha256 != sha256_of(config.data.path / MANIFEST):
+        raise UserError(f"checkpoint {newest} was trained on other data than {config.data.path} holds; {way_out}")
 
 
-def _identity(config: RunConfig) -> dict[str, Any]:
+def _identity(config: RunConfig, world_size: int) -> dict[str, Any]:
     """What a resumed run must share with its checkpoint for its losses to continue."""
     return {
         **{f"model.{key}": value for key, value in asdict(config.model).items()},
         "seed": config.seed,
         "data.context_tokens": config.data.context_tokens,
         "train.batch_tokens": config.train.batch_tokens,
+        "precision": config.precision,
+        "ZeRO stage": config.zero_stage,
+        "ranks": world_size,
     }
 
 
-def resume(engine: Any, config: RunConfig) -> int:
-    """Load the newest checkpoint in the run's folder into the engine, if there is one; returns the step to go on from.
+def resume(engine: Any, config: RunConfig, step: int) -> None:
+    """Load the checkpoint of a step into the engine; every rank must call.
 
     Raises:
-        UserError: its engine shards cannot be read.
+        UserError: this rank does not see it, or it cannot be read.
     """
-    found = checkpoints(config.run_dir)
-    if not found:
-        return 0
-    newest = found[-1]
+    folder = checkpoint_folder(config.run_dir, step)
+    if not folder.is_dir():
+        raise UserError(f"this rank does not see {folder}, which rank 0 does; run_dir must be on a shared file system")
     try:
-        load_engine(engine, newest / ENGINE)
+        load_engine(engine, folder / ENGINE)
     except UserError as error:
-        raise UserError(f"{error}; remove {newest} to resume from the checkpoint before it") from None
-    return last_step(config)
+        raise UserError(f"{error}; remove {folder} to resume from the checkpoint before it") from None

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pydantic
 import torch
 from torch import Tensor
 
@@ -20,13 +21,16 @@ if not torch.accelerator.is_available():
 
 import deepspeed
 from deepspeed.ops.op_builder import ShareMemCommBuilder
+from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
 from tostlm.config import RunConfig, batches
-from tostlm.errors import UserError
+from tostlm.errors import UserError, reason_of
 from tostlm.launch import Ranks
 from tostlm.model import LM, parameter_groups
 
 SHARDS = "shards"  # DeepSpeed's tag
+SETTINGS = ("betas", "eps", "weight_decay")  # of an optimizer group
 SMALLEST_DISK_BYTES = 1 << 20  # less is called full
 
 # DeepSpeed calls collectives by names that torch deprecates, once a collective.
@@ -48,7 +52,9 @@ def deepspeed_dict(config: RunConfig, world_size: int) -> dict[str, Any]:
 def join_ranks(ranks: Ranks) -> torch.device:
     """Meet the other ranks; returns this rank's device."""
     if torch.cuda.is_available():  # a launcher may show each rank its own GPU alone
-        torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
+        own = ranks.local_rank % torch.cuda.device_count()
+        torch.cuda.set_device(own)
+        os.environ["LOCAL_RANK"] = str(own)  # DeepSpeed chooses by it
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Training never calls the shared-memory all-reduce that DeepSpeed would compile for a minute at the first start.
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
@@ -64,7 +70,7 @@ def start_engine(config: RunConfig, lm: LM, ranks: Ranks) -> Any:
     """
     optimizer = torch.optim.AdamW(
         parameter_groups(lm, config.optimizer.weight_decay),
-        lr=config.optimizer.lr,
+        lr=0.0,  # each step sets it
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,
         fused=torch.cuda.is_available(),
@@ -76,13 +82,10 @@ def start_engine(config: RunConfig, lm: LM, ranks: Ranks) -> Any:
             config=deepspeed_dict(config, ranks.world),
             dist_init_required=False,
         )
-    except (
-        ValueError,
-        AssertionError,
-        NotImplementedError,
-        deepspeed.runtime.config.DeepSpeedConfigError,
-    ) as error:
-        raise UserError(f"DeepSpeed refuses the deepspeed block: {' '.join(str(error).split())}") from error
+    except (ValueError, TypeError, AssertionError, RuntimeError, DeepSpeedConfigError, ZeRORuntimeException) as error:
+        if ranks.rank:  # it refuses on all ranks; one of them says so
+            raise SystemExit(2) from None
+        raise UserError(f"DeepSpeed refuses the deepspeed block: {_complaint(error)}") from error
     for state in optimizer.state.values():
         # At stage 0 in low precision DeepSpeed makes the optimizer's state by a step on zero gradients, which Adam's
         # bias correction would count.
@@ -90,11 +93,17 @@ def start_engine(config: RunConfig, lm: LM, ranks: Ranks) -> Any:
     return engine
 
 
+def _complaint(error: Exception) -> str:
+    if isinstance(error, pydantic.ValidationError):
+        return "; ".join(f"{'.'.join(map(str, p['loc']))}={p['input']!r}: {p['msg']}" for p in error.errors())
+    return " ".join(str(error).split())
+
+
 class Step(NamedTuple):
     """What one update was like."""
 
     loss: Tensor  # mean over this rank's tokens, in nats
-    grad_norm: Tensor | float  # of the whole gradient, before clipping
+    grad_norm: Tensor | float | None  # of the whole gradient, before clipping; None where DeepSpeed is told not to
 
 
 def train_step(engine: Any, tokens: Tensor, targets: Tensor, lr: float) -> Step:
@@ -103,14 +112,15 @@ def train_step(engine: Any, tokens: Tensor, targets: Tensor, lr: float) -> Step:
         group["lr"] = lr
     micro = engine.train_micro_batch_size_per_gpu()
     losses = []
+    grad_norm = None
     for start in range(0, len(tokens), micro):
         loss, _ = engine(tokens[start : start + micro], targets=targets[start : start + micro])
         engine.backward(loss)
-        unreported_norm = _unreported_grad_norm(engine)
+        if start + micro >= len(tokens):
+            grad_norm = _unreported_grad_norm(engine)
         engine.step()
         losses.append(loss.detach())
-    grad_norm = engine.get_global_grad_norm() if unreported_norm is None else unreported_norm
-    return Step(torch.stack(losses).mean(), grad_norm)
+    return Step(torch.stack(losses).mean(), engine.get_global_grad_norm() if grad_norm is None else grad_norm)
 
 
 def _unreported_grad_norm(engine: Any) -> Tensor | None:
@@ -134,17 +144,20 @@ def save_engine(engine: Any, folder: Path) -> None:
 
 
 def load_engine(engine: Any, folder: Path) -> None:
-    """Read what `save_engine` wrote.
+    """Read what `save_engine` wrote; the optimizer's settings stay the config's, not those it was saved with.
 
     Raises:
         UserError: it cannot be read.
     """
+    settings = [{key: group[key] for key in SETTINGS} for group in engine.optimizer.param_groups]
     try:
         loaded, _ = engine.load_checkpoint(str(folder), tag=SHARDS)
-    except (RuntimeError, OSError, EOFError, AssertionError, pickle.UnpicklingError) as error:
-        raise UserError(f"{folder} cannot be read: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, OSError, EOFError, AssertionError, LookupError, pickle.UnpicklingError) as error:
+        raise UserError(f"{folder} cannot be read: {reason_of(error)}") from None
     if loaded is None:
         raise UserError(f"{folder} holds no shards")
+    for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
+        group.update(own)
 
 
 def whole_weights(engine: Any, rank: int) -> dict[str, Tensor]:

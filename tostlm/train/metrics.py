@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -61,8 +63,8 @@ class Metrics:
             self._board.close()
             self._file.close()
 
-    def train(self, step: int, loss: float, lr: float, grad_norm: float) -> None:
-        """Report the steps since the last report."""
+    def train(self, step: int, loss: float, lr: float, grad_norm: Tensor | float | None) -> None:
+        """Report a step; the tokens a second are of all since the last report."""
         if self._mute:
             return
         seconds = time.monotonic() - self._since
@@ -70,15 +72,17 @@ class Metrics:
         values = {
             "loss": loss,
             "lr": lr,
-            "grad_norm": grad_norm,
             "tokens_per_second": tokens_per_second,
             "memory_bytes": _memory_bytes(),
         }
+        if grad_norm is not None:
+            values["grad_norm"] = float(grad_norm)
         if peak := _peak_flops():
             flops = training_flops_per_token(self._config.model, self._config.data.context_tokens)
             values["mfu"] = tokens_per_second * flops / (peak * self._world_size)
         self._write("train", step, values)
-        self._say(step, f"loss {loss:.4f}  lr {lr:.2e}  grad {grad_norm:.2f}  {tokens_per_second:,.0f} tokens/s")
+        norm = values.get("grad_norm", math.nan)
+        self._say(step, f"loss {loss:.4f}  lr {lr:.2e}  grad {norm:.2f}  {tokens_per_second:,.0f} tokens/s")
         self._bar.update(step - self._bar.n)
         self.restart_clock(step)
 
@@ -115,7 +119,7 @@ def _drop_after(path: Path, step: int) -> None:
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except ValueError:  # a line cut short by a crash
+    except (ValueError, TypeError, LookupError):  # a line cut short by a crash, or none of ours
         return float("inf")
 
 
