@@ -33,7 +33,10 @@ MODULES = (
     "tostlm.model.loss",
     "tostlm.model.mixers",
     "tostlm.tssa",
+    "tostlm.tssa.backend",
     "tostlm.tssa.chunked",
+    "tostlm.tssa.dispatch",
+    "tostlm.tssa.operator",
     "tostlm.tssa.reference",
     "tostlm.tssa.state",
 )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
+import torch
 from torch import Tensor
 
-from tostlm.tssa.chunked import tssa_chunked
+from tostlm.tssa.dispatch import ORACLE, VARIABLE, choose
+from tostlm.tssa.operator import forward as differentiable_forward
 from tostlm.tssa.reference import tssa_reference
 from tostlm.tssa.state import State
 
@@ -40,7 +44,18 @@ def tssa(
     Source: Token Statistics Transformer, arXiv 2412.17810; docs/tssa.md has the forward and backward equations.
     """
     _check(w, temp, bias, rho, reset, state)
-    return tssa_chunked(w, temp, bias, rho, reset, state)
+    if os.environ.get(VARIABLE) == ORACLE:
+        y, state = tssa_reference(w, temp, bias, rho, reset, state)
+        return y.to(w.dtype), state
+    B, _, C = w.shape
+    H = temp.shape[0]
+    before = State.zeros(B, C, H, w.device) if state is None else state
+    arguments = (w, temp, bias, rho, reset, *before)
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments)
+    # torch's way through a custom op costs more than one token does, so a call that needs none of it goes around.
+    call = differentiable_forward if learns or torch.compiler.is_compiling() else choose(w, H).forward
+    y, energy, mass, weighted, *_ = call(*arguments)
+    return y, State(energy, mass, weighted)
 
 
 def _check(

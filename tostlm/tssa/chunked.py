@@ -1,40 +1,169 @@
-"""Causal TSSA in plain PyTorch, chunk by chunk, with its own backward.
+"""Causal TSSA in plain PyTorch, chunk by chunk: the backend that runs everywhere.
 
-Shapes: B sequences, T tokens, C channels = H heads x D. Tokens are handled in blocks; inside a block every running
-sum is two scans, over the rows of all chunks at once and then over the chunks. Only the input, the memberships and
-the state before each block are kept for the backward pass; the rest is computed again. The derivation is in
-docs/tssa.md, whose step numbers the backward follows.
+Shapes: B sequences, T tokens, C channels = H heads x D, N blocks. Tokens are handled in blocks; inside a block every
+running sum is two scans, over the rows of all chunks at once and then over the chunks. The backward pass computes again
+what it needs from the state before each block; its steps are numbered as in docs/tssa.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from tostlm.tssa.backend import Adjoints, Backend, Forward
 from tostlm.tssa.reference import EPS, EPS_MASS
-from tostlm.tssa.state import State
 
 CHUNK = 32  # tokens in the inner, row-by-row scan
 BLOCK = 1024  # tokens whose temporaries are alive at once
 
 
-def tssa_chunked(
+def forward(
     w: Tensor,
     temp: Tensor,
-    bias: Tensor | None = None,
-    rho: Tensor | None = None,
-    reset: Tensor | None = None,
-    state: State | None = None,
-) -> tuple[Tensor, State]:
-    """Chunked TSSA; arguments and results as `tostlm.tssa.tssa`."""
-    B, _, C = w.shape
-    before = State.zeros(B, C, temp.shape[0], w.device) if state is None else state
-    y, *after = _ChunkedTSSA.apply(w, temp, bias, rho, reset, *before)
-    return y, State(*after)
+    bias: Tensor | None,
+    rho: Tensor | None,
+    reset: Tensor | None,
+    energy: Tensor,
+    mass: Tensor,
+    weighted: Tensor,
+) -> Forward:
+    """See `Backend`."""
+    B, T, C = w.shape
+    H = temp.shape[0]
+    D = C // H
+    compute = torch.promote_types(w.dtype, torch.float32)  # statistics are never narrower than fp32
+    temp = temp.to(compute)
+    decay = _decay(rho, reset, B, T, H, compute)
+    y = torch.empty_like(w, memory_format=torch.contiguous_format)
+    Pi = torch.empty(B, T, H, dtype=compute, device=w.device)
+    n = torch.empty_like(Pi)
+    s, m, c = energy.view(B, H, D), weighted.view(B, H, D), mass.view(B, H, 1)
+    starts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for block in _blocks(T):
+        starts.append((s, m, c))
+        a = None if decay is None else decay[:, block].contiguous()
+        x = w[:, block].to(compute).view(B, -1, H, D)
+        square = x * x
+        running = square.clone()
+        s = _scan(running, a, s)
+        n_block = (square / running.clamp_min_(EPS)).sum(-1)  # [B, t, H]
+        if bias is not None:
+            n_block += D * (bias[block] if bias.dim() == 2 else bias[:, block])
+        Pi_block = torch.softmax(temp * n_block, dim=-1)
+        running = square.mul_(Pi_block[..., None])
+        m = _scan(running, a, m)
+        mass_block = Pi_block[..., None].clone()
+        c = _scan(mass_block, a, c)
+        mass_block += EPS_MASS
+        gate = mass_block / running.add_(mass_block)  # 1 / (1 + weighted / mass)
+        y[:, block] = gate.mul_(x).mul_(-Pi_block[..., None]).view(B, -1, C)
+        Pi[:, block], n[:, block] = Pi_block, n_block
+
+    def stacked(which: int, size: int) -> Tensor:
+        saved = [start[which].reshape(B, size) for start in starts]
+        return torch.stack(saved, 1) if saved else energy.new_empty(B, 0, size)
+
+    after = s.reshape(B, C).clone(), c.reshape(B, H).clone(), m.reshape(B, C).clone()
+    return Forward(y, *after, Pi, n, stacked(0, C), stacked(2, H), stacked(1, C))
+
+
+def backward(
+    dy: Tensor,
+    d_energy: Tensor,
+    d_mass: Tensor,
+    d_weighted: Tensor,
+    w: Tensor,
+    temp: Tensor,
+    bias: Tensor | None,
+    rho: Tensor | None,
+    reset: Tensor | None,
+    Pi: Tensor,
+    n: Tensor,
+    starts_energy: Tensor,
+    starts_mass: Tensor,
+    starts_weighted: Tensor,
+    want_rho: bool,
+) -> Adjoints:
+    """See `Backend`."""
+    B, T, C = w.shape
+    H = temp.shape[0]
+    D = C // H
+    compute = Pi.dtype
+    temp = temp.to(compute)
+    decay = _decay(rho, reset, B, T, H, compute)
+    dw = torch.empty_like(w, memory_format=torch.contiguous_format)
+    dn = torch.empty_like(n)
+    d_temp = torch.zeros(H, dtype=compute, device=w.device)
+    d_rho = torch.zeros(H, dtype=compute, device=w.device)
+    S, M, Cm = d_energy.view(B, H, D), d_weighted.view(B, H, D), d_mass.view(B, H, 1)
+    for k, block in reversed(list(enumerate(_blocks(T)))):
+        s0, m0 = starts_energy[:, k].view(B, H, D), starts_weighted[:, k].view(B, H, D)
+        c0 = starts_mass[:, k].view(B, H, 1)
+        a = None if decay is None else decay[:, block].contiguous()
+        x = w[:, block].to(compute).view(B, -1, H, D)
+        g = dy[:, block].to(compute).view(B, -1, H, D)
+        square = x * x
+        P = Pi[:, block, :, None]
+
+        m = square * P
+        _scan(m, a, m0)
+        c = P.clone()
+        _scan(c, a, c0)
+        mass = c + EPS_MASS
+        gate = mass / (m + mass)
+
+        gated = gate * g  # steps 1 and 2
+        xgated = x * gated
+        share = P / mass
+        dm = xgated * gate
+        dc = (dm - xgated).sum(-1, keepdim=True) * share
+        dm *= share
+        M = _reverse_scan(dm, a, M)  # step 3
+        Cm = _reverse_scan(dc, a, Cm)
+        dPi = (dm * square - xgated).sum(-1) + dc[..., 0]  # step 4
+        p = P[..., 0]
+        dz = p * (dPi - (p * dPi).sum(-1, keepdim=True))  # step 5
+        d_temp += (dz * n[:, block]).sum((0, 1))
+        dn_block = temp * dz
+        dn[:, block] = dn_block
+
+        s = square.clone()  # step 6
+        _scan(s, a, s0)
+        floored = s.clamp_min(EPS)
+        direct = dn_block[..., None] / floored
+        through = direct * (square / floored) * (s >= EPS)
+        ds = -through
+        S = _reverse_scan(ds, a, S)
+        # Step 7: direct and through cancel exactly at a document's first token only when subtracted first.
+        d_square = P * dm + (direct - through) + (ds + through)
+        dw[:, block] = (2 * x * d_square - P * gated).view(B, -1, C)
+
+        if want_rho:  # step 9
+            per_token = (ds * _shifted(s, s0) + dm * _shifted(m, m0)).sum(-1) + (dc * _shifted(c, c0))[..., 0]
+            if reset is not None:
+                per_token = per_token.masked_fill(reset[:, block, None], 0.0)
+            d_rho += per_token.sum((0, 1))
+
+    before = S.reshape(B, C).clone(), Cm.reshape(B, H).clone(), M.reshape(B, C).clone()
+    return Adjoints(dw, d_temp, dn, d_rho, *before)
+
+
+def _decay(rho: Tensor | None, reset: Tensor | None, B: int, T: int, H: int, dtype: torch.dtype) -> Tensor | None:
+    """What the running sums are multiplied by before each token, [B, T, H], or None for 1 everywhere."""
+    if rho is None and reset is None:
+        return None
+    source = rho if rho is not None else reset
+    assert source is not None
+    decay = torch.ones(H, dtype=dtype, device=source.device) if rho is None else rho.to(dtype)
+    decay = decay.expand(B, T, H)
+    return decay if reset is None else decay.masked_fill(reset[..., None], 0.0)
+
+
+def saved_states(T: int) -> int:
+    """Number of blocks of T tokens: whole ones, and the ragged rest."""
+    return (T // CHUNK * CHUNK + BLOCK - 1) // BLOCK + (T % CHUNK + CHUNK - 1) // CHUNK
 
 
 def _blocks(T: int) -> Iterator[slice]:
@@ -109,131 +238,11 @@ def _shifted(x: Tensor, first: Tensor) -> Tensor:
     return torch.cat([first.to(x.dtype)[:, None], x[:, :-1]], dim=1)
 
 
-class _ChunkedTSSA(torch.autograd.Function):
-    """(w, temp, bias, rho, reset, energy, mass, weighted) -> (y, energy, mass, weighted)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        w: Tensor,
-        temp: Tensor,
-        bias: Tensor | None,
-        rho: Tensor | None,
-        reset: Tensor | None,
-        energy: Tensor,
-        mass: Tensor,
-        weighted: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        B, T, C = w.shape
-        H = temp.shape[0]
-        D = C // H
-        compute = torch.promote_types(w.dtype, torch.float32)  # statistics are never narrower than fp32
-        temp_c = temp.to(compute)
-        decay = _decay(rho, reset, B, T, H, compute)
-        y = torch.empty_like(w, memory_format=torch.contiguous_format)
-        Pi = torch.empty(B, T, H, dtype=compute, device=w.device)
-        n = torch.empty_like(Pi)
-        s, m, c = energy.view(B, H, D), weighted.view(B, H, D), mass.view(B, H, 1)
-        starts = []
-        for block in _blocks(T):
-            starts += [s, m, c]
-            a = None if decay is None else decay[:, block].contiguous()
-            x = w[:, block].to(compute).view(B, -1, H, D)
-            square = x * x
-            running = square.clone()
-            s = _scan(running, a, s)
-            n_b = (square / running.clamp_min_(EPS)).sum(-1)  # [B, t, H]
-            if bias is not None:
-                n_b += D * (bias[block] if bias.dim() == 2 else bias[:, block])
-            Pi_b = torch.softmax(temp_c * n_b, dim=-1)
-            running = square.mul_(Pi_b[..., None])
-            m = _scan(running, a, m)
-            mass_b = Pi_b[..., None].clone()
-            c = _scan(mass_b, a, c)
-            mass_b += EPS_MASS
-            gate = mass_b / running.add_(mass_b)  # 1 / (1 + weighted / mass)
-            y[:, block] = gate.mul_(x).mul_(-Pi_b[..., None]).view(B, -1, C)
-            Pi[:, block], n[:, block] = Pi_b, n_b
-        ctx.save_for_backward(w, temp, bias, rho, reset, Pi, n, *starts)
-        return y, s.reshape(B, C), c.reshape(B, H), m.reshape(B, C)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor, d_energy: Tensor, d_mass: Tensor, d_weighted: Tensor) -> tuple[Any, ...]:
-        w, temp, bias, rho, reset, Pi_all, n_all, *starts = ctx.saved_tensors
-        B, T, C = w.shape
-        H = temp.shape[0]
-        D = C // H
-        compute = Pi_all.dtype
-        decay = _decay(rho, reset, B, T, H, compute)
-        dw = torch.empty_like(w)
-        dn_all = torch.empty_like(n_all)
-        d_temp = torch.zeros(H, dtype=compute, device=w.device)
-        want_rho = ctx.needs_input_grad[3]
-        d_rho = torch.zeros(H, dtype=compute, device=w.device) if want_rho else None
-        S, M, Cm = d_energy.view(B, H, D), d_weighted.view(B, H, D), d_mass.view(B, H, 1)
-        for k, block in reversed(list(enumerate(_blocks(T)))):
-            s0, m0, c0 = starts[3 * k : 3 * k + 3]
-            a = None if decay is None else decay[:, block].contiguous()
-            x = w[:, block].to(compute).view(B, -1, H, D)
-            g = dy[:, block].to(compute).view(B, -1, H, D)
-            square = x * x
-            Pi = Pi_all[:, block]
-            P = Pi[..., None]
-
-            m = square * P
-            _scan(m, a, m0)
-            c = P.clone()
-            _scan(c, a, c0)
-            mass = c + EPS_MASS
-            gate = mass / (m + mass)
-
-            gated = gate * g  # steps 1 and 2
-            xgated = x * gated
-            share = P / mass
-            dm = xgated * gate
-            dc = (dm - xgated).sum(-1, keepdim=True) * share
-            dm *= share
-            M = _reverse_scan(dm, a, M)  # step 3
-            Cm = _reverse_scan(dc, a, Cm)
-            dPi = (dm * square - xgated).sum(-1) + dc[..., 0]  # step 4
-            dz = Pi * (dPi - (Pi * dPi).sum(-1, keepdim=True))  # step 5
-            d_temp += (dz * n_all[:, block]).sum((0, 1))
-            dn = temp.to(compute) * dz
-            dn_all[:, block] = dn
-
-            s = square.clone()  # step 6
-            _scan(s, a, s0)
-            floored = s.clamp_min(EPS)
-            direct = dn[..., None] / floored
-            through = direct * (square / floored) * (s >= EPS)
-            ds = -through
-            S = _reverse_scan(ds, a, S)
-            # Step 7: direct and through cancel exactly at a document's first token only when subtracted first.
-            d_square = P * dm + (direct - through) + (ds + through)
-            dw[:, block] = (2 * x * d_square - P * gated).view(B, -1, C)
-
-            if d_rho is not None:  # step 9
-                per_token = (ds * _shifted(s, s0) + dm * _shifted(m, m0)).sum(-1)
-                per_token += (dc * _shifted(c, c0))[..., 0]
-                if reset is not None:
-                    per_token = per_token.masked_fill(reset[:, block, None], 0.0)
-                d_rho += per_token.sum((0, 1))
-
-        d_bias = None
-        if bias is not None:
-            d_bias = (D * (dn_all.sum(0) if bias.dim() == 2 else dn_all)).to(bias.dtype)
-        d_rho_out = None if d_rho is None else d_rho.to(rho.dtype)
-        d_state = S.reshape(B, C), Cm.reshape(B, H), M.reshape(B, C)
-        return dw, d_temp.to(temp.dtype), d_bias, d_rho_out, None, *d_state
-
-
-def _decay(rho: Tensor | None, reset: Tensor | None, B: int, T: int, H: int, dtype: torch.dtype) -> Tensor | None:
-    """What the running sums are multiplied by before each token, [B, T, H], or None for 1 everywhere."""
-    if rho is None and reset is None:
-        return None
-    source = rho if rho is not None else reset
-    assert source is not None
-    decay = torch.ones(H, dtype=dtype, device=source.device) if rho is None else rho.to(dtype)
-    decay = decay.expand(B, T, H)
-    return decay if reset is None else decay.masked_fill(reset[..., None], 0.0)
+BACKEND = Backend(
+    name="torch",
+    serves=lambda device, dtype, head_width: True,
+    saved_states=saved_states,
+    starts_dtype=torch.float64,
+    forward=forward,
+    backward=backward,
+)

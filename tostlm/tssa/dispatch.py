@@ -1,0 +1,52 @@
+"""Which backend serves a tensor."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+
+import torch
+from torch import Tensor
+
+from tostlm.tssa.backend import Backend
+from tostlm.tssa.chunked import BACKEND as TORCH
+
+VARIABLE = "TOSTLM_TSSA_BACKEND"
+COMPILED = {"triton": "tostlm.tssa.triton", "cpp": "tostlm.tssa.cpp"}  # fastest first; an export is without them
+ORACLE = "oracle"
+
+_log = logging.getLogger("tostlm")
+
+
+def choose(w: Tensor, heads: int) -> Backend:
+    """The backend for `w` [B, T, C]: the one the environment names, or the fastest that can.
+
+    Raises:
+        ValueError: the environment names none, or one that cannot serve `w`.
+    """
+    return _choose(os.environ.get(VARIABLE, ""), w.device.type, w.dtype, int(w.shape[-1]) // int(heads))
+
+
+@functools.cache
+def _choose(name: str, device: str, dtype: torch.dtype, head_width: int) -> Backend:
+    if name not in ("", "torch", *COMPILED):
+        raise ValueError(f"{VARIABLE}={name} is no backend; use {', '.join(COMPILED)}, torch or {ORACLE}")
+    for candidate in [name] if name else COMPILED:
+        backend = TORCH if candidate == "torch" else _load(candidate)
+        if backend is not None and backend.serves(device, dtype, head_width):
+            break
+        if name:
+            raise ValueError(f"{VARIABLE}={name} cannot serve {dtype} on {device} with heads of {head_width} channels")
+    else:
+        backend = TORCH
+    _log.info("TSSA of %s on %s with heads of %d channels: backend %s", dtype, device, head_width, backend.name)
+    return backend
+
+
+def _load(name: str) -> Backend | None:
+    try:
+        return importlib.import_module(COMPILED[name]).BACKEND
+    except ImportError:
+        return None
