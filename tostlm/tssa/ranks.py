@@ -1,0 +1,118 @@
+"""Causal TSSA of one sequence split over the ranks of a process group, each holding consecutive tokens.
+
+All a rank needs of those to its left is what they add to the running sums. The memberships need the energy first, so
+there are two exchanges a layer and direction, of C + H and C + 2H numbers a sequence and rank, whatever the number of
+tokens. Shapes: B sequences, T tokens of this rank, C channels = H heads x D, R ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from tostlm.tssa import State, tssa
+
+CHUNK = 64  # tokens summed in the compute dtype before float64 takes over
+
+
+def tssa_over_ranks(
+    w: Tensor,
+    temp: Tensor,
+    bias: Tensor | None = None,
+    rho: Tensor | None = None,
+    reset: Tensor | None = None,
+    state: State | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, State]:
+    """`tostlm.tssa.tssa` of the ranks' pieces laid end to end, in the group's order; every rank must call.
+
+    Args:
+        w, bias, reset: of this rank's T tokens; ranks may hold different T, none empty.
+        temp, rho, state: the same on every rank; `state` is the one before the first rank's tokens.
+        group: the process group the sequence is split over.
+
+    Returns:
+        y of this rank's tokens, and on every rank the state after the last rank's. Gradients are this rank's share:
+        summed over the group they are those of the whole.
+    """
+    B, T, C = w.shape
+    H = temp.shape[0]
+    zeros = State.zeros(B, C, H, w.device)
+    before = zeros if state is None else state
+    decay = torch.ones(B, T, H, dtype=torch.float64, device=w.device)
+    if rho is not None:
+        decay = decay * rho.double()
+    if reset is not None:
+        decay = decay.masked_fill(reset[..., None], 0.0)
+    kept = decay.prod(1)[..., None]  # [B, H, 1], what these tokens leave of the sums that come in
+
+    local = checkpoint(_local_energy, w, decay, use_reentrant=False)
+    energy_in, energy_out = _prefix(kept, local, before.energy.view(B, H, -1), group)
+    energy = energy_in.reshape(B, C)
+
+    _, own = tssa(w, temp, bias, rho, reset, State(energy, zeros.mass, zeros.weighted))
+    sums_in, sums_out = _prefix(kept, _joined(own), _joined(before), group)
+    y, _ = tssa(w, temp, bias, rho, reset, State(energy, *_split(sums_in)))
+    return y, State(energy_out.reshape(B, C), *_split(sums_out))
+
+
+def _joined(state: State) -> Tensor:
+    """Weighted sums and mass of each head: [B, H, D + 1]."""
+    B, H = state.mass.shape
+    return torch.cat([state.weighted.view(B, H, -1), state.mass[..., None]], -1)
+
+
+def _split(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Mass [B, H] and weighted [B, C] of what `_joined` made."""
+    return sums[..., -1], sums[..., :-1].flatten(1)
+
+
+def _local_energy(w: Tensor, decay: Tensor) -> Tensor:
+    """Energy of these tokens after the last of them, from zero: [B, H, D] float64."""
+    B, T, C = w.shape
+    H = decay.shape[-1]
+    compute = torch.promote_types(w.dtype, torch.float32)
+    left = torch.ones_like(decay)  # what is left of each token at the end
+    left[:, :-1] = decay[:, 1:].flip(1).cumprod(1).flip(1)
+    energy = torch.zeros(B, H, C // H, dtype=torch.float64, device=w.device)
+    for t in range(0, T, CHUNK):
+        square = w[:, t : t + CHUNK].to(compute).square().view(B, -1, H, C // H)
+        energy = energy + (square * left[:, t : t + CHUNK, :, None].to(compute)).sum(1)
+    return energy
+
+
+def _prefix(kept: Tensor, local: Tensor, before: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """What comes in to this rank, and what leaves the last one, of x -> kept x + local composed rank by rank.
+
+    kept [B, H, 1]; local, before and both results [B, H, K].
+    """
+    gathered = _AllGather.apply(torch.cat([kept, local], -1), group)  # [R, B, H, 1 + K]
+    x = incoming = before
+    for rank, summary in enumerate(gathered):
+        if rank == dist.get_rank(group):
+            incoming = x
+        x = summary[..., :1] * x + summary[..., 1:]
+    return incoming, x
+
+
+class _AllGather(torch.autograd.Function):
+    """x [...] of every rank -> [R, ...] on every rank."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        return torch.stack(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_parts: Tensor) -> tuple[Tensor, None]:
+        d_parts = d_parts.contiguous()
+        dist.all_reduce(d_parts, group=ctx.group)
+        return d_parts[dist.get_rank(ctx.group)], None
