@@ -1,7 +1,9 @@
 """The heart: whole == pieces == steps == reference, in values, end state and every gradient."""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -9,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from tostlm.tssa import State, tssa, tssa_reference
+from tostlm.tssa import State, dispatch, operator, tssa, tssa_reference
 
 Operator = Callable[..., tuple[Tensor, State]]
 
@@ -212,8 +215,98 @@ def test_shapes_that_do_not_fit_are_named(change: dict[str, object], words: str)
         tssa(**arguments)
 
 
-def test_states_of_chosen_sequences() -> None:
-    _, state = tssa(*draw(B=3))
+def test_states_are_chosen_repeated_and_kept(tmp_path: Path) -> None:
+    inputs = draw(B=3)
+    _, state = tssa(*inputs)
     chosen = state.select(torch.tensor([2, 0, 0]))
     assert torch.equal(chosen.energy, state.energy[[2, 0, 0]])
     assert torch.equal(chosen.mass, state.mass[[2, 0, 0]])
+    assert torch.equal(state.repeat(2).weighted, state.weighted[[0, 0, 1, 1, 2, 2]])
+    assert state.energy.requires_grad
+    assert not state.detach().energy.requires_grad
+    assert state.nbytes == 3 * 8 * (2 * 12 + 3)
+    state.detach().save(tmp_path / "state")
+    assert all(torch.equal(a, b) for a, b in zip(State.load(tmp_path / "state"), state, strict=True))
+    assert state.to("meta").mass.is_meta
+
+
+def test_one_prefix_goes_on_in_several_ways() -> None:
+    inputs = draw(B=1, T=30, options=("rho",))
+    _, state = tssa(*inputs)
+    ways = torch.randn(4, 10, 12, dtype=torch.float64)
+    together, _ = tssa(ways, inputs.temp, None, inputs.rho, state=state.repeat(4))
+    for way in range(4):
+        alone, _ = tssa(torch.cat([inputs.w, ways[way : way + 1]], 1), inputs.temp, None, inputs.rho)
+        torch.testing.assert_close(together[way], alone[0, 30:])
+
+
+def test_statistics_say_what_the_operator_did() -> None:
+    inputs = draw(B=2, T=70, options=("rho", "reset"))
+    y, state, stats = tssa(*inputs, return_stats=True)
+    plain, plain_state = tssa(*inputs)
+    assert_same([y, *state], [plain, *plain_state])
+
+    B, T, H, D = 2, 70, 3, 4
+    Pi, gate, horizon = torch.zeros(B, T, H), torch.zeros(B, T, H, D), torch.zeros(B, T, H)
+    w = inputs.w.detach().view(B, T, H, D)
+    energy, weighted, mass, count = torch.zeros(B, H, D), torch.zeros(B, H, D), torch.zeros(B, H), torch.zeros(B, H)
+    for t in range(T):
+        decay = inputs.rho.detach() * ~inputs.reset[:, t, None]
+        energy = decay[..., None] * energy + w[:, t] ** 2
+        Pi[:, t] = torch.softmax(inputs.temp.detach() * (w[:, t] ** 2 / energy).sum(-1), -1)
+        weighted = decay[..., None] * weighted + Pi[:, t, :, None] * w[:, t] ** 2
+        mass, count = decay * mass + Pi[:, t], decay * count + 1
+        gate[:, t] = 1 / (1 + weighted / mass[..., None])
+        horizon[:, t] = count
+    weight = w**2 * Pi[..., None]
+    torch.testing.assert_close(stats.membership.float(), Pi.mean((0, 1)))
+    entropy = -(Pi * Pi.log()).sum(-1).mean() / math.log(H)
+    torch.testing.assert_close(stats.entropy.float(), entropy)
+    expected_gate = ((gate * weight).sum((0, 1, 3)) / weight.sum((0, 1, 3))).float()
+    torch.testing.assert_close(stats.gate.float(), expected_gate, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(stats.horizon.float(), horizon.mean((0, 1)))
+
+
+def test_torch_sees_one_operator() -> None:
+    """Schema, fake kernel and backward agree, and torch.compile breaks no graph."""
+    inputs = draw(T=70, bias="shared", options=("rho", "reset", "state"))
+    torch.library.opcheck(operator.forward, (*inputs[:5], *inputs.state))
+    torch.library.opcheck(operator.forward, (*draw(T=40)[:5], *State.zeros(2, 12, 3)))
+    compiled = torch.compile(lambda w, temp: tssa(w, temp)[0] * 2, fullgraph=True)
+    w, temp = inputs.w, inputs.temp
+    found, expected = compiled(w, temp), tssa(w, temp)[0] * 2
+    assert_same([found], [expected])
+    assert_same(list(torch.autograd.grad(found.sum(), (w, temp))), list(torch.autograd.grad(expected.sum(), (w, temp))))
+
+
+def test_under_autocast_and_activation_checkpointing() -> None:
+    inputs = draw(T=70)
+    w, temp = inputs.w.detach().float().requires_grad_(), inputs.temp.detach().float().requires_grad_()
+    plain = torch.autograd.grad(tssa(w, temp)[0].sum(), (w, temp))
+    again = torch.autograd.grad(checkpoint(lambda w: tssa(w, temp)[0], w, use_reentrant=False).sum(), (w, temp))
+    assert_same(list(again), list(plain))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, state = tssa(w.bfloat16(), temp)
+    assert (y.dtype, state.energy.dtype) == (torch.bfloat16, torch.float64)
+
+
+@pytest.mark.parametrize("name", ["torch", "oracle"])
+def test_the_environment_names_the_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = draw(T=40, options=("rho", "state"))
+    expected = outcome(tssa_reference, inputs)
+    monkeypatch.setenv("TOSTLM_TSSA_BACKEND", name)
+    assert_same(outcome(tssa, inputs), expected)
+
+
+def test_a_backend_that_cannot_serve_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOSTLM_TSSA_BACKEND", "fortran")
+    with pytest.raises(ValueError, match="fortran is no backend; use triton, cpp, torch or oracle"):
+        tssa(*draw())
+
+
+def test_which_backend_serves_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    dispatch._choose.cache_clear()
+    with caplog.at_level("INFO", logger="tostlm"):
+        tssa(*draw())
+        tssa(*draw())
+    assert [record.message.split(": ")[-1] for record in caplog.records] == ["backend torch"]

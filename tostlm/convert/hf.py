@@ -39,6 +39,7 @@ MODULES = (
     "tostlm.tssa.operator",
     "tostlm.tssa.reference",
     "tostlm.tssa.state",
+    "tostlm.tssa.stats",
 )
 INTERNAL_IMPORT = re.compile(r"^from (tostlm[\w.]*) import", re.MULTILINE)
 PROBE_TEXT = (

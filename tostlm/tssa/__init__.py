@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -11,8 +12,35 @@ from tostlm.tssa.dispatch import ORACLE, VARIABLE, choose
 from tostlm.tssa.operator import forward as differentiable_forward
 from tostlm.tssa.reference import tssa_reference
 from tostlm.tssa.state import State
+from tostlm.tssa.stats import Stats, statistics
 
-__all__ = ["State", "tssa", "tssa_reference"]
+__all__ = ["State", "Stats", "tssa", "tssa_reference"]
+
+
+@overload
+def tssa(
+    w: Tensor,
+    temp: Tensor,
+    bias: Tensor | None = None,
+    rho: Tensor | None = None,
+    reset: Tensor | None = None,
+    state: State | None = None,
+    *,
+    return_stats: Literal[False] = False,
+) -> tuple[Tensor, State]: ...
+
+
+@overload
+def tssa(
+    w: Tensor,
+    temp: Tensor,
+    bias: Tensor | None = None,
+    rho: Tensor | None = None,
+    reset: Tensor | None = None,
+    state: State | None = None,
+    *,
+    return_stats: Literal[True],
+) -> tuple[Tensor, State, Stats]: ...
 
 
 def tssa(
@@ -22,7 +50,9 @@ def tssa(
     rho: Tensor | None = None,
     reset: Tensor | None = None,
     state: State | None = None,
-) -> tuple[Tensor, State]:
+    *,
+    return_stats: bool = False,
+) -> tuple[Tensor, State] | tuple[Tensor, State, Stats]:
     """Mix tokens causally by their running second moments.
 
     Args:
@@ -33,6 +63,7 @@ def tssa(
         rho: [H] in (0, 1], how much of every running sum a token leaves; None is 1, the paper's operator.
         reset: [B, T] bool, True where a document begins: the sums start again from zero there.
         state: what the tokens before left; None is the beginning of a document.
+        return_stats: also return `Stats`, the call's memberships, gates and horizons in numbers.
 
     Returns:
         y [B, T, C] in w's dtype, and the state after the last token. Calls on consecutive pieces of a sequence, each
@@ -45,6 +76,8 @@ def tssa(
     """
     _check(w, temp, bias, rho, reset, state)
     if os.environ.get(VARIABLE) == ORACLE:
+        if return_stats:
+            raise ValueError(f"the {ORACLE} backend has no statistics; unset {VARIABLE}")
         y, state = tssa_reference(w, temp, bias, rho, reset, state)
         return y.to(w.dtype), state
     B, _, C = w.shape
@@ -54,8 +87,9 @@ def tssa(
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments)
     # torch's way through a custom op costs more than one token does, so a call that needs none of it goes around.
     call = differentiable_forward if learns or torch.compiler.is_compiling() else choose(w, H).forward
-    y, energy, mass, weighted, *_ = call(*arguments)
-    return y, State(energy, mass, weighted)
+    y, energy, mass, weighted, Pi, *_ = call(*arguments)
+    after = State(energy, mass, weighted)
+    return (y, after, statistics(w, y, Pi, rho, reset)) if return_stats else (y, after)
 
 
 def _check(

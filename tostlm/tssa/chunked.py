@@ -35,27 +35,27 @@ def forward(
     D = C // H
     compute = torch.promote_types(w.dtype, torch.float32)  # statistics are never narrower than fp32
     temp = temp.to(compute)
-    decay = _decay(rho, reset, B, T, H, compute)
+    decay = decays(rho, reset, B, T, H, compute)
     y = torch.empty_like(w, memory_format=torch.contiguous_format)
     Pi = torch.empty(B, T, H, dtype=compute, device=w.device)
     n = torch.empty_like(Pi)
     s, m, c = energy.view(B, H, D), weighted.view(B, H, D), mass.view(B, H, 1)
     starts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for block in _blocks(T):
+    for block in blocks(T):
         starts.append((s, m, c))
         a = None if decay is None else decay[:, block].contiguous()
         x = w[:, block].to(compute).view(B, -1, H, D)
         square = x * x
         running = square.clone()
-        s = _scan(running, a, s)
+        s = scan(running, a, s)
         n_block = (square / running.clamp_min_(EPS)).sum(-1)  # [B, t, H]
         if bias is not None:
             n_block += D * (bias[block] if bias.dim() == 2 else bias[:, block])
         Pi_block = torch.softmax(temp * n_block, dim=-1)
         running = square.mul_(Pi_block[..., None])
-        m = _scan(running, a, m)
+        m = scan(running, a, m)
         mass_block = Pi_block[..., None].clone()
-        c = _scan(mass_block, a, c)
+        c = scan(mass_block, a, c)
         mass_block += EPS_MASS
         gate = mass_block / running.add_(mass_block)  # 1 / (1 + weighted / mass)
         y[:, block] = gate.mul_(x).mul_(-Pi_block[..., None]).view(B, -1, C)
@@ -92,13 +92,13 @@ def backward(
     D = C // H
     compute = Pi.dtype
     temp = temp.to(compute)
-    decay = _decay(rho, reset, B, T, H, compute)
+    decay = decays(rho, reset, B, T, H, compute)
     dw = torch.empty_like(w, memory_format=torch.contiguous_format)
     dn = torch.empty_like(n)
     d_temp = torch.zeros(H, dtype=compute, device=w.device)
     d_rho = torch.zeros(H, dtype=compute, device=w.device)
     S, M, Cm = d_energy.view(B, H, D), d_weighted.view(B, H, D), d_mass.view(B, H, 1)
-    for k, block in reversed(list(enumerate(_blocks(T)))):
+    for k, block in reversed(list(enumerate(blocks(T)))):
         s0, m0 = starts_energy[:, k].view(B, H, D), starts_weighted[:, k].view(B, H, D)
         c0 = starts_mass[:, k].view(B, H, 1)
         a = None if decay is None else decay[:, block].contiguous()
@@ -108,9 +108,9 @@ def backward(
         P = Pi[:, block, :, None]
 
         m = square * P
-        _scan(m, a, m0)
+        scan(m, a, m0)
         c = P.clone()
-        _scan(c, a, c0)
+        scan(c, a, c0)
         mass = c + EPS_MASS
         gate = mass / (m + mass)
 
@@ -120,8 +120,8 @@ def backward(
         dm = xgated * gate
         dc = (dm - xgated).sum(-1, keepdim=True) * share
         dm *= share
-        M = _reverse_scan(dm, a, M)  # step 3
-        Cm = _reverse_scan(dc, a, Cm)
+        M = reverse_scan(dm, a, M)  # step 3
+        Cm = reverse_scan(dc, a, Cm)
         dPi = (dm * square - xgated).sum(-1) + dc[..., 0]  # step 4
         p = P[..., 0]
         dz = p * (dPi - (p * dPi).sum(-1, keepdim=True))  # step 5
@@ -130,12 +130,12 @@ def backward(
         dn[:, block] = dn_block
 
         s = square.clone()  # step 6
-        _scan(s, a, s0)
+        scan(s, a, s0)
         floored = s.clamp_min(EPS)
         direct = dn_block[..., None] / floored
         through = direct * (square / floored) * (s >= EPS)
         ds = -through
-        S = _reverse_scan(ds, a, S)
+        S = reverse_scan(ds, a, S)
         # Step 7: direct and through cancel exactly at a document's first token only when subtracted first.
         d_square = P * dm + (direct - through) + (ds + through)
         dw[:, block] = (2 * x * d_square - P * gated).view(B, -1, C)
@@ -150,7 +150,7 @@ def backward(
     return Adjoints(dw, d_temp, dn, d_rho, *before)
 
 
-def _decay(rho: Tensor | None, reset: Tensor | None, B: int, T: int, H: int, dtype: torch.dtype) -> Tensor | None:
+def decays(rho: Tensor | None, reset: Tensor | None, B: int, T: int, H: int, dtype: torch.dtype) -> Tensor | None:
     """What the running sums are multiplied by before each token, [B, T, H], or None for 1 everywhere."""
     if rho is None and reset is None:
         return None
@@ -166,7 +166,7 @@ def saved_states(T: int) -> int:
     return (T // CHUNK * CHUNK + BLOCK - 1) // BLOCK + (T % CHUNK + CHUNK - 1) // CHUNK
 
 
-def _blocks(T: int) -> Iterator[slice]:
+def blocks(T: int) -> Iterator[slice]:
     """Blocks of whole chunks, then the ragged rest as one short chunk."""
     whole = T - T % CHUNK
     for start in range(0, whole, BLOCK):
@@ -181,7 +181,7 @@ def _chunks(x: Tensor) -> Tensor:
     return x.view(x.shape[0], x.shape[1] // rows, rows, *x.shape[2:])
 
 
-def _scan(x: Tensor, decay: Tensor | None, carry: Tensor) -> Tensor:
+def scan(x: Tensor, decay: Tensor | None, carry: Tensor) -> Tensor:
     """In place x_t <- decay_t x_{t-1} + x_t along dim 1, from `carry` before the first; returns the last in float64.
 
     x [B, T, H, D], decay [B, T, H] or None for 1, carry [B, H, D] float64.
@@ -206,7 +206,7 @@ def _scan(x: Tensor, decay: Tensor | None, carry: Tensor) -> Tensor:
     return carry
 
 
-def _reverse_scan(x: Tensor, decay: Tensor | None, carry: Tensor) -> Tensor:
+def reverse_scan(x: Tensor, decay: Tensor | None, carry: Tensor) -> Tensor:
     """In place x_t <- x_t + decay_{t+1} x_{t+1} along dim 1; returns decay_first x_first in float64.
 
     `carry` [B, H, D] float64 is what arrives from the right, already multiplied by the decay of the step it comes from.

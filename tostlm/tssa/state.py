@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,32 @@ class State(NamedTuple):
             return torch.zeros(batch, size, dtype=torch.float64, device=device)
 
         return cls(empty(width), empty(heads), empty(width))
+
+    def repeat(self, times: int) -> State:
+        """Every sequence's state `times` times in a row, [B times, ...]: to go on from one prefix in several ways."""
+        return State(*(x.repeat_interleave(times, 0) for x in self))
+
+    def detach(self) -> State:
+        """The same numbers without their history: where truncated backpropagation cuts."""
+        return State(*(x.detach() for x in self))
+
+    def to(self, device: torch.device | str) -> State:
+        """The state on another device."""
+        return State(*(x.to(device) for x in self))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory: 8 (2C + H) a sequence."""
+        return sum(x.nbytes for x in self)
+
+    def save(self, path: Path) -> None:
+        """Write the state to a file."""
+        torch.save(self._asdict(), path)
+
+    @classmethod
+    def load(cls, path: Path) -> State:
+        """Read what `save` wrote, onto the CPU; nothing but tensors is unpickled."""
+        return cls(**torch.load(path, map_location="cpu", weights_only=True))
 
     def select(self, rows: Tensor) -> State:
         """The states of the sequences `rows` [B'] (beam search reorders and repeats sequences so)."""
