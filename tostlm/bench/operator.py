@@ -1,0 +1,127 @@
+"""The TSSA operator's backends beside the authors' operations, a C x C linear layer and a copy of the same bytes."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tostlm.tssa import tssa
+from tostlm.tssa.dispatch import VARIABLE
+from tostlm.tssa.reference import EPS, EPS_MASS
+
+AUTHORS, LINEAR, COPY = "authors", "linear", "copy"
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+class Shape(NamedTuple):
+    """What is timed: one sequence of `tokens` tokens."""
+
+    width: int
+    heads: int
+    tokens: int
+    dtype: torch.dtype
+
+
+class Timing(NamedTuple):
+    """Median seconds of interleaved runs."""
+
+    shape: Shape
+    what: str
+    forward: float
+    both: float  # forward and backward; of a copy, the forward's
+
+
+def authors(w: Tensor, temp: Tensor) -> Tensor:
+    """The operations of the authors' release in fp32, over [B, H, T, D] by torch.cumsum (arXiv 2412.17810)."""
+    B, T, C = w.shape
+    H = temp.shape[0]
+    x = w.float().view(B, T, H, C // H).transpose(1, 2)
+    square = x**2
+    normed = square / square.cumsum(-2).clamp_min(EPS)
+    Pi = torch.softmax(normed.sum(-1) * temp[:, None], dim=1)  # [B, H, T]
+    dots = (square * Pi[..., None]).cumsum(-2) / (Pi.cumsum(-1) + EPS_MASS)[..., None]
+    y = -(x * Pi[..., None]) / (1 + dots)
+    return y.transpose(1, 2).reshape(B, T, C).to(w.dtype)
+
+
+def bench_operator(
+    shapes: Sequence[Shape], backends: Sequence[str], repeats: int, device: torch.device
+) -> list[Timing]:
+    """Time every backend and its peers on every shape; they take turns, run by run, after one that warms up."""
+    timings = []
+    for shape in shapes:
+        contestants = {name: _contestant(name, shape, device) for name in (AUTHORS, *backends, LINEAR, COPY)}
+        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
+        for repeat in range(repeats + 1):
+            for name, run in contestants.items():
+                elapsed = run()
+                if repeat:
+                    seconds[name].append(elapsed)
+        for name, runs in seconds.items():
+            forward, both = (statistics.median(column) for column in zip(*runs, strict=True))
+            timings.append(Timing(shape, name, forward, both))
+    return timings
+
+
+def _contestant(name: str, shape: Shape, device: torch.device) -> Callable[[], tuple[float, float]]:
+    """A function that runs `name` once and returns seconds of its forward pass, and of both passes."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(1, shape.tokens, shape.width, generator=generator).to(device, shape.dtype)
+    g = torch.randn(1, shape.tokens, shape.width, generator=generator).to(device, shape.dtype)
+    temp = torch.ones(shape.heads, device=device, requires_grad=True)
+    matrix = torch.randn(shape.width, shape.width, generator=generator).to(device, shape.dtype).requires_grad_()
+    w.requires_grad_(name != COPY)
+    function: Callable[[], Tensor] = {
+        AUTHORS: lambda: authors(w, temp),
+        LINEAR: lambda: F.linear(w, matrix),
+        COPY: lambda: w.clone(),
+    }.get(name, lambda: tssa(w, temp)[0])
+
+    def run() -> tuple[float, float]:
+        os.environ[VARIABLE] = name if name not in (AUTHORS, LINEAR, COPY) else ""
+        w.grad = temp.grad = matrix.grad = None
+        start = _now(device)
+        y = function()
+        middle = _now(device)
+        if name != COPY:
+            y.backward(g)
+        return middle - start, _now(device) - start
+
+    return run
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+COLUMNS = ("width", "heads", "tokens", "dtype", "backend")
+RATIOS = ("authors/own fwd", "authors/own both", "own/linear fwd", "own/linear both", "own/copy fwd")
+
+
+def table(timings: Sequence[Timing], backends: Sequence[str]) -> str:
+    """For each shape and backend: times faster than the authors' operations, and cost in linears and in copies."""
+    lines = ["".join(f"{name:>9}" for name in COLUMNS) + "".join(f"{name:>18}" for name in RATIOS)]
+    found = {(timing.shape, timing.what): timing for timing in timings}
+    for shape in dict.fromkeys(timing.shape for timing in timings):
+        peer, linear, copy = (found[shape, name] for name in (AUTHORS, LINEAR, COPY))
+        for name in backends:
+            own = found[shape, name]
+            ratios = (
+                peer.forward / own.forward,
+                peer.both / own.both,
+                own.forward / linear.forward,
+                own.both / linear.both,
+                own.forward / copy.forward,
+            )
+            cells = (shape.width, shape.heads, shape.tokens, DTYPES[shape.dtype], name)
+            lines.append("".join(f"{cell:>9}" for cell in cells) + "".join(f"{ratio:>18.3g}" for ratio in ratios))
+    return "\n".join(lines)
