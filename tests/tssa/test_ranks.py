@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.tssa.test_tssa import Inputs, draw
+from tests.tssa.common import Inputs, draw
 from tostlm.tssa import tssa
 from tostlm.tssa.ranks import tssa_over_ranks
 
