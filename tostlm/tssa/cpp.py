@@ -25,7 +25,7 @@ from tostlm.tssa.backend import Adjoints, Backend, Forward
 from tostlm.tssa.reference import EPS, EPS_MASS
 
 CHUNK = 64  # tokens whose sums are fp32, and which stay in the cache between passes
-SOURCES = ("kernel.cpp", "passes.h", "simd.h")
+SOURCES = ("kernel.cpp", "passes.h", "simd.h", "team.h")
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
@@ -159,7 +159,8 @@ def _library(head_width: int) -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(str(_built(head_width)))
     except subprocess.CalledProcessError as error:
-        why = next(iter(error.stderr.strip().splitlines()), f"exit status {error.returncode}")
+        lines = [line for line in error.stderr.splitlines() if "error" in line]
+        why = next(iter(lines), f"{error.cmd[0]} failed with exit status {error.returncode}")
     except OSError as error:
         why = str(error)
     else:

@@ -5,38 +5,13 @@
 // Layout: w, y, dy, dw [B, T, C]; Pi, n, dn [B, T, H]; states [B, C], [B, H] float64; starts, the states before each
 // chunk, [B, N, C], [B, N, H] float32; all contiguous. d_temp and d_rho are [B, H] float64, a sum for each sequence.
 //
-// Schedule: one pass over memory, a chunk of tokens at a time, which stays in the cache for all passes over it. Threads
-// take whole sequences; when there are more threads than sequences a team shares one by its heads. Heads meet once
-// a chunk, at the softmax, and every thread takes the softmax of them all, so results do not depend on the threads.
-#include <atomic>
-#include <cstdlib>
-#include <deque>
-#include <new>
-#include <omp.h>
-#include <thread>
-
+// Schedule: once over memory, a chunk of tokens at a time, which stays in the cache for all passes over it. Threads
+// take whole sequences; those left over are shared by teams, head by head. Heads meet once a chunk, at the softmax, and
+// every thread takes the softmax of them all. So no sum is taken twice, and results do not depend on the threads.
 #include "passes.h"
+#include "team.h"
 
 namespace {
-
-// Zeroed memory on a cache line's boundary.
-template <class Element>
-class Buffer {
- public:
-  explicit Buffer(size_t count) {
-    const size_t bytes = (count * sizeof(Element) / 64 + 1) * 64;
-    at_ = static_cast<Element*>(std::aligned_alloc(64, bytes));
-    if (at_ == nullptr) throw std::bad_alloc();
-    memset(at_, 0, bytes);
-  }
-  ~Buffer() { std::free(at_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  operator Element*() const { return at_; }
-
- private:
-  Element* at_;
-};
 
 struct Inputs {
   int64_t B, T, H, C;
@@ -45,68 +20,10 @@ struct Inputs {
   const uint8_t* reset;  // [B, T] or null
 
   int64_t chunks() const { return (T + CHUNK - 1) / CHUNK; }
+  int64_t block(int64_t b, int64_t chunk) const { return b * chunks() + chunk; }
+  int64_t corner(int64_t b, int64_t chunk, int64_t h) const { return (b * T + chunk * CHUNK) * C + h * D; }
   int rows(int64_t chunk) const { return static_cast<int>(std::min<int64_t>(CHUNK, T - chunk * CHUNK)); }
 };
-
-// Where the threads of a team meet, and what they show each other there: [H, CHUNK], twice, so that the next chunk's
-// can be written while this one's are read.
-class Meeting {
- public:
-  explicit Meeting(int64_t H) : size_(H * CHUNK), boards_(2 * H * CHUNK) {}
-
-  float* board(int64_t chunk) const { return boards_ + chunk % 2 * size_; }
-
-  void wait(int threads) {
-    if (threads == 1) return;
-    const int round = round_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
-      arrived_.store(0, std::memory_order_relaxed);
-      round_.store(round + 1, std::memory_order_release);
-      return;
-    }
-    for (int tries = 0; round_.load(std::memory_order_acquire) == round; tries++)
-      if (tries > 2000) std::this_thread::yield();  // the others may have no processor
-  }
-
- private:
-  std::atomic<int> arrived_{0}, round_{0};
-  size_t size_;
-  Buffer<float> boards_;
-};
-
-// One thread's part in a team.
-struct Member {
-  int rank, size;
-  Meeting& meeting;
-
-  int64_t first(int64_t of) const { return of * rank / size; }
-  int64_t last(int64_t of) const { return of * (rank + 1) / size; }
-};
-
-// body(sequence, member) for the `count` sequences from `first`, `size` threads each.
-template <class Body>
-void with_teams(int64_t first, int64_t count, int64_t H, int size, int threads, const Body& body) {
-  std::deque<Meeting> meetings;
-  for (int64_t b = 0; b < count; b++) meetings.emplace_back(H);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    const int given = omp_get_num_threads();  // may be fewer than were asked for
-    const int members = given >= count * size ? size : 1;
-    const int thread = omp_get_thread_num();
-    for (int64_t b = thread / members; b < count; b += std::max(1, given / members))
-      body(first + b, Member{thread % members, members, meetings[b]});
-  }
-}
-
-template <class Body>
-void for_sequences(int64_t B, int64_t H, int threads, const Body& body) {
-  const int64_t shared = B % threads, alone = B - shared;
-  if (alone > 0) with_teams(0, alone, H, 1, threads, body);
-  if (shared > 0) {
-    const int size = static_cast<int>(std::min<int64_t>(H, threads / shared));
-    with_teams(alone, shared, H, size, static_cast<int>(shared) * size, body);
-  }
-}
 
 // The decays of a member's heads over the chunk at hand; computed again only where chunks differ.
 class Decays {
@@ -179,57 +96,75 @@ struct Forward {
   double *energy, *mass, *weighted;  // the state before, and then after
   float *Pi, *n, *starts_energy, *starts_mass, *starts_weighted;
 
+  struct Scratch {
+    explicit Scratch(const Inputs& in) : Pi(in.H * CHUNK), mass(in.H * CHUNK), own(D), c(in.H) {}
+    Buffer<float> Pi, mass;  // [H, CHUNK]
+    Buffer<float> own;       // [D]
+    Buffer<double> c;        // [H]
+  };
+
   void operator()(int64_t b, Member member) const {
-    const int64_t T = in.T, H = in.H, C = in.C, N = in.chunks();
-    const int64_t first = member.first(H), last = member.last(H);
     Decays decays(in, b, member);
-    Buffer<float> Pi_heads(H * CHUNK), mass_rows(H * CHUNK), own(D);
-    for (int64_t k = 0; k < N; k++) {
-      const int rows = in.rows(k);
-      const int64_t token = b * T + k * CHUNK;
-      float* n_heads = member.meeting.board(k);
-      decays.move_to(k);
-      for (int64_t h = first; h < last; h++) {
-        double* carry = energy + b * C + h * D;
-        float* start = starts_energy + (b * N + k) * C + h * D;
-        narrow(carry, start);
-        share_pass(w + token * C + h * D, C, rows, decays.of(h), start, n_heads + h * CHUNK, own);
-        carry_on(carry, decays.of(h).whole, own);
-        if (bias != nullptr) add_bias(b, k * CHUNK, h, rows, n_heads + h * CHUNK);
-      }
-      member.meeting.wait(member.size);
-      softmax(H, rows, in.temp, n_heads, Pi_heads);
-      to_tokens(H, member.first(rows), member.last(rows), n_heads, n + token * H);
-      to_tokens(H, member.first(rows), member.last(rows), Pi_heads, Pi + token * H);
-      sum_mass(b, k, first, last, decays, Pi_heads, mass_rows);
-      for (int64_t h = first; h < last; h++) {
-        double* carry = weighted + b * C + h * D;
-        float* start = starts_weighted + (b * N + k) * C + h * D;
-        narrow(carry, start);
-        const int64_t corner = token * C + h * D;
-        output_pass(w + corner, y + corner, C, rows, decays.of(h), start, Pi_heads + h * CHUNK,
-                    mass_rows + h * CHUNK, own);
-        carry_on(carry, decays.of(h).whole, own);
-      }
+    Scratch scratch(in);
+    const auto first_scan = [&](int64_t k) { share(b, k, member, decays, scratch); };
+    const auto second_scan = [&](int64_t k) { mix(b, k, member, decays, scratch); };
+    member.walk(in.chunks(), first_scan, second_scan);
+  }
+
+  // n of the member's heads over chunk k.
+  void share(int64_t b, int64_t k, const Member& member, Decays& decays, Scratch& scratch) const {
+    const int rows = in.rows(k);
+    decays.move_to(k);
+    for (int64_t h = member.first(in.H); h < member.last(in.H); h++) {
+      double* carry = energy + b * in.C + h * D;
+      float* start = starts_energy + in.block(b, k) * in.C + h * D;
+      float* n_row = member.meeting.board(k) + h * CHUNK;
+      narrow(carry, start);
+      share_pass(w + in.corner(b, k, h), in.C, rows, decays.of(h), start, n_row, scratch.own);
+      carry_on(carry, decays.of(h).whole, scratch.own);
+      if (bias != nullptr) add_bias(b, k, h, rows, n_row);
     }
   }
 
-  void add_bias(int64_t b, int64_t t0, int64_t h, int rows, float* n_row) const {
-    const float* from = bias + b * bias_stride + t0 * in.H + h;
+  // y of the member's heads over chunk k, when all of n is there.
+  void mix(int64_t b, int64_t k, const Member& member, Decays& decays, Scratch& scratch) const {
+    const int rows = in.rows(k);
+    const int64_t token = b * in.T + k * CHUNK;
+    const float* n_heads = member.meeting.board(k);
+    softmax(in.H, rows, in.temp, n_heads, scratch.Pi);
+    to_tokens(in.H, member.first(rows), member.last(rows), n_heads, n + token * in.H);
+    to_tokens(in.H, member.first(rows), member.last(rows), scratch.Pi, Pi + token * in.H);
+    decays.move_to(k);
+    sum_mass(b, k, member, decays, scratch);
+    for (int64_t h = member.first(in.H); h < member.last(in.H); h++) {
+      double* carry = weighted + b * in.C + h * D;
+      float* start = starts_weighted + in.block(b, k) * in.C + h * D;
+      const int64_t corner = in.corner(b, k, h);
+      narrow(carry, start);
+      output_pass(w + corner, y + corner, in.C, rows, decays.of(h), start, scratch.Pi + h * CHUNK,
+                  scratch.mass + h * CHUNK, scratch.own);
+      carry_on(carry, decays.of(h).whole, scratch.own);
+    }
+  }
+
+  void add_bias(int64_t b, int64_t k, int64_t h, int rows, float* n_row) const {
+    const float* from = bias + b * bias_stride + k * CHUNK * in.H + h;
     for (int t = 0; t < rows; t++) n_row[t] += D * from[t * in.H];
   }
 
-  // c'_t of the member's heads.
-  void sum_mass(int64_t b, int64_t k, int64_t first, int64_t last, const Decays& decays, const float* Pi_heads,
-                float* rows_out) const {
-    double* carry = mass + b * in.H;
-    float* start = starts_mass + (b * in.chunks() + k) * in.H;
-    std::copy(carry + first, carry + last, start + first);
+  // c'_t of the member's heads, whose sums hide one another's latency. The carry is copied, as other members' carries
+  // are on the same cache line.
+  void sum_mass(int64_t b, int64_t k, const Member& member, const Decays& decays, Scratch& scratch) const {
+    const int64_t first = member.first(in.H), last = member.last(in.H);
+    double *carry = mass + b * in.H, *c = scratch.c;
+    std::copy(carry + first, carry + last, c + first);
+    std::copy(carry + first, carry + last, starts_mass + in.block(b, k) * in.H + first);
     for (int t = 0; t < in.rows(k); t++)
       for (int64_t h = first; h < last; h++) {
-        carry[h] = carry[h] * decays.of(h).a[t] + Pi_heads[h * CHUNK + t];
-        rows_out[h * CHUNK + t] = static_cast<float>(carry[h]) + EPS_MASS;
+        c[h] = c[h] * decays.of(h).a[t] + scratch.Pi[h * CHUNK + t];
+        scratch.mass[h * CHUNK + t] = static_cast<float>(c[h]) + EPS_MASS;
       }
+    std::copy(c + first, c + last, carry + first);
   }
 };
 
@@ -244,50 +179,57 @@ struct Backward {
   double* d_rho;                           // null unless wanted
   double *d_energy, *d_mass, *d_weighted;  // adjoints of the state after, and then before
 
-  // What a member works in, [H, CHUNK] where nothing else is said.
+  // What a member works in. What is made in one step and used when others have shown theirs is there twice.
   struct Scratch {
-    explicit Scratch(const Inputs& in, int rows)
-        : Pi(in.H * CHUNK), n(in.H * CHUNK), mass(in.H * CHUNK), share(in.H * CHUNK), d_mass(in.H * CHUNK),
-          dn(in.H * CHUNK), sums((rows + 1) * D), partial(rows * in.C), after(D), own(D) {}
-    Buffer<float> Pi, n, mass, share, d_mass, dn;
-    Buffer<float> sums;     // [rows + 1, D]
-    Buffer<float> partial;  // [H, rows, D]
-    Buffer<float> after, own;
+    struct Kept {
+      Kept(const Inputs& in, int rows) : Pi(in.H * CHUNK), partial(rows * in.C) {}
+      Buffer<float> Pi;       // [H, CHUNK]
+      Buffer<float> partial;  // [H, rows, D]
+    };
+
+    Scratch(const Inputs& in, int rows)
+        : n(in.H * CHUNK), dn(in.H * CHUNK), mass(CHUNK), share(CHUNK), d_mass(CHUNK), sums((rows + 1) * D), after(D),
+          own(D), even(in, rows), odd(in, rows) {}
+    Buffer<float> n, dn;                // [H, CHUNK]
+    Buffer<float> mass, share, d_mass;  // [CHUNK]
+    Buffer<float> sums;                 // [rows + 1, D]
+    Buffer<float> after, own;           // [D]
+    Kept even, odd;
+
+    Kept& kept(int64_t chunk) { return chunk % 2 ? odd : even; }
   };
 
   void operator()(int64_t b, Member member) const { d_rho ? run<true>(b, member) : run<false>(b, member); }
 
   template <bool RHO>
   void run(int64_t b, Member member) const {
-    const int64_t H = in.H;
+    const int64_t last = in.chunks() - 1;
     Decays decays(in, b, member);
     Scratch scratch(in, in.rows(0));
-    for (int64_t k = in.chunks() - 1; k >= 0; k--) {
-      const int rows = in.rows(k);
-      const int64_t token = b * in.T + k * CHUNK;
-      float* d_Pi = member.meeting.board(k);
+    const auto to_d_Pi = [&](int64_t i) {
+      const int64_t k = last - i;
       decays.move_to(k);
-      to_heads(H, rows, Pi + token * H, scratch.Pi);
-      to_heads(H, rows, n + token * H, scratch.n);
-      for (int64_t h = member.first(H); h < member.last(H); h++)
-        through_weighted<RHO>(b, k, h, decays.of(h), d_Pi + h * CHUNK, scratch);
-      member.meeting.wait(member.size);
-      // Rows past a ragged chunk's last are zeros: it is the first that is handled.
-      softmax_adjoint(H, rows, scratch.Pi, d_Pi, scratch.dn);
-      for (int64_t h = 0; h < H; h++) through_temp(b, h, rows, h >= member.first(H) && h < member.last(H), scratch);
-      to_tokens(H, member.first(rows), member.last(rows), scratch.dn, dn + token * H);
-      for (int64_t h = member.first(H); h < member.last(H); h++)
+      to_heads(in.H, in.rows(k), Pi + (b * in.T + k * CHUNK) * in.H, scratch.kept(k).Pi);
+      for (int64_t h = member.first(in.H); h < member.last(in.H); h++)
+        through_weighted<RHO>(b, k, h, decays.of(h), member.meeting.board(i) + h * CHUNK, scratch);
+    };
+    const auto to_dw = [&](int64_t i) {
+      const int64_t k = last - i;
+      through_softmax(b, k, member, member.meeting.board(i), scratch);
+      decays.move_to(k);
+      for (int64_t h = member.first(in.H); h < member.last(in.H); h++)
         through_energy<RHO>(b, k, h, decays.of(h), scratch);
-    }
+    };
+    member.walk(in.chunks(), to_d_Pi, to_dw);
   }
 
   // Steps 1 to 4 for one head of a chunk.
   template <bool RHO>
   void through_weighted(int64_t b, int64_t k, int64_t h, const Decay& decay, float* d_Pi, Scratch& scratch) const {
     const int rows = in.rows(k);
-    const int64_t block = b * in.chunks() + k, corner = (b * in.T + k * CHUNK) * in.C + h * D;
-    const float* p = scratch.Pi + h * CHUNK;
-    float *mass = scratch.mass + h * CHUNK, *share = scratch.share + h * CHUNK;
+    const int64_t block = in.block(b, k), corner = in.corner(b, k, h);
+    const float* p = scratch.kept(k).Pi + h * CHUNK;
+    float *mass = scratch.mass, *share = scratch.share;
     double c = starts_mass[block * in.H + h];
     for (int t = 0; t < rows; t++) {
       c = c * decay.a[t] + p[t];
@@ -297,48 +239,56 @@ struct Backward {
     replay<true>(w + corner, in.C, rows, decay, starts_weighted + block * in.C + h * D, p, scratch.sums);
     double* carry = d_weighted + b * in.C + h * D;
     narrow(carry, scratch.after);
-    WeightedAdjoints out{d_Pi, scratch.d_mass + h * CHUNK, partial(scratch, h), scratch.own, 0};
+    WeightedAdjoints out{d_Pi, scratch.d_mass, partial(scratch, k, h), scratch.own, 0};
     weighted_adjoint_pass<RHO>(w + corner, dy + corner, in.C, rows, decay, scratch.after, p, mass, share, scratch.sums,
                                out);
     carry_on(carry, decay.whole, scratch.own);
 
-    double& Cb = d_mass[b * in.H + h];
+    double Cb = d_mass[b * in.H + h], rho_part = out.d_rho;
     for (int t = rows - 1; t >= 0; t--) {
       Cb += out.d_mass[t];
       d_Pi[t] += static_cast<float>(Cb);
-      if (RHO && decay.a[t] != 0) out.d_rho += Cb * (t > 0 ? mass[t - 1] - EPS_MASS : starts_mass[block * in.H + h]);
+      if (RHO && decay.a[t] != 0) rho_part += Cb * (t > 0 ? mass[t - 1] - EPS_MASS : starts_mass[block * in.H + h]);
       Cb *= decay.a[t];
     }
-    if (RHO) d_rho[b * in.H + h] += out.d_rho;
+    d_mass[b * in.H + h] = Cb;
+    if (RHO) d_rho[b * in.H + h] += rho_part;
   }
 
-  // Step 5 after dz, which becomes dn.
-  void through_temp(int64_t b, int64_t h, int rows, bool mine, Scratch& scratch) const {
-    Vector total = {};
-    float *dz = scratch.dn + h * CHUNK, *n_row = scratch.n + h * CHUNK;
-    for (int t = 0; t < rows; t += LANES) {
-      total += load(dz + t) * load(n_row + t);
-      store(dz + t, load(dz + t) * in.temp[h]);
+  // Step 5 for all heads of a chunk. Rows past a ragged chunk's last are zeros: it is the first that is handled.
+  void through_softmax(int64_t b, int64_t k, const Member& member, const float* d_Pi, Scratch& scratch) const {
+    const int rows = in.rows(k);
+    const int64_t token = b * in.T + k * CHUNK;
+    to_heads(in.H, rows, n + token * in.H, scratch.n);
+    softmax_adjoint(in.H, rows, scratch.kept(k).Pi, d_Pi, scratch.dn);
+    for (int64_t h = 0; h < in.H; h++) {
+      Vector total = {};
+      float *dz = scratch.dn + h * CHUNK, *n_row = scratch.n + h * CHUNK;
+      for (int t = 0; t < rows; t += LANES) {
+        total += load(dz + t) * load(n_row + t);
+        store(dz + t, load(dz + t) * in.temp[h]);
+      }
+      if (member.has(h, in.H)) d_temp[b * in.H + h] += sum(total);
     }
-    if (mine) d_temp[b * in.H + h] += sum(total);
+    to_tokens(in.H, member.first(rows), member.last(rows), scratch.dn, dn + token * in.H);
   }
 
   // Steps 6 and 7 for one head of a chunk.
   template <bool RHO>
   void through_energy(int64_t b, int64_t k, int64_t h, const Decay& decay, Scratch& scratch) const {
     const int rows = in.rows(k);
-    const int64_t block = b * in.chunks() + k, corner = (b * in.T + k * CHUNK) * in.C + h * D;
+    const int64_t block = in.block(b, k), corner = in.corner(b, k, h);
     replay<false>(w + corner, in.C, rows, decay, starts_energy + block * in.C + h * D, nullptr, scratch.sums);
     double* carry = d_energy + b * in.C + h * D;
     narrow(carry, scratch.after);
     const double found = energy_adjoint_pass<RHO>(w + corner, dw + corner, in.C, rows, decay, scratch.after,
-                                                  scratch.dn + h * CHUNK, scratch.sums, partial(scratch, h),
+                                                  scratch.dn + h * CHUNK, scratch.sums, partial(scratch, k, h),
                                                   scratch.own);
     if (RHO) d_rho[b * in.H + h] += found;
     carry_on(carry, decay.whole, scratch.own);
   }
 
-  float* partial(const Scratch& scratch, int64_t h) const { return scratch.partial + h * in.rows(0) * D; }
+  float* partial(Scratch& scratch, int64_t k, int64_t h) const { return scratch.kept(k).partial + h * in.rows(0) * D; }
 };
 
 template <class X>

@@ -1,10 +1,10 @@
 // The passes of causal TSSA over one chunk of one head: CHUNK tokens or fewer, HEAD_WIDTH channels.
 //
 // w, dy, y and dw are rows of tokens C apart; what is per token and head (Pi, n, ...) is a row of CHUNK floats. A
-// running sum at token t is what the chunk has summed itself, from zero, plus reach_t times what came in:
-// sum_t + reach_t before, with reach_t = a_1 .. a_t; a reverse one is sum_t + beyond_t after, with beyond_t = a_{t+1} ..
-// a_last. Passes leave the chunk's own sum in `own`, and the caller carries on in float64. The columns are taken a tile
-// at a time, whose sums stay in registers. Letters and step numbers are those of docs/tssa.md.
+// running sum at token t is what the chunk has summed itself, from zero, plus its share of what came in: forward
+// sum_t + a_1 .. a_t before, in reverse sum_t + a_{t+1} .. a_last after. Passes leave the chunk's own sum in `own`, and
+// the caller carries on in float64. The columns are taken a tile at a time, whose sums stay in registers. Letters and
+// step numbers are those of docs/tssa.md.
 #pragma once
 
 #include <algorithm>
@@ -21,6 +21,10 @@ constexpr int tile_vectors() {
 }
 constexpr int VECTORS = tile_vectors();
 constexpr int TILE = VECTORS * LANES;
+
+// Rows a pass asks for before it needs them; the processor's own prefetchers do not follow rows C apart. Addresses
+// beyond the tensor do no harm.
+constexpr int AHEAD = 16;
 
 // The decays of one head over a chunk.
 struct Decay {
@@ -43,7 +47,9 @@ void share_pass(const X* w, int64_t C, int rows, const Decay& decay, const float
       const Vector a = splat(decay.a[t]), reach = splat(decay.reach[t]);
       Vector shares = {};
       for (int i = 0; i < VECTORS; i++) {
-        const Vector x = load(w + t * C + j + i * LANES), u = x * x;
+        const X* at = w + t * C + j + i * LANES;
+        prefetch(at + AHEAD * C);
+        const Vector x = load(at), u = x * x;
         s[i] = s[i] * a + u;
         shares += u * reciprocal(floored(s[i] + reach * in[i]));
       }
@@ -64,10 +70,12 @@ void output_pass(const X* w, X* y, int64_t C, int rows, const Decay& decay, cons
       const Vector a = splat(decay.a[t]), reach = splat(decay.reach[t]), c = splat(mass[t]);
       const Vector p = splat(Pi[t]), scale = splat(-Pi[t] * mass[t]);
       for (int i = 0; i < VECTORS; i++) {
-        const Vector x = load(w + t * C + j + i * LANES);
+        const int64_t at = t * C + j + i * LANES;
+        prefetch_to_write(y + at + CHUNK * C);
+        const Vector x = load(w + at);
         m[i] = m[i] * a + x * x * p;
         const Vector total = at_most(FLT_MAX, c + (m[i] + reach * in[i]));
-        store(y + t * C + j + i * LANES, x * scale * reciprocal(total));
+        store(y + at, x * scale * reciprocal(total));
       }
     }
     for (int i = 0; i < VECTORS; i++) store(own + j + i * LANES, m[i]);
@@ -86,7 +94,9 @@ void replay(const X* w, int64_t C, int rows, const Decay& decay, const float* be
     for (int t = 0; t < rows; t++) {
       const Vector a = splat(decay.a[t]), reach = splat(decay.reach[t]);
       for (int i = 0; i < VECTORS; i++) {
-        const Vector x = load(w + t * C + j + i * LANES);
+        const X* at = w + t * C + j + i * LANES;
+        if (WEIGHTED) prefetch(at + AHEAD * C);  // the first pass over the chunk
+        const Vector x = load(at);
         s[i] = s[i] * a + (WEIGHTED ? x * x * Pi[t] : x * x);
         store(sums + (t + 1) * D + j + i * LANES, at_most(FLT_MAX, s[i] + reach * in[i]));
       }
@@ -120,6 +130,7 @@ void weighted_adjoint_pass(const X* w, const X* dy, int64_t C, int rows, const D
       Vector d_Pi = {}, d_mass = {};
       for (int i = 0; i < VECTORS; i++) {
         const int column = j + i * LANES;
+        prefetch(dy + (t - AHEAD) * C + column);
         const Vector x = load(w + t * C + column), g = load(dy + t * C + column);
         const Vector A = c * reciprocal(c + load(m + (t + 1) * D + column));
         const Vector gated = A * g, v = x * gated, vA = v * A;

@@ -27,6 +27,16 @@ struct bf16 {
   uint16_t bits;
 };
 
+INLINE void prefetch(const void* at) { __builtin_prefetch(at); }
+INLINE void prefetch_to_write(const void* at) { __builtin_prefetch(at, 1); }
+
+// For loops that wait for another thread.
+INLINE void pause_briefly() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
 INLINE Vector splat(float x) { return Vector{} + x; }
 
 INLINE Vector load(const float* from) {
