@@ -1,3 +1,3 @@
-from tostlm.cli import main
+from tostlm.main import main
 
 main()

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import errno
+import logging
 import os
-import signal
 import sys
-import traceback
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tostlm.errors import UserError, reason_of
+from tostlm.errors import UserError
 
 HELP = """Pretrain language models whose token mixer is linear in the context.
 
@@ -39,11 +37,6 @@ app.add_typer(data_app, name="data")
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 
-MENDABLE = (  # limits of a disk, and paths that cannot be written
-    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM),
-    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
-)
-INTERRUPTED = 128 + signal.SIGINT
 SOURCE_HELP = "file, folder, glob, package:NAME/GLOB or Hugging Face OWNER/NAME[:CONFIG][@SPLIT]; may be repeated"
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="the run's YAML file, as in configs/")]
 Overrides = Annotated[
@@ -169,6 +162,9 @@ def train(
     if nproc is not None:
         raise UserError(f"--nproc {nproc} is for machines without a launcher; here one has started {ranks.world} ranks")
     export_rendezvous(ranks)
+    if ranks.rank == 0:
+        logging.basicConfig(stream=sys.stdout, format="%(message)s")
+        logging.getLogger("tostlm").setLevel(logging.INFO)
     from tostlm.train import train as train_run
 
     train_run(run, ranks)
@@ -218,6 +214,22 @@ def bench_train(
     print(training(configs, _numbers(contexts, "--contexts"), tokens, repeats, threads, out))
 
 
+@bench_app.command("operator")
+def bench_operator(
+    shapes: Annotated[str, typer.Option(help="WIDTHxHEADS, with commas between")] = "768x12,1280x20",
+    tokens: Annotated[str, typer.Option(help="tokens of a sequence, with commas between")] = "1024,4096,16384,65536",
+    dtypes: Annotated[str, typer.Option(help="of fp32, bf16, fp16, with commas between")] = "fp32,bf16",
+    backends: Annotated[str, typer.Option(help="of torch, cpp, triton; default: those that serve here")] = "",
+    repeats: Annotated[int, typer.Option(min=1, help="timed runs of each")] = 5,
+    threads: Threads = 1,
+    out: Annotated[Path | None, typer.Option(help="write OUT.json, OUT.txt and OUT.png too")] = None,
+) -> None:
+    """The TSSA operator's backends beside the authors' operations, a linear layer and a copy, taking turns."""
+    from tostlm.bench.command import operator
+
+    print(operator(shapes, _numbers(tokens, "--tokens"), dtypes, backends, repeats, threads or 1, out))
+
+
 @app.command()
 def convert(
     checkpoint: CheckpointPath,
@@ -242,49 +254,3 @@ def _numbers(text: str, option: str) -> list[int]:
     if not numbers or min(numbers) < 2:
         raise UserError(f"{option} {text!r} must be whole numbers above 1 with commas between, as in 128,256,512")
     return sorted(set(numbers))
-
-
-def main() -> None:
-    """Run a command; a user's mistake is one line and exit code 2, an interruption 130."""
-    code = _run()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if "RANK" in os.environ:
-        # Threads of torch's gloo now and then abort a rank whose interpreter ends around them; all is written by now.
-        os._exit(code)
-    sys.exit(code)
-
-
-def _run() -> int:
-    try:
-        app()
-    except UserError as error:
-        return _fail(str(error))
-    except OSError as error:
-        if error.errno not in MENDABLE:
-            return _defect()
-        where = f" ({error.filename})" if error.filename else ""
-        return _fail(f"{error.strerror}{where}; free or choose another place and try again: what was finished stays")
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "allocate" not in str(error) and "out of memory" not in str(error):
-            return _defect()
-        return _fail(f"out of memory ({reason_of(error)}); use a smaller model, context or micro-batch")
-    except SystemExit as ending:  # typer's own; it turns an interruption into one
-        if ending.code == INTERRUPTED and "RANK" not in os.environ:  # of a rank its launcher says it
-            print("\ntostlm: interrupted; the same command goes on from what is finished", file=sys.stderr)
-        return ending.code if isinstance(ending.code, int) else int(ending.code is not None)
-    except Exception:
-        return _defect()
-    return 0
-
-
-def _fail(message: str) -> int:
-    rank = os.environ.get("RANK", "0")
-    of_rank = "" if rank == "0" else f" on rank {rank}"
-    print(f"tostlm: error{of_rank}: {message}", file=sys.stderr)
-    return 2
-
-
-def _defect() -> int:
-    traceback.print_exc()
-    return 1

@@ -62,4 +62,4 @@ def test_the_verb(run: Run, tmp_path: Path) -> None:
     written = json.loads((tmp_path / "r.json").read_text())
     assert [rate["context"] for rate in written["rates"]] == [32, 32, 64, 64]
     assert all(rate["tokens_per_second"] > 0 for rate in written["rates"])
-    assert written["threads"] == 1
+    assert "1 threads" in written["machine"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import statistics
 import time
@@ -125,3 +126,27 @@ def table(timings: Sequence[Timing], backends: Sequence[str]) -> str:
             cells = (shape.width, shape.heads, shape.tokens, DTYPES[shape.dtype], name)
             lines.append("".join(f"{cell:>9}" for cell in cells) + "".join(f"{ratio:>18.3g}" for ratio in ratios))
     return "\n".join(lines)
+
+
+def plot(timings: Sequence[Timing], backends: Sequence[str]) -> bytes:
+    """Nanoseconds a token, forward and backward, by tokens: a panel for each width and dtype. PNG."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    panels = list(dict.fromkeys((t.shape.width, t.shape.dtype) for t in timings))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 4), layout="constrained", squeeze=False)
+    for panel, (width, dtype) in zip(axes[0], panels, strict=True):
+        for name in (AUTHORS, *backends, LINEAR):
+            chosen = [t for t in timings if (t.shape.width, t.shape.dtype, t.what) == (width, dtype, name)]
+            per_token = [t.both / t.shape.tokens * 1e9 for t in chosen]
+            panel.plot([t.shape.tokens for t in chosen], per_token, marker="o", label=name)
+        panel.set(xscale="log", yscale="log", xlabel="tokens", title=f"{width} channels, {DTYPES[dtype]}")
+        panel.grid(alpha=0.3)
+    axes[0][0].set_ylabel("ns a token, forward and backward")
+    axes[0][0].legend()
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    pyplot.close(figure)
+    return image.getvalue()

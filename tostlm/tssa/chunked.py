@@ -134,10 +134,11 @@ def backward(
         floored = s.clamp_min(EPS)
         direct = dn_block[..., None] / floored
         through = direct * (square / floored) * (s >= EPS)
-        ds = -through
-        S = reverse_scan(ds, a, S)
-        # Step 7: direct and through cancel exactly at a document's first token only when subtracted first.
-        d_square = P * dm + (direct - through) + (ds + through)
+        ds, arriving = -through, S
+        S = reverse_scan(ds, a, arriving)
+        # Step 7: direct and through are equal at a document's first token, and large where w is small; so they are
+        # subtracted first, and what the tokens after it add comes without this token's own share.
+        d_square = P * dm + (direct - through) + _from_the_right(ds, a, arriving)
         dw[:, block] = (2 * x * d_square - P * gated).view(B, -1, C)
 
         if want_rho:  # step 9
@@ -231,6 +232,12 @@ def reverse_scan(x: Tensor, decay: Tensor | None, carry: Tensor) -> Tensor:
         carry = a[:, n, 0].double() * (rows[:, n, 0] + reach[:, n, 0].double() * carry)
     rows.addcmul_(reach, torch.stack(carries, 1).to(x.dtype)[:, :, None])
     return carry
+
+
+def _from_the_right(x: Tensor, decay: Tensor | None, carry: Tensor) -> Tensor:
+    """decay_{t+1} x_{t+1} along dim 1 of a reverse-scanned x; after the last, the carry that came in."""
+    later = x[:, 1:] if decay is None else x[:, 1:] * decay[:, 1:, :, None]
+    return torch.cat([later, carry.to(x.dtype)[:, None]], dim=1)
 
 
 def _shifted(x: Tensor, first: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from tostlm.tssa.backend import Backend
 from tostlm.tssa.chunked import BACKEND as TORCH
 
 VARIABLE = "TOSTLM_TSSA_BACKEND"
-COMPILED = {"triton": "tostlm.tssa.triton", "cpp": "tostlm.tssa.cpp"}  # fastest first; an export is without them
+COMPILED = {"triton": "cuda", "cpp": "cpu"}  # the device each is for; an exported model is without them
 ORACLE = "oracle"
 
 _log = logging.getLogger("tostlm")
@@ -33,7 +33,7 @@ def choose(w: Tensor, heads: int) -> Backend:
 def _choose(name: str, device: str, dtype: torch.dtype, head_width: int) -> Backend:
     if name not in ("", "torch", *COMPILED):
         raise ValueError(f"{VARIABLE}={name} is no backend; use {', '.join(COMPILED)}, torch or {ORACLE}")
-    for candidate in [name] if name else COMPILED:
+    for candidate in [name] if name else [own for own, kind in COMPILED.items() if kind == device]:
         backend = TORCH if candidate == "torch" else _load(candidate)
         if backend is not None and backend.serves(device, dtype, head_width):
             break
@@ -47,6 +47,6 @@ def _choose(name: str, device: str, dtype: torch.dtype, head_width: int) -> Back
 
 def _load(name: str) -> Backend | None:
     try:
-        return importlib.import_module(COMPILED[name]).BACKEND
+        return importlib.import_module(f"tostlm.tssa.{name}").BACKEND
     except ImportError:
         return None
