@@ -21,7 +21,6 @@ class Targets(NamedTuple):
 
     ends: list[int]  # past-the-last target, as token numbers of the set
     span: int
-    longest: int  # every window has this many tokens of its document before its last target
 
 
 class Score(NamedTuple):
@@ -36,8 +35,7 @@ class Score(NamedTuple):
 def choose_targets(tokens: TokenSet, contexts: Sequence[int], windows: int) -> Targets:
     """Spans spread evenly over the documents that are longer than the longest context.
 
-    A span is half the shortest context, so each of its tokens sees at least half of any context and all of it in the
-    limit.
+    A span is half the shortest context, so that every target sees at least half of the context it is scored at.
 
     Raises:
         UserError: no document is long enough.
@@ -53,7 +51,7 @@ def choose_targets(tokens: TokenSet, contexts: Sequence[int], windows: int) -> T
             f"{lengths.max()}); ask for shorter --contexts or hold out more documents"
         )
     chosen = np.unique(np.linspace(0, len(ends) - 1, min(windows, len(ends))).round().astype(int))
-    return Targets([ends[index] for index in chosen], span, longest)
+    return Targets([ends[index] for index in chosen], span)
 
 
 def score_contexts(

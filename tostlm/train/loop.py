@@ -137,7 +137,7 @@ def finite_mean(loss: Tensor, step: int, ranks: Ranks) -> float:
     Raises:
         UserError: it is no number; said by rank 0.
     """
-    total = loss.double()
+    total = loss.to(torch.float64, copy=True)
     dist.all_reduce(total)
     mean = float(total) / ranks.world
     if math.isfinite(mean):
