@@ -54,6 +54,7 @@ def _datasets(source: str) -> Iterator[tuple[Any, str]]:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said once, by us
     present = [path for path in files if Path(path).stat().st_size]
     for builder, paths in itertools.groupby(present, key=_builder):
+        assert builder is not None  # _files lets no other through
         group = list(paths)
         origin = group[0] if len(group) == 1 else source
         try:
@@ -65,10 +66,12 @@ def _datasets(source: str) -> Iterator[tuple[Any, str]]:
         yield stream, origin
 
 
-def _builder(path: str) -> str:
-    """The `datasets` builder for a file."""
-    suffixes = [suffix for suffix in Path(path.lower()).suffixes if suffix not in COMPRESSIONS]
-    return BUILDERS[suffixes[-1]]
+def _builder(path: str) -> str | None:
+    """The `datasets` builder for a file, compressed or not; None where there is none."""
+    path = path.lower()
+    for compression in COMPRESSIONS:
+        path = path.removesuffix(compression)
+    return next((builder for suffix, builder in BUILDERS.items() if path.endswith(suffix)), None)
 
 
 def _files(source: str) -> list[str] | None:
@@ -83,26 +86,19 @@ def _files(source: str) -> list[str] | None:
         except (ModuleNotFoundError, ValueError):
             raise UserError(f"source {source}: the package {name} is not installed; `pip install {name}`") from None
     if Path(pattern).is_dir():
-        found = [str(path) for path in Path(pattern).rglob("*") if path.is_file() and _is_readable(str(path))]
+        found = [str(path) for path in Path(pattern).rglob("*") if path.is_file() and _builder(str(path))]
     else:
         matches = [pattern] if Path(pattern).exists() else glob.glob(pattern, recursive=True)  # noqa: PTH207
         found = [path for path in matches if Path(path).is_file()]
     types = " ".join(BUILDERS)
     if not found:
-        if not Path(pattern).exists() and HUB_ID.match(source) and "/" in source and not _is_readable(source):
+        if not Path(pattern).exists() and HUB_ID.match(source) and "/" in source and not _builder(source):
             return None
         raise UserError(f"source {source} names no file ({types}, compressed or not); check the path")
-    unknown = [path for path in found if not _is_readable(path)]
+    unknown = [path for path in found if not _builder(path)]
     if unknown:
         raise UserError(f"source {unknown[0]} is of no known type; use one of {types}, compressed or not")
     return sorted(found)
-
-
-def _is_readable(path: str) -> bool:
-    path = path.lower()
-    for compression in COMPRESSIONS:
-        path = path.removesuffix(compression)
-    return path.endswith(tuple(BUILDERS))
 
 
 def _hub_dataset(source: str) -> Any:

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from tostlm.tssa import State, tssa
+from tostlm.tssa.chunked import decays
 
 CHUNK = 64  # tokens summed in the compute dtype before float64 takes over
 
@@ -44,11 +45,9 @@ def tssa_over_ranks(
     H = temp.shape[0]
     zeros = State.zeros(B, C, H, w.device)
     before = zeros if state is None else state
-    decay = torch.ones(B, T, H, dtype=torch.float64, device=w.device)
-    if rho is not None:
-        decay = decay * rho.double()
-    if reset is not None:
-        decay = decay.masked_fill(reset[..., None], 0.0)
+    decay = decays(rho, reset, B, T, H, torch.float64)
+    if decay is None:
+        decay = torch.ones(B, T, H, dtype=torch.float64, device=w.device)
     kept = decay.prod(1)[..., None]  # [B, H, 1], what these tokens leave of the sums that come in
 
     local = checkpoint(_local_energy, w, decay, use_reentrant=False)
