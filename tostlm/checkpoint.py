@@ -56,11 +56,6 @@ class Checkpoint(NamedTuple):
     progress: Progress
 
 
-def best_device() -> torch.device:
-    """This machine's GPU, or its CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
     """Where the checkpoint of a step is."""
     return run_dir / "checkpoints" / f"step-{step:08d}"

@@ -16,6 +16,7 @@ from tostlm.bench.training import bench_training, table
 from tostlm.config import load_config
 from tostlm.errors import UserError
 from tostlm.files import distinct_names, require_file_writable, write_atomically
+from tostlm.model import best_device
 
 
 def operator(
@@ -26,7 +27,7 @@ def operator(
     Raises:
         UserError: a shape, dtype or backend is not one.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     pairs = [_width_and_heads(shape) for shape in shapes.split(",")]
     unknown = set(dtypes.split(",")) - set(DTYPES.values())
     if unknown:
@@ -82,7 +83,7 @@ def training(
         torch.set_num_threads(threads)
     if out:
         require_file_writable(out)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     runs = dict(zip(distinct_names(configs), map(load_config, configs), strict=True))
     rates = bench_training(runs, contexts, tokens, repeats, device)
     if out:

@@ -6,13 +6,14 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from tostlm.checkpoint import best_device, load, run_folder
+from tostlm.checkpoint import load, run_folder
 from tostlm.data import HELDOUT, TokenSet
 from tostlm.errors import UserError
 from tostlm.eval.generate import generate
 from tostlm.eval.perplexity import choose_targets, score_contexts
 from tostlm.eval.report import ModelScores, table, write_report
 from tostlm.files import distinct_names, require_writable
+from tostlm.model import best_device
 
 
 def perplexity(
