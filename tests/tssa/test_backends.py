@@ -1,15 +1,19 @@
 """Every compiled backend against the reference: values, end state and every gradient."""
 
 import functools
+import itertools
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from tests.tssa.common import Inputs, draw, in_pieces, outcome
 from tostlm.tssa import State, cpp, tssa, tssa_reference
@@ -226,6 +230,28 @@ def _in_float64(w: Tensor) -> tuple[Tensor, State]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, "torch")
         return tssa(w.double(), torch.ones(2))
+
+
+def test_memory_is_linear_in_the_context(backend: str) -> None:
+    """Beside w and dy both passes have y, dw, what is saved, and what a pass works in alive at once."""
+    short, long = (_peak_bytes(T) / (T * 128) for T in (4096, 16384))
+    assert long <= {"cpp": 4.5, "torch": 18}[backend]
+    assert long <= short
+
+
+def _peak_bytes(T: int) -> int:
+    """The most bytes both passes have alive at once over [1, T, 128] in bf16, the inputs not counted."""
+    w = torch.ones(1, T, 128, dtype=torch.bfloat16, requires_grad=True)
+    dy, temp = torch.ones_like(w), torch.ones(2, requires_grad=True)
+    tssa(w, temp)[0].backward(dy)
+    w.grad = temp.grad = None
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        tssa(w, temp)[0].backward(dy)
+    with tempfile.NamedTemporaryFile(suffix=".json") as trace:
+        profiler.export_chrome_trace(trace.name)
+        events = json.loads(Path(trace.name).read_text())["traceEvents"]
+    changes = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
+    return max(itertools.accumulate(event["args"]["Bytes"] for event in changes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

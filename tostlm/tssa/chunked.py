@@ -133,13 +133,14 @@ def backward(
         scan(s, a, s0)
         floored = s.clamp_min(EPS)
         direct = dn_block[..., None] / floored
-        through = direct * (square / floored) * (s >= EPS)
-        ds, arriving = -through, S
-        S = reverse_scan(ds, a, arriving)
+        through = square.div_(floored).mul_(direct).masked_fill_(s < EPS, 0.0)
         # Step 7: direct and through are equal at a document's first token, and large where w is small; so they are
         # subtracted first, and what the tokens after it add comes without this token's own share.
-        d_square = P * dm + (direct - through) + _from_the_right(ds, a, arriving)
-        dw[:, block] = (2 * x * d_square - P * gated).view(B, -1, C)
+        d_square = direct.sub_(through).addcmul_(P, dm)
+        ds, arriving = through.neg_(), S
+        S = reverse_scan(ds, a, arriving)
+        _add_from_the_right(d_square, ds, a, arriving)
+        dw[:, block] = gated.mul_(-P).addcmul_(x, d_square, value=2).view(B, -1, C)
 
         if want_rho:  # step 9
             per_token = (ds * _shifted(s, s0) + dm * _shifted(m, m0)).sum(-1) + (dc * _shifted(c, c0))[..., 0]
@@ -190,7 +191,7 @@ def scan(x: Tensor, decay: Tensor | None, carry: Tensor) -> Tensor:
     rows = _chunks(x)
     if decay is None:
         for t in range(1, rows.shape[2]):
-            rows[:, :, t] += rows[:, :, t - 1]
+            rows[:, :, t].add_(rows[:, :, t - 1])
         ends = carry[:, None] + rows[:, :, -1].double().cumsum(1)  # [B, chunks, H, D]
         starts = torch.cat([carry[:, None], ends[:, :-1]], dim=1)
         rows += starts.to(x.dtype)[:, :, None]
@@ -215,7 +216,7 @@ def reverse_scan(x: Tensor, decay: Tensor | None, carry: Tensor) -> Tensor:
     rows = _chunks(x)
     if decay is None:
         for t in range(rows.shape[2] - 2, -1, -1):
-            rows[:, :, t] += rows[:, :, t + 1]
+            rows[:, :, t].add_(rows[:, :, t + 1])
         firsts = rows[:, :, 0].double()
         after = firsts.flip(1).cumsum(1).flip(1) + carry[:, None]  # [B, chunks, H, D], this chunk and all to its right
         starts = torch.cat([after[:, 1:], carry[:, None]], dim=1)
@@ -234,10 +235,13 @@ def reverse_scan(x: Tensor, decay: Tensor | None, carry: Tensor) -> Tensor:
     return carry
 
 
-def _from_the_right(x: Tensor, decay: Tensor | None, carry: Tensor) -> Tensor:
-    """decay_{t+1} x_{t+1} along dim 1 of a reverse-scanned x; after the last, the carry that came in."""
-    later = x[:, 1:] if decay is None else x[:, 1:] * decay[:, 1:, :, None]
-    return torch.cat([later, carry.to(x.dtype)[:, None]], dim=1)
+def _add_from_the_right(to: Tensor, x: Tensor, decay: Tensor | None, carry: Tensor) -> None:
+    """In place to_t <- to_t + decay_{t+1} x_{t+1} along dim 1 of a reverse-scanned x; the last adds the carry."""
+    if decay is None:
+        to[:, :-1].add_(x[:, 1:])
+    else:
+        to[:, :-1].addcmul_(x[:, 1:], decay[:, 1:, :, None])
+    to[:, -1].add_(carry)
 
 
 def _shifted(x: Tensor, first: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ constexpr int TILE = VECTORS * LANES;
 
 // Rows a pass asks for before it needs them; the processor's own prefetchers do not follow rows C apart. Addresses
 // beyond the tensor do no harm.
-constexpr int AHEAD = 16;
+constexpr int AHEAD = 24;
+constexpr int AHEAD_TO_WRITE = 8;
 
 // The decays of one head over a chunk.
 struct Decay {
@@ -71,7 +72,7 @@ void output_pass(const X* w, X* y, int64_t C, int rows, const Decay& decay, cons
       const Vector p = splat(Pi[t]), scale = splat(-Pi[t] * mass[t]);
       for (int i = 0; i < VECTORS; i++) {
         const int64_t at = t * C + j + i * LANES;
-        prefetch_to_write(y + at + CHUNK * C);
+        prefetch_to_write(y + at + AHEAD_TO_WRITE * C);
         const Vector x = load(w + at);
         m[i] = m[i] * a + x * x * p;
         const Vector total = at_most(FLT_MAX, c + (m[i] + reach * in[i]));
