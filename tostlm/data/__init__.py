@@ -1,9 +1,11 @@
 """Text to tokens to batches."""
 
 from tostlm.data.loader import Loader
-from tostlm.data.prepare import prepare
-from tostlm.data.shards import HELDOUT, MANIFEST, TRAIN, TokenSet, load_tokenizer, read_manifest, verify
-from tostlm.data.sources import documents
+from tostlm.data.merge import merge, told
+from tostlm.data.plan import Settings
+from tostlm.data.prepare import Task, parse_task, prepare
+from tostlm.data.selection import Selection, documents
+from tostlm.data.shards import HELDOUT, MANIFEST, TRAIN, Manifest, TokenSet, load_tokenizer, read_manifest, verify
 from tostlm.data.tokenizer import Tokenizer, train_tokenizer
 
 __all__ = [
@@ -11,12 +13,19 @@ __all__ = [
     "MANIFEST",
     "TRAIN",
     "Loader",
+    "Manifest",
+    "Selection",
+    "Settings",
+    "Task",
     "TokenSet",
     "Tokenizer",
     "documents",
     "load_tokenizer",
+    "merge",
+    "parse_task",
     "prepare",
     "read_manifest",
+    "told",
     "train_tokenizer",
     "verify",
 ]

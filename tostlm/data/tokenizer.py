@@ -63,6 +63,16 @@ class Tokenizer:
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 
+    file_name = "tokenizer.model"
+
+    @property
+    def content(self) -> bytes:
+        return self.model
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Tokenizer:
+        return cls.load(folder / cls.file_name)
+
     @property
     def vocab_size(self) -> int:
         return int(self._processor.vocab_size())
