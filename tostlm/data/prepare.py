@@ -14,7 +14,6 @@ from tostlm.data.shards import (
     HELDOUT,
     MANIFEST,
     SCHEMA,
-    TOKENIZER,
     TRAIN,
     Manifest,
     ShardWriter,
@@ -92,7 +91,7 @@ def _write(
                 tokens_done += len(tokens) + 1
             bar.update(len(batch))
             bar.set_postfix(tokens=tokens_done)
-    (folder / TOKENIZER).write_bytes(tokenizer.model)
+    (folder / tokenizer.file_name).write_bytes(tokenizer.content)
     manifest = Manifest(
         schema_version=SCHEMA,
         dtype=dtype,

@@ -3,7 +3,7 @@
 A prepared folder holds
 
     manifest.json               written last: a folder without one is unfinished
-    tokenizer.model             what the ids mean
+    tokenizer.model | .json     what the ids mean
     SPLIT-00000.bin             token ids, uint16 or uint32, one document after another, each with its document end
     SPLIT-00000.ends            uint64, for each document of that shard the number of shard tokens up to its end
 
@@ -28,7 +28,6 @@ from tostlm.files import sha256_of, write_atomically
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.model"
 TRAIN, HELDOUT = "train", "heldout"
 
 
@@ -220,11 +219,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         UserError: it is missing, or not the one of the manifest.
     """
     manifest = read_manifest(folder)
-    tokenizer = Tokenizer.load(folder / TOKENIZER)
+    tokenizer = Tokenizer.of_folder(folder)
     if tokenizer.sha256 != manifest.tokenizer_sha256:
         raise UserError(
-            f"{folder / TOKENIZER} is not the tokenizer the shards were made with (sha256 {tokenizer.sha256[:12]}, "
-            f"manifest {manifest.tokenizer_sha256[:12]}); prepare the data again"
+            f"{folder / tokenizer.file_name} is not the tokenizer the shards were made with (sha256 "
+            f"{tokenizer.sha256[:12]}, manifest {manifest.tokenizer_sha256[:12]}); prepare the data again"
         )
     return tokenizer
 
@@ -236,8 +235,7 @@ def verify(folder: Path) -> Iterator[str]:
         UserError: a file's checksum is not the manifest's.
     """
     manifest = read_manifest(folder)
-    load_tokenizer(folder)
-    yield TOKENIZER
+    yield load_tokenizer(folder).file_name
     for name, split in manifest.splits.items():
         if split.tokens:
             TokenSet(folder, name)
