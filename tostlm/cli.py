@@ -94,16 +94,54 @@ def tokenizer_train(
     out: Annotated[Path, typer.Option(help="the .model file to write")],
     more: MoreSources = None,
     text_column: TextColumn = "text",
-    text_bytes: Annotated[int, typer.Option(min=1, help="stop reading after this much text")] = 1_000_000_000,
+    sample_bytes: Annotated[
+        int, typer.Option(min=1, help="train on a uniform sample of the documents, at most this much text")
+    ] = 1_000_000_000,
+    scan_bytes: Annotated[
+        int | None, typer.Option(min=1, help="stop reading after this much text; default: read all")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="of the sample")] = 0,
 ) -> None:
     """Train a lossless SentencePiece BPE tokenizer."""
-    from tostlm.data import Selection, documents, train_tokenizer
+    from tostlm.data import Selection, documents, first_bytes, train_tokenizer
     from tostlm.files import require_file_writable
 
     require_file_writable(out)
     texts = documents([*source, *(more or [])], Selection(text_column=text_column))
-    tokenizer = train_tokenizer(texts, vocab_size, out, text_bytes)
+    if scan_bytes is not None:
+        texts = first_bytes(texts, scan_bytes)
+    tokenizer = train_tokenizer(texts, vocab_size, out, sample_bytes, seed)
     print(f"{out}: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.sha256}")
+
+
+@tokenizer_app.command("import")
+def tokenizer_import(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE", help="a .model file, a tokenizer.json, a folder with one, or tiktoken's ranks of GPT-2"
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="the file to write")],
+    end_token: Annotated[
+        str | None, typer.Option(help="the token that ends documents; default: the one SOURCE names, or the usual")
+    ] = None,
+    allow_loss: Annotated[bool, typer.Option(help="take a tokenizer that changes some text")] = False,
+) -> None:
+    """Bring a tokenizer made elsewhere, SentencePiece's, Hugging Face's or GPT-2's, into the form tostlm uses."""
+    from tostlm.data import import_tokenizer
+    from tostlm.files import require_file_writable, write_atomically
+
+    require_file_writable(out)
+    tokenizer = import_tokenizer(source, end_token)
+    loss = tokenizer.loss()
+    if loss and not allow_loss:
+        raise UserError(f"{source} loses text: {loss}; choose a lossless tokenizer, or accept that with --allow-loss")
+    write_atomically(out, tokenizer.content)
+    print(
+        f"{out}: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.sha256}, document end {tokenizer.end_piece}, "
+        + (f"lossy: {loss}" if loss else "lossless")
+    )
 
 
 @app.command()

@@ -6,7 +6,9 @@ from tostlm.data.plan import Settings
 from tostlm.data.prepare import Task, parse_task, prepare
 from tostlm.data.selection import Selection, documents
 from tostlm.data.shards import HELDOUT, MANIFEST, TRAIN, Manifest, TokenSet, load_tokenizer, read_manifest, verify
-from tostlm.data.tokenizer import Tokenizer, train_tokenizer
+from tostlm.data.tokenizer import Tokenizer
+from tostlm.data.tokenizer_import import import_tokenizer
+from tostlm.data.tokenizer_training import first_bytes, train_tokenizer
 
 __all__ = [
     "HELDOUT",
@@ -20,6 +22,8 @@ __all__ = [
     "TokenSet",
     "Tokenizer",
     "documents",
+    "first_bytes",
+    "import_tokenizer",
     "load_tokenizer",
     "merge",
     "parse_task",

@@ -3,7 +3,7 @@
 A prepared folder holds
 
     manifest.json               written last: a folder without one is unfinished
-    tokenizer.model             what the ids mean
+    tokenizer.model | .json     what the ids mean
     SPLIT-00000.bin             token ids, uint16 or uint32, one document after another, each with its document end
     SPLIT-00000.ends            uint64, for each document of that shard the number of shard tokens up to its end
     SPLIT-00000.hashes          16 bytes for each document of that shard, by which the same text is known again
@@ -31,7 +31,6 @@ from tostlm.files import sha256_of, write_atomically
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.model"
 TRAIN, HELDOUT = "train", "heldout"
 SUFFIXES = ("bin", "ends", "hashes")
 HASH_BYTES = 16
@@ -255,11 +254,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         UserError: it is missing, or not the one of the manifest.
     """
     manifest = read_manifest(folder)
-    tokenizer = Tokenizer.load(folder / TOKENIZER)
+    tokenizer = Tokenizer.of_folder(folder)
     if tokenizer.sha256 != manifest.tokenizer_sha256:
         raise UserError(
-            f"{folder / TOKENIZER} is not the tokenizer the shards were made with (sha256 {tokenizer.sha256[:12]}, "
-            f"manifest {manifest.tokenizer_sha256[:12]}); prepare the data again"
+            f"{folder / tokenizer.file_name} is not the tokenizer the shards were made with (sha256 "
+            f"{tokenizer.sha256[:12]}, manifest {manifest.tokenizer_sha256[:12]}); prepare the data again"
         )
     return tokenizer
 
@@ -271,8 +270,7 @@ def verify(folder: Path) -> Iterator[str]:
         UserError: a file's checksum is not the manifest's.
     """
     manifest = read_manifest(folder)
-    load_tokenizer(folder)
-    yield TOKENIZER
+    yield load_tokenizer(folder).file_name
     for name, split in manifest.splits.items():
         if split.tokens:
             TokenSet(folder, name)

@@ -15,7 +15,6 @@ from tostlm.checkpoint import (
     CONFIG,
     ENGINE,
     PROGRESS,
-    TOKENIZER,
     WEIGHTS,
     Progress,
     checkpoint_folder,
@@ -48,7 +47,7 @@ def save(engine: Any, config: RunConfig, tokenizer: Tokenizer, step: int, ranks:
             progress = Progress(step, ranks.world, sha256_of(config.data.path / MANIFEST))
             write_atomically(partial / WEIGHTS, safetensors.torch.save(weights))
             write_atomically(partial / CONFIG, dump_config(config))
-            write_atomically(partial / TOKENIZER, tokenizer.model)
+            write_atomically(partial / tokenizer.file_name, tokenizer.content)
             write_atomically(partial / PROGRESS, json.dumps(progress._asdict()) + "\n")
     except OSError as error:
         if ranks.rank == 0:
@@ -95,7 +94,7 @@ def check_resumable(config: RunConfig, tokenizer: Tokenizer, world_size: int) ->
     for key, value in _identity(config, world_size).items():
         if value != theirs[key]:
             raise UserError(f"checkpoint {newest} has {key}={theirs[key]}, this run {key}={value}; {way_out}")
-    if Tokenizer.load(newest / TOKENIZER).sha256 != tokenizer.sha256:
+    if Tokenizer.of_folder(newest).sha256 != tokenizer.sha256:
         raise UserError(f"checkpoint {newest} was trained with another tokenizer than {config.data.path}; {way_out}")
     if progress.data_sha256 != sha256_of(config.data.path / MANIFEST):
         raise UserError(f"checkpoint {newest} was trained on other data than {config.data.path} holds; {way_out}")
