@@ -136,6 +136,20 @@ def data_verify(folder: Annotated[Path, typer.Argument(help="a folder made by `t
     print(f"{folder}: {count} files are whole")
 
 
+@data_app.command("show")
+def data_show(
+    folder: Annotated[Path, typer.Argument(help="a folder made by `tostlm prepare`")],
+    samples: Annotated[int, typer.Option(min=0, help="documents of each split to print the beginnings of")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="chooses the documents")] = 0,
+    out: Annotated[Path | None, typer.Option(help="the .png to draw; default: lengths.png in the folder")] = None,
+) -> None:
+    """Describe prepared data: counts, lengths of documents, samples of the text."""
+    from tostlm.data import show
+
+    for paragraph in show(folder, samples, seed, out or folder / "lengths.png"):
+        print(paragraph, end="\n\n", flush=True)
+
+
 @app.command()
 def train(
     config: ConfigFile,

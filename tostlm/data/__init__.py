@@ -3,6 +3,7 @@
 from tostlm.data.loader import Loader
 from tostlm.data.prepare import prepare
 from tostlm.data.shards import HELDOUT, MANIFEST, TRAIN, TokenSet, load_tokenizer, read_manifest, verify
+from tostlm.data.show import show
 from tostlm.data.sources import documents
 from tostlm.data.tokenizer import Tokenizer, train_tokenizer
 
@@ -17,6 +18,7 @@ __all__ = [
     "load_tokenizer",
     "prepare",
     "read_manifest",
+    "show",
     "train_tokenizer",
     "verify",
 ]
