@@ -96,7 +96,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_while_preparing(small_disk: Path, corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "t.model").write_bytes(tokenizer.content)
-    source = ["--source", *[str(corpus)] * 10, "--tokenizer", str(tmp_path / "t.model")]
+    source = ["--source", *[str(corpus)] * 10, "--tokenizer", str(tmp_path / "t.model"), "--part-bytes", "9000"]
     command = ["prepare", *source, "--out", str(small_disk / "data")]
     fail(tostlm(*command), "No space left on device", "what was finished stays")
     finished = len(list((small_disk / "data").glob("parts/0*/part.json")))
