@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import fail, succeed, tostlm
 from tostlm.data import HELDOUT, TRAIN, Settings, Tokenizer, TokenSet, load_tokenizer, prepare, read_manifest, show
-from tostlm.data.shards import ShardWriter
+from tostlm.data.shards import ShardWriter, Split
 from tostlm.data.show import CHARACTERS, Lengths, document_lengths
 from tostlm.errors import UserError
 
@@ -97,8 +97,8 @@ def test_lengths_are_exact_however_they_are_read(shards: list[list[int]], at_onc
         patch.setattr(sys.modules["tostlm.data.show"], "DOCUMENTS", at_once)
         writer = ShardWriter(Path(folder), TRAIN, "<u2", 3000)
         for length in lengths.tolist():
-            writer.add([0] * length, 0)
-        found = document_lengths(Path(folder), writer.finish())
+            writer.add([0] * length, bytes(16), 0)
+        found = document_lengths(Path(folder), Split.of(writer.finish()))
     values, counts = np.unique(lengths, return_counts=True)
     assert np.array_equal(found.tokens, values)
     assert np.array_equal(found.documents, counts)
