@@ -103,7 +103,7 @@ def test_another_tokenizer_in_the_folder(copy: Path, speeches: list[str], tmp_pa
     from tostlm.data import train_tokenizer
 
     other = train_tokenizer(speeches, 400, tmp_path / "other.model")
-    (copy / "tokenizer.model").write_bytes(other.model)
+    (copy / "tokenizer.model").write_bytes(other.content)
     with pytest.raises(UserError, match="is not the tokenizer the shards were made with"):
         load_tokenizer(copy)
 
