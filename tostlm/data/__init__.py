@@ -1,6 +1,6 @@
 """Text to tokens to batches."""
 
-from tostlm.data.loader import Loader
+from tostlm.data.loader import Batch, Loader, Stage, common_tokenizer
 from tostlm.data.prepare import prepare
 from tostlm.data.shards import HELDOUT, MANIFEST, TRAIN, TokenSet, load_tokenizer, read_manifest, verify
 from tostlm.data.sources import documents
@@ -10,9 +10,12 @@ __all__ = [
     "HELDOUT",
     "MANIFEST",
     "TRAIN",
+    "Batch",
     "Loader",
+    "Stage",
     "TokenSet",
     "Tokenizer",
+    "common_tokenizer",
     "documents",
     "load_tokenizer",
     "prepare",
