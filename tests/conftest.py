@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tostlm.config import RunConfig, load_config
-from tostlm.data import Tokenizer, prepare, train_tokenizer
+from tostlm.data import Settings, Tokenizer, prepare, train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 VOCAB = 512
@@ -40,7 +40,7 @@ def tokenizer(speeches: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def data(corpus: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("data") / "prepared"
-    prepare([str(corpus)], tokenizer, out, heldout_fraction=0.2)
+    prepare(Settings(sources=(str(corpus),), heldout_fraction=0.2), tokenizer, out)
     return out
 
 
@@ -50,7 +50,7 @@ def digits(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("digits")
     texts = [" ".join(map(str, range(1000 * n, 1000 * (n + 1)))) for n in range(20)]
     (folder / "digits.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    prepare([str(folder / "digits.jsonl")], tokenizer, folder / "digits", heldout_fraction=0.2)
+    prepare(Settings(sources=(str(folder / "digits.jsonl"),), heldout_fraction=0.2), tokenizer, folder / "digits")
     return folder / "digits"
 
 

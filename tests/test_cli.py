@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import Run, fail, succeed, tostlm
 from tostlm.checkpoint import checkpoints
-from tostlm.data import Tokenizer, read_manifest
+from tostlm.data import Tokenizer, read_manifest, verify
 
 VERBS = ["quickstart", "config", "tokenizer", "prepare", "data", "train", "eval", "generate", "bench", "convert"]
 
@@ -75,7 +75,7 @@ def test_from_text_to_shards(corpus: Path, tmp_path: Path) -> None:
     manifest = read_manifest(out)
     assert sum(split.documents for split in manifest.splits.values()) == 61
     assert f"train {manifest.splits['train'].tokens:,} tokens" in printed
-    assert "5 files are whole" in succeed(tostlm("data", "verify", str(out)))
+    assert "7 files are whole" in succeed(tostlm("data", "verify", str(out)))
     fail(tostlm(*command), "is prepared already")
     fail(tostlm("prepare", "--source", "nowhere.txt", "--tokenizer", str(model), "--out", "x"), "names no file")
     fail(tostlm("prepare", "--source", str(corpus), "--tokenizer", "no.model", "--out", "x"), "no.model is no file")
@@ -95,10 +95,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_while_preparing(small_disk: Path, corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    (tmp_path / "t.model").write_bytes(tokenizer.model)
+    (tmp_path / "t.model").write_bytes(tokenizer.content)
     source = ["--source", *[str(corpus)] * 10, "--tokenizer", str(tmp_path / "t.model")]
-    fail(tostlm("prepare", *source, "--out", str(small_disk / "data")), "No space left on device")
-    assert not list(small_disk.iterdir())
+    command = ["prepare", *source, "--out", str(small_disk / "data")]
+    fail(tostlm(*command), "No space left on device", "what was finished stays")
+    finished = len(list((small_disk / "data").glob("parts/0*/part.json")))
+    assert 0 < finished < 10
+    assert not (small_disk / "data" / "manifest.json").exists()
+    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    succeed(tostlm(*command))
+    assert f"{sum(1 for _ in verify(small_disk / 'data'))} files" in succeed(
+        tostlm("data", "verify", str(small_disk / "data"))
+    )
 
 
 @pytest.mark.parametrize("free_bytes", [100_000, 400_000], ids=["in the shards", "in the weights"])

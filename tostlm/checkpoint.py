@@ -7,7 +7,7 @@ A run's folder holds
     checkpoints/step-00000100/
         weights.safetensors   the model, in the dtype it trained in
         config.yaml           the run's config
-        tokenizer.model
+        tokenizer.model | .json
         progress.json         what a resumed run must match
         engine/               DeepSpeed's shards, for resuming alone
 """
@@ -28,10 +28,9 @@ from tostlm.data import Tokenizer
 from tostlm.errors import UserError, reason_of
 from tostlm.model import LM
 
-WEIGHTS, CONFIG, TOKENIZER, PROGRESS, ENGINE = (
+WEIGHTS, CONFIG, PROGRESS, ENGINE = (
     "weights.safetensors",
     "config.yaml",
-    "tokenizer.model",
     "progress.json",
     "engine",
 )
@@ -106,7 +105,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
         UserError: there is no checkpoint, or it is damaged.
     """
     checkpoint = resolve(path)
-    for name in (CONFIG, WEIGHTS, TOKENIZER):
+    for name in (CONFIG, WEIGHTS):
         if not (checkpoint / name).is_file():
             raise UserError(f"checkpoint {checkpoint} has no {name}: it is damaged; use an older one")
     config = load_config(checkpoint / CONFIG)
@@ -118,4 +117,4 @@ def load(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise UserError(f"checkpoint {checkpoint}: {WEIGHTS} does not fit its config ({reason_of(error)})") from None
     lm = lm.to(device).eval().requires_grad_(False)
-    return Checkpoint(checkpoint, lm, config, Tokenizer.load(checkpoint / TOKENIZER), read_progress(checkpoint))
+    return Checkpoint(checkpoint, lm, config, Tokenizer.of_folder(checkpoint), read_progress(checkpoint))

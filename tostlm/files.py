@@ -5,7 +5,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tostlm.errors import UserError
@@ -58,19 +59,37 @@ def require_file_writable(path: Path) -> None:
     require_writable(path.parent)
 
 
-def lock_for_life(path: Path, message: str) -> None:
-    """Lock a file until this process ends, however it ends.
+@contextmanager
+def locked(path: Path, message: str) -> Iterator[None]:
+    """Hold a lock on a file; a process that ends, however it ends, lets go of it.
 
     Raises:
         UserError: another process holds it; `message` says of what.
     """
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR)  # closed by the system, with the process
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        os.close(descriptor)
         raise UserError(message) from None
     except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
         os.close(descriptor)
+
+
+def lock_for_life(path: Path, message: str) -> None:
+    """Lock a file until this process ends.
+
+    Raises:
+        UserError: another process holds it; `message` says of what.
+    """
+    _for_life.enter_context(locked(path, message))
+
+
+_for_life = ExitStack()
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:

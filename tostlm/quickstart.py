@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from tostlm.checkpoint import checkpoint_folder, load
 from tostlm.config import RunConfig, load_config
+from tostlm.data import MANIFEST
 from tostlm.files import write_atomically
 from tostlm.launch import run_local
 
@@ -60,7 +61,7 @@ def _steps(
     tokenizer, exported = root / "tokenizer.model", root / "hf"
     return (
         Step("tokenizer", tokenizer, lambda: _train_tokenizer(tost, tokenizer)),
-        Step("token shards", prepared, lambda: _prepare(tokenizer, prepared)),
+        Step("token shards", prepared / MANIFEST, lambda: _prepare(tokenizer, prepared)),
         Step("train ToST", checkpoint_folder(tost.run_dir, tost.train.steps), lambda: _train(tost_file, processes)),
         Step("train GPT-2", checkpoint_folder(gpt2.run_dir, gpt2.train.steps), lambda: _train(gpt2_file, processes)),
         Step("perplexity by context", root / "perplexity.txt", lambda: _perplexity(tost, gpt2, root)),
@@ -77,9 +78,11 @@ def _train_tokenizer(config: RunConfig, out: Path) -> None:
 
 
 def _prepare(tokenizer: Path, out: Path) -> None:
-    from tostlm.data import Tokenizer, prepare
+    from tostlm.data import Settings, Tokenizer, prepare
 
-    manifest = prepare([SOURCE], Tokenizer.load(tokenizer), out, heldout_fraction=HELDOUT_FRACTION)
+    settings = Settings(sources=(SOURCE,), heldout_fraction=HELDOUT_FRACTION)
+    manifest = prepare(settings, Tokenizer.load(tokenizer), out)
+    assert manifest is not None
     for name, split in manifest.splits.items():
         print(f"{name}: {split.tokens:,} tokens of {split.documents} documents")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tostlm.data import TRAIN, Loader, Stage, TokenSet, common_tokenizer, prepare, train_tokenizer
+from tostlm.data import TRAIN, Loader, Settings, Stage, TokenSet, common_tokenizer, prepare, train_tokenizer
 from tostlm.data.windows import DocumentWindows
 from tostlm.errors import UserError
 
@@ -154,7 +154,7 @@ def test_a_weight_too_small_to_be_read(tokens: TokenSet, numbers: TokenSet) -> N
 
 def test_a_blend_of_two_tokenizers(data: Path, corpus: Path, speeches: list[str], tmp_path: Path) -> None:
     other = train_tokenizer(speeches, 400, tmp_path / "other.model")
-    prepare([str(corpus)], other, tmp_path / "other", heldout_fraction=0.2)
+    prepare(Settings(sources=(str(corpus),), heldout_fraction=0.2), other, tmp_path / "other")
     with pytest.raises(UserError, match=rf"{data} and {tmp_path}/other were prepared with different tokenizers"):
         common_tokenizer([data, data, tmp_path / "other"])
 

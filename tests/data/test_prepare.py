@@ -1,130 +1,277 @@
-"""Shards hold exactly the documents, and damage is found."""
+"""The same shards however the work is shared out or interrupted, and nothing finished is lost."""
 
+import errno
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from tostlm.data import HELDOUT, TRAIN, Tokenizer, TokenSet, load_tokenizer, prepare, read_manifest, verify
-from tostlm.data.shards import dtype_for
+from tests.conftest import fail, succeed, tostlm
+from tests.data.test_shards import texts_of
+from tostlm.data import (
+    HELDOUT,
+    Selection,
+    Settings,
+    Task,
+    Tokenizer,
+    load_tokenizer,
+    merge,
+    parse_task,
+    prepare,
+    read_manifest,
+    train_tokenizer,
+    verify,
+)
+from tostlm.data.plan import PART, part_folder
 from tostlm.errors import UserError
 
 
-def texts_of(folder: Path, split: str) -> list[str]:
-    tokens, tokenizer = TokenSet(folder, split), load_tokenizer(folder)
-    found = []
-    for start, stop in tokens.document_bounds.tolist():
-        document = tokens.tokens(start, stop)
-        assert document[-1] == tokenizer.eos_id
-        found.append(tokenizer.decode(document[:-1].tolist()))
-    return found
-
-
 @pytest.fixture
-def copy(data: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(data, tmp_path / "copy"))
+def crawl(speeches: list[str], tmp_path: Path) -> Path:
+    """Files of several kinds; every third text stands twice, far apart."""
+    folder = tmp_path / "crawl"
+    folder.mkdir()
+    rows = [json.dumps({"text": text, "n": n}) + "\n" for n, text in enumerate([*speeches, *speeches[::3]])]
+    for n in range(4):
+        (folder / f"{n}.jsonl").write_text("".join(rows[n::4]))
+    (folder / "last.txt").write_text(speeches[1])
+    return folder
 
 
-def test_every_document_is_in_one_split(data: Path, speeches: list[str]) -> None:
-    train, heldout = texts_of(data, TRAIN), texts_of(data, HELDOUT)
-    assert sorted(train + heldout) == sorted(speeches)
-    assert len(heldout) > 3
-    assert not set(train) & set(heldout)
+def content(folder: Path) -> dict[str, bytes]:
+    """Every byte of a prepared folder, but for the command that made it."""
+    found = {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+    manifest = json.loads(found.pop("manifest.json"))
+    manifest.pop("command")
+    return {**found, "manifest": json.dumps(manifest).encode()}
+
+
+def all_texts(folder: Path) -> list[str]:
+    splits = read_manifest(folder).splits
+    return [text for name, split in splits.items() if split.documents for text in texts_of(folder, name)]
+
+
+def made_of(crawl: Path, **options: object) -> Settings:
+    return Settings(sources=(str(crawl),), heldout_fraction=0.2, shard_tokens=7000, part_bytes=60_000, **options)
+
+
+@pytest.mark.parametrize("dedup", [False, True])
+def test_workers_and_tasks_change_nothing(crawl: Path, tokenizer: Tokenizer, tmp_path: Path, dedup: bool) -> None:
+    settings = made_of(crawl, dedup=dedup)
+    for workers in (1, 3):
+        prepare(settings, tokenizer, tmp_path / f"w{workers}", workers=workers)
+    for first in (2, 0, 1):
+        assert prepare(settings, tokenizer, tmp_path / "tasks", workers=2, task=Task(first, 3)) is None
+    merge(tmp_path / "tasks")
+    whole = content(tmp_path / "w1")
+    assert len([name for name in whole if name.endswith(".bin")]) > 5
+    assert content(tmp_path / "w3") == content(tmp_path / "tasks") == whole
+    assert not (tmp_path / "tasks" / "parts").exists()
+    list(verify(tmp_path / "tasks"))
+
+
+def test_the_first_of_equal_documents_is_kept(
+    crawl: Path, speeches: list[str], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    prepare(made_of(crawl), tokenizer, tmp_path / "all", workers=1)
+    manifest = prepare(made_of(crawl, dedup=True), tokenizer, tmp_path / "once", workers=1)
+    before = all_texts(tmp_path / "all")
+    after = all_texts(tmp_path / "once")
+    assert after == list(dict.fromkeys(before))
+    assert sorted(after) == sorted(speeches)
+    assert manifest.dropped == {"duplicate": 21}
+    text_bytes = sum(split.text_bytes for split in manifest.splits.values())
+    assert text_bytes == sum(len(text.encode()) for text in speeches)
+    list(verify(tmp_path / "once"))
+
+
+def test_documents_of_an_earlier_run_are_left_out(
+    crawl: Path, speeches: list[str], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    (tmp_path / "old.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in speeches[:40]))
+    prepare(Settings(sources=(str(tmp_path / "old.jsonl"),)), tokenizer, tmp_path / "old")
+    for dedup, expected in ((False, sorted([*speeches[40:], *speeches[42::3]])), (True, sorted(speeches[40:]))):
+        settings = made_of(crawl, dedup=dedup, dedup_against=(tmp_path / "old",))
+        out = tmp_path / f"new-{dedup}"
+        prepare(settings, tokenizer, out, workers=1)
+        assert sorted(all_texts(out)) == expected
+
+
+def test_a_killed_preparation_redoes_its_unfinished_part_alone(
+    crawl: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    (tmp_path / "t.model").write_bytes(tokenizer.content)
+    command = ["prepare", "--source", str(crawl), "--tokenizer", str(tmp_path / "t.model"), "--part-bytes", "60000"]
+    command += ["--shard-tokens", "7000", "--heldout-fraction", "0.2", "--workers", "1"]
+    succeed(tostlm(*command, "--out", str(tmp_path / "whole")))
+    out = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "-m", "tostlm", *command, "--out", str(out)])
+    deadline = time.monotonic() + 60
+    while not part_folder(out, 1).exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = {path: path.stat().st_mtime_ns for path in (out / "parts").glob(f"0*/{PART}")}
+    assert len(finished) > 1
+    assert not (out / "manifest.json").exists()
+    fail(tostlm("prepare", "--merge", "--out", str(out)), "are not finished", "run `tostlm prepare` again")
+    plan = json.loads((out / "plan.json").read_text())
+    assert len(finished) < len(plan["parts"])
+    shutil.rmtree(part_folder(out, 0))  # as if it had been lost; the others' files stay as they are
+    kept = {path: mtime for path, mtime in finished.items() if path.exists()}
+    prepare(
+        made_of(crawl), tokenizer, out, workers=1, task=Task(0, 1)
+    )  # every part, without the merge that would clear them
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    merge(out)
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_an_interrupted_merge_is_done_again(
+    crawl: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = made_of(crawl, dedup=True)
+    prepare(settings, tokenizer, tmp_path / "whole", workers=1)
+    prepare(settings, tokenizer, tmp_path / "out", workers=1, task=Task(0, 1))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["tostlm.data.merge"], "write_manifest", full)
+        with pytest.raises(OSError, match="No space left"):
+            merge(tmp_path / "out")
+    merge(tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_what_is_finished_stays_when_a_record_is_bad(
+    crawl: Path, tokenizer: Tokenizer, tmp_path: Path, speeches: list[str]
+) -> None:
+    with (crawl / "3.jsonl").open("ab") as file:
+        file.write(b'{"text": "\xff"}\n' + json.dumps({"text": "after"}).encode() + b"\n")
+    for workers in (1, 2):
+        with pytest.raises(UserError, match=r"3\.jsonl, record \d+.*: is no UTF-8.*--on-error skip"):
+            prepare(made_of(crawl), tokenizer, tmp_path / "out", workers=workers)
+    assert part_folder(tmp_path / "out", 0).exists()
+    manifest = prepare(made_of(crawl, selection=Selection(on_error="skip")), tokenizer, tmp_path / "out", workers=2)
+    assert manifest.dropped == {"invalid UTF-8": 1}
+    report = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
+    assert [(line["reason"], "3.jsonl" in line["document"]) for line in report] == [("invalid UTF-8", True)]
+    assert "after" in all_texts(tmp_path / "out")
+
+
+def test_a_killed_worker(crawl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The parent says so, ends the others, and the next call goes on."""
+    (tmp_path / "t.model").write_bytes(tokenizer.content)
+    command = ["prepare", "--source", str(crawl), "--tokenizer", str(tmp_path / "t.model"), "--part-bytes", "9000"]
+    command += ["--workers", "2", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tostlm", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 60
+    while not part_folder(tmp_path / "out", 0).exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    worker = next(
+        pid for pid in children.read_text().split() if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()
+    )
+    os.kill(int(worker), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "a worker ended with code -9" in errors
+    assert len(errors.strip().splitlines()) == 1
+    succeed(tostlm(*command))
+    list(verify(tmp_path / "out"))
+
+
+def test_another_tokenizer_or_setting_is_refused(
+    crawl: Path, speeches: list[str], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    prepare(made_of(crawl), tokenizer, out, workers=1, task=Task(0, 2))
+    other = train_tokenizer(speeches, 400, tmp_path / "other.model")
+    with pytest.raises(UserError, match="was begun with another tokenizer"):
+        prepare(made_of(crawl), other, out)
+    with pytest.raises(UserError, match="was begun with min_characters=1, not 5"):
+        prepare(made_of(crawl, selection=Selection(min_characters=5)), tokenizer, out)
+    prepare(made_of(crawl), tokenizer, out, workers=1, task=Task(1, 2))
+    path = part_folder(out, 1) / PART
+    path.write_text(path.read_text().replace(tokenizer.sha256, other.sha256))
+    with pytest.raises(UserError, match=r"part 1 of \S+ was made with another tokenizer"):
+        merge(out)
+
+
+def test_prepared_data_is_not_overwritten(data: Path, corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(data, tmp_path / "copy"))
+    before = content(copy)
+    with pytest.raises(UserError, match="is prepared already"):
+        prepare(Settings(sources=(str(corpus),)), tokenizer, copy)
+    assert content(copy) == before
+    (copy / "manifest.json").unlink()
+    with pytest.raises(UserError, match="exists and is no prepared data"):
+        prepare(Settings(sources=(str(corpus),)), tokenizer, copy)
 
 
 def test_a_document_is_held_out_by_its_text_alone(
     data: Path, speeches: list[str], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     (tmp_path / "again.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in speeches[::-1]))
-    prepare([str(tmp_path / "again.jsonl")], tokenizer, tmp_path / "again", heldout_fraction=0.2)
+    settings = Settings(sources=(str(tmp_path / "again.jsonl"),), heldout_fraction=0.2)
+    prepare(settings, tokenizer, tmp_path / "again")
     assert set(texts_of(tmp_path / "again", HELDOUT)) == set(texts_of(data, HELDOUT))
 
 
-def test_shard_sizes_and_threads_change_nothing(data: Path, corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    prepare([str(corpus)], tokenizer, tmp_path / "small", heldout_fraction=0.2, shard_tokens=7000, threads=1)
-    whole, small = TokenSet(data, TRAIN), TokenSet(tmp_path / "small", TRAIN)
-    assert len(small.split.shards) > 5
-    assert np.array_equal(whole.tokens(0, len(whole)), small.tokens(0, len(small)))
-    assert np.array_equal(whole.tokens(6000, 25_000), small.tokens(6000, 25_000))  # across shards
-    assert np.array_equal(whole.document_bounds, small.document_bounds)
+def test_nothing_is_left(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' * 10)
+    with pytest.raises(UserError, match=r"no document of \S+ is left; dropped: 10 below 5 characters"):
+        prepare(
+            Settings(sources=(str(tmp_path / "a.jsonl"),), selection=Selection(min_characters=5)),
+            tokenizer,
+            tmp_path / "out",
+        )
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(UserError, match="holds no text"):
+        prepare(Settings(sources=(str(tmp_path / "a.jsonl"),)), tokenizer, tmp_path / "other")
 
 
-def test_the_format_is_readable_with_numpy(data: Path) -> None:
-    manifest = json.loads((data / "manifest.json").read_text())
-    shard = manifest["splits"]["train"]["shards"][0]
-    tokens = np.fromfile(data / f"{shard['name']}.bin", manifest["dtype"])
-    ends = np.fromfile(data / f"{shard['name']}.ends", "<u8")
-    assert len(tokens) == shard["tokens"] == ends[-1]
-    assert (tokens[ends - 1] == manifest["eos_id"]).all()
+def test_the_command_line(crawl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "t.model").write_bytes(tokenizer.content)
+    begin = [
+        "prepare",
+        "--source",
+        str(crawl),
+        "--tokenizer",
+        str(tmp_path / "t.model"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    fail(tostlm(*begin[:3], "--out", "x"), "prepare needs --source and --tokenizer")
+    fail(tostlm(*begin, "--on-error", "ignore"), "--on-error 'ignore'", "'fail' or 'skip'")
+    fail(tostlm(*begin, "--heldout-fraction", "1"), "--heldout-fraction 1.0", "less than 1")
+    fail(tostlm(*begin, "--keep", "n"), "condition 'n' is not COLUMN RELATION VALUE")
+    fail(tostlm(*begin, "--task", "3/3"), "--task 3/3 must be INDEX/NUMBER")
+    fail(tostlm(*begin, "--id-column", "url"), "has no column 'url', only text, n")
+    shutil.rmtree(tmp_path / "out")
+    (crawl / "last.txt").unlink()
+    told = succeed(tostlm(*begin, "--keep", "n<10", "--id-column", "n", "--dedup", "--heldout-fraction", "0"))
+    assert "of 10 documents" in told
+    assert "dropped 70 not n<10" in told
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.command.startswith("tostlm prepare --source")
+    assert manifest.settings["selection"]["keep"] == ["n<10"]
+    assert "(12)" in (tmp_path / "out" / "dropped.jsonl").read_text()
+    assert load_tokenizer(tmp_path / "out").sha256 == tokenizer.sha256
 
 
-def test_dtype_is_the_narrowest() -> None:
-    assert [dtype_for(v) for v in (256, 65_536, 65_537)] == ["<u2", "<u2", "<u4"]
-
-
-def test_verify_reads_every_byte(copy: Path) -> None:
-    assert len(list(verify(copy))) == 5
-    shard = copy / "train-00000.bin"
-    content = bytearray(shard.read_bytes())
-    content[1234] ^= 1
-    shard.write_bytes(content)
-    with pytest.raises(UserError, match=r"train-00000\.bin is damaged"):
-        list(verify(copy))
-
-
-def test_a_shard_cut_short(copy: Path) -> None:
-    os.truncate(copy / "train-00000.bin", 1000)
-    with pytest.raises(UserError, match=r"train-00000\.bin has 1000 bytes, its manifest says \d+"):
-        TokenSet(copy, TRAIN)
-
-
-def test_a_token_beyond_the_vocabulary(copy: Path) -> None:
-    tokens = np.memmap(copy / "train-00000.bin", "<u2", mode="r+")
-    tokens[50] = 60_000
-    tokens.flush()
-    with pytest.raises(UserError, match="holds token 60000, beyond its vocabulary of 512"):
-        TokenSet(copy, TRAIN).tokens(0, 100)
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [('{"schema_version": 9}', "of schema 9, this tostlm reads 1"), ("{", "is damaged"), ("[]", "is damaged")],
-)
-def test_a_manifest_that_cannot_be_read(copy: Path, content: str, words: str) -> None:
-    (copy / "manifest.json").write_text(content)
-    with pytest.raises(UserError, match=words):
-        read_manifest(copy)
-
-
-def test_another_tokenizer_in_the_folder(copy: Path, speeches: list[str], tmp_path: Path) -> None:
-    from tostlm.data import train_tokenizer
-
-    other = train_tokenizer(speeches, 400, tmp_path / "other.model")
-    (copy / "tokenizer.model").write_bytes(other.model)
-    with pytest.raises(UserError, match="is not the tokenizer the shards were made with"):
-        load_tokenizer(copy)
-
-
-def test_nothing_appears_when_it_fails(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n' * 10 + '{"text": 7}\n')
-    with pytest.raises(UserError):
-        prepare([str(tmp_path / "bad.jsonl")], tokenizer, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
-
-
-def test_prepared_data_is_not_overwritten(copy: Path, corpus: Path, tokenizer: Tokenizer) -> None:
-    before = (copy / "manifest.json").read_bytes()
-    with pytest.raises(UserError, match="is prepared already"):
-        prepare([str(corpus)], tokenizer, copy)
-    assert (copy / "manifest.json").read_bytes() == before
-    (copy / "manifest.json").unlink()
-    with pytest.raises(UserError, match="exists and is no prepared data"):
-        prepare([str(corpus)], tokenizer, copy)
-
-
-def test_an_unfinished_folder_is_no_data(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no prepared data"):
-        TokenSet(tmp_path, TRAIN)
+def test_tasks() -> None:
+    assert parse_task("2/8") == Task(2, 8)
+    for text in ("", "1", "8/8", "-1/3", "a/b"):
+        with pytest.raises(UserError, match="must be INDEX/NUMBER"):
+            parse_task(text)

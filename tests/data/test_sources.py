@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from tostlm.data import documents
+from tostlm.data import Selection, documents
 from tostlm.errors import UserError
 
 TEXTS = ["one document\nof two lines\n", "\u00fcber \u2581 second", "third"]
@@ -58,7 +58,7 @@ def test_every_kind_of_file(tmp_path: Path, kind: str) -> None:
 def test_several_sources_and_another_column(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"body": "x"}\n{"body": ""}\n{"body": "y"}\n')
     source = str(tmp_path / "b.jsonl")
-    assert list(documents([source, source], text_column="body")) == ["x", "y", "x", "y"]
+    assert list(documents([source, source], Selection(text_column="body"))) == ["x", "y", "x", "y"]
 
 
 def test_data_that_a_package_ships() -> None:
@@ -79,7 +79,7 @@ def test_broken_files(tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[st
     path = Path(write(tmp_path, kind))
     path.write_bytes(path.read_bytes()[:40])
     capfd.readouterr()
-    with pytest.raises(UserError, match=r"a\.\S+ cannot be read"):
+    with pytest.raises(UserError, match=r"a\.\S+: cannot be read|a\.jsonl, record 0: is no JSON"):
         list(documents([str(path)]))
     assert not capfd.readouterr().err
 
@@ -88,9 +88,10 @@ def test_broken_files(tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[st
     ("content", "words"),
     [
         ('{"body": "x"}\n', "has no column 'text', only body"),
-        ('{"text": 3}\n', "document 0: text is 3, not text"),
-        ('{"text": null}\n', "document 0: text is None, not text"),
-        ('{"text": "x"\n', "cannot be read"),
+        ('{"text": 3}\n', "bad.jsonl, record 0: text is 3, not text"),
+        ('{"text": null}\n', "record 0: text is None, not text"),
+        ('{"text": "x"\n', "record 0: is no JSON"),
+        ('{"text": "\\ud800"}\n', "record 0: text holds half of a surrogate pair"),
         ("", "holds no text"),
         ('{"text": ""}\n', "holds no text"),
     ],

@@ -5,14 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tostlm.data import TRAIN, Tokenizer, TokenSet, prepare
+from tostlm.data import TRAIN, Settings, Tokenizer, TokenSet, prepare
 from tostlm.data.windows import DocumentWindows, StreamWindows
 from tostlm.errors import UserError
 
 
 @pytest.fixture(params=[100_000_000, 7000], ids=["one shard", "many shards"])
 def tokens(request: pytest.FixtureRequest, corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> TokenSet:
-    prepare([str(corpus)], tokenizer, tmp_path / "out", heldout_fraction=0.2, shard_tokens=request.param, threads=1)
+    settings = Settings(sources=(str(corpus),), heldout_fraction=0.2, shard_tokens=request.param)
+    prepare(settings, tokenizer, tmp_path / "out")
     return TokenSet(tmp_path / "out", TRAIN)
 
 

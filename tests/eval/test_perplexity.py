@@ -114,10 +114,10 @@ def test_a_moved_run_reports_where_it_is(trained: dict[str, Run], tmp_path: Path
 
 
 def test_another_tokenizer(trained: dict[str, Run], corpus: Path, speeches: list[str], tmp_path: Path) -> None:
-    from tostlm.data import prepare, train_tokenizer
+    from tostlm.data import Settings, prepare, train_tokenizer
 
     other = train_tokenizer(speeches, 500, tmp_path / "other.model")
-    prepare([str(corpus)], other, tmp_path / "other", heldout_fraction=0.2)
+    prepare(Settings(sources=(str(corpus),), heldout_fraction=0.2), other, tmp_path / "other")
     run = str(trained["tssa"].dir)
     fail(
         tostlm("eval", "perplexity", run, "--data", str(tmp_path / "other"), "--out", str(tmp_path / "out")),

@@ -8,21 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from tests.model.common import SHAPES, shapes, tokens_of
 from tostlm.model import IGNORE, LM, ModelConfig, count_parameters, create_lm, training_flops_per_token
-
-SHAPES = {
-    "tost": ModelConfig(2, 24, 3, 40, positions=64, layer_scale=0.5),
-    "tost, forgetting, no positions": ModelConfig(
-        2, 24, 3, 40, positions=None, halflife_tokens=(4, 64), layer_scale=0.5
-    ),
-    "gpt2": ModelConfig(2, 24, 3, 40, positions=64, mixers=("softmax",), layer_scale=0.5),
-    "hybrid": ModelConfig(3, 24, 3, 40, positions=64, mixers=("tssa", "softmax"), layer_scale=0.5),
-}
-shapes = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
-
-
-def tokens_of(config: ModelConfig, *shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
 @shapes

@@ -73,8 +73,9 @@ def export_hf(checkpoint: Checkpoint, out: Path) -> None:
 
 def _write(checkpoint: Checkpoint, folder: Path) -> None:
     lm, eos_id = checkpoint.lm, checkpoint.tokenizer.eos_id
+    model: transformers.PreTrainedModel
     if is_gpt2(lm):
-        to_gpt2(lm, eos_id).save_pretrained(folder)
+        model = to_gpt2(lm, eos_id)
     else:
         config = TostConfig(
             **asdict(lm.config),
@@ -90,9 +91,11 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
         with torch.device("meta"):
             model = TostForCausalLM(config)
         model.lm.load_state_dict(lm.state_dict(), assign=True)
-        model.save_pretrained(folder)
+        folder.mkdir()
         for module in MODULES:
             (folder / f"{_flat(module)}.py").write_text(_standalone(module))
+    model.config.tokenizer_sha256 = checkpoint.tokenizer.sha256
+    model.save_pretrained(folder)
     save_tokenizer(checkpoint.tokenizer, lm.config.positions, folder)
 
 
@@ -123,7 +126,8 @@ def _check(checkpoint: Checkpoint, folder: Path) -> None:
     _compare(folder, "logits", exported(tokens).logits, expected)
     _compare(folder, "logits of single steps", _stepwise(exported, tokens), expected)
     ours, theirs = checkpoint.tokenizer, transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    texts = [PROBE_TEXT, *(piece.replace(SPACE, " ") for piece in ours.pieces() if piece != ours.end_piece)]
+    pieces = [piece for piece, size in zip(ours.pieces(), ours.token_bytes, strict=True) if size]
+    texts = [PROBE_TEXT, *(piece.replace(SPACE, " ") for piece in pieces)]
     for text, ids in zip(texts, theirs(texts, add_special_tokens=False, verbose=False)["input_ids"], strict=True):
         if ids != ours.encode(text):
             raise UserError(

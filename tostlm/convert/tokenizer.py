@@ -1,26 +1,29 @@
-"""Our SentencePiece tokenizer as a `tokenizers` file, which transformers reads without SentencePiece."""
+"""A tokenizer as transformers reads it: a `tokenizers` file, without SentencePiece."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models
+from tokenizers import decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from tostlm.data.fast_tokenizer import FastTokenizer, parse
+from tostlm.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from tostlm.data.tokenizer import SPACE, Tokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, positions: int | None, folder: Path) -> None:
-    """Write tokenizer.json and its configuration: the same ids for every text without the document end's name.
+    """Write tokenizer.json and its configuration: the same ids for every text without the name of a special token.
 
-    Pieces hold plain spaces there instead of SentencePiece's U+2581, so that the character itself is nothing special.
-    Written out (`<|endoftext|>`), that is the document end there, as usual in transformers.
+    Written out (`<|endoftext|>`), that is the special token there, as usual in transformers.
     """
-    vocabulary = {piece.replace(SPACE, " "): token for token, piece in enumerate(tokenizer.pieces())}
-    model = models.BPE(vocabulary, _merges(vocabulary), byte_fallback=True)
-    fast = tokenizers.Tokenizer(model)
-    fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    if isinstance(tokenizer, FastTokenizer):
+        fast = _without_end(tokenizer)
+    else:
+        assert isinstance(tokenizer, SentencePieceTokenizer)
+        fast = _from_sentencepiece(tokenizer)
     PreTrainedTokenizerFast(
         tokenizer_object=fast,
         eos_token=tokenizer.end_piece,
@@ -30,6 +33,23 @@ def save_tokenizer(tokenizer: Tokenizer, positions: int | None, folder: Path) ->
         clean_up_tokenization_spaces=False,
         model_max_length=positions or int(1e30),
     ).save_pretrained(folder)
+
+
+def _without_end(tokenizer: FastTokenizer) -> tokenizers.Tokenizer:
+    """Its tokenizer.json, but that nothing is appended to a text: what is generated goes on from there."""
+    return parse(json.dumps(json.loads(tokenizer.content) | {"post_processor": None}).encode())
+
+
+def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
+    """The same BPE. Its pieces hold plain spaces instead of U+2581, so that the character itself is nothing special."""
+    vocabulary = {piece.replace(SPACE, " "): token for token, piece in enumerate(tokenizer.pieces())}
+    fast = tokenizers.Tokenizer(models.BPE(vocabulary, _merges(vocabulary), byte_fallback=True))
+    steps = [decoders.ByteFallback(), decoders.Fuse()]
+    if tokenizer.adds_space:
+        fast.normalizer = normalizers.Prepend(" ")
+        steps.append(decoders.Strip(" ", 1, 0))
+    fast.decoder = decoders.Sequence(steps)
+    return fast
 
 
 def _merges(vocabulary: dict[str, int]) -> list[tuple[str, str]]:

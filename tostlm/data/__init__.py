@@ -1,10 +1,14 @@
 """Text to tokens to batches."""
 
 from tostlm.data.loader import Batch, Loader, Stage, common_tokenizer
-from tostlm.data.prepare import prepare
-from tostlm.data.shards import HELDOUT, MANIFEST, TRAIN, TokenSet, load_tokenizer, read_manifest, verify
-from tostlm.data.sources import documents
-from tostlm.data.tokenizer import Tokenizer, train_tokenizer
+from tostlm.data.merge import merge, told
+from tostlm.data.plan import Settings
+from tostlm.data.prepare import Task, parse_task, prepare
+from tostlm.data.selection import Selection, documents
+from tostlm.data.shards import HELDOUT, MANIFEST, TRAIN, Manifest, TokenSet, load_tokenizer, read_manifest, verify
+from tostlm.data.tokenizer import Tokenizer
+from tostlm.data.tokenizer_import import import_tokenizer
+from tostlm.data.tokenizer_training import first_bytes, train_tokenizer
 
 __all__ = [
     "HELDOUT",
@@ -12,14 +16,23 @@ __all__ = [
     "TRAIN",
     "Batch",
     "Loader",
+    "Manifest",
+    "Selection",
+    "Settings",
     "Stage",
+    "Task",
     "TokenSet",
     "Tokenizer",
     "common_tokenizer",
     "documents",
+    "first_bytes",
+    "import_tokenizer",
     "load_tokenizer",
+    "merge",
+    "parse_task",
     "prepare",
     "read_manifest",
+    "told",
     "train_tokenizer",
     "verify",
 ]

@@ -1,118 +1,144 @@
-"""Text to token shards."""
+"""Text to token shards, part by part: what is finished stays, whoever is killed."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
-from tqdm import tqdm
-
-from tostlm.data.shards import (
-    HELDOUT,
-    MANIFEST,
-    SCHEMA,
-    TOKENIZER,
-    TRAIN,
-    Manifest,
-    ShardWriter,
-    dtype_for,
-    write_manifest,
+from tostlm.data.merge import merge
+from tostlm.data.plan import (
+    PART,
+    FinishedPart,
+    Plan,
+    Settings,
+    make_plan,
+    part_folder,
+    read_plan,
+    unfinished,
 )
-from tostlm.data.sources import documents
+from tostlm.data.readers import Reader
+from tostlm.data.selection import Document, Selector
+from tostlm.data.shards import HELDOUT, TRAIN, Manifest, ShardWriter, content_hash, dtype_for
 from tostlm.data.tokenizer import Tokenizer
+from tostlm.data.workers import Work, run_workers
 from tostlm.errors import UserError
-from tostlm.files import require_writable
+from tostlm.files import locked, write_atomically
 
-BATCH_CHARACTERS = 4_000_000  # text tokenized at once, which bounds the memory
+BATCH_CHARACTERS = 2_000_000  # text tokenized at once; two of them are in memory
+
+
+class Task(NamedTuple):
+    """Which of the parts are this call's, of `stride` calls that share them: the first and every stride-th after it."""
+
+    first: int
+    stride: int
 
 
 def prepare(
-    sources: Sequence[str],
+    settings: Settings,
     tokenizer: Tokenizer,
     out: Path,
     *,
-    text_column: str = "text",
-    heldout_fraction: float = 0.01,
-    shard_tokens: int = 100_000_000,
-    threads: int = os.cpu_count() or 1,
-) -> Manifest:
-    """Tokenize every document of the sources into shards under `out`, which appears whole or not at all.
+    workers: int = os.cpu_count() or 1,
+    task: Task | None = None,
+    command: str = "",
+) -> Manifest | None:
+    """Tokenize every document of the sources into shards under `out`; the manifest comes last.
 
-    Which documents are held out is a function of their text alone, so the same document is on the same side
-    however often and from wherever it is prepared.
+    The same call goes on after an interruption. What is written depends on the settings alone, whatever the workers
+    and tasks. With a `task` only its parts are done, and `merge` ends the work.
 
     Raises:
-        UserError: a source or `out` cannot be used.
+        UserError: a source, a record or `out` cannot be used.
     """
-    if not 0 <= heldout_fraction < 1:
-        raise UserError(f"heldout_fraction {heldout_fraction} must be at least 0 and below 1")
-    if (out / MANIFEST).exists():
-        raise UserError(f"{out} is prepared already; remove it to prepare it again, or choose another --out")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is no prepared data; choose an --out that does not exist")
-    require_writable(out.parent)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    partial.mkdir()
-    try:
-        manifest = _write(
-            documents(sources, text_column),
-            sources,
-            tokenizer,
-            partial,
-            heldout_fraction,
-            shard_tokens,
-            threads,
-        )
-        partial.replace(out)
-    finally:
+    plan = make_plan(settings, tokenizer, out, command)
+    mine = [index for index in unfinished(out, plan) if task is None or index % task.stride == task.first]
+    run_workers(prepare_part, out, plan, mine, workers)
+    return merge(out) if task is None else None
+
+
+def prepare_part(out: Path, index: int, threads: int, say: Callable[[Work], None]) -> None:
+    """Do one part of the plan in `out`, unless it is done; `say` is told what was read and written since it was last.
+
+    Raises:
+        UserError: a record cannot be used, or another process is at this part.
+    """
+    plan = read_plan(out)
+    final = part_folder(out, index)
+    partial = final.with_name(f".{final.name}.partial")
+    final.parent.mkdir(exist_ok=True)
+    busy = f"another tostlm prepare is at part {index} of {out}; wait for it or end it"
+    with locked(final.with_name(f".{final.name}.lock"), busy):
+        if final.exists():
+            return
         shutil.rmtree(partial, ignore_errors=True)
-    return manifest
+        partial.mkdir()
+        try:
+            part = _write_part(plan, index, Tokenizer.of_folder(out), partial, threads, say)
+            write_atomically(partial / PART, part.model_dump_json())
+            partial.replace(final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write(
-    texts: Iterable[str],
-    sources: Sequence[str],
-    tokenizer: Tokenizer,
-    folder: Path,
-    heldout_fraction: float,
-    shard_tokens: int,
-    threads: int,
-) -> Manifest:
+def _write_part(
+    plan: Plan, index: int, tokenizer: Tokenizer, folder: Path, threads: int, say: Callable[[Work], None]
+) -> FinishedPart:
+    settings = plan.settings
     dtype = dtype_for(tokenizer.vocab_size)
-    writers = {split: ShardWriter(folder, split, dtype, shard_tokens) for split in (TRAIN, HELDOUT)}
-    with tqdm(desc="prepare", unit=" documents", disable=None) as bar:
-        tokens_done = 0
-        for batch in _batches(texts):
-            for text, tokens in zip(batch, tokenizer.encode_batch(batch, threads), strict=True):
-                data = text.encode()
-                writers[_split_of(data, heldout_fraction)].add([*tokens, tokenizer.eos_id], len(data))
-                tokens_done += len(tokens) + 1
-            bar.update(len(batch))
-            bar.set_postfix(tokens=tokens_done)
-    (folder / TOKENIZER).write_bytes(tokenizer.model)
-    manifest = Manifest(
-        schema_version=SCHEMA,
-        dtype=dtype,
+    writers = {split: ShardWriter(folder, split, dtype, settings.shard_tokens) for split in (TRAIN, HELDOUT)}
+    selector = Selector(settings.selection)
+    reader = Reader(plan.parts[index], selector.columns, settings.selection.max_document_bytes)
+    said = 0
+    for batch, encoded in _encoded(selector.documents(reader), tokenizer, threads):
+        for document, tokens in zip(batch, encoded, strict=True):
+            split = HELDOUT if is_heldout(document.data, settings.heldout_fraction) else TRAIN
+            writers[split].add([*tokens, tokenizer.eos_id], content_hash(document.data), len(document.data))
+        say(
+            Work(
+                source_bytes=reader.bytes_read - said,
+                documents=len(batch),
+                tokens=sum(map(len, encoded)) + len(batch),
+                text_bytes=sum(len(document.data) for document in batch),
+            )
+        )
+        said = reader.bytes_read
+    say(Work(source_bytes=(plan.parts[index].bytes or 0) - said))
+    return FinishedPart(
         tokenizer_sha256=tokenizer.sha256,
-        vocab_size=tokenizer.vocab_size,
-        eos_id=tokenizer.eos_id,
-        sources=tuple(sources),
-        heldout_fraction=heldout_fraction,
-        splits={split: writer.finish() for split, writer in writers.items()},
+        read=selector.read,
+        dropped=dict(selector.dropped),
+        examples=tuple(selector.examples),
+        shards={split: writer.finish() for split, writer in writers.items()},
     )
-    write_manifest(folder, manifest)
-    return manifest
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _encoded(
+    documents: Iterable[Document], tokenizer: Tokenizer, threads: int
+) -> Iterator[tuple[list[Document], Sequence[Sequence[int]]]]:
+    """Batches of documents and their tokens; the next batch is read while one is tokenized, which needs no Python."""
+    with ThreadPoolExecutor(1) as pool:
+        before: tuple[list[Document], Future[list[list[int]]]] | None = None
+        for batch in _batches(documents):
+            future = pool.submit(tokenizer.encode_batch, [document.text for document in batch], threads)
+            if before is not None:
+                yield before[0], before[1].result()
+            before = batch, future
+        if before is not None:
+            yield before[0], before[1].result()
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
     characters = 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -120,7 +146,18 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _split_of(text: bytes, heldout_fraction: float) -> str:
-    """The split of a document, by its content: a hash, read as a number in [0, 1)."""
-    number = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64
-    return HELDOUT if number < heldout_fraction else TRAIN
+def is_heldout(text: bytes, heldout_fraction: float) -> bool:
+    """The side of a document, by its content alone: a hash, read as a number in [0, 1)."""
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64 < heldout_fraction
+
+
+def parse_task(text: str) -> Task:
+    """INDEX/NUMBER as a task.
+
+    Raises:
+        UserError: it is not of that form.
+    """
+    index, _, number = text.partition("/")
+    if not (index.isdigit() and number.isdigit() and int(index) < int(number)):
+        raise UserError(f"--task {text} must be INDEX/NUMBER, the index from 0 to NUMBER - 1, as in 0/8")
+    return Task(int(index), int(number))

@@ -3,21 +3,24 @@
 A prepared folder holds
 
     manifest.json               written last: a folder without one is unfinished
-    tokenizer.model             what the ids mean
+    tokenizer.model | .json     what the ids mean
     SPLIT-00000.bin             token ids, uint16 or uint32, one document after another, each with its document end
     SPLIT-00000.ends            uint64, for each document of that shard the number of shard tokens up to its end
+    SPLIT-00000.hashes          16 bytes for each document of that shard, by which the same text is known again
 
 docs/data.md is the format's specification.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pydantic
@@ -26,10 +29,11 @@ from tostlm.data.tokenizer import Tokenizer
 from tostlm.errors import UserError
 from tostlm.files import sha256_of, write_atomically
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.model"
 TRAIN, HELDOUT = "train", "heldout"
+SUFFIXES = ("bin", "ends", "hashes")
+HASH_BYTES = 16
 
 
 class Record(pydantic.BaseModel):
@@ -37,20 +41,29 @@ class Record(pydantic.BaseModel):
 
 
 class Shard(Record):
-    """One pair of files."""
+    """One group of files NAME.bin, NAME.ends, NAME.hashes."""
 
-    name: str  # SPLIT-NNNNN, without suffix
+    name: str  # SPLIT-NNNNN
     tokens: int
     documents: int
-    sha256: str  # of NAME.bin
-    ends_sha256: str  # of NAME.ends
+    text_bytes: int  # UTF-8 bytes of the text
+    sha256: dict[str, str]  # of each file, by suffix
 
 
 class Split(Record):
     tokens: int
     documents: int
-    text_bytes: int  # UTF-8 bytes of the text
+    text_bytes: int
     shards: tuple[Shard, ...]
+
+    @classmethod
+    def of(cls, shards: Sequence[Shard]) -> Split:
+        return cls(
+            tokens=sum(shard.tokens for shard in shards),
+            documents=sum(shard.documents for shard in shards),
+            text_bytes=sum(shard.text_bytes for shard in shards),
+            shards=tuple(shards),
+        )
 
 
 class Manifest(Record):
@@ -61,6 +74,9 @@ class Manifest(Record):
     eos_id: int
     sources: tuple[str, ...]
     heldout_fraction: float
+    command: str  # that made the folder
+    settings: dict[str, Any]  # that decided what is in it
+    dropped: dict[str, int]  # documents left out, by reason
     splits: dict[str, Split]
 
 
@@ -127,7 +143,7 @@ class TokenSet:
     def shard_bounds(self) -> Iterator[np.ndarray]:
         """Of one shard after another, `document_bounds` of its documents."""
         for ends, base in zip(self._ends, self._starts, strict=False):
-            edges = np.concatenate([[0], ends]).astype(np.int64) + base
+            edges = np.concatenate([[0], ends.astype(np.int64)]) + base
             yield np.stack([edges[:-1], edges[1:]], axis=1)
 
     @cached_property
@@ -143,56 +159,74 @@ class ShardWriter:
         self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
         self._shards: list[Shard] = []
         self._ends: list[int] = []
-        self._text_bytes = 0
+        self._hashes: list[bytes] = []
+        self._text_bytes: list[int] = []
         self._file: BinaryIO | None = None
 
     @property
     def _name(self) -> str:
         """Of the shard being written."""
-        return f"{self._split}-{len(self._shards):05d}"
+        return shard_name(self._split, len(self._shards))
 
-    def add(self, tokens: list[int], text_bytes: int) -> None:
-        """Write one document, its document end included."""
+    def add(self, tokens: Sequence[int] | np.ndarray, content_hash: bytes, text_bytes: int) -> None:
+        """Write one document, its document end included; `content_hash` is `content_hash` of its text."""
         if self._file is None:
             self._file = (self._folder / f"{self._name}.bin").open("wb")
-        self._file.write(np.array(tokens, dtype=self._dtype).tobytes())
+        self._file.write(np.asarray(tokens, dtype=self._dtype).tobytes())
         self._ends.append(len(tokens) + (self._ends[-1] if self._ends else 0))
-        self._text_bytes += text_bytes
+        self._hashes.append(content_hash)
+        self._text_bytes.append(text_bytes)
         if self._ends[-1] >= self._shard_tokens:
             self._finish_shard()
 
     def _finish_shard(self) -> None:
         if self._file is None:
             return
+        self._file.flush()
+        os.fsync(self._file.fileno())
         self._file.close()
         self._file = None
         name = self._name
-        tokens, ends = self._folder / f"{name}.bin", self._folder / f"{name}.ends"
-        ends.write_bytes(np.array(self._ends, dtype="<u8").tobytes())
-        self._shards.append(
-            Shard(
-                name=name,
-                tokens=self._ends[-1],
-                documents=len(self._ends),
-                sha256=sha256_of(tokens),
-                ends_sha256=sha256_of(ends),
-            )
-        )
-        self._ends = []
+        (self._folder / f"{name}.ends").write_bytes(np.array(self._ends, "<u8").tobytes())
+        (self._folder / f"{name}.hashes").write_bytes(b"".join(self._hashes))
+        (self._folder / f"{name}.lengths").write_bytes(np.array(self._text_bytes, "<u4").tobytes())
+        self._shards.append(describe_shard(self._folder, name, self._ends[-1], self._text_bytes))
+        self._ends, self._hashes, self._text_bytes = [], [], []
 
-    def finish(self) -> Split:
-        """Close the last shard; returns what the manifest says of the split."""
+    def finish(self) -> tuple[Shard, ...]:
+        """Close the last shard; returns what was written."""
         self._finish_shard()
-        return Split(
-            tokens=sum(shard.tokens for shard in self._shards),
-            documents=sum(shard.documents for shard in self._shards),
-            text_bytes=self._text_bytes,
-            shards=tuple(self._shards),
-        )
+        return tuple(self._shards)
+
+
+def shard_name(split: str, number: int) -> str:
+    return f"{split}-{number:05d}"
+
+
+def describe_shard(folder: Path, name: str, tokens: int, text_bytes: Sequence[int]) -> Shard:
+    """The manifest's entry for a shard's files, one of `text_bytes` a document."""
+    return Shard(
+        name=name,
+        tokens=tokens,
+        documents=len(text_bytes),
+        text_bytes=sum(text_bytes),
+        sha256={suffix: sha256_of(folder / f"{name}.{suffix}") for suffix in SUFFIXES},
+    )
+
+
+def content_hash(text: bytes) -> bytes:
+    """What a document is known by: the first half of the SHA-256 of its text in UTF-8, 16 bytes."""
+    return hashlib.sha256(text).digest()[:HASH_BYTES]
 
 
 def dtype_for(vocab_size: int) -> str:
-    """The narrowest dtype that holds every id below `vocab_size`, little-endian."""
+    """The narrowest dtype that holds every id below `vocab_size`, little-endian.
+
+    Raises:
+        UserError: there is none.
+    """
+    if vocab_size > 1 << 32:
+        raise UserError(f"a vocabulary of {vocab_size} does not fit the shards' 32 bits; use one of at most {1 << 32}")
     return "<u2" if vocab_size <= 1 << 16 else "<u4"
 
 
@@ -226,11 +260,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         UserError: it is missing, or not the one of the manifest.
     """
     manifest = read_manifest(folder)
-    tokenizer = Tokenizer.load(folder / TOKENIZER)
+    tokenizer = Tokenizer.of_folder(folder)
     if tokenizer.sha256 != manifest.tokenizer_sha256:
         raise UserError(
-            f"{folder / TOKENIZER} is not the tokenizer the shards were made with (sha256 {tokenizer.sha256[:12]}, "
-            f"manifest {manifest.tokenizer_sha256[:12]}); prepare the data again"
+            f"{folder / tokenizer.file_name} is not the tokenizer the shards were made with (sha256 "
+            f"{tokenizer.sha256[:12]}, manifest {manifest.tokenizer_sha256[:12]}); prepare the data again"
         )
     return tokenizer
 
@@ -242,17 +276,14 @@ def verify(folder: Path) -> Iterator[str]:
         UserError: a file's checksum is not the manifest's.
     """
     manifest = read_manifest(folder)
-    load_tokenizer(folder)
-    yield TOKENIZER
+    yield load_tokenizer(folder).file_name
     for name, split in manifest.splits.items():
         if split.tokens:
             TokenSet(folder, name)
         for shard in split.shards:
-            for file, expected in (
-                (f"{shard.name}.bin", shard.sha256),
-                (f"{shard.name}.ends", shard.ends_sha256),
-            ):
-                if sha256_of(folder / file) != expected:
+            for suffix, expected in shard.sha256.items():
+                file = f"{shard.name}.{suffix}"
+                if not (folder / file).is_file() or sha256_of(folder / file) != expected:
                     raise UserError(
                         f"shard {folder / file} is damaged: its SHA-256 is not the manifest's; prepare again"
                     )

@@ -1,77 +1,90 @@
-"""Documents from anything `datasets` loads: files, folders, globs, data that a Python package ships, hub ids."""
+"""Where documents come from: files, folders, globs, data that a Python package ships, Hugging Face datasets.
+
+A source is split into parts, the pieces of work that preparation shares out. The split is a function of the files and
+`part_bytes` alone, so it is the same for any number of workers.
+"""
 
 from __future__ import annotations
 
 import glob
 import importlib.resources
-import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pydantic
+
 from tostlm.errors import UserError, reason_of
 
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "json": {},
-    "parquet": {},
-    "arrow": {},
-    "text": {"sample_by": "document"},
-}
+KINDS = {".jsonl": "lines", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
 PACKAGE = "package:"
 HUB_ID = re.compile(r"^(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.\[\]:%-]+))?$")
+HUB_PARTS = 1000  # at most, of a dataset
+PART_BYTES = 1 << 28  # on disk
 
 
-def documents(sources: Sequence[str], text_column: str = "text") -> Iterator[str]:
-    """The texts of every source, in order; empty ones are left out.
+class Part(pydantic.BaseModel):
+    """A piece of a source: some files whole, a range of one file's bytes, or one of several shards of a hub dataset."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    bytes: int | None  # on disk; None where a hub does not say
+    files: tuple[str, ...] = ()
+    byte_range: tuple[int, int] | None = None  # of the one file: records that begin in it
+    shard: tuple[int, int] | None = None  # index and number, of a hub dataset
+
+
+def parts_of(sources: Sequence[str], part_bytes: int = PART_BYTES) -> list[Part]:
+    """The parts of every source, in order, of about `part_bytes` bytes on disk each.
 
     A source is a file (.jsonl, .json, .parquet, .arrow, .txt, compressed or not; a .txt file is one document), a
     folder or a glob of such files, `package:NAME/GLOB` for files a Python package ships, or a Hugging Face dataset
-    `OWNER/NAME[:CONFIG][@SPLIT]`. Nothing is read before the first document is asked for, and files stream.
+    `OWNER/NAME[:CONFIG][@SPLIT]`.
 
     Raises:
-        UserError: a source is missing or unreadable, or lacks the text column.
+        UserError: a source is missing, or of no known kind.
     """
+    parts = []
     for source in sources:
-        empty = True
-        for dataset, origin in _datasets(source):
-            for text in _texts(dataset, origin, text_column):
-                empty = False
-                yield text
-        if empty:
-            raise UserError(f"source {source} holds no text; name a source with at least one document")
+        files = _files(source)
+        parts += list(_hub_parts(source) if files is None else _file_parts(source, files, part_bytes))
+    return parts
 
 
-def _datasets(source: str) -> Iterator[tuple[Any, str]]:
-    files = _files(source)
-    if files is None:
-        yield _hub_dataset(source), source
-        return
-    import datasets
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said once, by us
-    present = [path for path in files if Path(path).stat().st_size]
-    for builder, paths in itertools.groupby(present, key=_builder):
-        assert builder is not None  # _files lets no other through
-        group = list(paths)
-        origin = group[0] if len(group) == 1 else source
-        try:
-            stream = datasets.load_dataset(
-                builder, data_files=[*map(glob.escape, group)], split="train", streaming=True, **OPTIONS[builder]
-            )
-        except Exception as error:  # each reader of `datasets` raises its own kind on broken data
-            raise UserError(f"source {origin} cannot be read: {reason_of(error)}") from None
-        yield stream, origin
+def _file_parts(source: str, files: Sequence[str], part_bytes: int) -> Iterator[Part]:
+    group: list[str] = []
+    size = 0
+    for file in files:
+        file_bytes = Path(file).stat().st_size
+        if group and size + file_bytes > part_bytes:
+            yield Part(source=source, bytes=size, files=tuple(group))
+            group, size = [], 0
+        if file_bytes > part_bytes and file.lower().endswith(".jsonl"):
+            for start in range(0, file_bytes, part_bytes):
+                stop = min(start + part_bytes, file_bytes)
+                yield Part(source=source, bytes=stop - start, files=(file,), byte_range=(start, stop))
+        elif file_bytes:
+            group.append(file)
+            size += file_bytes
+    if group:
+        yield Part(source=source, bytes=size, files=tuple(group))
 
 
-def _builder(path: str) -> str | None:
-    """The `datasets` builder for a file, compressed or not; None where there is none."""
+def _hub_parts(source: str) -> Iterator[Part]:
+    shards = min(hub_dataset(source).num_shards, HUB_PARTS)
+    for index in range(shards):
+        yield Part(source=source, bytes=None, shard=(index, shards))
+
+
+def kind_of(path: str) -> str | None:
+    """What a file is read as, by its name, compressed or not; None where it is no data."""
     path = path.lower()
     for compression in COMPRESSIONS:
         path = path.removesuffix(compression)
-    return next((builder for suffix, builder in BUILDERS.items() if path.endswith(suffix)), None)
+    return next((kind for suffix, kind in KINDS.items() if path.endswith(suffix)), None)
 
 
 def _files(source: str) -> list[str] | None:
@@ -86,22 +99,27 @@ def _files(source: str) -> list[str] | None:
         except (ModuleNotFoundError, ValueError):
             raise UserError(f"source {source}: the package {name} is not installed; `pip install {name}`") from None
     if Path(pattern).is_dir():
-        found = [str(path) for path in Path(pattern).rglob("*") if path.is_file() and _builder(str(path))]
+        found = [str(path) for path in Path(pattern).rglob("*") if path.is_file() and kind_of(str(path))]
     else:
         matches = [pattern] if Path(pattern).exists() else glob.glob(pattern, recursive=True)  # noqa: PTH207
         found = [path for path in matches if Path(path).is_file()]
-    types = " ".join(BUILDERS)
+    types = " ".join(KINDS)
     if not found:
-        if not Path(pattern).exists() and HUB_ID.match(source) and "/" in source and not _builder(source):
+        if not Path(pattern).exists() and HUB_ID.match(source) and "/" in source and not kind_of(source):
             return None
         raise UserError(f"source {source} names no file ({types}, compressed or not); check the path")
-    unknown = [path for path in found if not _builder(path)]
+    unknown = [path for path in found if not kind_of(path)]
     if unknown:
         raise UserError(f"source {unknown[0]} is of no known type; use one of {types}, compressed or not")
     return sorted(found)
 
 
-def _hub_dataset(source: str) -> Any:
+def hub_dataset(source: str) -> Any:
+    """A Hugging Face dataset as a stream; nothing of it is kept on disk.
+
+    Raises:
+        UserError: the hub does not give it.
+    """
     import datasets
 
     match = HUB_ID.match(source)
@@ -113,25 +131,3 @@ def _hub_dataset(source: str) -> Any:
         raise UserError(
             f"source {source} is no file here and the Hugging Face hub did not give it: {reason_of(error)}"
         ) from None
-
-
-def _texts(dataset: Any, origin: str, text_column: str) -> Iterator[str]:
-    rows = iter(dataset)
-    number = 0
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except Exception as error:
-            reason = reason_of(error.__cause__ or error)
-            raise UserError(f"source {origin} cannot be read after {number} documents: {reason}") from None
-        if text_column not in row:
-            columns = ", ".join(row)
-            raise UserError(f"source {origin} has no column {text_column!r}, only {columns}; choose with --text-column")
-        text = row[text_column]
-        if not isinstance(text, str):
-            raise UserError(f"source {origin}, document {number}: {text_column} is {text!r:.40}, not text")
-        number += 1
-        if text:
-            yield text

@@ -67,4 +67,4 @@ def write_text(path: Path, prompt: str, tokens: int, temperature: float, top_k: 
         )
     written = generate(checkpoint.lm, start, tokenizer.vocab_size, temperature=temperature, top_k=top_k, seed=seed)
     text = itertools.takewhile(lambda token: token != tokenizer.eos_id, itertools.islice(written, tokens))
-    return prompt + tokenizer.decode(list(text))
+    return tokenizer.decode([*start, *text])  # as one, for tokenizers that write a document's first space

@@ -65,7 +65,7 @@ def score_contexts(
     if tokens.manifest.tokenizer_sha256 != checkpoint.tokenizer.sha256:
         raise UserError(
             f"{tokens.folder} was prepared with another tokenizer than the one {checkpoint.path} was trained with; "
-            f"prepare the text again with {checkpoint.path / 'tokenizer.model'}"
+            f"prepare the text again with {checkpoint.path / checkpoint.tokenizer.file_name}"
         )
     limit = checkpoint.config.model.positions
     text_bytes = sum(_target_bytes(checkpoint, tokens, end, targets.span) for end in targets.ends)

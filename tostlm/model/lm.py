@@ -13,23 +13,29 @@ from torch.nn import functional as F
 
 from tostlm.model.config import ModelConfig
 from tostlm.model.loss import mean_cross_entropy
-from tostlm.model.mixers import TSSA, MixerState, SoftmaxAttention
+from tostlm.model.mixers import TSSA, MixerState, Place, SoftmaxAttention
 
 
 class LMState(NamedTuple):
-    """What the model remembers of a context: how many tokens it read, and each layer's memory of them."""
+    """What the model remembers of a context: how many tokens it read, and each layer's memory of them.
+
+    `document` [B, 1] is the number of each sequence's last reset among the tokens read; None where there never was one.
+    """
 
     tokens: int
     layers: tuple[MixerState, ...]
+    document: Tensor | None = None
 
     def select(self, rows: Tensor) -> LMState:
         """The states of the sequences `rows` [B'] (beam search reorders and repeats sequences so)."""
-        return LMState(self.tokens, tuple(layer.select(rows) for layer in self.layers))
+        document = None if self.document is None else self.document.index_select(0, rows)
+        return LMState(self.tokens, tuple(layer.select(rows) for layer in self.layers), document)
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory the context takes."""
-        return sum(x.nbytes for layer in self.layers for x in layer)
+        layers = sum(x.nbytes for layer in self.layers for x in layer)
+        return layers if self.document is None else layers + self.document.nbytes
 
 
 class Block(nn.Module):
@@ -44,8 +50,8 @@ class Block(nn.Module):
         self.mlp = MLP(config.width)
         self.scale_mlp = nn.Parameter(torch.empty(config.width))
 
-    def forward(self, x: Tensor, start: int, state: MixerState | None) -> tuple[Tensor, MixerState]:
-        y, state = self.mixer(self.norm_mixer(x), start, state)
+    def forward(self, x: Tensor, place: Place, state: MixerState | None) -> tuple[Tensor, MixerState]:
+        y, state = self.mixer(self.norm_mixer(x), place, state)
         x = x + self.scale_mixer * y
         return x + self.scale_mlp * self.mlp(self.norm_mlp(x)), state
 
@@ -65,10 +71,13 @@ class LM(nn.Module):
 
     `logits, state = lm(tokens)` reads tokens [B, T]; `lm(next_tokens, state)` goes on from there, and equals one call
     on the whole. With `targets` [B, S] the first result is the mean cross-entropy in nats of the last S tokens'
-    predictions, those not `tostlm.model.IGNORE`, computed without holding T x V logits.
+    predictions, those not `tostlm.model.IGNORE`, computed without holding T x V logits. `reset` [B, T] bool is True at
+    the first token of each document packed into the context: nothing before it has any influence from there on, and
+    positions start again from 0.
 
     Raises:
-        ValueError: the context outgrows `config.positions`.
+        ValueError: the context, or with resets a document in it, outgrows `config.positions`; `reset` is of another
+            shape than the tokens.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -80,24 +89,42 @@ class LM(nn.Module):
         self.norm = nn.LayerNorm(config.width, bias=False)
 
     def forward(
-        self, tokens: Tensor, state: LMState | None = None, targets: Tensor | None = None
+        self,
+        tokens: Tensor,
+        state: LMState | None = None,
+        targets: Tensor | None = None,
+        reset: Tensor | None = None,
     ) -> tuple[Tensor, LMState]:
-        x, state = self.hidden(tokens, state)  # [B, T, C]
+        x, state = self.hidden(tokens, state, reset)  # [B, T, C]
         if targets is None:
             return F.linear(x, self.embed.weight), state
         return mean_cross_entropy(x[:, -targets.shape[1] :], self.embed.weight, targets), state
 
-    def hidden(self, tokens: Tensor, state: LMState | None = None) -> tuple[Tensor, LMState]:
+    def hidden(
+        self, tokens: Tensor, state: LMState | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, LMState]:
         """The normed residual stream [B, T, C] that the output projection reads, and the state after the tokens."""
-        start = state.tokens if state else 0
-        end = start + tokens.shape[1]
-        if self.config.positions is not None and end > self.config.positions:
-            raise ValueError(f"a context of {end} tokens is longer than the model's {self.config.positions} positions")
+        if reset is not None and reset.shape != tokens.shape:
+            raise ValueError(f"reset has shape {tuple(reset.shape)}; it must be the tokens', {tuple(tokens.shape)}")
+        past, document = (state.tokens, state.document) if state else (0, None)
+        place = Place.of(tokens, past, document, reset, softmax="softmax" in self.config.mixers)
+        self._check_length(place)
         x = self.embed(tokens)
         if self.positions is not None:
-            x = x + self.positions(torch.arange(start, end, device=tokens.device))
+            x = x + self.positions(place.positions)
         layers = []
         for layer, block in enumerate(self.blocks):
-            x, after = block(x, start, state.layers[layer] if state else None)
+            x, after = block(x, place, state.layers[layer] if state else None)
             layers.append(after)
-        return self.norm(x), LMState(end, tuple(layers))
+        document = None if place.first is None else place.first[:, -1:].clone()  # a view would keep all T alive
+        return self.norm(x), LMState(place.end, tuple(layers), document)
+
+    def _check_length(self, place: Place) -> None:
+        limit = self.config.positions
+        if limit is None or place.end <= limit:  # documents are no longer than the context, whatever they are
+            return
+        kind, length = "context", place.end
+        if place.first is not None:
+            kind, length = "document", int(place.positions.max()) + 1
+        if length > limit:
+            raise ValueError(f"a {kind} of {length} tokens is longer than the model's {limit} positions")

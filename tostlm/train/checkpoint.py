@@ -16,7 +16,6 @@ from tostlm.checkpoint import (
     CONFIG,
     ENGINE,
     PROGRESS,
-    TOKENIZER,
     WEIGHTS,
     Progress,
     checkpoint_folder,
@@ -49,7 +48,7 @@ def save(engine: Any, config: RunConfig, tokenizer: Tokenizer, step: int, ranks:
             progress = Progress(step, ranks.world, _data_sha256(config))
             write_atomically(partial / WEIGHTS, safetensors.torch.save(weights))
             write_atomically(partial / CONFIG, dump_config(config))
-            write_atomically(partial / TOKENIZER, tokenizer.model)
+            write_atomically(partial / tokenizer.file_name, tokenizer.content)
             write_atomically(partial / PROGRESS, json.dumps(progress._asdict()) + "\n")
     except OSError as error:
         if ranks.rank == 0:
@@ -96,7 +95,7 @@ def check_resumable(config: RunConfig, tokenizer: Tokenizer, world_size: int) ->
     for key, value in _identity(config, world_size).items():
         if value != theirs[key]:
             raise UserError(f"checkpoint {newest} has {key}={theirs[key]}, this run {key}={value}; {way_out}")
-    if Tokenizer.load(newest / TOKENIZER).sha256 != tokenizer.sha256:
+    if Tokenizer.of_folder(newest).sha256 != tokenizer.sha256:
         raise UserError(f"checkpoint {newest} was trained with another tokenizer than {folders}; {way_out}")
     if progress.data_sha256 != _data_sha256(config):
         raise UserError(f"checkpoint {newest} was trained on other data than {folders} holds; {way_out}")

@@ -40,8 +40,7 @@ class Rows(NamedTuple):
 
     def loss(self, lm: Any) -> Tensor:
         """The mean loss in nats of an LM, or of an engine around one."""
-        reset = {} if self.resets is None else {"reset": self.resets}
-        return lm(self.inputs, targets=self.targets, **reset)[0]
+        return lm(self.inputs, targets=self.targets, reset=self.resets)[0]
 
     def split(self, parts: int) -> list[Rows]:
         """Equal parts of the sequences."""
