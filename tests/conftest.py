@@ -44,6 +44,16 @@ def data(corpus: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFa
     return out
 
 
+@pytest.fixture(scope="session")
+def digits(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another prepared folder, of which the speeches have no window."""
+    folder = tmp_path_factory.mktemp("digits")
+    texts = [" ".join(map(str, range(1000 * n, 1000 * (n + 1)))) for n in range(20)]
+    (folder / "digits.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepare(Settings(sources=(str(folder / "digits.jsonl"),), heldout_fraction=0.2), tokenizer, folder / "digits")
+    return folder / "digits"
+
+
 class Run:
     """A small run whose config is a file, as a user's is."""
 

@@ -24,6 +24,15 @@ SIZES = {  # millions of parameters without position embeddings
 }
 
 
+def blend(sets: str) -> str:
+    return f"data={{context_tokens: 64, blend: [{sets}]}}"
+
+
+def curriculum(*stages: tuple[int, int]) -> str:
+    listed = ", ".join(f"{{until_step: {step}, context_tokens: {context}}}" for step, context in stages)
+    return f"data.curriculum=[{listed}]"
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_builds(path: Path) -> None:
     config = load_config(path)
@@ -45,7 +54,12 @@ def test_the_authors_recipe(size: str) -> None:
 
 
 def test_dump_reads_back(run: Run, tmp_path: Path) -> None:
-    config = run.config("optimizer.lr=3e-3", "model.layers=5")
+    config = run.config(
+        "optimizer.lr=3e-3",
+        "model.layers=5",
+        blend("{path: a, weight: 3}, {path: b, weight: 0.1}"),
+        curriculum((2, 32)),
+    )
     (tmp_path / "dumped.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "dumped.yaml") == config
     assert (config.optimizer.lr, config.model.layers) == (3e-3, 5)
@@ -81,6 +95,20 @@ def test_overrides_make_missing_parents(run: Run) -> None:
         ("model.vocab_size=99999999999999", "model: vocab_size 99999999999999 must be from 1 to"),
         ("deepspeed.zero_optimization=2", "deepspeed.zero_optimization is 2; it must be a mapping of keys"),
         ("deepspeed.gradient_clipping=abc", "deepspeed.gradient_clipping is 'abc'; it must be a number"),
+        ("data.path=null", "data: set one of path, a prepared folder, and blend, a list of {path, weight}"),
+        ("data.blend=[{path: a, weight: 1}]", "data: set one of path, a prepared folder, and blend"),
+        (blend("{path: a}"), "data.blend.0.weight is missing; give it a value"),
+        (blend("{path: a, weight: 0}"), "data.blend.0.weight=0: input should be greater than 0"),
+        (blend("{path: a, weight: .inf}"), "data.blend.0.weight"),
+        (blend("{path: a, wieght: 1}"), "data.blend.0.wieght is an unknown key; the nearest is data.blend.weight"),
+        (blend("{path: a, weight: 1}, {path: a, weight: 2}"), "data: blend names a twice; add up its weights"),
+        (curriculum((2, 64), (2, 64)), "data: curriculum until_step 2 must be above the 2 before it"),
+        (curriculum((3, 32), (2, 64)), "data: curriculum until_step 2 must be above the 3 before it"),
+        (curriculum((0, 32)), "data.curriculum.0.until_step=0: input should be greater than or equal to 1"),
+        (curriculum((2, 128)), "curriculum context_tokens 128 is longer than data.context_tokens 64, the longest"),
+        (curriculum((6, 32)), "data.curriculum until_step 6 must be below train.steps 6"),
+        (curriculum((2, 48)), "train.batch_tokens 512 does not divide into contexts of 48 tokens; try 576"),
+        ("data.curriculum=[{until: 2}]", "data.curriculum.0.until is an unknown key; the nearest is"),
         ("steps", "override 'steps' is not KEY=VALUE"),
         ("train.steps.x=3", "steps holds a value, not keys"),
         ("train.steps=[1", "'[1' is not a YAML value"),
@@ -116,6 +144,16 @@ def test_not_a_config(tmp_path: Path, content: str | None, words: str) -> None:
         (tmp_path / "x.yaml").write_text(content)
     with pytest.raises(UserError, match=words):
         load_config(tmp_path / "x.yaml")
+
+
+def test_the_sets_and_stages_of_a_run(run: Run, data: Path) -> None:
+    one = run.config()
+    assert one.data.sets == ((data, 1.0),)
+    assert one.data.stages == ((0, 64),)
+    sets = "{path: a, weight: 3}, {path: b/c, weight: 0.5}"
+    several = run.config(blend(sets), curriculum((1, 16), (4, 32)))
+    assert several.data.sets == ((Path("a"), 3.0), (Path("b/c"), 0.5))
+    assert several.data.stages == ((0, 16), (1, 32), (4, 64))
 
 
 def test_batches_are_shared_out(run: Run) -> None:

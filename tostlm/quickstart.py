@@ -36,9 +36,10 @@ def quickstart(configs: Path, processes: int) -> None:
     """
     tost_file, gpt2_file = configs / "quickstart.yaml", configs / "quickstart-gpt2.yaml"
     tost, gpt2 = load_config(tost_file), load_config(gpt2_file)
-    root = tost.data.path.parent
+    (prepared, _), *_ = tost.data.sets
+    root = prepared.parent
     took = []
-    for step in _steps(tost_file, gpt2_file, tost, gpt2, root, processes):
+    for step in _steps(tost_file, gpt2_file, tost, gpt2, prepared, processes):
         start = time.monotonic()
         finished = step.output.exists()
         print(f"\n== {step.name}{': finished before' if finished else ''}", flush=True)
@@ -54,12 +55,13 @@ def quickstart(configs: Path, processes: int) -> None:
 
 
 def _steps(
-    tost_file: Path, gpt2_file: Path, tost: RunConfig, gpt2: RunConfig, root: Path, processes: int
+    tost_file: Path, gpt2_file: Path, tost: RunConfig, gpt2: RunConfig, prepared: Path, processes: int
 ) -> Sequence[Step]:
+    root = prepared.parent
     tokenizer, exported = root / "tokenizer.model", root / "hf"
     return (
         Step("tokenizer", tokenizer, lambda: _train_tokenizer(tost, tokenizer)),
-        Step("token shards", tost.data.path / MANIFEST, lambda: _prepare(tost, tokenizer)),
+        Step("token shards", prepared / MANIFEST, lambda: _prepare(tokenizer, prepared)),
         Step("train ToST", checkpoint_folder(tost.run_dir, tost.train.steps), lambda: _train(tost_file, processes)),
         Step("train GPT-2", checkpoint_folder(gpt2.run_dir, gpt2.train.steps), lambda: _train(gpt2_file, processes)),
         Step("perplexity by context", root / "perplexity.txt", lambda: _perplexity(tost, gpt2, root)),
@@ -75,11 +77,11 @@ def _train_tokenizer(config: RunConfig, out: Path) -> None:
     train_tokenizer(documents([SOURCE]), config.model.vocab_size, out)
 
 
-def _prepare(config: RunConfig, tokenizer: Path) -> None:
+def _prepare(tokenizer: Path, out: Path) -> None:
     from tostlm.data import Settings, Tokenizer, prepare
 
     settings = Settings(sources=(SOURCE,), heldout_fraction=HELDOUT_FRACTION)
-    manifest = prepare(settings, Tokenizer.load(tokenizer), config.data.path)
+    manifest = prepare(settings, Tokenizer.load(tokenizer), out)
     assert manifest is not None
     for name, split in manifest.splits.items():
         print(f"{name}: {split.tokens:,} tokens of {split.documents} documents")

@@ -20,17 +20,27 @@ def test_mfu_is_of_the_peak_of_all_devices(run: Run, monkeypatch: pytest.MonkeyP
     config = run.config()
     run.dir.mkdir()
     with Metrics(config, 0, Ranks(0, 0, 4)) as record:
-        record.train(1, loss=2.0, lr=1e-3, grad_norm=0.5)
+        record.train(1, loss=2.0, lr=1e-3, grad_norm=0.5, context=64, epochs={"data": 0.25})
     (line,) = lines(run)
     assert line["mfu"] == pytest.approx(line["tokens_per_second"] * training_flops_per_token(config.model, 64) / 4e12)
     assert line["memory_bytes"] > 10_000_000
     assert (line["loss"], line["lr"], line["grad_norm"], line["tokens"]) == (2.0, 1e-3, 0.5, 512)
+    assert line["epoch"] == 0.25
+
+
+def test_the_epochs_of_a_blend_go_by_name(run: Run) -> None:
+    run.dir.mkdir()
+    with Metrics(run.config(), 0, Ranks(0, 0, 1)) as record:
+        record.train(1, loss=2.0, lr=1e-3, grad_norm=None, context=64, epochs={"web": 0.25, "books": 1.5})
+    (line,) = lines(run)
+    assert (line["epoch/web"], line["epoch/books"]) == (0.25, 1.5)
+    assert "epoch" not in line
 
 
 def test_no_mfu_without_a_known_peak_and_no_norm_where_none_is_made(run: Run) -> None:
     run.dir.mkdir()
     with Metrics(run.config(), 0, Ranks(0, 0, 1)) as record:
-        record.train(1, loss=2.0, lr=1e-3, grad_norm=None)
+        record.train(1, loss=2.0, lr=1e-3, grad_norm=None, context=64, epochs={})
     assert not {"mfu", "grad_norm"} & lines(run)[0].keys()
 
 
@@ -45,6 +55,6 @@ def test_a_resumed_record_forgets_what_came_after_its_checkpoint(run: Run) -> No
 
 def test_other_ranks_are_mute(run: Run) -> None:
     with Metrics(run.config(), 0, Ranks(1, 1, 2)) as record:
-        record.train(1, 2.0, 1e-3, 0.5)
+        record.train(1, 2.0, 1e-3, 0.5, 64, {})
         record.heldout(1, 2.0)
     assert not run.dir.exists()

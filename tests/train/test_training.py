@@ -112,18 +112,13 @@ def test_what_a_run_leaves_behind(trained: dict[str, Run]) -> None:
 
 def test_the_weights_are_the_trained_ones(trained: dict[str, Run]) -> None:
     """The portable weights of the end give the held-out loss that training reported."""
-    from tostlm.data import HELDOUT, Loader, TokenSet
-    from tostlm.train.loop import on_device
+    from tostlm.train.feed import Rows, heldout_loader
 
     run = trained["tssa"]
     checkpoint = load(run.dir)
     assert not (checkpoint.lm.embed.weight == create_lm(checkpoint.config.model, 0).embed.weight).all()
-    tokens = TokenSet(checkpoint.config.data.path, HELDOUT)
-    loader = Loader(tokens, 64, sequences=2, seed=0)
-    losses = []
-    for index in range(4):
-        inputs, targets = on_device(loader.batch(index, 0, 1), checkpoint.lm.embed.weight.device)
-        losses.append(float(checkpoint.lm(inputs, targets=targets)[0]))
+    loader = heldout_loader(checkpoint.config, world=1)
+    losses = [float(Rows.of(loader.batch(index, 0, 1)).loss(checkpoint.lm)) for index in range(4)]
     assert sum(losses) / 4 == pytest.approx(run.metrics("heldout")[6], abs=1e-5)
 
 
@@ -188,6 +183,9 @@ def test_no_rank_stays_behind(run: Run, victim: str) -> None:
         (["model.width=64"], ["model.width=32", "model.width=64", "choose another run_dir"]),
         (["seed=5"], ["seed=0", "seed=5"]),
         (["train.batch_tokens=1024"], ["train.batch_tokens=512"]),
+        (["data.reset_at_documents=true"], ["has data.reset_at_documents=False, this run"]),
+        (["data.within_documents=true"], ["has data.within_documents=False, this run"]),
+        (["data.curriculum=[{until_step: 2, context_tokens: 32}]"], ["has data.curriculum=[], this run", "[(2, 32)]"]),
         (options(2), ["has ZeRO stage=1, this run ZeRO stage=2"]),
         (["deepspeed.bf16.enabled=true"], ["has precision=fp32, this run precision=bf16"]),
     ],

@@ -79,7 +79,9 @@ def train(
 def eval_perplexity(
     checkpoints: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT...", help="checkpoints or folders of runs")],
     contexts: Annotated[str, typer.Option(help="context lengths in tokens, with commas between")] = "128,256,512,1024",
-    data: Annotated[Path | None, typer.Option(help="prepared data; default: the first checkpoint's")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="prepared data; default: the first checkpoint's, of a blend the first")
+    ] = None,
     windows: Annotated[int, typer.Option(min=1, help="windows scored at each context")] = 64,
     out: Annotated[Path | None, typer.Option(help="folder for .json, .csv, .png; default: the first run's")] = None,
 ) -> None:

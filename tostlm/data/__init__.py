@@ -1,6 +1,6 @@
 """Text to tokens to batches."""
 
-from tostlm.data.loader import Loader
+from tostlm.data.loader import Batch, Loader, Stage, common_tokenizer
 from tostlm.data.merge import merge, told
 from tostlm.data.plan import Settings
 from tostlm.data.prepare import Task, parse_task, prepare
@@ -16,13 +16,16 @@ __all__ = [
     "HELDOUT",
     "MANIFEST",
     "TRAIN",
+    "Batch",
     "Loader",
     "Manifest",
     "Selection",
     "Settings",
+    "Stage",
     "Task",
     "TokenSet",
     "Tokenizer",
+    "common_tokenizer",
     "documents",
     "first_bytes",
     "import_tokenizer",

@@ -1,64 +1,120 @@
 """Batches of windows, a pure function of (seed, step, rank, world size).
 
-A split is cut into windows of `context` tokens. Window numbers are visited in a seeded pseudorandom order, another
-one each epoch, computed and never stored: seeking to a step costs nothing, and the windows of a step do not depend on
-how many ranks share them.
+Every set is cut into windows of `context` tokens. Which set a sample is of, and which window of it, are seeded
+pseudorandom permutations of numbers, another one each cycle and each epoch, computed and never stored: seeking to a
+step costs nothing, and the windows of a step do not depend on how many ranks share them.
 """
 
 from __future__ import annotations
 
-import hashlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from tostlm.data.shards import TokenSet
+from tostlm.data.order import LONGEST_CYCLE, Blend, permuted
+from tostlm.data.shards import load_tokenizer
+from tostlm.data.tokenizer import Tokenizer
+from tostlm.data.windows import DocumentWindows, StreamWindows, Tokens
 from tostlm.errors import UserError
+from tostlm.files import distinct_names
 
-ROUNDS = 6  # of the Feistel network; four give a pseudorandom permutation (Luby and Rackoff 1988)
+
+class Stage(NamedTuple):
+    """From step `first_step` on, steps of `sequences` windows of `context` tokens over all ranks."""
+
+    first_step: int
+    context: int
+    sequences: int
+
+
+class Batch(NamedTuple):
+    """What one rank reads at one step: [sequences / world, context] each."""
+
+    inputs: np.ndarray  # int64
+    targets: np.ndarray  # int64, the tokens after the inputs
+    resets: np.ndarray | None  # bool: inputs that the model forgets everything before
 
 
 class Loader:
-    """Windows of `context` tokens of a token set, `sequences` of them a step over all ranks.
+    """Windows of several sets of tokens, each with a weight; the stages are in order, the first from step 0.
+
+    `reset_at` is the document end at which the model forgets. The end that precedes a document counts as its first
+    input, as it does in generation, so the model reads each document as if it stood alone. `within_documents` reads
+    of every stage's context only the documents that fill it.
 
     Raises:
-        UserError: the set is shorter than one window.
+        UserError: a set has no window of a stage's context, or a weight too small to be read.
     """
 
-    def __init__(self, tokens: TokenSet, context: int, sequences: int, seed: int) -> None:
-        self._tokens, self._context, self._sequences, self._seed = tokens, context, sequences, seed
-        self.windows = (len(tokens) - 1) // context  # each needs one token more, the last target
-        if self.windows < 1:
-            raise UserError(
-                f"{tokens.folder} holds {len(tokens)} tokens, fewer than one window of {context}; "
-                "prepare more text or lower data.context_tokens"
-            )
+    def __init__(
+        self,
+        sets: Sequence[tuple[Tokens, float]],
+        stages: Sequence[Stage],
+        seed: int,
+        *,
+        reset_at: int | None = None,
+        within_documents: bool = False,
+    ) -> None:
+        self._stages, self._seed, self._reset_at = stages, seed, reset_at
+        self._blend = Blend([weight for _, weight in sets])
+        for (tokens, weight), count in zip(sets, self._blend.counts, strict=True):
+            if not count:
+                raise UserError(
+                    f"the weight {weight} of {tokens.folder} is less than one sample in {LONGEST_CYCLE}; raise it or "
+                    "leave the set out"
+                )
+        cut = DocumentWindows if within_documents else StreamWindows
+        contexts = {stage.context for stage in stages}
+        of_context = {context: [cut(tokens, context) for tokens, _ in sets] for context in contexts}
+        self._windows = [of_context[stage.context] for stage in stages]
+        self._names = distinct_names([tokens.folder for tokens, _ in sets])
 
-    def batch(self, step: int, rank: int, world: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of one rank at one step, int64 [sequences / world, context] each."""
-        share = self._sequences // world
-        first = step * self._sequences + rank * share
-        windows = [self._window(sample) for sample in range(first, first + share)]
-        rows = np.stack([self._tokens.tokens(n * self._context, (n + 1) * self._context + 1) for n in windows])
-        return rows[:, :-1], rows[:, 1:]
+    def batch(self, step: int, rank: int, world: int) -> Batch:
+        """What `rank` of `world` ranks reads at a step; all of them together read the same whatever their number."""
+        number = bisect_right(self._stages, step, key=lambda stage: stage.first_step) - 1
+        stage = self._stages[number]
+        share = stage.sequences // world
+        first = (step - stage.first_step) * stage.sequences + rank * share
+        rows = np.stack([self._row(number, sample) for sample in range(first, first + share)])
+        inputs = rows[:, :-1]
+        return Batch(inputs, rows[:, 1:], None if self._reset_at is None else inputs == self._reset_at)
 
-    def _window(self, sample: int) -> int:
-        epoch, index = divmod(sample, self.windows)
-        return permuted(index, self.windows, f"{self._seed}/{epoch}")
+    def _row(self, stage: int, sample: int) -> np.ndarray:
+        key = f"{self._seed}/{stage}"
+        chosen, index = self._blend.pick(sample, key)
+        windows = self._windows[stage][chosen]
+        epoch, index = divmod(index, windows.count)
+        return windows.row(permuted(index, windows.count, f"{key}/{chosen}/{epoch}"))
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """How often the windows of each set, by name, have been read after `step` steps, summed over the stages."""
+        done = dict.fromkeys(self._names, 0.0)
+        ends = [*(stage.first_step for stage in self._stages[1:]), step]
+        for stage, end, windows in zip(self._stages, ends, self._windows, strict=True):
+            samples = max(0, min(step, end) - stage.first_step) * stage.sequences
+            for name, count, cut in zip(self._names, self._blend.counts, windows, strict=True):
+                done[name] += samples * count / self._blend.length / cut.count
+        return done
+
+    def steps_within(self, tokens: int) -> int:
+        """Steps of the last stage that read at most `tokens` tokens, and no set more than once; one at least."""
+        stage, counts = self._stages[-1], zip(self._blend.counts, self._windows[-1], strict=True)
+        once = min(cut.count * self._blend.length // count for count, cut in counts)
+        return max(1, min(tokens // stage.context, once) // stage.sequences)
 
 
-def permuted(index: int, size: int, key: str) -> int:
-    """Where a pseudorandom permutation of range(size), chosen by `key`, puts `index`.
+def common_tokenizer(folders: Sequence[Path]) -> Tokenizer:
+    """The tokenizer that all of some prepared folders were made with.
 
-    A Feistel network permutes the power of four at or above `size`; walking on from a value outside the range until
-    one is inside it (cycle walking, Black and Rogaway 2002) leaves a permutation of the range.
+    Raises:
+        UserError: they were not made with the same.
     """
-    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = (1 << half_bits) - 1
-    while True:
-        left, right = index >> half_bits, index & mask
-        for round_ in range(ROUNDS):
-            digest = hashlib.blake2b(f"{key}/{round_}/{right}".encode(), digest_size=8).digest()
-            left, right = right, left ^ (int.from_bytes(digest, "little") & mask)
-        index = (left << half_bits) | right
-        if index < size:
-            return index
+    first, *others = folders
+    tokenizer = load_tokenizer(first)
+    for folder in others:
+        if load_tokenizer(folder).sha256 != tokenizer.sha256:
+            raise UserError(f"{first} and {folder} were prepared with different tokenizers; prepare one of them again")
+    return tokenizer

@@ -88,7 +88,7 @@ class TokenSet:
     """
 
     def __init__(self, folder: Path, split: str) -> None:
-        self.folder = folder
+        self.folder, self._name = folder, split
         self.manifest = read_manifest(folder)
         if split not in self.manifest.splits:
             raise UserError(f"{folder} has no split {split!r}, only {', '.join(self.manifest.splits)}")
@@ -115,6 +115,9 @@ class TokenSet:
     def __len__(self) -> int:
         return self.split.tokens
 
+    def __str__(self) -> str:
+        return f"the {self._name} split of {self.folder}"
+
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens start to stop of the split, across shards, as int64.
 
@@ -137,13 +140,16 @@ class TokenSet:
             shard += 1
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
+    def shard_bounds(self) -> Iterator[np.ndarray]:
+        """Of one shard after another, `document_bounds` of its documents."""
+        for ends, base in zip(self._ends, self._starts, strict=False):
+            edges = np.concatenate([[0], ends.astype(np.int64)]) + base
+            yield np.stack([edges[:-1], edges[1:]], axis=1)
+
     @cached_property
     def document_bounds(self) -> np.ndarray:
         """First and past-the-last token of every document, its document end included: [documents, 2]."""
-        ends = np.concatenate(
-            [ends.astype(np.int64) + base for ends, base in zip(self._ends, self._starts, strict=False)]
-        )
-        return np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)
+        return np.concatenate(list(self.shard_bounds()))
 
 
 class ShardWriter:

@@ -25,7 +25,7 @@ def perplexity(
         UserError: a checkpoint, the data or the contexts do not go together.
     """
     checkpoints = [load(path, best_device()) for path in paths]
-    tokens = TokenSet(data or checkpoints[0].config.data.path, HELDOUT)
+    tokens = TokenSet(data or checkpoints[0].config.data.sets[0][0], HELDOUT)
     folders = [run_folder(checkpoint.path) for checkpoint in checkpoints]
     out = out or folders[0]
     require_writable(out)

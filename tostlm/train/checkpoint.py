@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import asdict
@@ -24,7 +25,7 @@ from tostlm.checkpoint import (
 from tostlm.config import RunConfig, dump_config, load_config
 from tostlm.data import MANIFEST, Tokenizer
 from tostlm.errors import UserError
-from tostlm.files import sha256_of, write_atomically
+from tostlm.files import write_atomically
 from tostlm.launch import Ranks
 from tostlm.train.engine import load_engine, save_engine, whole_weights
 
@@ -44,7 +45,7 @@ def save(engine: Any, config: RunConfig, tokenizer: Tokenizer, step: int, ranks:
         save_engine(engine, partial / ENGINE)
         weights = whole_weights(engine, ranks.rank)
         if ranks.rank == 0:
-            progress = Progress(step, ranks.world, sha256_of(config.data.path / MANIFEST))
+            progress = Progress(step, ranks.world, _data_sha256(config))
             write_atomically(partial / WEIGHTS, safetensors.torch.save(weights))
             write_atomically(partial / CONFIG, dump_config(config))
             write_atomically(partial / tokenizer.file_name, tokenizer.content)
@@ -87,7 +88,7 @@ def check_resumable(config: RunConfig, tokenizer: Tokenizer, world_size: int) ->
     found = checkpoints(config.run_dir)
     if not found:
         return
-    newest = found[-1]
+    newest, folders = found[-1], ", ".join(str(folder) for folder, _ in config.data.sets)
     way_out = "choose another run_dir, or put the old value back"
     saved, progress = load_config(newest / CONFIG), read_progress(newest)
     theirs = _identity(saved, progress.world_size)
@@ -95,9 +96,14 @@ def check_resumable(config: RunConfig, tokenizer: Tokenizer, world_size: int) ->
         if value != theirs[key]:
             raise UserError(f"checkpoint {newest} has {key}={theirs[key]}, this run {key}={value}; {way_out}")
     if Tokenizer.of_folder(newest).sha256 != tokenizer.sha256:
-        raise UserError(f"checkpoint {newest} was trained with another tokenizer than {config.data.path}; {way_out}")
-    if progress.data_sha256 != sha256_of(config.data.path / MANIFEST):
-        raise UserError(f"checkpoint {newest} was trained on other data than {config.data.path} holds; {way_out}")
+        raise UserError(f"checkpoint {newest} was trained with another tokenizer than {folders}; {way_out}")
+    if progress.data_sha256 != _data_sha256(config):
+        raise UserError(f"checkpoint {newest} was trained on other data than {folders} holds; {way_out}")
+
+
+def _data_sha256(config: RunConfig) -> str:
+    manifests = [(folder / MANIFEST).read_bytes() for folder, _ in config.data.sets]
+    return hashlib.sha256(b"".join(manifests)).hexdigest()
 
 
 def _identity(config: RunConfig, world_size: int) -> dict[str, Any]:
@@ -105,7 +111,11 @@ def _identity(config: RunConfig, world_size: int) -> dict[str, Any]:
     return {
         **{f"model.{key}": value for key, value in asdict(config.model).items()},
         "seed": config.seed,
+        "data weights": [weight for _, weight in config.data.sets],
         "data.context_tokens": config.data.context_tokens,
+        "data.curriculum": [(stage.until_step, stage.context_tokens) for stage in config.data.curriculum],
+        "data.reset_at_documents": config.data.reset_at_documents,
+        "data.within_documents": config.data.within_documents,
         "train.batch_tokens": config.train.batch_tokens,
         "precision": config.precision,
         "ZeRO stage": config.zero_stage,

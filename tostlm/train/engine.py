@@ -28,6 +28,7 @@ from tostlm.config import RunConfig, batches
 from tostlm.errors import UserError, reason_of
 from tostlm.launch import Ranks
 from tostlm.model import LM, parameter_groups
+from tostlm.train.feed import Rows
 
 SHARDS = "shards"  # DeepSpeed's tag
 SETTINGS = ("betas", "eps", "weight_decay")  # of an optimizer group
@@ -106,17 +107,17 @@ class Step(NamedTuple):
     grad_norm: Tensor | float | None  # of the whole gradient, before clipping; None where DeepSpeed is told not to
 
 
-def train_step(engine: Any, tokens: Tensor, targets: Tensor, lr: float) -> Step:
-    """One update from this rank's tokens and targets, [sequences, context] each."""
+def train_step(engine: Any, rows: Rows, lr: float) -> Step:
+    """One update from this rank's share of a step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    micro = engine.train_micro_batch_size_per_gpu()
+    passes = rows.split(engine.gradient_accumulation_steps())
     losses = []
     grad_norm = None
-    for start in range(0, len(tokens), micro):
-        loss, _ = engine(tokens[start : start + micro], targets=targets[start : start + micro])
+    for number, micro in enumerate(passes, start=1):
+        loss = micro.loss(engine)
         engine.backward(loss)
-        if start + micro >= len(tokens):
+        if number == len(passes):
             grad_norm = _unreported_grad_norm(engine)
         engine.step()
         losses.append(loss.detach())

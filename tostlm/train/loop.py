@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from tostlm.checkpoint import CONFIG
 from tostlm.config import RunConfig, batches, dump_config
-from tostlm.data import HELDOUT, TRAIN, Loader, TokenSet, load_tokenizer, verify
+from tostlm.data import Loader, common_tokenizer, verify
 from tostlm.errors import UserError
 from tostlm.files import lock_for_life, require_writable, write_atomically
 from tostlm.launch import Ranks
 from tostlm.model import create_lm
 from tostlm.train.checkpoint import check_resumable, clear_unfinished, last_step, resume, save
 from tostlm.train.engine import join_ranks, start_engine, train_step
+from tostlm.train.feed import feed, heldout_loader, training_loader
 from tostlm.train.metrics import Metrics
 from tostlm.train.schedule import learning_rate
 
@@ -36,13 +37,8 @@ def train(config: RunConfig, ranks: Ranks) -> None:
         if ranks.rank == 0:
             print(f"{config.run_dir}: finished at step {step}; raise train.steps to go on")
         return
-    tokenizer = load_tokenizer(config.data.path)
-    loader = Loader(
-        TokenSet(config.data.path, TRAIN),
-        config.data.context_tokens,
-        batches(config, ranks.world).sequences,
-        config.seed,
-    )
+    tokenizer = common_tokenizer([folder for folder, _ in config.data.sets])
+    loader, heldout = training_loader(config), heldout_loader(config, ranks.world)
     engine = start_engine(config, create_lm(config.model, config.seed), ranks)
     if step:
         resume(engine, config, step)
@@ -50,17 +46,21 @@ def train(config: RunConfig, ranks: Ranks) -> None:
     def due(every: int) -> bool:
         return step % every == 0 or step == config.train.steps
 
-    with Metrics(config, step, ranks) as metrics:
-        while step < config.train.steps:
-            tokens, targets = on_device(loader.batch(step, ranks.rank, ranks.world), device)
+    with (
+        Metrics(config, step, ranks) as metrics,
+        closing(feed(loader, range(step, config.train.steps), ranks, device)) as batches_ahead,
+    ):
+        for rows in batches_ahead:
             lr = learning_rate(config, step)
-            update = train_step(engine, tokens, targets, lr)
+            update = train_step(engine, rows, lr)
             step += 1
 
             if due(config.train.log_every_steps):
-                metrics.train(step, finite_mean(update.loss, step, ranks), lr, update.grad_norm)
+                loss = finite_mean(update.loss, step, ranks)
+                metrics.train(step, loss, lr, update.grad_norm, rows.context, loader.epochs(step))
             if due(config.train.eval_every_steps):
-                metrics.heldout(step, finite_mean(evaluate(engine, config, ranks, device), step, ranks))
+                own = evaluate(engine, heldout, config.train.eval_tokens, ranks, device)
+                metrics.heldout(step, finite_mean(own, step, ranks))
                 metrics.restart_clock(step)
             if due(config.train.save_every_steps):
                 finite_mean(update.loss, step, ranks)
@@ -89,14 +89,15 @@ def check_run(config: RunConfig, world_size: int) -> int:
         UserError: something is.
     """
     batches(config, world_size)
-    tokenizer = load_tokenizer(config.data.path)
+    folders = [folder for folder, _ in config.data.sets]
+    tokenizer = common_tokenizer(folders)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size {config.model.vocab_size} is smaller than the {tokenizer.vocab_size} pieces of the "
-            f"tokenizer of {config.data.path}; raise model.vocab_size"
+            f"tokenizer of {folders[0]}; raise model.vocab_size"
         )
-    for split in (TRAIN, HELDOUT):
-        Loader(TokenSet(config.data.path, split), config.data.context_tokens, 1, config.seed)
+    training_loader(config)
+    heldout_loader(config, world_size)
     check_resumable(config, tokenizer, world_size)
     require_writable(config.run_dir)
     lock_for_life(
@@ -104,31 +105,21 @@ def check_run(config: RunConfig, world_size: int) -> int:
     )
     clear_unfinished(config)
     if config.data.verify_checksums:
-        for _ in verify(config.data.path):
-            pass
+        for folder in folders:
+            for _ in verify(folder):
+                pass
     write_atomically(config.run_dir / CONFIG, dump_config(config))
     return last_step(config)
 
 
 @torch.no_grad()
-def evaluate(engine: Any, config: RunConfig, ranks: Ranks, device: torch.device) -> Tensor:
-    """This rank's mean loss in nats on its share of `train.eval_tokens` of held-out text, the same every time."""
-    shares = batches(config, ranks.world)
-    sequences = shares.micro_sequences * ranks.world
-    loader = Loader(TokenSet(config.data.path, HELDOUT), config.data.context_tokens, sequences, config.seed)
-    passes = min(config.train.eval_tokens // config.data.context_tokens, loader.windows) // sequences
+def evaluate(engine: Any, heldout: Loader, tokens: int, ranks: Ranks, device: torch.device) -> Tensor:
+    """This rank's mean loss in nats on its share of `tokens` held-out tokens, the same every time."""
+    passes = heldout.steps_within(tokens)
     engine.eval()
-    losses = []
-    for index in range(max(1, passes)):
-        tokens, targets = on_device(loader.batch(index, ranks.rank, ranks.world), device)
-        losses.append(engine(tokens, targets=targets)[0])
+    losses = [rows.loss(engine) for rows in feed(heldout, range(passes), ranks, device)]
     engine.train()
     return torch.stack(losses).mean()
-
-
-def on_device(batch: tuple[np.ndarray, np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
-    tokens, targets = (torch.from_numpy(part.copy()).to(device, non_blocking=True) for part in batch)
-    return tokens, targets
 
 
 def finite_mean(loss: Tensor, step: int, ranks: Ranks) -> float:

@@ -7,6 +7,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -63,8 +64,19 @@ class Metrics:
             self._board.close()
             self._file.close()
 
-    def train(self, step: int, loss: float, lr: float, grad_norm: Tensor | float | None) -> None:
-        """Report a step; the tokens a second are of all since the last report."""
+    def train(
+        self,
+        step: int,
+        loss: float,
+        lr: float,
+        grad_norm: Tensor | float | None,
+        context: int,
+        epochs: Mapping[str, float],
+    ) -> None:
+        """Report a step of windows of `context` tokens, after which each set, by name, has been read `epochs` times.
+
+        The tokens a second are of all since the last report.
+        """
         if self._mute:
             return
         seconds = time.monotonic() - self._since
@@ -74,11 +86,12 @@ class Metrics:
             "lr": lr,
             "tokens_per_second": tokens_per_second,
             "memory_bytes": _memory_bytes(),
+            **{f"epoch/{name}" if len(epochs) > 1 else "epoch": value for name, value in epochs.items()},
         }
         if grad_norm is not None:
             values["grad_norm"] = float(grad_norm)
         if peak := _peak_flops():
-            flops = training_flops_per_token(self._config.model, self._config.data.context_tokens)
+            flops = training_flops_per_token(self._config.model, context)
             values["mfu"] = tokens_per_second * flops / (peak * self._world_size)
         self._write("train", step, values)
         norm = values.get("grad_norm", math.nan)

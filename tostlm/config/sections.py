@@ -1,17 +1,15 @@
-"""Run configurations: one YAML file a run, strict, frozen, with dotted overrides."""
+"""The sections of a run's config, strict and frozen, and what is derived from them."""
 
 from __future__ import annotations
 
 import difflib
-import json
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
-import yaml
 
 from tostlm.errors import UserError
 from tostlm.model import ModelConfig
@@ -63,12 +61,65 @@ class _Section(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class BlendedSet(_Section):
+    """A prepared folder and its share of the samples, relative to the other weights."""
+
+    path: Path
+    weight: Annotated[float, pydantic.Field(gt=0)]
+
+
+class Stage(_Section):
+    """The context before step `until_step`."""
+
+    until_step: Positive
+    context_tokens: Positive
+
+
 class DataConfig(_Section):
     """Which tokens a run reads, and how many at once."""
 
-    path: Path  # a folder made by `tostlm prepare`
+    path: Path | None = None  # a folder made by `tostlm prepare`
+    blend: tuple[BlendedSet, ...] = ()  # or several, made with one tokenizer
     context_tokens: Positive
+    reset_at_documents: bool = False  # forget at every document end that is read
+    within_documents: bool = False  # windows of one document each, of documents that long
+    curriculum: tuple[Stage, ...] = ()  # earlier stages, before context_tokens takes over
     verify_checksums: bool = True  # read every shard once before training
+
+    @property
+    def sets(self) -> tuple[tuple[Path, float], ...]:
+        """Every prepared folder that is read, and its weight."""
+        return ((self.path, 1.0),) if self.path else tuple((part.path, part.weight) for part in self.blend)
+
+    @property
+    def stages(self) -> tuple[tuple[int, int], ...]:
+        """First step and context in tokens of every stage, in order."""
+        first_steps = (0, *(stage.until_step for stage in self.curriculum))
+        contexts = (*(stage.context_tokens for stage in self.curriculum), self.context_tokens)
+        return tuple(zip(first_steps, contexts, strict=True))
+
+    @pydantic.model_validator(mode="after")
+    def _one_way_to_name_sets(self) -> DataConfig:
+        if (self.path is None) == (not self.blend):
+            raise ValueError("set one of path, a prepared folder, and blend, a list of {path, weight}")
+        folders = [part.path for part in self.blend]
+        for folder in folders:
+            if folders.count(folder) > 1:
+                raise ValueError(f"blend names {folder} twice; add up its weights")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _stages_in_order(self) -> DataConfig:
+        for (before, _), (step, _) in pairwise(self.stages):
+            if step <= before:
+                raise ValueError(f"curriculum until_step {step} must be above the {before} before it")
+        for stage in self.curriculum:
+            if stage.context_tokens > self.context_tokens:
+                raise ValueError(
+                    f"curriculum context_tokens {stage.context_tokens} is longer than data.context_tokens "
+                    f"{self.context_tokens}, the longest; raise that"
+                )
+        return self
 
 
 class TrainConfig(_Section):
@@ -123,24 +174,35 @@ class RunConfig(_Section):
             raise ValueError(
                 f"data.context_tokens {context} is longer than model.positions {positions}; raise model.positions"
             )
-        for key in ("batch_tokens", "micro_batch_tokens"):
-            tokens = getattr(self.train, key)
-            if tokens % context:
-                raise ValueError(
-                    f"train.{key} {tokens} does not divide into contexts of {context} tokens; "
-                    f"try {_nearest_multiple(tokens, context)}"
-                )
+        last_stage = self.data.stages[-1][0]
+        if last_stage >= self.train.steps:
+            raise ValueError(
+                f"data.curriculum until_step {last_stage} must be below train.steps {self.train.steps}; "
+                "data.context_tokens takes over there"
+            )
+        self._whole_contexts()
         for key in self.deepspeed:
             if key in DERIVED_DEEPSPEED_KEYS:
                 raise ValueError(f"deepspeed.{key} is derived; set {DERIVED_DEEPSPEED_KEYS[key]} instead")
             if key not in DEEPSPEED_KEYS:
-                raise ValueError(f"deepspeed.{key} is no DeepSpeed key{_nearest(key, DEEPSPEED_KEYS)}")
+                raise ValueError(f"deepspeed.{key} is no DeepSpeed key{nearest(key, DEEPSPEED_KEYS)}")
             if key in DEEPSPEED_BLOCKS and not isinstance(self.deepspeed[key], dict):
                 raise ValueError(f"deepspeed.{key} is {self.deepspeed[key]!r}; it must be a mapping of keys")
         clip = self.deepspeed.get("gradient_clipping", 0.0)
         if isinstance(clip, bool) or not isinstance(clip, int | float) or not 0 <= clip < math.inf:
             raise ValueError(f"deepspeed.gradient_clipping is {clip!r}; it must be a number, 0 for none")
         return self
+
+    def _whole_contexts(self) -> None:
+        contexts = [context for _, context in self.data.stages]
+        for key in ("batch_tokens", "micro_batch_tokens"):
+            tokens = getattr(self.train, key)
+            for context in contexts:
+                if tokens % context:
+                    raise ValueError(
+                        f"train.{key} {tokens} does not divide into contexts of {context} tokens; "
+                        f"try {_nearest_multiple(tokens, math.lcm(*contexts))}"
+                    )
 
     @property
     def tokens(self) -> int:
@@ -162,7 +224,7 @@ class RunConfig(_Section):
 
 
 class Batches(NamedTuple):
-    """How one step's tokens are shared out."""
+    """How one step's tokens are shared out, at contexts of `data.context_tokens`."""
 
     sequences: int  # a step, over all ranks
     micro_sequences: int  # a forward and backward pass of one rank
@@ -190,96 +252,8 @@ def batches(config: RunConfig, world_size: int) -> Batches:
     )
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run's YAML file; `overrides` are KEY=VALUE with dotted keys and YAML values.
-
-    Raises:
-        UserError: the file, a key or a value is wrong.
-    """
-    try:
-        raw = yaml.load(path.read_text(), _Loader)
-    except OSError as error:
-        raise UserError(f"config {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or no date where one is spelt
-        raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"config {path} must be a mapping of keys, as configs/quickstart.yaml is")
-    for override in overrides:
-        _apply(raw, override)
-    return _validate(raw, str(path))
-
-
-def dump_config(config: RunConfig) -> str:
-    """The config as YAML that `load_config` reads."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML whose floats may be written 3e-4, as YAML 1.2 has it and PyYAML does not."""
-
-
-_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _apply(raw: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals:
-        raise UserError(f"override {override!r} is not KEY=VALUE, as in optimizer.lr=3e-4")
-    *parents, last = key.split(".")
-    node = raw
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise UserError(f"override {override!r}: {parent} holds a value, not keys")
-    try:
-        node[last] = yaml.load(value, _Loader)
-    except (yaml.YAMLError, ValueError):
-        raise UserError(f"override {override!r}: {value!r} is not a YAML value") from None
-
-
-def _validate(raw: dict[str, Any], name: str) -> RunConfig:
-    try:
-        content = json.dumps(raw, default=str)
-    except ValueError:
-        raise UserError(f"{name}: a YAML alias stands inside what it names; write it out") from None
-    try:
-        return RunConfig.model_validate_json(content, strict=True)
-    except pydantic.ValidationError as error:
-        # An unknown key often leaves its namesake missing: name the cause, not the consequence.
-        problems = sorted(error.errors(), key=lambda problem: problem["type"] not in _UNKNOWN_KEY)
-        raise UserError(f"{name}: {_explain(problems[0])}") from None
-
-
-_UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
-
-
-def _explain(problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] in _UNKNOWN_KEY:
-        return f"{key} is an unknown key{_nearest(key, _keys())}"
-    if problem["type"].startswith("missing") and isinstance(problem["loc"][-1], int):
-        return f"{key.rpartition('.')[0]} needs {problem['loc'][-1] + 1} values or more"
-    if problem["type"].startswith("missing"):
-        return f"{key} is missing; give it a value"
-    if problem["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    return f"{key}={problem['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def _keys(model: Any = RunConfig, prefix: str = "") -> Iterator[str]:
-    fields = model.model_fields if issubclass(model, pydantic.BaseModel) else model.__dataclass_fields__
-    hints = {name: getattr(field, "annotation", None) for name, field in fields.items()}
-    for name, hint in hints.items():
-        yield prefix + name
-        if isinstance(hint, type) and (hint is ModelConfig or issubclass(hint, pydantic.BaseModel)):
-            yield from _keys(hint, f"{prefix}{name}.")
-
-
-def _nearest(key: str, known: Any) -> str:
+def nearest(key: str, known: Iterable[str]) -> str:
+    """The end of a message on an unknown key: the known one most like it, if any is."""
     match = difflib.get_close_matches(key, list(known), n=1)
     return f"; the nearest is {match[0]}" if match else ""
 

@@ -1,0 +1,107 @@
+"""Reading and writing run configs: one YAML file a run, with dotted overrides."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import pydantic
+import yaml
+
+from tostlm.config.sections import RunConfig, nearest
+from tostlm.errors import UserError
+from tostlm.model import ModelConfig
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's YAML file; `overrides` are KEY=VALUE with dotted keys and YAML values.
+
+    Raises:
+        UserError: the file, a key or a value is wrong.
+    """
+    try:
+        raw = yaml.load(path.read_text(), _Loader)
+    except OSError as error:
+        raise UserError(f"config {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or no date where one is spelt
+        raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"config {path} must be a mapping of keys, as configs/quickstart.yaml is")
+    for override in overrides:
+        _apply(raw, override)
+    return _validate(raw, str(path))
+
+
+def dump_config(config: RunConfig) -> str:
+    """The config as YAML that `load_config` reads."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose floats may be written 3e-4, as YAML 1.2 has it and PyYAML does not."""
+
+
+_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise UserError(f"override {override!r} is not KEY=VALUE, as in optimizer.lr=3e-4")
+    *parents, last = key.split(".")
+    node = raw
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise UserError(f"override {override!r}: {parent} holds a value, not keys")
+    try:
+        node[last] = yaml.load(value, _Loader)
+    except (yaml.YAMLError, ValueError):
+        raise UserError(f"override {override!r}: {value!r} is not a YAML value") from None
+
+
+def _validate(raw: dict[str, Any], name: str) -> RunConfig:
+    try:
+        content = json.dumps(raw, default=str)
+    except ValueError:
+        raise UserError(f"{name}: a YAML alias stands inside what it names; write it out") from None
+    try:
+        return RunConfig.model_validate_json(content, strict=True)
+    except pydantic.ValidationError as error:
+        # An unknown key often leaves its namesake missing: name the cause, not the consequence.
+        problems = sorted(error.errors(), key=lambda problem: problem["type"] not in _UNKNOWN_KEY)
+        raise UserError(f"{name}: {_explain(problems[0])}") from None
+
+
+_UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
+
+
+def _explain(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    name = ".".join(part for part in problem["loc"] if isinstance(part, str))  # without places in lists
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in _UNKNOWN_KEY:
+        return f"{key} is an unknown key{nearest(name, _keys())}"
+    if problem["type"].startswith("missing") and isinstance(problem["loc"][-1], int):
+        return f"{key.rpartition('.')[0]} needs {problem['loc'][-1] + 1} values or more"
+    if problem["type"].startswith("missing"):
+        return f"{key} is missing; give it a value"
+    if problem["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}={problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _keys(model: Any = RunConfig, prefix: str = "") -> Iterator[str]:
+    fields = model.model_fields if issubclass(model, pydantic.BaseModel) else model.__dataclass_fields__
+    hints = {name: getattr(field, "annotation", None) for name, field in fields.items()}
+    for name, hint in hints.items():
+        yield prefix + name
+        for kind in (hint, *get_args(hint)):
+            if isinstance(kind, type) and (kind is ModelConfig or issubclass(kind, pydantic.BaseModel)):
+                yield from _keys(kind, f"{prefix}{name}.")

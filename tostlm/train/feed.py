@@ -1,0 +1,110 @@
+"""From a config's prepared folders to batches on the device, made while the step before them runs."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tostlm.config import RunConfig, batches
+from tostlm.data import HELDOUT, TRAIN, Batch, Loader, Stage, TokenSet
+from tostlm.launch import Ranks
+
+AHEAD = 2  # batches
+
+
+class Rows(NamedTuple):
+    """A rank's `tostlm.data.Batch` as tensors: [sequences, context] each."""
+
+    inputs: Tensor
+    targets: Tensor
+    resets: Tensor | None
+
+    @classmethod
+    def of(cls, batch: Batch) -> Rows:
+        inputs, targets = (torch.from_numpy(np.ascontiguousarray(part)) for part in batch[:2])
+        return cls(inputs, targets, None if batch.resets is None else torch.from_numpy(batch.resets))
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Rows:
+        """The same rows with each tensor changed."""
+        return Rows(change(self.inputs), change(self.targets), None if self.resets is None else change(self.resets))
+
+    @property
+    def context(self) -> int:
+        return self.inputs.shape[1]
+
+    def loss(self, lm: Any) -> Tensor:
+        """The mean loss in nats of an LM, or of an engine around one."""
+        return lm(self.inputs, targets=self.targets, reset=self.resets)[0]
+
+    def split(self, parts: int) -> list[Rows]:
+        """Equal parts of the sequences."""
+        inputs, targets = self.inputs.chunk(parts), self.targets.chunk(parts)
+        resets = [None] * parts if self.resets is None else self.resets.chunk(parts)
+        return [Rows(*part) for part in zip(inputs, targets, resets, strict=True)]
+
+
+def training_loader(config: RunConfig) -> Loader:
+    """What the run trains on.
+
+    Raises:
+        UserError: a set is damaged or has no window of some stage.
+    """
+    tokens = config.train.batch_tokens
+    stages = [Stage(step, context, tokens // context) for step, context in config.data.stages]
+    return _loader(config, TRAIN, stages)
+
+
+def heldout_loader(config: RunConfig, world: int) -> Loader:
+    """What the run is evaluated on, in batches that are one pass of each rank.
+
+    Raises:
+        UserError: a set is damaged or has no window of `data.context_tokens`.
+    """
+    passes = batches(config, world).micro_sequences * world
+    return _loader(config, HELDOUT, [Stage(0, config.data.context_tokens, passes)])
+
+
+def _loader(config: RunConfig, split: str, stages: list[Stage]) -> Loader:
+    sets = [(TokenSet(folder, split), weight) for folder, weight in config.data.sets]
+    return Loader(
+        sets,
+        stages,
+        config.seed,
+        reset_at=sets[0][0].manifest.eos_id if config.data.reset_at_documents else None,
+        within_documents=config.data.within_documents,
+    )
+
+
+def feed(loader: Loader, steps: range, ranks: Ranks, device: torch.device) -> Generator[Rows]:
+    """This rank's batches of `steps` on its device, made `AHEAD` of their use by a thread that ends with the iterator.
+
+    Raises:
+        UserError: a shard is damaged.
+    """
+
+    on_cuda = device.type == "cuda"
+
+    def make(step: int) -> Rows:
+        rows = Rows.of(loader.batch(step, ranks.rank, ranks.world))
+        return rows.each(Tensor.pin_memory) if on_cuda else rows
+
+    def choose_device() -> None:  # pinning memory would otherwise start CUDA on the first device too
+        if on_cuda:
+            torch.cuda.set_device(device)
+
+    thread = ThreadPoolExecutor(1, "feed", choose_device)
+    try:
+        made = deque(thread.submit(make, step) for step in steps[:AHEAD])
+        for step in steps:
+            rows = made.popleft().result()
+            if step + AHEAD in steps:
+                made.append(thread.submit(make, step + AHEAD))
+            yield rows.each(lambda part: part.to(device, non_blocking=True))
+    finally:
+        thread.shutdown(cancel_futures=True)
