@@ -21,7 +21,7 @@ MAY_IMPORT = {  # of tostlm's own packages and modules
     "checkpoint": {"config", "data", "errors", "model"},
     "train": {"checkpoint", "config", "data", "errors", "files", "launch", "model"},
     "eval": {"checkpoint", "config", "data", "errors", "files", "model"},
-    "bench": {"config", "errors", "files", "model", "tssa"},
+    "bench": {"config", "data", "errors", "files", "model", "tssa"},
     "convert": {"checkpoint", "data", "errors", "files", "model"},
 }
 

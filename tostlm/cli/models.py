@@ -137,6 +137,22 @@ def bench_operator(
     print(operator(shapes, _numbers(tokens, "--tokens"), dtypes, backends, repeats, threads or 1, out))
 
 
+@bench_app.command("data")
+def bench_data(
+    source: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="text, as `tostlm prepare` takes it")],
+    tokenizer: Annotated[Path, typer.Option(help="the tokenizer's file")],
+    text_bytes: Annotated[int, typer.Option(min=1, help="of the text, repeated where it is shorter")] = 50_000_000,
+    context: Annotated[int, typer.Option(min=1, help="tokens of the windows that are loaded")] = 1024,
+    repeats: Annotated[int, typer.Option(min=1, help="timed runs of each")] = 3,
+    workers: Threads = 1,
+    out: Annotated[Path | None, typer.Option(help="a .json file to write too")] = None,
+) -> None:
+    """Preparing text beside the tokenizer's own speed, taking turns, and the loader's share of a step."""
+    from tostlm.bench.command import data
+
+    print(data(source, tokenizer, text_bytes, workers or 1, context, repeats, out))
+
+
 @app.command()
 def convert(
     checkpoint: CheckpointPath,
