@@ -108,7 +108,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
     for name in (CONFIG, WEIGHTS):
         if not (checkpoint / name).is_file():
             raise UserError(f"checkpoint {checkpoint} has no {name}: it is damaged; use an older one")
-    config = load_config(checkpoint / CONFIG)
+    config, tokenizer = load_config(checkpoint / CONFIG), Tokenizer.of_folder(checkpoint)
     with torch.device("meta"):
         lm = LM(config.model)
     try:
@@ -117,4 +117,4 @@ def load(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise UserError(f"checkpoint {checkpoint}: {WEIGHTS} does not fit its config ({reason_of(error)})") from None
     lm = lm.to(device).eval().requires_grad_(False)
-    return Checkpoint(checkpoint, lm, config, Tokenizer.of_folder(checkpoint), read_progress(checkpoint))
+    return Checkpoint(checkpoint, lm, config, tokenizer, read_progress(checkpoint))

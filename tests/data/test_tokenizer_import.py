@@ -1,6 +1,8 @@
 """Tokenizers made elsewhere keep their ids, and their document end becomes part of what they are."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,12 +16,16 @@ from tests.conftest import ROOT, fail, succeed, tostlm
 from tests.data.test_tokenizer import TEXTS, TRAPS
 from tostlm.data import Tokenizer, import_tokenizer
 from tostlm.errors import UserError
+from tostlm.files import sha256_of
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gpt2") / "gpt2.tiktoken"
     path.write_bytes(kinds.ranks_file(kinds.gpt2_ranks()))
+    assert (
+        sha256_of(path) == "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+    )  # of r50k_base.tiktoken
     return path
 
 
@@ -52,7 +58,11 @@ def test_gpt2_on_real_text_and_every_character(gpt2: Tokenizer, peer: tiktoken.E
     assert (gpt2.vocab_size, gpt2.eos_id, gpt2.end_piece) == (50257, 50256, "<|endoftext|>")
 
 
-def test_gpt2_is_always_the_same_file(gpt2: Tokenizer) -> None:
+def test_the_recipe_makes_the_recorded_file(gpt2: Tokenizer, ranks: Path, tmp_path: Path) -> None:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    recipe = ["sh", str(ROOT / "tokenizer" / "gpt2.sh"), str(ranks), str(tmp_path / "gpt2.json")]
+    subprocess.run(recipe, check=True, capture_output=True, env={**os.environ, "PATH": path})
+    assert (tmp_path / "gpt2.json").read_bytes() == gpt2.content
     assert f"`{gpt2.sha256}`" in (ROOT / "tokenizer" / "README.md").read_text()
 
 
