@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Run, fail, succeed, tostlm
+from tests import kinds
+from tests.conftest import VOCAB, Run, fail, succeed, tostlm
 from tostlm.checkpoint import checkpoints
 from tostlm.data import Tokenizer, read_manifest, verify
+from tostlm.data.plan import read_plan
 
 VERBS = ["quickstart", "config", "tokenizer", "prepare", "data", "train", "eval", "generate", "bench", "convert"]
 
@@ -82,6 +84,27 @@ def test_from_text_to_shards(corpus: Path, tmp_path: Path) -> None:
     fail(tostlm("data", "verify", str(tmp_path)), "holds no prepared data")
 
 
+@pytest.mark.parametrize("kind", ["tokenizer.model", "tokenizer.json"])
+def test_the_way_with_a_tokenizer_made_elsewhere(corpus: Path, speeches: list[str], tmp_path: Path, kind: str) -> None:
+    if kind == "tokenizer.model":
+        (tmp_path / "source").write_bytes(kinds.mistral_like(speeches, VOCAB))
+    else:
+        kinds.byte_level(speeches, ["<s>", "</s>"], VOCAB - 2).save(str(tmp_path / "source"))
+    imported, data = str(tmp_path / "imported"), tmp_path / "data"
+    succeed(tostlm("tokenizer", "import", str(tmp_path / "source"), "--out", imported))
+    command = ["prepare", "--source", str(corpus), "--tokenizer", imported, "--heldout-fraction", "0.2"]
+    succeed(tostlm(*command, "--out", str(data)))
+    assert (data / kind).read_bytes() == Path(imported).read_bytes()
+    assert "7 files are whole" in succeed(tostlm("data", "verify", str(data)))
+    run = Run(tmp_path, data)
+    succeed(run.train("train.steps=2", "train.save_every_steps=2"))
+    succeed(run.train("train.steps=3", "train.save_every_steps=1"))
+    assert (checkpoints(run.dir)[-1] / kind).read_bytes() == Path(imported).read_bytes()
+    prompt = "Fellow  citizens \u2581,"
+    assert succeed(tostlm("generate", str(run.dir), "--prompt", prompt, "--tokens", "5")).startswith(prompt)
+    succeed(tostlm("eval", "perplexity", str(run.dir), "--contexts", "16", "--windows", "2"))
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of two megabytes."""
@@ -96,11 +119,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_while_preparing(small_disk: Path, corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "t.model").write_bytes(tokenizer.content)
-    source = ["--source", *[str(corpus)] * 10, "--tokenizer", str(tmp_path / "t.model")]
+    source = ["--source", *[str(corpus)] * 10, "--tokenizer", str(tmp_path / "t.model"), "--part-bytes", "9000"]
     command = ["prepare", *source, "--out", str(small_disk / "data")]
     fail(tostlm(*command), "No space left on device", "what was finished stays")
     finished = len(list((small_disk / "data").glob("parts/0*/part.json")))
-    assert 0 < finished < 10
+    assert 0 < finished < len(read_plan(small_disk / "data").parts)
     assert not (small_disk / "data" / "manifest.json").exists()
     subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
     succeed(tostlm(*command))

@@ -1,5 +1,6 @@
 """Exports compute the same logits with transformers alone, and nothing else is published."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -8,14 +9,14 @@ import venv
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
 import transformers
 
+from tests import kinds
 from tests.conftest import ROOT, Run, fail, succeed, tostlm
 from tostlm.checkpoint import Checkpoint, load
 from tostlm.convert import export_hf, hf
-from tostlm.data import Tokenizer
+from tostlm.data import Tokenizer, import_tokenizer
 from tostlm.errors import UserError
 from tostlm.model import create_lm
 
@@ -150,6 +151,45 @@ def test_the_exported_tokenizer_gives_the_same_ids(
         assert fast.decode(ids) == text
 
 
+@pytest.mark.parametrize("kind", ["mistral", "gpt2", "byte-level", "metaspace"])
+def test_tokenizers_made_elsewhere_are_exported(
+    trained: dict[str, Run], speeches: list[str], tmp_path: Path, kind: str
+) -> None:
+    content = {
+        "mistral": lambda: kinds.mistral_like(speeches),
+        "gpt2": lambda: kinds.ranks_file(kinds.gpt2_ranks()),
+        "byte-level": lambda: kinds.byte_level(speeches, ["<s>", "</s>"]).to_str().encode(),
+        "metaspace": lambda: kinds.metaspace(speeches).to_str().encode(),
+    }[kind]()
+    (tmp_path / "source").write_bytes(content)
+    tokenizer = import_tokenizer(tmp_path / "source")
+    checkpoint = load(trained["tssa"].dir)
+    shape = dataclasses.replace(checkpoint.config.model, vocab_size=tokenizer.vocab_size)
+    export_hf(checkpoint._replace(lm=create_lm(shape, 0).eval(), tokenizer=tokenizer), tmp_path / "hf")
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    assert fast.eos_token_id == fast.bos_token_id == tokenizer.eos_id
+    assert fast("")["input_ids"] == []
+    texts = [
+        *speeches,
+        "  a\n\n\tb  ",
+        " x",
+        "\u6f22\u5b57 \U0001f642",
+        *([] if kind == "metaspace" else ["\u2581 \u2581x"]),
+    ]
+    for text in texts:
+        ids = fast(text)["input_ids"]
+        assert ids == tokenizer.encode(text)
+        assert fast.decode(ids) == text
+    begun = fast(fast.bos_token + "Fellow citizens")["input_ids"]
+    assert begun == [tokenizer.eos_id, *tokenizer.encode("Fellow citizens")]
+
+
+def test_the_tokenizer_is_named_in_the_config(exported: dict[str, Path], tokenizer: Tokenizer) -> None:
+    for folder in exported.values():
+        assert json.loads((folder / "config.json").read_text())["tokenizer_sha256"] == tokenizer.sha256
+        assert transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True).vocab_size == 512
+
+
 def test_every_parameter_of_gpt2_is_carried_over(trained: dict[str, Run], exported: dict[str, Path]) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(exported["softmax"])
     block = load(trained["softmax"].dir).lm.blocks[1]
@@ -160,8 +200,6 @@ def test_every_parameter_of_gpt2_is_carried_over(trained: dict[str, Run], export
 
 
 def test_hybrids_and_bf16(trained: dict[str, Run], tmp_path: Path) -> None:
-    import dataclasses
-
     checkpoint = load(trained["tssa"].dir)
     shape = dataclasses.replace(checkpoint.config.model, mixers=("tssa", "softmax"), positions=64)
     lm = create_lm(shape, 0).to(torch.bfloat16).eval()
@@ -193,19 +231,17 @@ def test_a_wrong_export_is_not_published(
 def test_a_tokenizer_that_is_no_bpe_is_not_exported(
     trained: dict[str, Run], speeches: list[str], tmp_path: Path
 ) -> None:
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter("\n".join(speeches).splitlines()),
-        model_prefix=str(tmp_path / "unigram"),
+    unigram = kinds.sentencepiece_model(
+        speeches,
         vocab_size=500,
         normalization_rule_name="identity",
         byte_fallback=True,
         remove_extra_whitespaces=False,
         add_dummy_prefix=False,
-        minloglevel=2,
     )
     checkpoint = load(trained["tssa"].dir)
     with pytest.raises(UserError, match="only BPE tokenizers"):
-        export_hf(checkpoint._replace(tokenizer=Tokenizer.load(tmp_path / "unigram.model")), tmp_path / "out")
+        export_hf(checkpoint._replace(tokenizer=Tokenizer.from_bytes(unigram)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -21,7 +21,7 @@ COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.c
 
 
 def records(path: Path, *, largest: int = 1000, **part: object) -> list[object]:
-    made = Part(source=str(path), bytes=path.stat().st_size, files=(str(path),), **part)
+    made = Part(bytes=path.stat().st_size, files=(str(path),), **part)
     return [row if isinstance(row, Bad) else row["text"] for _, row in Reader(made, ["text"], largest)]
 
 

@@ -103,7 +103,7 @@ def test_mistakes(trained: dict[str, Run], tmp_path: Path) -> None:
     os.truncate(cut / "weights.safetensors", 3000)
     fail(tostlm("eval", "perplexity", str(cut)), "weights.safetensors does not fit its config")
     (cut / "tokenizer.model").unlink()
-    fail(tostlm("eval", "perplexity", str(cut)), "has no tokenizer.model: it is damaged")
+    fail(tostlm("eval", "perplexity", str(cut)), "has no tokenizer.model or tokenizer.json")
 
 
 def test_a_moved_run_reports_where_it_is(trained: dict[str, Run], tmp_path: Path) -> None:

@@ -10,10 +10,13 @@ from pathlib import Path
 import torch
 
 from tostlm import __version__
+from tostlm.bench.data import bench_data
+from tostlm.bench.data import table as data_table
 from tostlm.bench.operator import DTYPES, Shape, bench_operator, plot
 from tostlm.bench.operator import table as operator_table
 from tostlm.bench.training import bench_training, table
 from tostlm.config import load_config
+from tostlm.data import Tokenizer
 from tostlm.errors import UserError
 from tostlm.files import distinct_names, require_file_writable, write_atomically
 from tostlm.model import best_device
@@ -91,3 +94,23 @@ def training(
         rows = [rate._asdict() for rate in rates]
         write_atomically(out, json.dumps({**content, "rates": rows}, indent=2) + "\n")
     return f"{table(rates)}\n{_machine(device)}"
+
+
+def data(
+    sources: Sequence[str],
+    tokenizer: Path,
+    text_bytes: int,
+    workers: int,
+    context: int,
+    repeats: int,
+    out: Path | None,
+) -> str:
+    """Time preparation and loading, write the rates to `out`, return the table."""
+    if out:
+        require_file_writable(out)
+    rates = bench_data(sources, Tokenizer.load(tokenizer), text_bytes, workers, context, repeats)
+    machine = f"{_processor()}, tostlm {__version__}"
+    if out:
+        content = {"machine": machine, "workers": workers, "context": context, "repeats": repeats, **rates._asdict()}
+        write_atomically(out, json.dumps(content, indent=2) + "\n")
+    return f"{data_table(rates, workers)}\n{machine}"

@@ -6,6 +6,8 @@ from tostlm.data.plan import Settings
 from tostlm.data.prepare import Task, parse_task, prepare
 from tostlm.data.selection import Selection, documents
 from tostlm.data.shards import HELDOUT, MANIFEST, TRAIN, Manifest, TokenSet, load_tokenizer, read_manifest, verify
+from tostlm.data.show import show
+from tostlm.data.token_import import import_tokens
 from tostlm.data.tokenizer import Tokenizer
 from tostlm.data.tokenizer_import import import_tokenizer
 from tostlm.data.tokenizer_training import first_bytes, train_tokenizer
@@ -27,11 +29,13 @@ __all__ = [
     "documents",
     "first_bytes",
     "import_tokenizer",
+    "import_tokens",
     "load_tokenizer",
     "merge",
     "parse_task",
     "prepare",
     "read_manifest",
+    "show",
     "told",
     "train_tokenizer",
     "verify",

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 
 from tostlm.data.plan import PARTS, PLAN, FinishedPart, finished_parts, part_folder, read_plan
-from tostlm.data.selection import no_text
 from tostlm.data.shards import (
     HASH_BYTES,
     HELDOUT,
@@ -56,9 +55,6 @@ def merge(out: Path) -> Manifest:
     plan = read_plan(out)
     with locked(out / ".merge.lock", f"another tostlm prepare --merge is at {out}; wait for it or end it"):
         parts = finished_parts(out, plan)
-        for source in plan.settings.sources:
-            if not any(part.read for part, made in zip(parts, plan.parts, strict=True) if made.source == source):
-                raise no_text(source)
         dropped = _count_dropped(parts)
         splits = {}
         for split in (TRAIN, HELDOUT):

@@ -42,6 +42,7 @@ class Settings(pydantic.BaseModel):
     heldout_fraction: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.01
     shard_tokens: Annotated[int, pydantic.Field(ge=1)] = 100_000_000
     part_bytes: Annotated[int, pydantic.Field(ge=1)] = PART_BYTES
+    allow_loss: bool = False  # take a tokenizer that changes text
     dedup: bool = False  # keep the first of documents with the same text
     dedup_against: tuple[Path, ...] = ()  # prepared folders whose documents are left out
 
@@ -80,6 +81,8 @@ def make_plan(settings: Settings, tokenizer: Tokenizer, out: Path, command: str)
     if (out / MANIFEST).exists():
         raise UserError(f"{out} is prepared already; remove it to prepare it again, or choose another --out")
     dtype_for(tokenizer.vocab_size)
+    if (loss := tokenizer.loss()) and not settings.allow_loss:
+        raise UserError(f"the tokenizer loses text: {loss}; use a lossless one, or accept that with --allow-loss")
     Selector(settings.selection)
     if not (out / PLAN).exists():
         if out.exists() and (not out.is_dir() or any(p.name[0] != "." for p in out.iterdir())):

@@ -47,10 +47,10 @@ class Reader:
         self.bytes_read = 0
 
     def __iter__(self) -> Iterator[Record]:
-        if self._part.shard is not None:
+        if self._part.hub is not None:
             index, number = self._part.shard
-            shard = hub_dataset(self._part.source).shard(num_shards=number, index=index, contiguous=True)
-            yield from self._tables(shard, f"{self._part.source} shard {index} of {number}")
+            shard = hub_dataset(self._part.hub).shard(num_shards=number, index=index, contiguous=True)
+            yield from self._tables(shard, f"{self._part.hub} shard {index} of {number}")
             return
         before = 0
         for file in self._part.files:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import pydantic
 
 from tostlm.data.readers import Bad, Reader, Record
-from tostlm.data.sources import Part, parts_of
+from tostlm.data.sources import Part, no_text, parts_of
 from tostlm.errors import UserError
 
 CONDITION = re.compile(r"^\s*(?P<column>[^<>=!]+?)\s*(?P<relation>>=|<=|!=|=|>|<)\s*(?P<value>[^=\s].*?)\s*$")
@@ -193,7 +193,3 @@ def documents(sources: list[str], selection: Selection | None = None) -> Iterato
 def documents_of(parts: Iterable[Part], selector: Selector, largest: int) -> Iterator[Document]:
     for part in parts:
         yield from selector.documents(Reader(part, selector.columns, largest))
-
-
-def no_text(source: str) -> UserError:
-    return UserError(f"source {source} holds no text; name a source with at least one document")

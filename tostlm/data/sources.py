@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import importlib.resources
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,15 +27,15 @@ PART_BYTES = 1 << 28  # on disk
 
 
 class Part(pydantic.BaseModel):
-    """A piece of a source: some files whole, a range of one file's bytes, or one of several shards of a hub dataset."""
+    """A piece of the sources: some files whole, a range of one file's bytes, or a shard of a hub dataset."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
 
-    source: str
     bytes: int | None  # on disk; None where a hub does not say
     files: tuple[str, ...] = ()
     byte_range: tuple[int, int] | None = None  # of the one file: records that begin in it
-    shard: tuple[int, int] | None = None  # index and number, of a hub dataset
+    hub: str | None = None
+    shard: tuple[int, int] = (0, 1)  # of the hub dataset: index and number
 
 
 def parts_of(sources: Sequence[str], part_bytes: int = PART_BYTES) -> list[Part]:
@@ -47,36 +48,39 @@ def parts_of(sources: Sequence[str], part_bytes: int = PART_BYTES) -> list[Part]
     Raises:
         UserError: a source is missing, or of no known kind.
     """
-    parts = []
-    for source in sources:
-        files = _files(source)
-        parts += list(_hub_parts(source) if files is None else _file_parts(source, files, part_bytes))
+    named = [(source, _files(source)) for source in sources]
+    parts: list[Part] = []
+    for in_hub, group in itertools.groupby(named, key=lambda pair: pair[1] is None):
+        if in_hub:
+            parts += [part for source, _ in group for part in _hub_parts(source)]
+        else:
+            parts += _file_parts([file for _, files in group for file in files or ()], part_bytes)
     return parts
 
 
-def _file_parts(source: str, files: Sequence[str], part_bytes: int) -> Iterator[Part]:
+def _file_parts(files: Sequence[str], part_bytes: int) -> Iterator[Part]:
     group: list[str] = []
     size = 0
     for file in files:
         file_bytes = Path(file).stat().st_size
         if group and size + file_bytes > part_bytes:
-            yield Part(source=source, bytes=size, files=tuple(group))
+            yield Part(bytes=size, files=tuple(group))
             group, size = [], 0
         if file_bytes > part_bytes and file.lower().endswith(".jsonl"):
             for start in range(0, file_bytes, part_bytes):
                 stop = min(start + part_bytes, file_bytes)
-                yield Part(source=source, bytes=stop - start, files=(file,), byte_range=(start, stop))
-        elif file_bytes:
+                yield Part(bytes=stop - start, files=(file,), byte_range=(start, stop))
+        else:
             group.append(file)
             size += file_bytes
     if group:
-        yield Part(source=source, bytes=size, files=tuple(group))
+        yield Part(bytes=size, files=tuple(group))
 
 
 def _hub_parts(source: str) -> Iterator[Part]:
     shards = min(hub_dataset(source).num_shards, HUB_PARTS)
     for index in range(shards):
-        yield Part(source=source, bytes=None, shard=(index, shards))
+        yield Part(bytes=None, hub=source, shard=(index, shards))
 
 
 def kind_of(path: str) -> str | None:
@@ -111,7 +115,14 @@ def _files(source: str) -> list[str] | None:
     unknown = [path for path in found if not kind_of(path)]
     if unknown:
         raise UserError(f"source {unknown[0]} is of no known type; use one of {types}, compressed or not")
-    return sorted(found)
+    written = sorted(path for path in found if Path(path).stat().st_size)
+    if not written:
+        raise no_text(source)
+    return written
+
+
+def no_text(source: str) -> UserError:
+    return UserError(f"source {source} holds no text; name a source with at least one document")
 
 
 def hub_dataset(source: str) -> Any:

@@ -1,0 +1,56 @@
+"""Memory does not grow with the source."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from tostlm.data import Tokenizer, read_manifest
+
+
+def write_source(path: Path, speeches: list[str], size: int) -> int:
+    """About `size` bytes of records, one in a thousand of English, as one compressed file; returns how many."""
+    rows = [{"text": speeches[n % len(speeches)], "language": "en" if n == 0 else "xx"} for n in range(1000)]
+    block = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    frame = zstandard.compress(block)
+    blocks = -(-size // len(block))
+    with path.open("wb") as file:
+        for _ in range(blocks):
+            file.write(frame)
+    return 1000 * blocks
+
+
+def peak_memory(source: Path, tokenizer: Path, out: Path) -> int:
+    """Peak resident bytes of a preparation by one process."""
+    command = ["prepare", "--source", str(source), "--tokenizer", str(tokenizer), "--out", str(out), "--workers", "1"]
+    command += ["--keep", "language=en", "--dedup"]
+    process = subprocess.Popen([sys.executable, "-m", "tostlm", *command])
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return usage.ru_maxrss * 1024
+
+
+def test_ten_times_the_text_takes_no_more_memory(speeches: list[str], tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "t.model").write_bytes(tokenizer.content)
+    peaks = []
+    for size in (50_000_000, 500_000_000):
+        write_source(tmp_path / f"{size}.jsonl.zst", speeches, size)
+        peaks.append(peak_memory(tmp_path / f"{size}.jsonl.zst", tmp_path / "t.model", tmp_path / f"{size}"))
+    assert peaks[1] < peaks[0] + 30_000_000
+
+
+@pytest.mark.slow
+def test_fifty_gigabytes_in_less_than_one(speeches: list[str], tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "t.model").write_bytes(tokenizer.content)
+    records = write_source(tmp_path / "crawl.jsonl.zst", speeches, 50_000_000_000)
+    peak = peak_memory(tmp_path / "crawl.jsonl.zst", tmp_path / "t.model", tmp_path / "out")
+    manifest = read_manifest(tmp_path / "out")
+    kept = sum(split.documents for split in manifest.splits.values())
+    assert kept + sum(manifest.dropped.values()) == records
+    print(f"peak {peak / 1e6:.0f} MB")
+    assert peak < 1 << 30

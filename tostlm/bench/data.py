@@ -1,0 +1,111 @@
+"""Preparation beside SentencePiece's own encoding of the same text, and what the loader and the writer cost."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import sentencepiece
+
+from tostlm.data import TRAIN, Loader, Settings, Stage, Tokenizer, TokenSet, documents, first_bytes, prepare
+from tostlm.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from tostlm.data.shards import ShardWriter, content_hash
+
+RANK_TOKENS_PER_SECOND = 10_000  # what the loader's share of a step is stated for
+LOADED_TOKENS = 1 << 20
+
+
+class DataRates(NamedTuple):
+    """Medians of interleaved runs."""
+
+    text_bytes: int
+    encode_bytes_per_second: float  # of the tokenizer's library alone, on text in memory
+    prepare_bytes_per_second: float  # from a .jsonl file to verified shards
+    writer_bytes_per_second: float  # of text, on one core: hashing, converting, writing
+    loader_seconds_per_token: float
+
+
+def bench_data(
+    sources: Sequence[str], tokenizer: Tokenizer, text_bytes: int, workers: int, context: int, repeats: int
+) -> DataRates:
+    """Time encoding, preparing and loading of the sources' first `text_bytes` bytes, repeated where they are fewer.
+
+    Raises:
+        UserError: a source cannot be read.
+    """
+    own = list(first_bytes(documents(list(sources)), text_bytes))
+    texts = list(first_bytes(itertools.cycle(own), text_bytes))
+    size = sum(len(text.encode()) for text in texts)
+    seconds: dict[str, list[float]] = {"encode": [], "prepare": [], "write": [], "load": []}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        with (folder / "text.jsonl").open("w") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+        settings = Settings(sources=(str(folder / "text.jsonl"),), part_bytes=1 << 40, heldout_fraction=0)
+        encode = _library_encode(tokenizer, workers)
+        for repeat in range(repeats):
+            encoded, took = _timed(encode, texts)
+            seconds["encode"].append(took)
+            out = folder / f"out-{repeat}"
+            _, took = _timed(prepare, settings, tokenizer, out, workers=workers)
+            seconds["prepare"].append(took)
+            _, took = _timed(_write, folder, texts, encoded, tokenizer.eos_id)
+            seconds["write"].append(took)
+            seconds["load"].append(_load(out, context))
+    encoding, preparing, writing, loading = (statistics.median(seconds[what]) for what in seconds)
+    return DataRates(size, size / encoding, size / preparing, size / writing, loading)
+
+
+def _timed(work: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[Any, float]:
+    start = time.perf_counter()
+    result = work(*arguments, **options)
+    return result, time.perf_counter() - start
+
+
+def _library_encode(tokenizer: Tokenizer, workers: int) -> Callable[[list[str]], list[list[int]]]:
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        return lambda texts: tokenizer.encode_batch(texts, workers)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.content)
+    return lambda texts: processor.encode(texts, num_threads=workers)
+
+
+def _write(folder: Path, texts: list[str], encoded: list[list[int]], eos_id: int) -> None:
+    writer = ShardWriter(folder, TRAIN, "<u4", 1 << 40)
+    for text, tokens in zip(texts, encoded, strict=True):
+        data = text.encode()
+        writer.add([*tokens, eos_id], content_hash(data), len(data))
+    writer.finish()
+
+
+def _load(folder: Path, context: int) -> float:
+    """Seconds a token of one rank's batches."""
+    tokens = TokenSet(folder, TRAIN)
+    context = min(context, len(tokens) - 1)
+    sequences = max(1, LOADED_TOKENS // context // 8)
+    loader = Loader([(tokens, 1.0)], [Stage(0, context, sequences)], seed=0, reset_at=tokens.manifest.eos_id)
+    start = time.perf_counter()
+    for step in range(8):
+        loader.batch(step, 0, 1)
+    return (time.perf_counter() - start) / (8 * sequences * context)
+
+
+def table(rates: DataRates, workers: int) -> str:
+    """The rates and their ratios, a line each."""
+    encode, prepare_, write = rates[1:4]
+    share = rates.loader_seconds_per_token * RANK_TOKENS_PER_SECOND
+    return "\n".join(
+        (
+            f"text                {rates.text_bytes / 1e6:10.1f} MB, {workers} cores",
+            f"tokenizer's library {encode / 1e6:10.2f} MB/s",
+            f"tostlm prepare      {prepare_ / 1e6:10.2f} MB/s   {prepare_ / encode:.0%} of it",
+            f"writer, one core    {write / 1e6:10.2f} MB/s   {write * workers / encode:.1f} times it",
+            f"loader              {1 / rates.loader_seconds_per_token / 1e6:10.2f} M tokens/s   "
+            f"{share:.3%} of a step at {RANK_TOKENS_PER_SECOND:,} tokens/s",
+        )
+    )

@@ -1,0 +1,239 @@
+"""Verbs from text to token shards."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import pydantic
+import typer
+
+from tostlm.cli.app import app, data_app, tokenizer_app
+from tostlm.errors import UserError
+
+if TYPE_CHECKING:
+    from tostlm.data import Manifest
+
+Model = TypeVar("Model", bound=pydantic.BaseModel)
+
+SOURCE_HELP = "file, folder, glob, package:NAME/GLOB or Hugging Face OWNER/NAME[:CONFIG][@SPLIT]; may be repeated"
+MoreSources = Annotated[
+    list[str] | None, typer.Argument(metavar="[SOURCE]...", help="more sources, as a shell's glob gives them")
+]
+Sources = Annotated[list[str], typer.Option("--source", help=SOURCE_HELP)]
+TextColumn = Annotated[str, typer.Option(help="column that holds the text")]
+HeldoutFraction = Annotated[float, typer.Option(help="share of the documents kept from training")]
+ShardTokens = Annotated[int, typer.Option(min=1, help="a new shard begins after this many tokens")]
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    source: Sources,
+    vocab_size: Annotated[int, typer.Option(min=260, max=1_000_000, help="pieces, the 256 bytes among them")],
+    out: Annotated[Path, typer.Option(help="the .model file to write")],
+    more: MoreSources = None,
+    text_column: TextColumn = "text",
+    sample_bytes: Annotated[
+        int, typer.Option(min=1, help="train on a uniform sample of the documents, at most this much text")
+    ] = 1_000_000_000,
+    scan_bytes: Annotated[
+        int | None, typer.Option(min=1, help="stop reading after this much text; default: read all")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="of the sample")] = 0,
+) -> None:
+    """Train a lossless SentencePiece BPE tokenizer."""
+    from tostlm.data import Selection, documents, first_bytes, train_tokenizer
+    from tostlm.files import require_file_writable
+
+    require_file_writable(out)
+    texts = documents([*source, *(more or [])], Selection(text_column=text_column))
+    if scan_bytes is not None:
+        texts = first_bytes(texts, scan_bytes)
+    tokenizer = train_tokenizer(texts, vocab_size, out, sample_bytes, seed)
+    print(f"{out}: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.sha256}")
+
+
+@tokenizer_app.command("import")
+def tokenizer_import(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE", help="a .model file, a tokenizer.json, a folder with one, or tiktoken's ranks of GPT-2"
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="the file to write")],
+    end_token: Annotated[
+        str | None, typer.Option(help="the token that ends documents; default: the one SOURCE names, or the usual")
+    ] = None,
+    allow_loss: Annotated[bool, typer.Option(help="take a tokenizer that changes some text")] = False,
+) -> None:
+    """Bring a tokenizer made elsewhere, SentencePiece's, Hugging Face's or GPT-2's, into the form tostlm uses."""
+    from tostlm.data import import_tokenizer
+    from tostlm.files import require_file_writable, write_atomically
+
+    require_file_writable(out)
+    tokenizer = import_tokenizer(source, end_token)
+    loss = tokenizer.loss()
+    if loss and not allow_loss:
+        raise UserError(f"{source} loses text: {loss}; choose a lossless tokenizer, or accept that with --allow-loss")
+    write_atomically(out, tokenizer.content)
+    print(
+        f"{out}: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.sha256}, document end {tokenizer.end_piece}, "
+        + (f"lossy: {loss}" if loss else "lossless")
+    )
+
+
+@app.command()
+def prepare(
+    out: Annotated[Path, typer.Option(help="the folder to write")],
+    source: Annotated[list[str] | None, typer.Option("--source", help=SOURCE_HELP)] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="the tokenizer's file")] = None,
+    more: MoreSources = None,
+    text_column: TextColumn = "text",
+    id_column: Annotated[str | None, typer.Option(help="column that names documents in reports")] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="keep documents where this holds, as language=en,de or score>=0.8; may be repeated"),
+    ] = None,
+    min_characters: Annotated[int, typer.Option(min=0, help="drop shorter documents")] = 1,
+    max_characters: Annotated[int | None, typer.Option(min=1, help="drop longer documents")] = None,
+    max_document_bytes: Annotated[
+        int, typer.Option(min=1, help="a longer text is an error; memory is some 40 times this")
+    ] = 16_000_000,
+    on_error: Annotated[str, typer.Option(help="what a record that cannot be used does: fail or skip")] = "fail",
+    dedup: Annotated[bool, typer.Option("--dedup", help="keep the first of documents with the same text")] = False,
+    dedup_against: Annotated[
+        list[Path] | None, typer.Option(help="drop documents that this prepared folder holds; may be repeated")
+    ] = None,
+    heldout_fraction: HeldoutFraction = 0.01,
+    shard_tokens: ShardTokens = 100_000_000,
+    part_bytes: Annotated[int, typer.Option(min=1, help="size on disk of the parts the work is cut into")] = 1 << 28,
+    allow_loss: Annotated[bool, typer.Option("--allow-loss", help="take a tokenizer that changes some text")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, max=1024, help="cores to use; default: all")] = None,
+    task: Annotated[str | None, typer.Option(help="do share INDEX/NUMBER of the parts, without merging")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="make a folder of the parts that tasks have finished")] = False,
+) -> None:
+    """Tokenize text into shards with a manifest and a held-out split; the same command goes on where it was ended."""
+    from tostlm import data
+
+    if merge:
+        report(out, data.merge(out))
+        return
+    sources = [*(source or []), *(more or [])]
+    if not sources or tokenizer is None:
+        raise UserError("prepare needs --source and --tokenizer, or --merge for parts that are finished")
+    selection = checked(
+        data.Selection,
+        text_column=text_column,
+        id_column=id_column,
+        keep=keep or [],
+        min_characters=min_characters,
+        max_characters=max_characters,
+        max_document_bytes=max_document_bytes,
+        on_error=on_error,
+    )
+    settings = checked(
+        data.Settings,
+        sources=sources,
+        selection=selection,
+        heldout_fraction=heldout_fraction,
+        shard_tokens=shard_tokens,
+        part_bytes=part_bytes,
+        allow_loss=allow_loss,
+        dedup=dedup,
+        dedup_against=dedup_against or [],
+    )
+    manifest = data.prepare(
+        settings,
+        data.Tokenizer.load(tokenizer),
+        out,
+        workers=workers or cores(),
+        task=data.parse_task(task) if task else None,
+        command=this_command(),
+    )
+    if manifest is not None:
+        report(out, manifest)
+
+
+def report(out: Path, manifest: Manifest) -> None:
+    from tostlm.data import told
+
+    for name, split in manifest.splits.items():
+        print(f"{out}: {name} {split.tokens:,} tokens of {split.documents:,} documents, {split.text_bytes:,} bytes")
+    if any(manifest.dropped.values()):
+        print(f"{out}: dropped {told(manifest.dropped)}; {out}/dropped.jsonl names the first")
+
+
+def checked(kind: type[Model], **values: Any) -> Model:
+    """A settings object from options; what is wrong with them is a UserError."""
+    try:
+        return kind(**values)
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        option = "--" + str(problem["loc"][0]).replace("_", "-")
+        raise UserError(f"{option} {problem['input']!r}: {problem['msg'].lower()}") from None
+
+
+def this_command() -> str:
+    return shlex.join(["tostlm", *sys.argv[1:]])
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+@data_app.command("import")
+def data_import(
+    source: Annotated[
+        list[Path], typer.Argument(metavar="SOURCE...", help="nanoGPT's .bin, or Megatron's prefix of .bin and .idx")
+    ],
+    kind: Annotated[str, typer.Option("--from", help="nanogpt or megatron")],
+    tokenizer: Annotated[Path, typer.Option(help="the tokenizer the ids are of; see `tostlm tokenizer import`")],
+    out: Annotated[Path, typer.Option(help="the folder to write")],
+    heldout: Annotated[
+        list[Path] | None, typer.Option(help="a file of held-out documents, as nanoGPT's val.bin; may be repeated")
+    ] = None,
+    heldout_fraction: HeldoutFraction = 0.01,
+    shard_tokens: ShardTokens = 100_000_000,
+) -> None:
+    """Make a prepared folder of token files of nanoGPT or Megatron-LM."""
+    from tostlm.data import Tokenizer, import_tokens
+
+    manifest = import_tokens(
+        kind,
+        source,
+        heldout or [],
+        Tokenizer.load(tokenizer),
+        out,
+        heldout_fraction=heldout_fraction,
+        shard_tokens=shard_tokens,
+        command=this_command(),
+    )
+    report(out, manifest)
+
+
+@data_app.command("verify")
+def data_verify(folder: Annotated[Path, typer.Argument(help="a folder made by `tostlm prepare`")]) -> None:
+    """Compare every byte of prepared data with its manifest's checksums."""
+    from tostlm.data import verify
+
+    count = sum(1 for _ in verify(folder))
+    print(f"{folder}: {count} files are whole")
+
+
+@data_app.command("show")
+def data_show(
+    folder: Annotated[Path, typer.Argument(help="a folder made by `tostlm prepare`")],
+    samples: Annotated[int, typer.Option(min=0, help="documents of each split to print the beginnings of")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="chooses the documents")] = 0,
+    out: Annotated[Path | None, typer.Option(help="the .png to draw; default: lengths.png in the folder")] = None,
+) -> None:
+    """Describe prepared data: counts, lengths of documents, samples of the text."""
+    from tostlm.data import show
+
+    for paragraph in show(folder, samples, seed, out or folder / "lengths.png"):
+        print(paragraph, end="\n\n", flush=True)

@@ -1,0 +1,168 @@
+"""Documents out of the token files of other stacks: nanoGPT's .bin and Megatron-LM's indexed datasets.
+
+Both readers give the same thing: documents in the file's order, each a 1-D int64 array of ids below the vocabulary's
+size that never holds the document end. The document end ends a document wherever it stands, so it may follow every
+document, or precede it, or be missing after the last; documents without ids are left out.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from tostlm.errors import UserError
+
+CHUNK = 1 << 20  # numbers read at once, which bounds the memory beside one document's
+LONGEST = 1 << 28  # ids of one document; a file without the document end it is said to have would fill the memory
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the dtype, sequences, document indices
+VERSION = 1
+DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floating-point
+
+
+def nanogpt_documents(path: Path, eos_id: int, vocab_size: int) -> Iterator[np.ndarray]:
+    """Documents of nanoGPT's train.bin or val.bin: raw little-endian uint16, split at the document end.
+
+    Raises:
+        UserError: the file is missing, empty or of an odd size, an id is not below `vocab_size`, or no document ends.
+    """
+    size = _size(path)
+    if not size or size % 2:
+        raise UserError(f"{path} has {size} bytes; a file of uint16 tokens has an even number above 0: copy it again")
+    pieces: list[np.ndarray] = []  # of a document whose end is not read yet
+    with path.open("rb") as file:
+        for start in range(0, size // 2, CHUNK):
+            ids = _checked(_read(file, "<u2", min(CHUNK, size // 2 - start), path), vocab_size, path)
+            *ended, rest = _split(ids, eos_id)
+            for document in ended:
+                whole = np.concatenate([*pieces, document])
+                pieces = []
+                if len(whole):
+                    yield whole
+            pieces.append(rest)
+            _require_short(sum(map(len, pieces)), path)
+    whole = np.concatenate(pieces)
+    if len(whole):
+        yield whole
+
+
+class Index(NamedTuple):
+    """What PREFIX.idx says, mapped into memory."""
+
+    dtype: str
+    sizes: np.ndarray  # int32 [sequences], ids of each
+    pointers: np.ndarray  # int64 [sequences], its first byte in PREFIX.bin
+    bounds: np.ndarray  # int64 [documents + 1], each document's first sequence, and the number of sequences
+
+
+def megatron_documents(prefix: Path, eos_id: int, vocab_size: int) -> Iterator[np.ndarray]:
+    """Documents of Megatron-LM's PREFIX.idx and PREFIX.bin; a document is one or more sequences, joined.
+
+    Raises:
+        UserError: a file is missing, cut short or damaged, its ids are no integers, or one is not below `vocab_size`.
+    """
+    index_path, path = (prefix.with_name(prefix.name + suffix) for suffix in (".idx", ".bin"))
+    index = _read_index(index_path)
+    _check_index(index, index_path, _size(path), path)
+    with path.open("rb") as file:
+        for number in range(len(index.bounds) - 1):
+            first, last = index.bounds[number : number + 2]
+            count = int(index.sizes[first:last].sum(dtype=np.int64))
+            _require_short(count, path)
+            ids = _checked(_read(file, index.dtype, count, path), vocab_size, path)
+            yield from (document for document in _split(ids, eos_id) if len(document))
+
+
+def _read_index(path: Path) -> Index:
+    size = _size(path)
+    with path.open("rb") as file:
+        header = file.read(HEADER.size)
+    if len(header) < HEADER.size or not header.startswith(MAGIC):
+        raise UserError(
+            f"{path} does not begin as an index of Megatron-LM, with {MAGIC!r} and counts; check the prefix"
+        )
+    _, version, code, sequences, indices = HEADER.unpack(header)
+    if version != VERSION:
+        raise UserError(f"{path} is of version {version}, this tostlm reads {VERSION}; convert it with Megatron-LM")
+    if code not in DTYPES:
+        raise UserError(f"{path} has dtype code {code}, no integers; token ids have one of {[*DTYPES]}")
+    if not sequences or not indices:
+        raise UserError(f"{path} says there are {sequences} sequences and {indices} document indices, so no documents")
+    expected = HEADER.size + 12 * sequences + 8 * indices
+    if size not in (expected, expected + sequences):  # multimodal indices end in a byte a sequence
+        raise UserError(f"{path} has {size} bytes, its header says {expected}; it is damaged: copy it again")
+    pointers_at = HEADER.size + 4 * sequences
+    return Index(
+        DTYPES[code],
+        np.asarray(np.memmap(path, "<i4", "r", HEADER.size, (sequences,))),
+        np.asarray(np.memmap(path, "<i8", "r", pointers_at, (sequences,))),
+        np.asarray(np.memmap(path, "<i8", "r", pointers_at + 8 * sequences, (indices,))),
+    )
+
+
+def _check_index(index: Index, path: Path, bin_bytes: int, bin_path: Path) -> None:
+    """Sequences lie one after another and fill PREFIX.bin, and documents are made of all of them, in order."""
+    width = np.dtype(index.dtype).itemsize
+    end = 0
+    for start in range(0, len(index.sizes), CHUNK):
+        sizes = index.sizes[start : start + CHUNK].astype(np.int64) * width
+        ends = end + np.cumsum(sizes)
+        if sizes.min() < 0 or not np.array_equal(index.pointers[start : start + CHUNK], ends - sizes):
+            raise UserError(f"{path} is damaged: its sequences do not lie one after another; copy it again")
+        end = int(ends[-1])
+    if end != bin_bytes:
+        raise UserError(f"{bin_path} has {bin_bytes} bytes, {path} says {end}; one of the two is damaged: copy both")
+    previous = 0
+    for start in range(0, len(index.bounds), CHUNK):
+        bounds = index.bounds[start : start + CHUNK]
+        if bounds[0] < previous or (bounds[1:] < bounds[:-1]).any():
+            raise UserError(f"{path} is damaged: its document indices do not ascend; copy it again")
+        previous = int(bounds[-1])
+    if index.bounds[0] != 0 or previous != len(index.sizes):
+        raise UserError(
+            f"{path} is damaged: its document indices go from {index.bounds[0]} to {previous}, not from 0 to its "
+            f"{len(index.sizes)} sequences; copy it again"
+        )
+
+
+def _size(path: Path) -> int:
+    if not path.is_file():
+        raise UserError(f"{path} is no file; check the path")
+    return path.stat().st_size
+
+
+def _read(file: BinaryIO, dtype: str, count: int, path: Path) -> np.ndarray:
+    ids = np.fromfile(file, dtype, count)
+    if len(ids) != count:
+        raise UserError(f"{path} was cut short while it was read; run again when nothing writes it")
+    return ids
+
+
+def _checked(ids: np.ndarray, vocab_size: int, path: Path) -> np.ndarray:
+    """The ids as int64."""
+    if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
+        wrong = ids.max() if ids.min() >= 0 else ids.min()
+        raise UserError(
+            f"{path} holds token {wrong}, outside the vocabulary of {vocab_size}: it was made with another tokenizer, "
+            "or is damaged; name the tokenizer it was made with"
+        )
+    return ids.astype(np.int64)
+
+
+def _split(ids: np.ndarray, eos_id: int) -> list[np.ndarray]:
+    """The stretches before, between and after the document ends, one more than there are of them."""
+    stops = [*np.flatnonzero(ids == eos_id).tolist(), len(ids)]
+    starts = [0, *(stop + 1 for stop in stops[:-1])]
+    return [ids[start:stop] for start, stop in zip(starts, stops, strict=True)]
+
+
+def _require_short(count: int, path: Path) -> None:
+    if count > LONGEST:
+        raise UserError(
+            f"{path} has a document of over {LONGEST:,} tokens; check that the document end of the tokenizer named is "
+            "the one it was made with"
+        )
