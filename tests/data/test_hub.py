@@ -5,6 +5,8 @@ import io
 import json
 import os
 import random
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,10 +17,15 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from tests.conftest import ROOT
 from tests.data.hub import Hub, serve
+from tests.data.test_shards import texts_of as texts_of_folder
+from tostlm.data import TRAIN, Tokenizer
 
 FINEWEB, C4, SLIMPAJAMA = "HuggingFaceFW/fineweb:sample-10BT", "allenai/c4:en", "cerebras/SlimPajama-627B"
+OPENWEBTEXT = "Skylion007/openwebtext"
 ROWS = 40  # of a file
+DOCUMENTATION = (ROOT / "docs" / "data.md").read_text().replace("\\\n", "")
 README = {
     FINEWEB: """---
 configs:
@@ -43,16 +50,19 @@ configs:
 ---
 """,
     SLIMPAJAMA: "---\nlanguage:\n- en\n---\n",  # splits are folders
+    OPENWEBTEXT: "---\nconfigs:\n- config_name: plain_text\n  data_files: plain_text/*\n  default: true\n---\n",
 }
 TRAIN_FILES = {
     FINEWEB: [f"sample/10BT/{n:03}_00000.parquet" for n in range(3)],
     C4: [f"en/c4-train.{n:05}-of-00003.json.gz" for n in range(3)],
     SLIMPAJAMA: [f"train/chunk{chunk}/example_train_{n}.jsonl.zst" for chunk in (1, 2) for n in (0, 1)],
+    OPENWEBTEXT: [f"plain_text/train-{n:05}-of-00002.parquet" for n in range(2)],
 }
 OTHER_FILES = {
     FINEWEB: ["data/CC-MAIN-2013-20/000_00000.parquet"],
     C4: ["en/c4-validation.00000-of-00001.json.gz", "de/c4-de.tfrecord-00000-of-00001.json.gz"],
     SLIMPAJAMA: ["validation/chunk1/example_holdout_0.jsonl.zst", "test/chunk1/example_holdout_0.jsonl.zst"],
+    OPENWEBTEXT: [],
 }
 
 
@@ -68,6 +78,8 @@ def row(source: str, text: str, n: int) -> dict[str, object]:
         return {"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": f"https://example.org/{n}"}
     if source == SLIMPAJAMA:
         return {"text": text, "meta": {"redpajama_set_name": "RedPajamaC4"}}
+    if source == OPENWEBTEXT:
+        return {"text": text}
     return {
         "text": text,
         "id": f"<urn:uuid:{n}>",
@@ -83,7 +95,7 @@ def row(source: str, text: str, n: int) -> dict[str, object]:
 
 def content(source: str, file: str) -> bytes:
     rows = [row(source, text, n) for n, text in enumerate(texts_of(file))]
-    if source == FINEWEB:
+    if source in (FINEWEB, OPENWEBTEXT):
         buffer = io.BytesIO()
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer, row_group_size=ROWS // 4)
         return buffer.getvalue()
@@ -104,19 +116,21 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         yield hub
 
 
-def client(hub: Hub, home: Path, code: str) -> object:
-    """What a fresh process prints as JSON that knows of no other hub and has nothing cached."""
+def alone(hub: Hub, home: Path) -> dict[str, str]:
+    """The environment of a process that knows of no other hub and has nothing cached."""
     temporary = home / "tmp"
     temporary.mkdir(parents=True)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(home),
-        "TMPDIR": str(temporary),
-        "NO_PROXY": "127.0.0.1",
-    }
+    addresses = {"HF_ENDPOINT": hub.endpoint, "NO_PROXY": "127.0.0.1"}
+    return {**environment, **addresses, "HF_HOME": str(home), "TMPDIR": str(temporary)}
+
+
+def client(hub: Hub, home: Path, code: str) -> object:
+    """What such a process prints as JSON."""
     script = f"import json\nfrom tostlm.data import documents\n{code}"
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=alone(hub, home), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -175,3 +189,28 @@ print(json.dumps(said))
         assert message.startswith(f"source {source} is no file here and the Hugging Face hub did not give it: ")
         assert "\n" not in message
     assert "'en'" in said["allenai/c4:xx"]
+
+
+COMMANDS = re.findall(r"^tostlm prepare --source [A-Z0-9a-z]+/.*$", DOCUMENTATION, re.MULTILINE)
+
+
+def test_the_usual_corpora_are_documented() -> None:
+    assert [shlex.split(command)[3] for command in COMMANDS] == [FINEWEB, C4, OPENWEBTEXT, SLIMPAJAMA]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: shlex.split(command)[3])
+def test_the_documented_command(hub: Hub, tokenizer: Tokenizer, tmp_path: Path, command: str) -> None:
+    """Two processes, a shard a part; the texts are all there, in order."""
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.content)
+    arguments = shlex.split(command)
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments, "--workers", "2", "--heldout-fraction", "0"],
+        cwd=tmp_path,
+        env={**alone(hub, tmp_path / "home"), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / arguments[arguments.index("--out") + 1]
+    assert texts_of_folder(out, TRAIN) == [text for file in TRAIN_FILES[arguments[3]] for text in texts_of(file)]

@@ -12,11 +12,11 @@ from tostlm.data.selection import Selection, Selector, condition, documents
 from tostlm.errors import UserError
 
 ROWS = [
-    {"text": "one", "id": "a", "language": "en", "score": 0.9},
-    {"text": "", "id": "b", "language": "en", "score": 0.9},
-    {"text": "a longer text", "id": "c", "language": "de", "score": 0.5},
-    {"text": "three", "id": "d", "language": None, "score": 0.8},
-    {"text": "four", "id": "e", "language": "fr", "score": 1},
+    {"text": "one", "id": "a", "language": "en", "score": 0.9, "meta": {"source": "web", "deep": {"er": 1}}},
+    {"text": "", "id": "b", "language": "en", "score": 0.9, "meta": {"source": None, "deep": {"er": None}}},
+    {"text": "a longer text", "id": "c", "language": "de", "score": 0.5, "meta": {"source": None, "deep": {"er": 1}}},
+    {"text": "three", "id": "d", "language": None, "score": 0.8, "meta": {"source": None, "deep": {"er": 0}}},
+    {"text": "four", "id": "e", "language": "fr", "score": 1, "meta": {"source": 3, "deep": {"er": 2}}},
 ]
 
 
@@ -41,6 +41,8 @@ def select(*rows: object, **options: object) -> tuple[list[str], dict[str, int],
         ("id>=c", ["a longer text", "three", "four"]),
         ("score=en", []),
         ("language>=3", []),
+        ("meta.source=web", ["one"]),
+        ("meta.deep.er>1", ["four"]),
     ],
 )
 def test_conditions(rule: str, kept: list[str]) -> None:

@@ -121,10 +121,9 @@ class Reader:
                 detail = f"cannot be read after {number} records: {reason_of(error.__cause__ or error)}"
                 yield Record(place, Bad("unreadable file", detail))
                 return
-            present = set(table.column_names)
-            names = [name for name in self._columns if name in present]
+            names = [name for name in table.column_names if name in self._columns]
             if len(names) < len(self._columns):
-                names = table.column_names  # for the message that says what there is
+                names = table.column_names  # a column may be inside another, or missing, which the message lists
             columns = [_values(table[name]) for name in names]
             for values in zip(*columns, strict=True):
                 bad = next((value for value in values if isinstance(value, Bad)), None)

@@ -25,11 +25,15 @@ RELATIONS: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
 }
 EXAMPLES = 20  # places remembered of each reason, a part
+MISSING = object()
 MAX_DOCUMENT_BYTES = 16_000_000  # SentencePiece takes 40 bytes of memory for each of a text
 
 
 class Selection(pydantic.BaseModel):
-    """Which column is text, which documents are kept, and what a record that cannot be used does."""
+    """Which column is text, which documents are kept, and what a record that cannot be used does.
+
+    A column inside another is named with a dot, as in metadata.language.
+    """
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
 
@@ -92,7 +96,7 @@ class Selector:
                 self._drop(problem.reason, name, problem.detail)
                 continue
             assert not isinstance(row, Bad)
-            text = row[self._selection.text_column]
+            text = value_of(row, self._selection.text_column)
             if reason := self._reason(row, text):
                 self._drop(reason, name, "")
             else:
@@ -100,15 +104,15 @@ class Selector:
 
     def _name(self, place: str, row: Mapping[str, Any] | Bad) -> str:
         column = self._selection.id_column
-        return place if column is None or isinstance(row, Bad) else f"{place} ({row.get(column)})"
+        return place if column is None or isinstance(row, Bad) else f"{place} ({value_of(row, column)})"
 
     def _problem(self, row: Mapping[str, Any]) -> Bad | None:
         for column in self.columns:
-            if column not in row:
+            if value_of(row, column) is MISSING:
                 hint = "; choose with --text-column" if column == self._selection.text_column else ""
                 return Bad("no such column", f"has no column {column!r}, only {', '.join(row)}{hint}")
         column = self._selection.text_column
-        text = row[column]
+        text = value_of(row, column)
         if not isinstance(text, str):
             return Bad("no text", f"{column} is {text!r:.40}, not text")
         try:
@@ -128,12 +132,21 @@ class Selector:
             return f"below {self._selection.min_characters} characters"
         if self._selection.max_characters is not None and len(text) > self._selection.max_characters:
             return f"above {self._selection.max_characters} characters"
-        return next((f"not {c.rule}" for c in self._conditions if not c.holds(row[c.column])), None)
+        return next((f"not {c.rule}" for c in self._conditions if not c.holds(value_of(row, c.column))), None)
 
     def _drop(self, reason: str, place: str, detail: str) -> None:
         self.dropped[reason] += 1
         if self.dropped[reason] <= EXAMPLES:
             self.examples.append((reason, place, detail))
+
+
+def value_of(row: Mapping[str, Any], column: str) -> Any:
+    """What a row holds in a column, or inside one where the name has dots; MISSING where there is none."""
+    if column in row:
+        return row[column]
+    outer, dot, inner = column.partition(".")
+    found = row.get(outer) if dot else None
+    return value_of(found, inner) if isinstance(found, Mapping) else MISSING
 
 
 def condition(rule: str) -> Condition:
