@@ -4,10 +4,14 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tostlm.data import HELDOUT, TRAIN, Settings, Tokenizer, TokenSet, load_tokenizer, prepare, verify
 from tostlm.data.shards import dtype_for
@@ -90,3 +94,41 @@ def test_a_token_beyond_the_vocabulary(copy: Path) -> None:
 def test_an_unfinished_folder_is_no_data(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no prepared data"):
         TokenSet(tmp_path, TRAIN)
+
+
+def test_more_shards_than_files_may_be_open(corpus: Path, tokenizer: Tokenizer, data: Path, tmp_path: Path) -> None:
+    one_a_document = Settings(sources=(str(corpus),), heldout_fraction=0.2, shard_tokens=1)
+    prepare(one_a_document, tokenizer, tmp_path / "many", workers=1)
+    code = f"""
+import resource
+from pathlib import Path
+from tostlm.data import TRAIN, TokenSet
+from tostlm.data import token_set
+few = {len(TokenSet(tmp_path / "many", TRAIN).split.shards)} - 20
+token_set.OPEN_SHARDS = 4
+resource.setrlimit(resource.RLIMIT_NOFILE, (few, few))
+tokens = TokenSet(Path({str(tmp_path / "many")!r}), TRAIN)
+print(int(tokens.tokens(0, len(tokens)).sum()), len(tokens.document_bounds))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    whole = TokenSet(data, TRAIN)
+    assert done.stdout.split() == [str(whole.tokens(0, len(whole)).sum()), str(len(whole.document_bounds))]
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.data())
+def test_any_manifest_is_read_or_refused(copy: Path, changes: st.DataObject) -> None:
+    original = (copy / "manifest.json").read_bytes()
+    content = bytearray(original)
+    for _ in range(changes.draw(st.integers(1, 3))):
+        at = changes.draw(st.integers(0, len(content) - 1))
+        content[at : at + changes.draw(st.integers(0, 5))] = changes.draw(st.binary(max_size=5))
+    (copy / "manifest.json").write_bytes(content)
+    try:
+        tokens = TokenSet(copy, TRAIN)
+        tokens.tokens(0, len(tokens))
+    except UserError as error:
+        assert str(copy) in str(error)
+    finally:
+        (copy / "manifest.json").write_bytes(original)

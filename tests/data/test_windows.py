@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tostlm.data import TRAIN, Settings, Tokenizer, TokenSet, prepare
+from tostlm.data import TRAIN, Settings, Tokenizer, TokenSet, import_tokens, prepare
 from tostlm.data.windows import DocumentWindows, StreamWindows
 from tostlm.errors import UserError
 
@@ -57,3 +57,19 @@ def test_the_longest_document_alone(tokens: TokenSet) -> None:
         DocumentWindows(tokens, int(lengths.max()) + 1)
     assert "no document of the train split of" in str(error.value)
     assert f"a window of {lengths.max() + 1} tokens (the longest has {lengths.max()}, its end" in str(error.value)
+
+
+def test_a_window_of_a_million_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Of three documents two are long enough; one of them is found across the files of a shard each."""
+    context = 1 << 20
+    lengths = (1_500_000, 200_000, context)
+    texts = [np.random.default_rng(length).integers(2, tokenizer.vocab_size, length) for length in lengths]
+    ids = np.concatenate([np.append(text, tokenizer.eos_id) for text in texts])
+    ids.astype("<u2").tofile(tmp_path / "train.bin")
+    import_tokens(
+        "nanogpt", [tmp_path / "train.bin"], [], tokenizer, tmp_path / "out", heldout_fraction=0, shard_tokens=1_000_000
+    )
+    windows = DocumentWindows(TokenSet(tmp_path / "out", TRAIN), context)
+    assert windows.count == 2
+    assert np.array_equal(windows.row(0), ids[: context + 1])
+    assert np.array_equal(windows.row(1), ids[1_700_001 : 1_700_001 + context + 1])

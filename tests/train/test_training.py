@@ -23,7 +23,9 @@ REPORTED = (("train", "loss"), ("train", "grad_norm"), ("heldout", "loss"))
 
 
 def options(stage: int, bf16: str = "false") -> list[str]:
-    keys = [f"deepspeed.zero_optimization.stage={stage}", f"deepspeed.bf16.enabled={bf16}"]
+    # With seed 0 in bf16 at stages 2 and 3 some w at a window's start is 5e-7, where the operator is so steep that a
+    # difference in rounding shows (docs/tssa.md).
+    keys = [f"deepspeed.zero_optimization.stage={stage}", f"deepspeed.bf16.enabled={bf16}", "seed=1"]
     # Parameters this small would otherwise stay whole at stage 3.
     return [*keys, "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"] if stage == 3 else keys
 

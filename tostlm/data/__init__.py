@@ -5,9 +5,10 @@ from tostlm.data.merge import merge, told
 from tostlm.data.plan import Settings
 from tostlm.data.prepare import Task, parse_task, prepare
 from tostlm.data.selection import Selection, documents
-from tostlm.data.shards import HELDOUT, MANIFEST, TRAIN, Manifest, TokenSet, load_tokenizer, read_manifest, verify
+from tostlm.data.shards import HELDOUT, MANIFEST, TRAIN, Manifest, load_tokenizer, read_manifest
 from tostlm.data.show import show
 from tostlm.data.token_import import import_tokens
+from tostlm.data.token_set import TokenSet, verify
 from tostlm.data.tokenizer import Tokenizer
 from tostlm.data.tokenizer_import import import_tokenizer
 from tostlm.data.tokenizer_training import first_bytes, train_tokenizer

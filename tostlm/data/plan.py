@@ -85,19 +85,25 @@ def make_plan(settings: Settings, tokenizer: Tokenizer, out: Path, command: str)
         raise UserError(f"the tokenizer loses text: {loss}; use a lossless one, or accept that with --allow-loss")
     Selector(settings.selection)
     if not (out / PLAN).exists():
-        if out.exists() and (not out.is_dir() or any(p.name[0] != "." for p in out.iterdir())):
+        if out.exists() and (not out.is_dir() or any(_is_strange(path, tokenizer) for path in out.iterdir())):
             raise UserError(f"{out} exists and is no prepared data; choose an --out that does not exist")
         parts = tuple(parts_of(settings.sources, settings.part_bytes))
         plan = Plan(command=command, settings=settings, tokenizer_sha256=tokenizer.sha256, parts=parts)
         require_writable(out)
-        _publish(out / tokenizer.file_name, tokenizer.content)
         _publish(out / PLAN, plan.model_dump_json(indent=1).encode())
     plan = read_plan(out)
     _require_same(plan, settings, tokenizer, out)
+    if not (out / tokenizer.file_name).exists():
+        _publish(out / tokenizer.file_name, tokenizer.content)
     if plan.settings != settings:  # in how errors count
         plan = plan.model_copy(update={"settings": settings})
         write_atomically(out / PLAN, plan.model_dump_json(indent=1))
     return plan
+
+
+def _is_strange(path: Path, tokenizer: Tokenizer) -> bool:
+    """Whether no preparation that was begun, perhaps a moment ago by another task, has put this here."""
+    return path.name[0] != "." and path.name not in (PLAN, PARTS, tokenizer.file_name)
 
 
 def _publish(path: Path, content: bytes) -> None:

@@ -16,11 +16,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, Literal
 
 import numpy as np
 import pydantic
@@ -36,6 +34,9 @@ SUFFIXES = ("bin", "ends", "hashes")
 HASH_BYTES = 16
 
 
+Count = Annotated[int, pydantic.Field(ge=0)]
+
+
 class Record(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
 
@@ -43,18 +44,24 @@ class Record(pydantic.BaseModel):
 class Shard(Record):
     """One group of files NAME.bin, NAME.ends, NAME.hashes."""
 
-    name: str  # SPLIT-NNNNN
-    tokens: int
-    documents: int
-    text_bytes: int  # UTF-8 bytes of the text
+    name: Annotated[str, pydantic.Field(pattern=r"^\w+-\d{5,}$")]  # SPLIT-NNNNN
+    tokens: Count
+    documents: Count
+    text_bytes: Count  # UTF-8 bytes of the text
     sha256: dict[str, str]  # of each file, by suffix
 
 
 class Split(Record):
-    tokens: int
-    documents: int
-    text_bytes: int
+    tokens: Count
+    documents: Count
+    text_bytes: Count
     shards: tuple[Shard, ...]
+
+    @pydantic.model_validator(mode="after")
+    def _adds_up(self) -> Split:
+        if self.tokens != sum(shard.tokens for shard in self.shards):
+            raise ValueError("its shards' tokens do not add up")
+        return self
 
     @classmethod
     def of(cls, shards: Sequence[Shard]) -> Split:
@@ -68,7 +75,7 @@ class Split(Record):
 
 class Manifest(Record):
     schema_version: int
-    dtype: str
+    dtype: Literal["<u2", "<u4"]
     tokenizer_sha256: str
     vocab_size: int
     eos_id: int
@@ -78,78 +85,6 @@ class Manifest(Record):
     settings: dict[str, Any]  # that decided what is in it
     dropped: dict[str, int]  # documents left out, by reason
     splits: dict[str, Split]
-
-
-class TokenSet:
-    """One split of a prepared folder, as one long array of tokens, mapped into memory.
-
-    Raises:
-        UserError: the folder is unfinished or of another format, a shard is missing or cut short, the split is empty.
-    """
-
-    def __init__(self, folder: Path, split: str) -> None:
-        self.folder, self._name = folder, split
-        self.manifest = read_manifest(folder)
-        if split not in self.manifest.splits:
-            raise UserError(f"{folder} has no split {split!r}, only {', '.join(self.manifest.splits)}")
-        self.split = self.manifest.splits[split]
-        if not self.split.tokens:
-            raise UserError(
-                f"the {split} split of {folder} holds no tokens; prepare more documents, or another --heldout-fraction "
-                f"than {self.manifest.heldout_fraction}"
-            )
-        self._tokens = [
-            self._map(shard.name + ".bin", self.manifest.dtype, shard.tokens) for shard in self.split.shards
-        ]
-        self._ends = [self._map(shard.name + ".ends", "<u8", shard.documents) for shard in self.split.shards]
-        self._starts = np.cumsum([0, *(shard.tokens for shard in self.split.shards)])
-
-    def _map(self, name: str, dtype: str, count: int) -> np.ndarray:
-        path = self.folder / name
-        expected = count * np.dtype(dtype).itemsize
-        found = path.stat().st_size if path.exists() else 0
-        if found != expected:
-            raise UserError(f"shard {path} has {found} bytes, its manifest says {expected}; prepare the data again")
-        return np.memmap(path, dtype=dtype, mode="r") if count else np.empty(0, dtype)
-
-    def __len__(self) -> int:
-        return self.split.tokens
-
-    def __str__(self) -> str:
-        return f"the {self._name} split of {self.folder}"
-
-    def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start to stop of the split, across shards, as int64.
-
-        Raises:
-            UserError: an id is outside the vocabulary, so the shard is damaged.
-        """
-        parts = []
-        shard = bisect_right(self._starts, start) - 1
-        while start < stop:
-            base = int(self._starts[shard])
-            part = self._tokens[shard][start - base : stop - base].astype(np.int64)
-            if part.size and part.max() >= self.manifest.vocab_size:
-                name = self.folder / f"{self.split.shards[shard].name}.bin"
-                raise UserError(
-                    f"shard {name} holds token {part.max()}, beyond its vocabulary of {self.manifest.vocab_size}: "
-                    f"it is damaged; see `tostlm data verify {self.folder}`"
-                )
-            parts.append(part)
-            start = base + len(self._tokens[shard])
-            shard += 1
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
-
-    def shard_bounds(self) -> Iterator[np.ndarray]:
-        """Of one shard after another, `document_bounds` of its documents."""
-        for ends, base in zip(self._ends, self._starts, strict=False):
-            edges = np.concatenate([[0], ends.astype(np.int64)]) + base
-            yield np.stack([edges[:-1], edges[1:]], axis=1)
-
-    @cached_property
-    def document_bounds(self) -> np.ndarray:
-        """First and past-the-last token of every document, its document end included: [documents, 2]."""
-        return np.concatenate(list(self.shard_bounds()))
 
 
 class ShardWriter:
@@ -219,7 +154,7 @@ def content_hash(text: bytes) -> bytes:
     return hashlib.sha256(text).digest()[:HASH_BYTES]
 
 
-def dtype_for(vocab_size: int) -> str:
+def dtype_for(vocab_size: int) -> Literal["<u2", "<u4"]:
     """The narrowest dtype that holds every id below `vocab_size`, little-endian.
 
     Raises:
@@ -267,24 +202,3 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             f"{tokenizer.sha256[:12]}, manifest {manifest.tokenizer_sha256[:12]}); prepare the data again"
         )
     return tokenizer
-
-
-def verify(folder: Path) -> Iterator[str]:
-    """Read every byte of a prepared folder; yields the name of each file found whole.
-
-    Raises:
-        UserError: a file's checksum is not the manifest's.
-    """
-    manifest = read_manifest(folder)
-    yield load_tokenizer(folder).file_name
-    for name, split in manifest.splits.items():
-        if split.tokens:
-            TokenSet(folder, name)
-        for shard in split.shards:
-            for suffix, expected in shard.sha256.items():
-                file = f"{shard.name}.{suffix}"
-                if not (folder / file).is_file() or sha256_of(folder / file) != expected:
-                    raise UserError(
-                        f"shard {folder / file} is damaged: its SHA-256 is not the manifest's; prepare again"
-                    )
-                yield file

@@ -25,7 +25,7 @@ constexpr int TILE = VECTORS * LANES;
 // Rows a pass asks for before it needs them; the processor's own prefetchers do not follow rows C apart. Addresses
 // beyond the tensor do no harm.
 constexpr int AHEAD = 24;
-constexpr int AHEAD_TO_WRITE = 8;
+constexpr int AHEAD_TO_WRITE = 8;  // more drives the chunk's w out of the cache
 
 // The decays of one head over a chunk.
 struct Decay {
