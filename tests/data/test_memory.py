@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from tests.conftest import fail, tostlm
 from tostlm.data import Tokenizer, read_manifest
 
 
@@ -24,10 +25,10 @@ def write_source(path: Path, speeches: list[str], size: int) -> int:
     return 1000 * blocks
 
 
-def peak_memory(source: Path, tokenizer: Path, out: Path) -> int:
+def peak_memory(source: Path, tokenizer: Path, out: Path, *options: str) -> int:
     """Peak resident bytes of a preparation by one process."""
     command = ["prepare", "--source", str(source), "--tokenizer", str(tokenizer), "--out", str(out), "--workers", "1"]
-    command += ["--keep", "language=en", "--dedup"]
+    command += ["--keep", "language=en", "--dedup", *options]
     process = subprocess.Popen([sys.executable, "-m", "tostlm", *command])
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -42,6 +43,20 @@ def test_ten_times_the_text_takes_no_more_memory(speeches: list[str], tokenizer:
         write_source(tmp_path / f"{size}.jsonl.zst", speeches, size)
         peaks.append(peak_memory(tmp_path / f"{size}.jsonl.zst", tmp_path / "t.model", tmp_path / f"{size}"))
     assert peaks[1] < peaks[0] + 30_000_000
+
+
+def test_a_record_of_a_hundred_megabytes(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "t.model").write_bytes(tokenizer.content)
+    good = json.dumps({"text": "good", "language": "en"}) + "\n"
+    large = json.dumps({"text": "x " * 50_000_000, "language": "en"}) + "\n"
+    (tmp_path / "few.jsonl").write_text(good)
+    (tmp_path / "large.jsonl").write_text(good + large + good)
+    source, out = tmp_path / "large.jsonl", tmp_path / "out"
+    usual = peak_memory(tmp_path / "few.jsonl", tmp_path / "t.model", tmp_path / "few")
+    assert peak_memory(source, tmp_path / "t.model", out, "--on-error", "skip") < usual + 50_000_000
+    assert read_manifest(out).dropped == {"record too large": 1, "duplicate": 1}
+    command = ["prepare", "--source", str(source), "--tokenizer", str(tmp_path / "t.model"), "--out", str(out) + "2"]
+    fail(tostlm(*command), "large.jsonl, record 1: is larger than 16000000 bytes", "--max-document-bytes", "skip")
 
 
 @pytest.mark.slow
