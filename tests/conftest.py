@@ -63,6 +63,9 @@ class Run:
         tssa = mixer == "tssa"
         content = {
             "run_dir": str(self.dir),
+            # With seed 0 some w at a window's start is 5e-7 in bf16 at stages 2 and 3, where the operator is so steep
+            # that a difference in rounding shows (docs/tssa.md).
+            "seed": 1,
             "model": {
                 "layers": 2,
                 "width": 32,

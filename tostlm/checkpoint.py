@@ -42,7 +42,7 @@ class Progress(NamedTuple):
 
     step: int
     world_size: int
-    data_sha256: str  # of the prepared folders' manifests
+    data_sha256: str  # of what the prepared folders hold
 
 
 class Checkpoint(NamedTuple):

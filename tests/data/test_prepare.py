@@ -72,6 +72,8 @@ def test_workers_and_tasks_change_nothing(crawl: Path, tokenizer: Tokenizer, tmp
     whole = content(tmp_path / "w1")
     assert len([name for name in whole if name.endswith(".bin")]) > 5
     assert content(tmp_path / "w3") == content(tmp_path / "tasks") == whole
+    identities = {read_manifest(tmp_path / name).content_sha256 for name in ("w1", "w3", "tasks")}
+    assert len(identities) == 1
     assert not (tmp_path / "tasks" / "parts").exists()
     list(verify(tmp_path / "tasks"))
 

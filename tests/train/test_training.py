@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.conftest import Run, fail, succeed, tostlm
 from tostlm.checkpoint import checkpoints, load, read_progress
+from tostlm.data import Settings, Tokenizer, prepare
 from tostlm.model import create_lm
 
 STAGES = (0, 1, 2, 3)
@@ -23,9 +24,7 @@ REPORTED = (("train", "loss"), ("train", "grad_norm"), ("heldout", "loss"))
 
 
 def options(stage: int, bf16: str = "false") -> list[str]:
-    # With seed 0 in bf16 at stages 2 and 3 some w at a window's start is 5e-7, where the operator is so steep that a
-    # difference in rounding shows (docs/tssa.md).
-    keys = [f"deepspeed.zero_optimization.stage={stage}", f"deepspeed.bf16.enabled={bf16}", "seed=1"]
+    keys = [f"deepspeed.zero_optimization.stage={stage}", f"deepspeed.bf16.enabled={bf16}"]
     # Parameters this small would otherwise stay whole at stage 3.
     return [*keys, "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"] if stage == 3 else keys
 
@@ -183,7 +182,7 @@ def test_no_rank_stays_behind(run: Run, victim: str) -> None:
     ("overrides", "words"),
     [
         (["model.width=64"], ["model.width=32", "model.width=64", "choose another run_dir"]),
-        (["seed=5"], ["seed=0", "seed=5"]),
+        (["seed=5"], ["seed=1", "seed=5"]),
         (["train.batch_tokens=1024"], ["train.batch_tokens=512"]),
         (["data.reset_at_documents=true"], ["has data.reset_at_documents=False, this run"]),
         (["data.within_documents=true"], ["has data.within_documents=False, this run"]),
@@ -196,13 +195,14 @@ def test_a_checkpoint_of_another_run(trained: dict[str, Run], overrides: list[st
     fail(trained["tssa"].train("train.steps=8", *overrides), *words)
 
 
-def test_a_checkpoint_of_other_ranks_or_data(trained: dict[str, Run], data: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_ranks_or_data(
+    trained: dict[str, Run], corpus: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     run = trained["tssa"]
     fail(run.train("train.steps=8", nproc=2), "has ranks=1, this run ranks=2")
-    copy = Path(shutil.copytree(data, tmp_path / "copy"))
-    manifest = (copy / "manifest.json").read_text()
-    (copy / "manifest.json").write_text(manifest.replace("speeches.jsonl", "others.jsonl"))
-    fail(run.train("train.steps=8", f"data.path={copy}"), f"was trained on other data than {copy} holds")
+    other = tmp_path / "other"
+    prepare(Settings(sources=(str(corpus),), heldout_fraction=0.3), tokenizer, other)
+    fail(run.train("train.steps=8", f"data.path={other}"), f"was trained on other data than {other} holds")
 
 
 def test_optimizer_settings_may_change_on_resume(run: Run) -> None:

@@ -18,14 +18,12 @@ from tostlm.data.plan import PARTS, PLAN, FinishedPart, finished_parts, part_fol
 from tostlm.data.shards import (
     HASH_BYTES,
     HELDOUT,
-    SCHEMA,
     SUFFIXES,
     TRAIN,
     Manifest,
     Shard,
     Split,
     describe_shard,
-    dtype_for,
     read_manifest,
     shard_name,
     write_manifest,
@@ -71,13 +69,8 @@ def merge(out: Path) -> Manifest:
             splits[split] = Split.of(list(_publish(out, split, pieces, keep)))
         if not any(split.documents for split in splits.values()):
             raise UserError(f"no document of {', '.join(plan.settings.sources)} is left; dropped: {told(dropped)}")
-        tokenizer = Tokenizer.of_folder(out)
-        manifest = Manifest(
-            schema_version=SCHEMA,
-            dtype=dtype_for(tokenizer.vocab_size),
-            tokenizer_sha256=tokenizer.sha256,
-            vocab_size=tokenizer.vocab_size,
-            eos_id=tokenizer.eos_id,
+        manifest = Manifest.of(
+            Tokenizer.of_folder(out),
             sources=plan.settings.sources,
             heldout_fraction=plan.settings.heldout_fraction,
             command=plan.command,

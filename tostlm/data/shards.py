@@ -86,6 +86,24 @@ class Manifest(Record):
     dropped: dict[str, int]  # documents left out, by reason
     splits: dict[str, Split]
 
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, **described: Any) -> Manifest:
+        """The manifest of a folder in this version's schema; `described` are the fields the tokenizer does not tell."""
+        return cls(
+            schema_version=SCHEMA,
+            dtype=dtype_for(tokenizer.vocab_size),
+            tokenizer_sha256=tokenizer.sha256,
+            vocab_size=tokenizer.vocab_size,
+            eos_id=tokenizer.eos_id,
+            **described,
+        )
+
+    @property
+    def content_sha256(self) -> str:
+        """The identity of the tokens, whoever prepared them with whatever command."""
+        splits = json.dumps([[name, split.model_dump()] for name, split in sorted(self.splits.items())])
+        return hashlib.sha256(f"{self.tokenizer_sha256}{splits}".encode()).hexdigest()
+
 
 class ShardWriter:
     """Writes one split, a new shard every `shard_tokens` tokens; a document never straddles two shards."""

@@ -12,7 +12,6 @@ from tostlm.data.foreign import megatron_documents, nanogpt_documents
 from tostlm.data.prepare import is_heldout
 from tostlm.data.shards import (
     HELDOUT,
-    SCHEMA,
     TRAIN,
     Manifest,
     ShardWriter,
@@ -63,12 +62,8 @@ def import_tokens(
             if split is None:
                 split = HELDOUT if is_heldout(text, heldout_fraction) else TRAIN
             writers[split].add(np.append(tokens, tokenizer.eos_id), content_hash(text), len(text))
-        manifest = Manifest(
-            schema_version=SCHEMA,
-            dtype=dtype,
-            tokenizer_sha256=tokenizer.sha256,
-            vocab_size=tokenizer.vocab_size,
-            eos_id=tokenizer.eos_id,
+        manifest = Manifest.of(
+            tokenizer,
             sources=tuple(str(source) for source in (*sources, *heldout)),
             heldout_fraction=0.0 if heldout else heldout_fraction,
             command=command,

@@ -23,7 +23,7 @@ from tostlm.checkpoint import (
     read_progress,
 )
 from tostlm.config import RunConfig, dump_config, load_config
-from tostlm.data import MANIFEST, Tokenizer
+from tostlm.data import Tokenizer, read_manifest
 from tostlm.errors import UserError
 from tostlm.files import write_atomically
 from tostlm.launch import Ranks
@@ -102,8 +102,8 @@ def check_resumable(config: RunConfig, tokenizer: Tokenizer, world_size: int) ->
 
 
 def _data_sha256(config: RunConfig) -> str:
-    manifests = [(folder / MANIFEST).read_bytes() for folder, _ in config.data.sets]
-    return hashlib.sha256(b"".join(manifests)).hexdigest()
+    contents = [read_manifest(folder).content_sha256 for folder, _ in config.data.sets]
+    return hashlib.sha256("".join(contents).encode()).hexdigest()
 
 
 def _identity(config: RunConfig, world_size: int) -> dict[str, Any]:
