@@ -258,6 +258,7 @@ def test_the_command_line(crawl: Path, tokenizer: Tokenizer, tmp_path: Path) -> 
     fail(tostlm(*begin, "--on-error", "ignore"), "--on-error 'ignore'", "'fail' or 'skip'")
     fail(tostlm(*begin, "--heldout-fraction", "1"), "--heldout-fraction 1.0", "less than 1")
     fail(tostlm(*begin, "--keep", "n"), "condition 'n' is not COLUMN RELATION VALUE")
+    fail(tostlm(*begin, "--dedup-against", "nowhere"), "nowhere holds no prepared data")
     fail(tostlm(*begin, "--task", "3/3"), "--task 3/3 must be INDEX/NUMBER")
     fail(tostlm(*begin, "--id-column", "url"), "has no column 'url', only text, n")
     shutil.rmtree(tmp_path / "out")

@@ -50,6 +50,7 @@ def test_what_cannot_be_imported(documents: list[list[int]], tokenizer: Tokenize
     command = ["data", "import", str(train), "--tokenizer", str(tmp_path / "t.model"), "--out", str(tmp_path / "out")]
     fail(tostlm(*command, "--from", "nanogpt"), "600")
     fail(tostlm(*command, "--from", "npy"), "--from npy is not known; use nanogpt or megatron")
+    fail(tostlm(*command, "--from", "nanogpt", "--heldout-fraction", "1"), "--heldout-fraction 1.0 must be")
     assert not list(tmp_path.glob("*out*"))
     write_nanogpt(train, documents, tokenizer.eos_id)
     assert "train" in succeed(tostlm(*command, "--from", "nanogpt"))

@@ -21,7 +21,7 @@ from typing import Annotated
 import pydantic
 
 from tostlm.data.selection import Selection, Selector
-from tostlm.data.shards import MANIFEST, Shard, dtype_for
+from tostlm.data.shards import MANIFEST, Shard, dtype_for, read_manifest
 from tostlm.data.sources import PART_BYTES, Part, parts_of
 from tostlm.data.tokenizer import Tokenizer
 from tostlm.errors import UserError, reason_of
@@ -76,7 +76,8 @@ def make_plan(settings: Settings, tokenizer: Tokenizer, out: Path, command: str)
     """The plan in `out`, made now unless one is there; `out` is made too.
 
     Raises:
-        UserError: `out` is prepared already, holds something else, or was begun with other settings.
+        UserError: `out` is prepared already, holds something else, or was begun with other settings; a setting or the
+            tokenizer cannot be used.
     """
     if (out / MANIFEST).exists():
         raise UserError(f"{out} is prepared already; remove it to prepare it again, or choose another --out")
@@ -84,6 +85,8 @@ def make_plan(settings: Settings, tokenizer: Tokenizer, out: Path, command: str)
     if (loss := tokenizer.loss()) and not settings.allow_loss:
         raise UserError(f"the tokenizer loses text: {loss}; use a lossless one, or accept that with --allow-loss")
     Selector(settings.selection)
+    for folder in settings.dedup_against:
+        read_manifest(folder)
     if not (out / PLAN).exists():
         if out.exists() and (not out.is_dir() or any(_is_strange(path, tokenizer) for path in out.iterdir())):
             raise UserError(f"{out} exists and is no prepared data; choose an --out that does not exist")

@@ -48,6 +48,8 @@ def import_tokens(
     """
     if kind not in READERS:
         raise UserError(f"--from {kind} is not known; use {' or '.join(READERS)}")
+    if not 0 <= heldout_fraction < 1:
+        raise UserError(f"--heldout-fraction {heldout_fraction} must be at least 0 and below 1")
     if out.exists():
         raise UserError(f"{out} exists; remove it, or choose another --out")
     require_writable(out.parent)
