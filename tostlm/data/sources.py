@@ -11,6 +11,7 @@ import importlib.resources
 import itertools
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,7 @@ def no_text(source: str) -> UserError:
     return UserError(f"source {source} holds no text; name a source with at least one document")
 
 
+@lru_cache  # a hub may take minutes to list a dataset's files, and a worker reads many parts of it
 def hub_dataset(source: str) -> Any:
     """A Hugging Face dataset as a stream; nothing of it is kept on disk.
 
