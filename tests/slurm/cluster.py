@@ -55,9 +55,11 @@ def install() -> str | None:
         return None
     if os.geteuid() != 0 or not shutil.which("apt-get"):
         return f"Slurm is not installed; apt-get install {' '.join(PACKAGES)}"
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}  # 1: no daemon is started
     for command in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
-        subprocess.run(["apt-get", "-qq", *command], check=True, capture_output=True, env=environment)
+        done = subprocess.run(["apt-get", "-qq", *command], capture_output=True, text=True, env=environment)
+        if done.returncode:
+            return f"apt-get {command[0]} failed: {done.stderr.strip()[-300:]}"
     return None
 
 
@@ -96,11 +98,27 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
         yield environment
     finally:
         if len(started) == 3:
-            _ask(environment, "scancel", "--signal=KILL", f"--user={user}")
+            _ask(environment, "scancel", f"--user={user}")
+            _wait(lambda: not _ask(environment, "squeue", "-h") and not _steps(folder), folder)
         for process in reversed(started):
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGTERM)
             process.wait(timeout=30)
+
+
+def _steps(folder: Path) -> list[str]:
+    """The step daemons of this cluster that have not ended; they outlive slurmd."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (
+                b"slurmstepd" in (process / "cmdline").read_bytes()
+                and f"SLURM_CONF={folder}/".encode() in (process / "environ").read_bytes()
+            ):
+                found.append(process.name)
+        except OSError:  # it has just ended, or is another user's
+            continue
+    return found
 
 
 def _wait(ready: Callable[[], bool], folder: Path) -> None:
