@@ -62,7 +62,6 @@ class FinishedPart(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
 
     tokenizer_sha256: str
-    read: int  # records
     dropped: dict[str, int]
     examples: tuple[tuple[str, str, str], ...]  # reason, place, detail of the first ones dropped
     shards: dict[str, tuple[Shard, ...]]  # by split

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -97,8 +96,9 @@ def _write_part(
     said = 0
     for batch, encoded in _encoded(selector.documents(reader), tokenizer, threads):
         for document, tokens in zip(batch, encoded, strict=True):
-            split = HELDOUT if is_heldout(document.data, settings.heldout_fraction) else TRAIN
-            writers[split].add([*tokens, tokenizer.eos_id], content_hash(document.data), len(document.data))
+            known_by = content_hash(document.data)
+            split = HELDOUT if is_heldout(known_by, settings.heldout_fraction) else TRAIN
+            writers[split].add([*tokens, tokenizer.eos_id], known_by, len(document.data))
         say(
             Work(
                 source_bytes=reader.bytes_read - said,
@@ -111,7 +111,6 @@ def _write_part(
     say(Work(source_bytes=(plan.parts[index].bytes or 0) - said))
     return FinishedPart(
         tokenizer_sha256=tokenizer.sha256,
-        read=selector.read,
         dropped=dict(selector.dropped),
         examples=tuple(selector.examples),
         shards={split: writer.finish() for split, writer in writers.items()},
@@ -146,9 +145,9 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def is_heldout(text: bytes, heldout_fraction: float) -> bool:
-    """The side of a document, by its content alone: a hash, read as a number in [0, 1)."""
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64 < heldout_fraction
+def is_heldout(content_hash: bytes, heldout_fraction: float) -> bool:
+    """The side of a document, by its content alone: its hash, read as a number in [0, 1)."""
+    return int.from_bytes(content_hash[:8], "big") / 2**64 < heldout_fraction
 
 
 def parse_task(text: str) -> Task:

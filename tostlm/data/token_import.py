@@ -61,9 +61,10 @@ def import_tokens(
         writers = {split: ShardWriter(partial, split, dtype, shard_tokens) for split in (TRAIN, HELDOUT)}
         for split, tokens in _documents(kind, sources, heldout, tokenizer):
             text = tokenizer.decode(tokens.tolist()).encode()
+            known_by = content_hash(text)
             if split is None:
-                split = HELDOUT if is_heldout(text, heldout_fraction) else TRAIN
-            writers[split].add(np.append(tokens, tokenizer.eos_id), content_hash(text), len(text))
+                split = HELDOUT if is_heldout(known_by, heldout_fraction) else TRAIN
+            writers[split].add(np.append(tokens, tokenizer.eos_id), known_by, len(text))
         manifest = Manifest.of(
             tokenizer,
             sources=tuple(str(source) for source in (*sources, *heldout)),
