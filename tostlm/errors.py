@@ -1,6 +1,9 @@
-"""The one exception that users see."""
+"""The one exception that users see, and the exit codes that launchers read."""
 
 from __future__ import annotations
+
+EXIT_REQUEUE = 75  # stopped on request with everything saved: the same command goes on
+EXIT_LOST_RANK = 76  # a rank died or hung: the same command goes on from the newest checkpoint
 
 
 class UserError(Exception):

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 
+from tostlm.config.training import Positive, Section, TrainConfig
 from tostlm.errors import UserError
 from tostlm.model import ModelConfig
 
-Positive = Annotated[int, pydantic.Field(ge=1)]
 Share = Annotated[float, pydantic.Field(ge=0, lt=1)]
 
 # What tostlm derives from its own keys, and the key to set instead.
@@ -57,25 +57,21 @@ DEEPSPEED_KEYS = (
 DEEPSPEED_BLOCKS = ("bf16", "data_types", "fp16", "torch_autocast", "zero_optimization")
 
 
-class _Section(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class BlendedSet(_Section):
+class BlendedSet(Section):
     """A prepared folder and its share of the samples, relative to the other weights."""
 
     path: Path
     weight: Annotated[float, pydantic.Field(gt=0)]
 
 
-class Stage(_Section):
+class Stage(Section):
     """The context before step `until_step`."""
 
     until_step: Positive
     context_tokens: Positive
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Which tokens a run reads, and how many at once."""
 
     path: Path | None = None  # a folder made by `tostlm prepare`
@@ -83,6 +79,7 @@ class DataConfig(_Section):
     context_tokens: Positive
     reset_at_documents: bool = False  # forget at every document end that is read
     within_documents: bool = False  # windows of one document each, of documents that long
+    carry_state: bool = False  # rows read their documents on from step to step; the model remembers across windows
     curriculum: tuple[Stage, ...] = ()  # earlier stages, before context_tokens takes over
     verify_checksums: bool = True  # read every shard once before training
 
@@ -122,20 +119,7 @@ class DataConfig(_Section):
         return self
 
 
-class TrainConfig(_Section):
-    """How long a run trains, on how much at once, and what it leaves behind."""
-
-    steps: Positive
-    batch_tokens: Positive  # a step, over all ranks
-    micro_batch_tokens: Positive  # a forward and backward pass of one rank
-    log_every_steps: Positive = 10
-    eval_every_steps: Positive = 1000
-    eval_tokens: Positive  # held-out tokens an evaluation reads
-    save_every_steps: Positive = 1000
-    keep_last_checkpoints: Positive | None = None  # None keeps all
-
-
-class OptimizerConfig(_Section):
+class OptimizerConfig(Section):
     """AdamW and its learning rate."""
 
     lr: Annotated[float, pydantic.Field(gt=0)]
@@ -156,7 +140,7 @@ class OptimizerConfig(_Section):
         return self
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """Everything that decides a run."""
 
     run_dir: Path
@@ -165,7 +149,7 @@ class RunConfig(_Section):
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizerConfig
-    deepspeed: dict[str, Any] = {}
+    deepspeed: dict[str, Any] = pydantic.Field(default_factory=dict)
 
     @pydantic.model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
@@ -181,6 +165,7 @@ class RunConfig(_Section):
                 "data.context_tokens takes over there"
             )
         self._whole_contexts()
+        self._carried_state_fits()
         for key in self.deepspeed:
             if key in DERIVED_DEEPSPEED_KEYS:
                 raise ValueError(f"deepspeed.{key} is derived; set {DERIVED_DEEPSPEED_KEYS[key]} instead")
@@ -194,15 +179,35 @@ class RunConfig(_Section):
         return self
 
     def _whole_contexts(self) -> None:
-        contexts = [context for _, context in self.data.stages]
-        for key in ("batch_tokens", "micro_batch_tokens"):
+        group = self.train.context_ranks
+        for _, context in self.data.stages:
+            if context % group:
+                raise ValueError(
+                    f"a context of {context} tokens does not split over train.context_ranks {group}; "
+                    f"try {_nearest_multiple(context, group)}"
+                )
+        unit = math.lcm(*(context for _, context in self.data.stages))
+        for key, ranks in (("batch_tokens", 1), ("micro_batch_tokens", group)):
             tokens = getattr(self.train, key)
-            for context in contexts:
-                if tokens % context:
+            for _, context in self.data.stages:
+                if tokens * ranks % context:
+                    over = f" over {ranks} ranks" if ranks > 1 else ""
                     raise ValueError(
-                        f"train.{key} {tokens} does not divide into contexts of {context} tokens; "
-                        f"try {_nearest_multiple(tokens, math.lcm(*contexts))}"
+                        f"train.{key} {tokens}{over} does not divide into contexts of {context} tokens; "
+                        f"try {_nearest_multiple(tokens, unit // math.gcd(unit, ranks))}"
                     )
+
+    def _carried_state_fits(self) -> None:
+        if not self.data.carry_state:
+            return
+        if set(self.model.mixers) != {"tssa"} or self.model.positions is not None:
+            raise ValueError(
+                "data.carry_state needs a memory that does not grow: model.mixers [tssa] and model.positions null"
+            )
+        if not self.data.reset_at_documents or self.data.within_documents or self.data.curriculum:
+            raise ValueError(
+                "data.carry_state goes with data.reset_at_documents true, and without within_documents or curriculum"
+            )
 
     @property
     def tokens(self) -> int:
@@ -227,7 +232,7 @@ class Batches(NamedTuple):
     """How one step's tokens are shared out, at contexts of `data.context_tokens`."""
 
     sequences: int  # a step, over all ranks
-    micro_sequences: int  # a forward and backward pass of one rank
+    micro_sequences: int  # a forward and backward pass of one group of `train.context_ranks` ranks
     accumulation: int  # passes of one rank a step
 
 
@@ -235,20 +240,25 @@ def batches(config: RunConfig, world_size: int) -> Batches:
     """How `world_size` ranks share a step.
 
     Raises:
-        UserError: the step does not divide into that many equal shares.
+        UserError: the ranks are no whole groups, or the step does not divide into that many equal shares.
     """
-    per_pass = world_size * config.train.micro_batch_tokens
-    if config.train.batch_tokens % per_pass:
+    train, group = config.train, config.train.context_ranks
+    if world_size % group:
         raise UserError(
-            f"train.batch_tokens {config.train.batch_tokens} does not divide into {world_size} ranks x "
-            f"train.micro_batch_tokens {config.train.micro_batch_tokens}; "
-            f"try train.batch_tokens={_nearest_multiple(config.train.batch_tokens, per_pass)}"
+            f"{world_size} ranks are no whole groups of train.context_ranks {group}; start a multiple of it"
+        )
+    per_pass = world_size * train.micro_batch_tokens
+    if train.batch_tokens % per_pass:
+        raise UserError(
+            f"train.batch_tokens {train.batch_tokens} does not divide into {world_size} ranks x "
+            f"train.micro_batch_tokens {train.micro_batch_tokens}; "
+            f"try train.batch_tokens={_nearest_multiple(train.batch_tokens, per_pass)}"
         )
     context = config.data.context_tokens
     return Batches(
-        config.train.batch_tokens // context,
-        config.train.micro_batch_tokens // context,
-        config.train.batch_tokens // per_pass,
+        train.batch_tokens // context,
+        train.micro_batch_tokens * group // context,
+        train.batch_tokens // per_pass,
     )
 
 
