@@ -73,6 +73,37 @@ def test_seeds_and_epochs_differ(tokens: TokenSet) -> None:
     assert one.epochs(count // 2)["prepared"] == pytest.approx(0.5, abs=1 / count)
 
 
+def test_rows_that_read_on(tokens: TokenSet) -> None:
+    end, S = tokens.manifest.eos_id, 8
+    loader = loader_of(tokens, S, reset_at=end, read_on=True)
+    count = (len(tokens) - 1) // CONTEXT
+    steps = [loader.batch(step, 0, 1) for step in range(count + 1)]
+    windows = {
+        row.tobytes(): number for number, row in enumerate(tokens.tokens(0, count * CONTEXT).reshape(-1, CONTEXT))
+    }
+    numbers = np.array([[windows[row.tobytes()] for row in inputs] for inputs, _, _ in steps])  # [steps, S]
+    assert (np.diff(numbers, axis=0) % count == 1).all()  # each row goes on where it was
+    assert set(numbers[: -(-count // S)].flat) == set(range(count))  # an epoch of all rows reads everything
+    for (inputs, _, resets), row_numbers in zip(steps, numbers, strict=True):
+        expected = inputs == end
+        expected[row_numbers == 0, 0] = True  # the end of a set is no context of its beginning
+        assert np.array_equal(resets, expected)
+    shares = [loader.batch(5, rank, 4).inputs for rank in range(4)]
+    assert np.array_equal(np.concatenate(shares), steps[5].inputs)
+    assert loader.epochs(count) == {"prepared": float(S)}
+
+
+def test_rows_that_read_on_are_shared_by_weight(tokens: TokenSet, digits: Path) -> None:
+    sets = [(tokens, 2.9), (TokenSet(digits, TRAIN), 1.1)]
+    stages = [Stage(0, CONTEXT, 8)]
+    inputs = Loader(sets, stages, 0, reset_at=tokens.manifest.eos_id, read_on=True).batch(0, 0, 1).inputs
+    speeches = tokens.tokens(0, len(tokens) // CONTEXT * CONTEXT).reshape(-1, CONTEXT)
+    known = {row.tobytes() for row in speeches}
+    assert [row.tobytes() in known for row in inputs] == [True] * 6 + [False] * 2
+    with pytest.raises(UserError, match=r"the weight 0\.01 of .* is less than one row of a step's 8"):
+        Loader([(tokens, 1.0), (TokenSet(digits, TRAIN), 0.01)], stages, 0, read_on=True)
+
+
 def test_too_few_tokens(tokens: TokenSet) -> None:
     with pytest.raises(UserError, match="fewer than one window of 10000000"):
         loader_of(tokens, 1, context=10_000_000)

@@ -2,5 +2,15 @@
 
 from tostlm.config.files import dump_config, load_config
 from tostlm.config.sections import DEEPSPEED_KEYS, Batches, DataConfig, RunConfig, batches
+from tostlm.config.training import TrainConfig
 
-__all__ = ["DEEPSPEED_KEYS", "Batches", "DataConfig", "RunConfig", "batches", "dump_config", "load_config"]
+__all__ = [
+    "DEEPSPEED_KEYS",
+    "Batches",
+    "DataConfig",
+    "RunConfig",
+    "TrainConfig",
+    "batches",
+    "dump_config",
+    "load_config",
+]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tostlm.data.order import LONGEST_CYCLE, Blend, permuted
+from tostlm.data.order import LONGEST_CYCLE, Blend, Lanes, permuted
 from tostlm.data.shards import load_tokenizer
 from tostlm.data.tokenizer import Tokenizer
 from tostlm.data.windows import DocumentWindows, StreamWindows, Tokens
@@ -43,7 +43,9 @@ class Loader:
 
     `reset_at` is the document end at which the model forgets. The end that precedes a document counts as its first
     input, as it does in generation, so the model reads each document as if it stood alone. `within_documents` reads
-    of every stage's context only the documents that fill it.
+    of every stage's context only the documents that fill it. With `read_on` there is one stage, and each row of a
+    step goes on where that row of the step before ended, for a model that carries its state from step to step; the
+    first token of a set resets then too.
 
     Raises:
         UserError: a set has no window of a stage's context, or a weight too small to be read.
@@ -57,14 +59,19 @@ class Loader:
         *,
         reset_at: int | None = None,
         within_documents: bool = False,
+        read_on: bool = False,
     ) -> None:
         self._stages, self._seed, self._reset_at = stages, seed, reset_at
-        self._blend = Blend([weight for _, weight in sets])
-        for (tokens, weight), count in zip(sets, self._blend.counts, strict=True):
-            if not count:
+        weights = [weight for _, weight in sets]
+        self._lanes = Lanes(weights, stages[0].sequences) if read_on else None
+        self._blend = Blend(weights)
+        parts = self._lanes or self._blend
+        self._shares = [count / parts.length for count in parts.counts]
+        for (tokens, weight), share in zip(sets, self._shares, strict=True):
+            if not share:
+                of = f"row of a step's {parts.length}" if read_on else f"sample in {LONGEST_CYCLE}"
                 raise UserError(
-                    f"the weight {weight} of {tokens.folder} is less than one sample in {LONGEST_CYCLE}; raise it or "
-                    "leave the set out"
+                    f"the weight {weight} of {tokens.folder} is less than one {of}; raise it or leave the set out"
                 )
         cut = DocumentWindows if within_documents else StreamWindows
         contexts = {stage.context for stage in stages}
@@ -78,16 +85,23 @@ class Loader:
         stage = self._stages[number]
         share = stage.sequences // world
         first = (step - stage.first_step) * stage.sequences + rank * share
-        rows = np.stack([self._row(number, sample) for sample in range(first, first + share)])
+        picks = [self._pick(number, sample) for sample in range(first, first + share)]
+        rows = np.stack([self._windows[number][chosen].row(window) for chosen, window in picks])
         inputs = rows[:, :-1]
-        return Batch(inputs, rows[:, 1:], None if self._reset_at is None else inputs == self._reset_at)
+        resets = None if self._reset_at is None else inputs == self._reset_at
+        if resets is not None and self._lanes:
+            resets[[window == 0 for _, window in picks], 0] = True
+        return Batch(inputs, rows[:, 1:], resets)
 
-    def _row(self, stage: int, sample: int) -> np.ndarray:
+    def _pick(self, stage: int, sample: int) -> tuple[int, int]:
+        """Set and window of a sample."""
+        if self._lanes:
+            return self._lanes.pick(sample, [windows.count for windows in self._windows[stage]])
         key = f"{self._seed}/{stage}"
         chosen, index = self._blend.pick(sample, key)
-        windows = self._windows[stage][chosen]
-        epoch, index = divmod(index, windows.count)
-        return windows.row(permuted(index, windows.count, f"{key}/{chosen}/{epoch}"))
+        count = self._windows[stage][chosen].count
+        epoch, index = divmod(index, count)
+        return chosen, permuted(index, count, f"{key}/{chosen}/{epoch}")
 
     def epochs(self, step: int) -> dict[str, float]:
         """How often the windows of each set, by name, have been read after `step` steps, summed over the stages."""
@@ -95,8 +109,8 @@ class Loader:
         ends = [*(stage.first_step for stage in self._stages[1:]), step]
         for stage, end, windows in zip(self._stages, ends, self._windows, strict=True):
             samples = max(0, min(step, end) - stage.first_step) * stage.sequences
-            for name, count, cut in zip(self._names, self._blend.counts, windows, strict=True):
-                done[name] += samples * count / self._blend.length / cut.count
+            for name, share, cut in zip(self._names, self._shares, windows, strict=True):
+                done[name] += samples * share / cut.count
         return done
 
     def steps_within(self, tokens: int) -> int:

@@ -33,6 +33,27 @@ def permuted(index: int, size: int, key: str) -> int:
             return index
 
 
+class Lanes:
+    """Rows of a step that read on: each of the `length` rows walks through one set, window by window, for ever.
+
+    Set i has `counts[i]` of the rows, by the largest remainder of its weight; they start at equal distances from each
+    other, so that together they have read the set once when each has come to where the next one began.
+    """
+
+    def __init__(self, weights: Sequence[float], rows: int) -> None:
+        self.length = rows
+        exact = [Fraction(str(weight)) for weight in weights]
+        self.counts = _rounded([weight / sum(exact) * rows for weight in exact])
+        self._firsts = [0, *accumulate(self.counts)]
+
+    def pick(self, sample: int, windows: Sequence[int]) -> tuple[int, int]:
+        """The set that sample number `sample` is of, and which of the set's windows it is; sets hold `windows[i]`."""
+        step, row = divmod(sample, self.length)
+        chosen = bisect_right(self._firsts, row) - 1
+        start = (row - self._firsts[chosen]) * windows[chosen] // self.counts[chosen]
+        return chosen, (start + step) % windows[chosen]
+
+
 class Blend:
     """Whose the samples of a run are: in every cycle of `length` samples set i has exactly `counts[i]`.
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import pickle
 import shutil
 import warnings
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pydantic
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 if not torch.accelerator.is_available():
@@ -28,7 +31,10 @@ from tostlm.config import RunConfig, batches
 from tostlm.errors import UserError, reason_of
 from tostlm.launch import Ranks
 from tostlm.model import LM, parameter_groups
+from tostlm.train.carry import Carry
 from tostlm.train.feed import Rows
+
+Phase = Callable[[str], AbstractContextManager[None]]  # around a part of a step, by its name
 
 SHARDS = "shards"  # DeepSpeed's tag
 SETTINGS = ("betas", "eps", "weight_decay")  # of an optimizer group
@@ -87,6 +93,7 @@ def start_engine(config: RunConfig, lm: LM, ranks: Ranks) -> Any:
         if ranks.rank:  # it refuses on all ranks; one of them says so
             raise SystemExit(2) from None
         raise UserError(f"DeepSpeed refuses the deepspeed block: {_complaint(error)}") from error
+    engine.guard = Guard(engine, optimizer)
     for state in optimizer.state.values():
         # At stage 0 in low precision DeepSpeed makes the optimizer's state by a step on zero gradients, which Adam's
         # bias correction would count.
@@ -100,28 +107,95 @@ def _complaint(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+class Guard:
+    """Stands before the optimizer's update, and keeps that of a bad step from being made.
+
+    DeepSpeed's optimizers know the whole gradient's norm when they come to the update; some refuse one that is no
+    number themselves, some do not.
+    """
+
+    def __init__(self, engine: Any, optimizer: torch.optim.Optimizer) -> None:
+        self._engine, self._update = engine, optimizer.step
+        self.closed = False  # to the step under way
+        self.refused = False  # the last update that DeepSpeed came with
+        optimizer.step = self._step  # type: ignore[method-assign]
+
+    def _step(self, *arguments: Any, **options: Any) -> Any:
+        self.refused = self.closed or not _is_number(getattr(self._engine.optimizer, "_global_grad_norm", None))
+        return None if self.refused else self._update(*arguments, **options)
+
+
+def _is_number(grad_norm: Tensor | float | None) -> bool:
+    """Whether a gradient's norm is one, as far as it is known; DeepSpeed writes -1 for a norm that is none."""
+    return grad_norm is None or 0 <= float(grad_norm) < math.inf
+
+
 class Step(NamedTuple):
-    """What one update was like."""
+    """What one step was like."""
 
-    loss: Tensor  # mean over this rank's tokens, in nats
-    grad_norm: Tensor | float | None  # of the whole gradient, before clipping; None where DeepSpeed is told not to
+    loss: float  # mean over all ranks' tokens, in nats
+    grad_norm: float | None  # of the whole gradient, before clipping; None where DeepSpeed is told not to
+    bad: bool  # by its loss, or by its gradient where no loss scale explains that
+    skipped: bool  # nothing was updated
+    stop: bool  # some rank was asked to stop
 
 
-def train_step(engine: Any, rows: Rows, lr: float) -> Step:
-    """One update from this rank's share of a step."""
+def train_step(
+    engine: Any,
+    rows: Rows,
+    lr: float,
+    is_bad: Callable[[float], bool],
+    stop: bool,
+    carry: Carry | None,
+    phase: Phase,
+) -> Step:
+    """One update from this rank's share of a step, unless the step is bad: by its loss, or by its gradient's norm.
+
+    A state that is carried on is forgotten where the update is not made.
+    """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    passes = rows.split(engine.gradient_accumulation_steps())
-    losses = []
-    grad_norm = None
-    for number, micro in enumerate(passes, start=1):
-        loss = micro.loss(engine)
-        engine.backward(loss)
-        if number == len(passes):
-            grad_norm = _unreported_grad_norm(engine)
-        engine.step()
+    parts = rows.split(engine.gradient_accumulation_steps())
+    losses, step = [], Step(math.nan, None, False, False, stop)
+    for number, part in enumerate(parts):
+        with phase("forward"):
+            loss, state = part.loss(engine, carry[number] if carry else None)
+        if carry:
+            carry.keep(number, state)
         losses.append(loss.detach())
-    return Step(torch.stack(losses).mean(), engine.get_global_grad_norm() if grad_norm is None else grad_norm)
+        with phase("backward"):
+            engine.backward(loss)
+        last = number + 1 == len(parts)
+        with phase("step" if last else "backward"):
+            if last:
+                mean, stop = _of_all_ranks(torch.stack(losses).mean(), stop)
+                step = _update(engine, mean, is_bad(mean), stop)
+            else:
+                engine.step()  # counts the passes
+    if carry and step.skipped:
+        carry.forget()
+    return step
+
+
+def _update(engine: Any, loss: float, bad: bool, stop: bool) -> Step:
+    """Take the step that the gradients are ready for, unless it is bad."""
+    norm: Tensor | float | None = _unreported_grad_norm(engine)
+    engine.guard.closed, engine.guard.refused = bad or not _is_number(norm), True  # unless DeepSpeed comes to it
+    engine.step()
+    skipped = engine.guard.refused
+    if norm is None:
+        norm = engine.get_global_grad_norm()
+    if norm is not None:
+        norm = float(norm) if _is_number(norm) else math.inf
+    return Step(loss, norm, bad or (skipped and not engine.fp16_enabled()), skipped, stop)
+
+
+def _of_all_ranks(loss: Tensor, stop: bool) -> tuple[float, bool]:
+    """The mean of the ranks' losses, and whether any of them was asked to stop: the same on every rank."""
+    sums = torch.stack([loss.double(), torch.tensor(float(stop), dtype=torch.float64, device=loss.device)])
+    dist.all_reduce(sums)
+    total, stops = sums.tolist()
+    return total / dist.get_world_size(), stops > 0
 
 
 def _unreported_grad_norm(engine: Any) -> Tensor | None:

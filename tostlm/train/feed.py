@@ -14,6 +14,7 @@ from torch import Tensor
 from tostlm.config import RunConfig, batches
 from tostlm.data import HELDOUT, TRAIN, Batch, Loader, Stage, TokenSet
 from tostlm.launch import Ranks
+from tostlm.model import LMState
 
 AHEAD = 2  # batches
 
@@ -38,9 +39,9 @@ class Rows(NamedTuple):
     def context(self) -> int:
         return self.inputs.shape[1]
 
-    def loss(self, lm: Any) -> Tensor:
-        """The mean loss in nats of an LM, or of an engine around one."""
-        return lm(self.inputs, targets=self.targets, reset=self.resets)[0]
+    def loss(self, lm: Any, state: LMState | None = None) -> tuple[Tensor, LMState]:
+        """The mean loss in nats of an LM, or of an engine around one, and the state after the rows."""
+        return lm(self.inputs, state, targets=self.targets, reset=self.resets)
 
     def split(self, parts: int) -> list[Rows]:
         """Equal parts of the sequences."""
@@ -57,7 +58,7 @@ def training_loader(config: RunConfig) -> Loader:
     """
     tokens = config.train.batch_tokens
     stages = [Stage(step, context, tokens // context) for step, context in config.data.stages]
-    return _loader(config, TRAIN, stages)
+    return _loader(config, TRAIN, stages, read_on=config.data.carry_state)
 
 
 def heldout_loader(config: RunConfig, world: int) -> Loader:
@@ -67,10 +68,10 @@ def heldout_loader(config: RunConfig, world: int) -> Loader:
         UserError: a set is damaged or has no window of `data.context_tokens`.
     """
     passes = batches(config, world).micro_sequences * world
-    return _loader(config, HELDOUT, [Stage(0, config.data.context_tokens, passes)])
+    return _loader(config, HELDOUT, [Stage(0, config.data.context_tokens, passes)], read_on=False)
 
 
-def _loader(config: RunConfig, split: str, stages: list[Stage]) -> Loader:
+def _loader(config: RunConfig, split: str, stages: list[Stage], read_on: bool) -> Loader:
     sets = [(TokenSet(folder, split), weight) for folder, weight in config.data.sets]
     return Loader(
         sets,
@@ -78,6 +79,7 @@ def _loader(config: RunConfig, split: str, stages: list[Stage]) -> Loader:
         config.seed,
         reset_at=sets[0][0].manifest.eos_id if config.data.reset_at_documents else None,
         within_documents=config.data.within_documents,
+        read_on=read_on,
     )
 
 
