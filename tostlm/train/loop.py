@@ -2,140 +2,115 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from contextlib import closing
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from tostlm.checkpoint import CONFIG
-from tostlm.config import RunConfig, batches, dump_config
-from tostlm.data import Loader, common_tokenizer, verify
-from tostlm.errors import UserError
-from tostlm.files import lock_for_life, require_writable, write_atomically
+from tostlm.checkpoint import Progress
+from tostlm.config import RunConfig
+from tostlm.data import Loader, common_tokenizer
+from tostlm.errors import EXIT_REQUEUE
 from tostlm.launch import Ranks
 from tostlm.model import create_lm
-from tostlm.train.checkpoint import check_resumable, clear_unfinished, last_step, resume, save
-from tostlm.train.engine import join_ranks, start_engine, train_step
+from tostlm.train.carry import Carry
+from tostlm.train.checkpoint import Saver
+from tostlm.train.engine import Phase, join_ranks, of_all_ranks, start_engine, train_step
 from tostlm.train.feed import feed, heldout_loader, training_loader
+from tostlm.train.health import Health
 from tostlm.train.metrics import Metrics
+from tostlm.train.resume import resume
+from tostlm.train.rollback import go_back
 from tostlm.train.schedule import learning_rate
+from tostlm.train.start import agree, check_run
+from tostlm.train.stop import StopRequest
+from tostlm.train.watchdog import Watchdog
 
 
 def train(config: RunConfig, ranks: Ranks) -> None:
-    """Train from the newest checkpoint of the run's folder, or from the start, to the last step. Every rank calls it.
+    """Train from the newest good checkpoint of the run's folder, or from the start, to the last step.
+
+    Every rank calls it.
 
     Raises:
-        UserError: the data, the folder or the checkpoint does not fit the config.
+        UserError: the data, the folder or the checkpoint does not fit the config, or the run went bad too often.
+        SystemExit: with `EXIT_REQUEUE`, all being saved, where a rank was asked to stop before the last step.
     """
     device = join_ranks(ranks)
-    step = agree(lambda: check_run(config, ranks.world), ranks)
-    if step >= config.train.steps:
-        if ranks.rank == 0:
-            print(f"{config.run_dir}: finished at step {step}; raise train.steps to go on")
-        return
+    newest = agree(lambda: check_run(config, ranks.world), ranks)
+    settings, steps = config.train, config.train.steps
     tokenizer = common_tokenizer([folder for folder, _ in config.data.sets])
     loader, heldout = training_loader(config), heldout_loader(config, ranks.world)
     engine = start_engine(config, create_lm(config.model, config.seed), ranks)
-    if step:
-        resume(engine, config, step)
+    carry = Carry(config, ranks) if config.data.carry_state else None
+    progress = resume(engine, config, newest, carry) if newest else Progress()
+    health = Health(settings, progress.good_losses)
+    stopping = False
 
-    def due(every: int) -> bool:
-        return step % every == 0 or step == config.train.steps
+    def due(every: int | None) -> bool:
+        return every is not None and (progress.step % every == 0 or progress.step == steps)
 
     with (
-        Metrics(config, step, ranks) as metrics,
-        closing(feed(loader, range(step, config.train.steps), ranks, device)) as batches_ahead,
+        StopRequest(settings.time_limit_minutes) as stop,
+        Watchdog(config, ranks) as watchdog,
+        Metrics(config, progress.step, ranks) as metrics,
+        Saver(config, tokenizer, ranks) as saver,
+        closing(feed(loader, range(progress.data_step, sys.maxsize), ranks, device)) as rows_ahead,
     ):
-        for rows in batches_ahead:
-            lr = learning_rate(config, step)
-            update = train_step(engine, rows, lr)
-            step += 1
 
-            if due(config.train.log_every_steps):
-                loss = finite_mean(update.loss, step, ranks)
-                metrics.train(step, loss, lr, update.grad_norm, rows.context, loader.epochs(step))
-            if due(config.train.eval_every_steps):
-                own = evaluate(engine, heldout, config.train.eval_tokens, ranks, device)
-                metrics.heldout(step, finite_mean(own, step, ranks))
-                metrics.restart_clock(step)
-            if due(config.train.save_every_steps):
-                finite_mean(update.loss, step, ranks)
-                save(engine, config, tokenizer, step, ranks)
-                metrics.restart_clock(step)
+        @contextmanager
+        def phase(name: str) -> Iterator[None]:
+            watchdog.beat(progress.step, name)
+            with metrics.clock.phase(name):
+                yield
+
+        while progress.step < steps and not stopping:
+            with phase("data"):
+                rows = next(rows_ahead)
+            lr = learning_rate(config, progress.step)
+            update = train_step(engine, rows, lr, health.is_bad, stop.made, carry, phase)
+            progress, stopping = progress.after(update.skipped), update.stop
+
+            if update.skipped:
+                metrics.event(progress.step, "skipped", loss=update.loss, grad_norm=update.grad_norm)
+            if health.count(update.loss, update.bad):
+                saver.finish()
+                progress = go_back(engine, config, progress, ranks, health.fruitless)
+                health.went_back()
+                metrics.rewind(progress.step)
+                metrics.event(progress.step, "went back", rollbacks=progress.rollbacks)
+                continue
+            if due(settings.log_every_steps):
+                metrics.train(progress, update, rows.context, loader.epochs(progress.data_step))
+            if due(settings.eval_every_steps):
+                loss = evaluate(engine, heldout, settings.eval_tokens, ranks, device, phase)
+                progress = progress._replace(heldout_loss=loss)
+                metrics.heldout(progress.step, loss)
+            if (due(settings.save_every_steps) or stopping) and not update.bad:
+                with phase("save"):
+                    saver.save(engine, progress._replace(good_losses=health.good), carry and carry.gather())
+        with phase("save"):
+            saver.finish()
     dist.destroy_process_group()
-
-
-def agree(decide: Callable[[], int], ranks: Ranks) -> int:
-    """A number that rank 0 decides on. Its error ends every rank, and is said once."""
-    decision: list[int | None] = [None]
-    try:
+    if progress.step < steps:
         if ranks.rank == 0:
-            decision = [decide()]
-    finally:
-        dist.broadcast_object_list(decision, src=0)
-    if decision[0] is None:
-        raise SystemExit(2)
-    return decision[0]
-
-
-def check_run(config: RunConfig, world_size: int) -> int:
-    """Everything about a run that can be wrong before it starts; returns the step to go on from.
-
-    Raises:
-        UserError: something is.
-    """
-    batches(config, world_size)
-    folders = [folder for folder, _ in config.data.sets]
-    tokenizer = common_tokenizer(folders)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"model.vocab_size {config.model.vocab_size} is smaller than the {tokenizer.vocab_size} pieces of the "
-            f"tokenizer of {folders[0]}; raise model.vocab_size"
-        )
-    training_loader(config)
-    heldout_loader(config, world_size)
-    check_resumable(config, tokenizer, world_size)
-    require_writable(config.run_dir)
-    lock_for_life(
-        config.run_dir / ".lock", f"{config.run_dir} is in use by another tostlm train; wait for it or end it"
-    )
-    clear_unfinished(config)
-    if config.data.verify_checksums:
-        for folder in folders:
-            for _ in verify(folder):
-                pass
-    write_atomically(config.run_dir / CONFIG, dump_config(config))
-    return last_step(config)
+            print(
+                f"{config.run_dir}: stopped after step {progress.step} of {steps} ({stop.reason}); "
+                "the same command goes on"
+            )
+        raise SystemExit(EXIT_REQUEUE)
 
 
 @torch.no_grad()
-def evaluate(engine: Any, heldout: Loader, tokens: int, ranks: Ranks, device: torch.device) -> Tensor:
-    """This rank's mean loss in nats on its share of `tokens` held-out tokens, the same every time."""
-    passes = heldout.steps_within(tokens)
+def evaluate(engine: Any, heldout: Loader, tokens: int, ranks: Ranks, device: torch.device, phase: Phase) -> float:
+    """The mean loss in nats on `tokens` held-out tokens, the same ones every time; the same number on every rank."""
     engine.eval()
-    losses = [rows.loss(engine) for rows in feed(heldout, range(passes), ranks, device)]
+    losses = []
+    for rows in feed(heldout, range(heldout.steps_within(tokens)), ranks, device):
+        with phase("eval"):
+            losses.append(rows.loss(engine)[0])
     engine.train()
-    return torch.stack(losses).mean()
-
-
-def finite_mean(loss: Tensor, step: int, ranks: Ranks) -> float:
-    """The mean of a loss of each rank, on every rank.
-
-    Raises:
-        UserError: it is no number; said by rank 0.
-    """
-    total = loss.to(torch.float64, copy=True)
-    dist.all_reduce(total)
-    mean = float(total) / ranks.world
-    if math.isfinite(mean):
-        return mean
-    if ranks.rank:
-        raise SystemExit(2)
-    raise UserError(
-        f"the loss is {mean} at step {step}: training has diverged; lower optimizer.lr or set "
-        "deepspeed.gradient_clipping, and run again: it goes on from the last checkpoint"
-    )
+    return of_all_ranks(torch.stack(losses).mean())[0]

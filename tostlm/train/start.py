@@ -1,0 +1,64 @@
+"""What is settled before the first step: by rank 0, for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from tostlm.checkpoint import CONFIG
+from tostlm.config import RunConfig, batches, dump_config
+from tostlm.data import common_tokenizer, verify
+from tostlm.errors import UserError
+from tostlm.files import lock_for_life, require_writable, write_atomically
+from tostlm.launch import Ranks
+from tostlm.train.feed import heldout_loader, training_loader
+from tostlm.train.resume import check_resumable, newest_good
+
+T = TypeVar("T")
+
+
+def agree(decide: Callable[[], T], ranks: Ranks) -> T:
+    """What rank 0 decides, on every rank. Its error ends all of them, and is said once."""
+    decision: list[tuple[T] | None] = [None]
+    try:
+        if ranks.rank == 0:
+            decision = [(decide(),)]
+    finally:
+        dist.broadcast_object_list(decision, src=0)
+    if decision[0] is None:
+        raise SystemExit(2)
+    return decision[0][0]
+
+
+def check_run(config: RunConfig, world_size: int) -> Path | None:
+    """Everything about a run that can be wrong before it starts; returns the checkpoint to go on from, if any.
+
+    Raises:
+        UserError: something is.
+    """
+    batches(config, world_size)
+    folders = [folder for folder, _ in config.data.sets]
+    tokenizer = common_tokenizer(folders)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size {config.model.vocab_size} is smaller than the {tokenizer.vocab_size} pieces of the "
+            f"tokenizer of {folders[0]}; raise model.vocab_size"
+        )
+    training_loader(config)
+    heldout_loader(config, world_size)
+    require_writable(config.run_dir)
+    lock_for_life(
+        config.run_dir / ".lock", f"{config.run_dir} is in use by another tostlm train; wait for it or end it"
+    )
+    newest = newest_good(config)
+    if newest is not None:
+        check_resumable(config, tokenizer, newest)
+    if config.data.verify_checksums:
+        for folder in folders:
+            for _ in verify(folder):
+                pass
+    write_atomically(config.run_dir / CONFIG, dump_config(config))
+    return newest
