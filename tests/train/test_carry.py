@@ -1,0 +1,68 @@
+"""Truncated backpropagation: windows of one document after another, read as the document is."""
+
+import shutil
+
+import pytest
+import torch
+
+from tests.conftest import Run, fail, succeed
+from tostlm.checkpoint import checkpoints
+from tostlm.model import create_lm
+from tostlm.train.feed import Rows, training_loader
+
+CARRY = [
+    "data.carry_state=true",
+    "data.reset_at_documents=true",
+    "model.halflife_tokens=null",
+    "model.layer_scale=20.0",
+]
+
+
+@torch.no_grad()
+def test_the_losses_are_those_of_the_documents_read_whole(run: Run) -> None:
+    still = ["optimizer.lr=1e-20", "optimizer.min_lr=0"]
+    succeed(run.train(*CARRY, *still))
+    config = run.config(*CARRY, *still)
+    lm, loader = create_lm(config.model, config.seed), training_loader(config)
+    windows = [Rows.of(loader.batch(step, 0, 1)) for step in range(6)]
+    logits, _ = lm(
+        torch.cat([rows.inputs for rows in windows], 1), reset=torch.cat([rows.resets for rows in windows], 1)
+    )
+    targets = torch.cat([rows.targets for rows in windows], 1)
+    losses = (
+        torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").view(8, 6, 64).mean((0, 2))
+    )
+    assert list(run.metrics("train").values()) == pytest.approx(losses.tolist(), abs=1e-5)
+    alone = [float(rows.loss(lm)[0]) for rows in windows]
+    assert alone[0] == pytest.approx(float(losses[0]), abs=1e-5)
+    assert all(abs(a - float(b)) > 1e-4 for a, b in zip(alone[1:], losses[1:], strict=True))
+
+
+def test_a_run_resumes_with_what_it_remembers_on_any_ranks(run: Run) -> None:
+    succeed(run.train(*CARRY))
+    losses = run.metrics("train")
+    shutil.rmtree(checkpoints(run.dir)[-1])
+    succeed(run.train(*CARRY))
+    assert run.metrics("train") == losses
+    shutil.rmtree(checkpoints(run.dir)[-1])
+    succeed(run.train(*CARRY, "train.micro_batch_tokens=256", nproc=2))  # other parts of other ranks
+    assert run.metrics("train") == pytest.approx(losses, abs=1e-4)
+    shutil.rmtree(checkpoints(run.dir)[-1])
+    succeed(run.train(*CARRY, "train.context_ranks=2", nproc=2))  # a piece of each window on each rank
+    assert run.metrics("train") == pytest.approx(losses, abs=1e-4)
+    (checkpoints(run.dir)[0] / "carry.safetensors").unlink()
+    shutil.rmtree(checkpoints(run.dir)[-1])
+    result = run.train(*CARRY)
+    assert "carry.safetensors is missing" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.halflife_tokens=null", "model.positions=64"], ["model.positions null"]),
+        (["data.reset_at_documents=false"], ["data.reset_at_documents true"]),
+        (["data.within_documents=true"], ["without within_documents"]),
+    ],
+)
+def test_what_does_not_go_together(run: Run, overrides: list[str], words: list[str]) -> None:
+    fail(run.train(*CARRY, *overrides), "data.carry_state", *words)

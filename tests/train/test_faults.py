@@ -1,0 +1,149 @@
+"""Faults of numbers and requests to stop, injected into real runs."""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import Run, fail, succeed
+from tostlm.checkpoint import checkpoints, load, read_progress
+from tostlm.errors import EXIT_REQUEUE
+
+# A rank in whose step number NUMBER something goes wrong: `spoil(engine)` is called before it, `heal` after it.
+FAULTY_RANK = """
+import math
+from tostlm.main import main
+from tostlm.train import loop
+
+calls, train_step = 0, loop.train_step
+
+def faulty(engine, *arguments):
+    global calls
+    calls += 1
+    if calls == {number}:
+        {fault}
+        step = train_step(engine, *arguments)
+        hook.remove() if "hook" in locals() else None
+        return step
+    return train_step(engine, *arguments)
+
+loop.train_step = faulty
+main()
+"""
+NAN_LOSS = "hook = engine.module.register_forward_hook(lambda module, inputs, out: (out[0] * math.nan, out[1]))"
+HIGH_LOSS = "hook = engine.module.register_forward_hook(lambda module, inputs, out: (out[0] + 3, out[1]))"
+LOST_WEIGHTS = "engine.module.embed.weight.data.fill_(math.nan)"
+
+
+def train_with(fault: str, number: int, run: Run, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Train on one rank that step `number` of this process goes wrong in."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return subprocess.run(
+        [sys.executable, "-c", FAULTY_RANK.format(number=number, fault=fault), "train", str(run.file), *overrides],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **place},
+    )
+
+
+def events(run: Run) -> list[dict[str, object]]:
+    lines = [json.loads(line) for line in (run.dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "event"]
+
+
+def test_a_step_without_a_finite_loss_is_skipped(run: Run) -> None:
+    output = succeed(train_with(NAN_LOSS, 4, run))
+    assert read_progress(checkpoints(run.dir)[-1])[:2] == (6, 6)
+    assert read_progress(checkpoints(run.dir)[-1]).skipped_steps == 1
+    assert [(event["step"], event["what"]) for event in events(run)] == [(4, "skipped")]
+    assert "skipped" in output
+    assert run.metrics("train", "skipped_steps") == {1: 0, 2: 0, 3: 0, 4: 1, 5: 1, 6: 1}
+    assert all(p.isfinite().all() for p in load(run.dir).lm.parameters())
+
+
+BACK = ("train.bad_steps_before_rollback=2", "train.save_every_steps=2", "train.steps=8")
+
+
+def test_a_run_that_has_gone_bad_goes_back_and_leaves_the_data_out(run: Run) -> None:
+    succeed(train_with(LOST_WEIGHTS, 5, run, *BACK))
+    progress = read_progress(checkpoints(run.dir)[-1])
+    assert (progress.step, progress.data_step) == (8, 10)  # steps 5 and 6 of the data were left out
+    assert (progress.skipped_steps, progress.rollbacks) == (2, 1)
+    assert list(run.metrics("train")) == list(range(1, 9))
+    assert [(event["step"], event["what"]) for event in events(run)] == [
+        (5, "skipped"),
+        (6, "skipped"),
+        (4, "went back"),
+    ]
+    assert all(math.isfinite(loss) for loss in run.metrics("train").values())
+    assert all(p.isfinite().all() for p in load(run.dir).lm.parameters())
+    # What follows is what a run does that is told to leave these data out.
+    losses = run.metrics("train")
+    for path in checkpoints(run.dir)[2:]:
+        for file in sorted(path.rglob("*"), reverse=True):
+            file.rmdir() if file.is_dir() else file.unlink()
+        path.rmdir()
+    newest = checkpoints(run.dir)[-1]
+    assert read_progress(newest).step == 4
+    succeed(train_with(LOST_WEIGHTS, 1, run, *BACK))  # the first two steps after step 4, again
+    assert run.metrics("train") == losses
+
+
+def test_a_run_that_goes_bad_again_and_again_stops(run: Run) -> None:
+    line = fail(run.train("optimizer.lr=1e30", "optimizer.warmup_steps=0", "train.steps=50", *BACK[:2]), "diverged")
+    assert "lower optimizer.lr" in line
+    assert not checkpoints(run.dir) or read_progress(checkpoints(run.dir)[-1]).step < 50
+
+
+def test_a_spike_is_skipped_where_that_is_asked_for(run: Run) -> None:
+    spikes = ("train.spike_zscore=3", "train.spike_window_steps=3")
+    succeed(train_with(HIGH_LOSS, 5, run, *spikes))
+    assert [(event["step"], event["what"]) for event in events(run)] == [(5, "skipped")]
+    calm = run.metrics("train")
+    run.dir = run.dir.with_name("calm")
+    succeed(train_with(HIGH_LOSS, 5, run, f"run_dir={run.dir}"))
+    assert not events(run)
+    assert run.metrics("train")[5] == calm[5]  # the same step, taken instead
+    assert run.metrics("train")[6] != calm[6]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_asked_to_stop_it_saves_the_step_it_is_at(run: Run, number: signal.Signals) -> None:
+    arguments = ["train", str(run.file), "train.steps=100000", "train.save_every_steps=50000", "--nproc", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tostlm", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 7/"):
+            break
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == EXIT_REQUEUE, stderr
+    assert stderr == ""
+    (saved,) = checkpoints(run.dir)
+    step = read_progress(saved).step
+    assert f"stopped after step {step} of 100000 ({number.name}" in stdout
+    assert max(run.metrics("train")) == step  # nothing done is lost
+    succeed(run.train(f"train.steps={step + 2}", nproc=2))
+    assert list(run.metrics("train")) == list(range(1, step + 3))
+
+
+def test_the_time_it_was_given(run: Run) -> None:
+    result = run.train("train.steps=100000", "train.save_every_steps=50000", "train.time_limit_minutes=0.02")
+    assert result.returncode == EXIT_REQUEUE
+    assert "train.time_limit_minutes" in result.stdout
+    assert len(checkpoints(run.dir)) == 1

@@ -1,0 +1,64 @@
+"""Twenty times killed at random, a run ends with the loss curve of the run never killed."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Run, succeed
+from tostlm.checkpoint import checkpoints, read_progress
+from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE
+
+KILLS = 20
+OVERRIDES = ["train.save_every_steps=5", "train.keep_last_checkpoints=3", "train.eval_every_steps=20"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_killed_twenty_times(data: Path, tmp_path: Path) -> None:
+    steps = f"train.steps={KILLS * 40}"
+    (tmp_path / "calm").mkdir()
+    calm = Run(tmp_path / "calm", data)
+    succeed(calm.train(*OVERRIDES, steps, nproc=2))
+
+    run, chance = Run(tmp_path, data), random.Random(0)
+    arguments = [sys.executable, "-m", "tostlm", "train", str(run.file), *OVERRIDES, steps, "--nproc", "2"]
+    done = []
+    for _ in range(KILLS):
+        before = read_progress(checkpoints(run.dir)[-1]).step if checkpoints(run.dir) else 0
+        process = subprocess.Popen(
+            arguments,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        while process.poll() is None and (not checkpoints(run.dir) or newest_step(run) < before + 10):
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.3))  # in a step, an evaluation or a save
+        ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        victim = chance.choice(["rank 0", "rank 1", "launcher", "request"])
+        if victim.startswith("rank"):
+            os.kill(int(ranks[int(victim[-1])]), signal.SIGKILL)
+        else:
+            process.send_signal(signal.SIGKILL if victim == "launcher" else signal.SIGTERM)
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode in (EXIT_LOST_RANK, EXIT_REQUEUE, -signal.SIGKILL), stderr
+        assert "Traceback" not in stderr
+        while any(Path(f"/proc/{rank}").exists() for rank in ranks):  # those of a killed launcher save and end
+            time.sleep(0.1)
+        done.append((victim, newest_step(run)))
+    succeed(run.train(*OVERRIDES, steps, nproc=2))
+    print(done)
+    for kind, key in (("train", "loss"), ("train", "grad_norm"), ("heldout", "loss")):
+        assert run.metrics(kind, key) == calm.metrics(kind, key)
+
+
+def newest_step(run: Run) -> int:
+    """Of the newest checkpoint, as its name has it: it may be going away."""
+    return int(checkpoints(run.dir)[-1].name.removeprefix("step-"))
