@@ -11,17 +11,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tostlm.checkpoint import CONFIG
+from tostlm.checkpoint import CONFIG, Progress, checkpoint_folder, read_progress
 from tostlm.config import RunConfig, batches, dump_config
 from tostlm.data import Loader, common_tokenizer, verify
 from tostlm.errors import UserError
 from tostlm.files import lock_for_life, require_writable, write_atomically
 from tostlm.launch import Ranks
 from tostlm.model import create_lm
-from tostlm.train.checkpoint import check_resumable, clear_unfinished, last_step, resume, save
+from tostlm.train.checkpoint import Saver
 from tostlm.train.engine import join_ranks, start_engine, train_step
 from tostlm.train.feed import feed, heldout_loader, training_loader
 from tostlm.train.metrics import Metrics
+from tostlm.train.resume import check_resumable, newest_good, resume
 from tostlm.train.schedule import learning_rate
 
 
@@ -40,32 +41,35 @@ def train(config: RunConfig, ranks: Ranks) -> None:
     tokenizer = common_tokenizer([folder for folder, _ in config.data.sets])
     loader, heldout = training_loader(config), heldout_loader(config, ranks.world)
     engine = start_engine(config, create_lm(config.model, config.seed), ranks)
-    if step:
-        resume(engine, config, step)
+    progress = resume(engine, checkpoint_folder(config.run_dir, step)) if step else Progress()
 
     def due(every: int) -> bool:
         return step % every == 0 or step == config.train.steps
 
     with (
         Metrics(config, step, ranks) as metrics,
+        Saver(config, tokenizer, ranks) as saver,
         closing(feed(loader, range(step, config.train.steps), ranks, device)) as batches_ahead,
     ):
         for rows in batches_ahead:
             lr = learning_rate(config, step)
             update = train_step(engine, rows, lr)
             step += 1
+            progress = progress._replace(step=step, data_step=step)
 
             if due(config.train.log_every_steps):
                 loss = finite_mean(update.loss, step, ranks)
                 metrics.train(step, loss, lr, update.grad_norm, rows.context, loader.epochs(step))
             if due(config.train.eval_every_steps):
                 own = evaluate(engine, heldout, config.train.eval_tokens, ranks, device)
-                metrics.heldout(step, finite_mean(own, step, ranks))
+                heldout_loss = finite_mean(own, step, ranks)
+                progress = progress._replace(heldout_loss=heldout_loss)
+                metrics.heldout(step, heldout_loss)
                 metrics.restart_clock(step)
             if due(config.train.save_every_steps):
                 finite_mean(update.loss, step, ranks)
-                save(engine, config, tokenizer, step, ranks)
-                metrics.restart_clock(step)
+                saver.save(engine, progress)
+                metrics.saved(step, saver.blocked_seconds)
     dist.destroy_process_group()
 
 
@@ -98,18 +102,19 @@ def check_run(config: RunConfig, world_size: int) -> int:
         )
     training_loader(config)
     heldout_loader(config, world_size)
-    check_resumable(config, tokenizer, world_size)
     require_writable(config.run_dir)
     lock_for_life(
         config.run_dir / ".lock", f"{config.run_dir} is in use by another tostlm train; wait for it or end it"
     )
-    clear_unfinished(config)
+    newest = newest_good(config)
+    if newest is not None:
+        check_resumable(config, tokenizer, newest)
     if config.data.verify_checksums:
         for folder in folders:
             for _ in verify(folder):
                 pass
     write_atomically(config.run_dir / CONFIG, dump_config(config))
-    return last_step(config)
+    return read_progress(newest).step if newest is not None else 0
 
 
 @torch.no_grad()
