@@ -1,48 +1,59 @@
-"""Checkpoints as everything but training reads them: weights without pickles, the config and the tokenizer.
+"""Checkpoints as everything but training reads them: tensors without pickles, the config and the tokenizer.
 
 A run's folder holds
 
     config.yaml
     metrics.jsonl, tensorboard/
+    checkpoints/latest            the newest checkpoint's name, for people and other tools
     checkpoints/step-00000100/
-        weights.safetensors   the model, in the dtype it trained in
-        config.yaml           the run's config
+        state/00000.safetensors   of each parameter NAME, whole and in fp32: NAME/weight, NAME/exp_avg, NAME/exp_avg_sq
+        weights.safetensors       the model in the dtype it trained in, where train.save_weights is on
+        carry.safetensors         what a run that carries its state remembers of its documents
+        config.yaml               the run's config
         tokenizer.model | .json
-        progress.json         what a resumed run must match
-        engine/               DeepSpeed's shards, for resuming alone
+        progress.json             where the run was
+        COMPLETE                  bytes and SHA-256 of every other file, written last
+
+Nothing in it depends on the number of ranks or on the ZeRO stage that wrote it.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import safetensors
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from tostlm.config import RunConfig, load_config
 from tostlm.data import Tokenizer
 from tostlm.errors import UserError, reason_of
 from tostlm.model import LM
 
-WEIGHTS, CONFIG, PROGRESS, ENGINE = (
-    "weights.safetensors",
-    "config.yaml",
-    "progress.json",
-    "engine",
-)
+STATE, WEIGHTS, CARRY = "state", "weights.safetensors", "carry.safetensors"
+CONFIG, PROGRESS, COMPLETE = "config.yaml", "progress.json", "COMPLETE"
 STEP = re.compile(r"^step-(\d{8,})$")
 
 
 class Progress(NamedTuple):
-    """Where a run was, and what a resumed one must share beside its config."""
+    """Where a run was. The training loop says the first five; saving adds the rest."""
 
-    step: int
-    world_size: int
-    data_sha256: str  # of what the prepared folders hold
+    step: int = 0
+    data_step: int = 0  # steps of the loader that were read; above `step` once some were skipped
+    heldout_loss: float | None = None  # of the last evaluation, in nats
+    skipped_steps: int = 0
+    rollbacks: int = 0
+    optimizer_steps: int = 0  # Adam's count, which its bias correction reads
+    loss_scale: dict[str, float] | None = None  # where fp16 adapts it
+    world_size: int = 1  # this and the next for information alone
+    zero_stage: int = 0
+    data_sha256: str = ""  # of what the prepared folders hold
 
 
 class Checkpoint(NamedTuple):
@@ -60,11 +71,15 @@ def checkpoint_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
+def step_folders(run_dir: Path) -> list[Path]:
+    """The folders of a run that are named as checkpoints are, whole or not, oldest first."""
+    found = [path for path in (run_dir / "checkpoints").glob("step-*") if STEP.match(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
 def checkpoints(run_dir: Path) -> list[Path]:
     """A run's finished checkpoints, oldest first."""
-    folder = run_dir / "checkpoints"
-    found = [path for path in folder.glob("step-*") if STEP.match(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return [folder for folder in step_folders(run_dir) if (folder / COMPLETE).is_file()]
 
 
 def resolve(path: Path) -> Path:
@@ -98,6 +113,27 @@ def read_progress(checkpoint: Path) -> Progress:
         raise UserError(f"checkpoint {checkpoint} has no readable {PROGRESS}; use an older one") from None
 
 
+def read_state(checkpoint: Path, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of `keys`, as in NAME/weight, one at a time.
+
+    Raises:
+        UserError: a file is damaged, or a tensor is not there.
+    """
+    try:
+        with ExitStack() as opened:
+            files = [
+                opened.enter_context(safetensors.safe_open(path, "pt"))
+                for path in sorted((checkpoint / STATE).glob("*.safetensors"))
+            ]
+            holder = {key: file for file in files for key in file.keys()}  # noqa: SIM118  (it is no mapping)
+            for key in keys:
+                yield key, holder[key].get_tensor(key)
+    except KeyError as error:
+        raise UserError(f"checkpoint {checkpoint} holds no {error} in {STATE}/; use an older one") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"checkpoint {checkpoint}: {STATE}/ cannot be read ({reason_of(error)})") from None
+
+
 def load(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
     """Load a model for evaluation or conversion, from a checkpoint or a run's folder; nothing is unpickled.
 
@@ -105,16 +141,22 @@ def load(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
         UserError: there is no checkpoint, or it is damaged.
     """
     checkpoint = resolve(path)
-    for name in (CONFIG, WEIGHTS):
-        if not (checkpoint / name).is_file():
-            raise UserError(f"checkpoint {checkpoint} has no {name}: it is damaged; use an older one")
+    if not (checkpoint / CONFIG).is_file():
+        raise UserError(f"checkpoint {checkpoint} has no {CONFIG}: it is damaged; use an older one")
     config, tokenizer = load_config(checkpoint / CONFIG), Tokenizer.of_folder(checkpoint)
     with torch.device("meta"):
         lm = LM(config.model)
     try:
-        weights = safetensors.torch.load_file(checkpoint / WEIGHTS)
-        lm.load_state_dict(weights, assign=True)
+        lm.load_state_dict(_weights(checkpoint, config, list(lm.state_dict())), assign=True)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        raise UserError(f"checkpoint {checkpoint}: {WEIGHTS} does not fit its config ({reason_of(error)})") from None
+        raise UserError(f"checkpoint {checkpoint}: its weights do not fit its config ({reason_of(error)})") from None
     lm = lm.to(device).eval().requires_grad_(False)
     return Checkpoint(checkpoint, lm, config, tokenizer, read_progress(checkpoint))
+
+
+def _weights(checkpoint: Path, config: RunConfig, names: list[str]) -> dict[str, Tensor]:
+    if (checkpoint / WEIGHTS).is_file():
+        return safetensors.torch.load_file(checkpoint / WEIGHTS)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision, torch.float32)
+    masters = read_state(checkpoint, [f"{name}/weight" for name in names])
+    return {key.removesuffix("/weight"): tensor.to(dtype, copy=True) for key, tensor in masters}

@@ -27,6 +27,15 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         partial.unlink(missing_ok=True)
 
 
+def sync_folder(path: Path) -> None:
+    """Put on disk for good which files a folder holds."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as file:

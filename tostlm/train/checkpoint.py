@@ -1,138 +1,232 @@
-"""Saving and resuming a run. What a checkpoint holds is in tostlm/checkpoint.py."""
+"""Saving a run while it goes on. What a checkpoint holds is in tostlm/checkpoint.py."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
-from dataclasses import asdict
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-import safetensors.torch
 import torch.distributed as dist
+from torch import Tensor
 
 from tostlm.checkpoint import (
+    CARRY,
+    COMPLETE,
     CONFIG,
-    ENGINE,
     PROGRESS,
+    STATE,
     WEIGHTS,
     Progress,
     checkpoint_folder,
     checkpoints,
     read_progress,
 )
-from tostlm.config import RunConfig, dump_config, load_config
+from tostlm.config import RunConfig, dump_config
 from tostlm.data import Tokenizer, read_manifest
 from tostlm.errors import UserError
-from tostlm.files import write_atomically
+from tostlm.files import sync_folder, write_atomically
 from tostlm.launch import Ranks
-from tostlm.train.engine import load_engine, save_engine, whole_weights
+from tostlm.train.engine_state import KINDS, gather_state, loss_scale, optimizer_steps, state_numels, whole_weights
+from tostlm.train.state_files import Checksum, Content, pack, write_file
 
-PARTIAL = ".saving-"
+LATEST = "latest"
+PARTIAL, REMOVED = ".saving-", ".removing-"  # before a checkpoint's name: not published yet, and no longer
+RANK_DONE, RANK_FAILED = ".rank-{:05d}.json", ".rank-{:05d}.failed"
+POLL_SECONDS = 0.05
 
 
-def save(engine: Any, config: RunConfig, tokenizer: Tokenizer, step: int, ranks: Ranks) -> Path:
-    """Write a checkpoint of all ranks and publish it by a rename: a reader finds it whole or not at all.
+class Saver:
+    """Writes a run's checkpoints. Every rank has one, as a context, and calls its methods when the others do.
 
-    Raises:
-        UserError: it cannot be written; the run's older checkpoints are untouched.
+    Training stands still while tensors are copied to the host; a thread writes them, each rank's its own files, and
+    rank 0's publishes the whole by a rename when it has seen that all are on disk.
     """
-    final = checkpoint_folder(config.run_dir, step)
-    partial = final.with_name(f"{PARTIAL}{final.name}")
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        save_engine(engine, partial / ENGINE)
-        weights = whole_weights(engine, ranks.rank)
-        if ranks.rank == 0:
-            progress = Progress(step, ranks.world, _data_sha256(config))
-            write_atomically(partial / WEIGHTS, safetensors.torch.save(weights))
-            write_atomically(partial / CONFIG, dump_config(config))
-            write_atomically(partial / tokenizer.file_name, tokenizer.content)
-            write_atomically(partial / PROGRESS, json.dumps(progress._asdict()) + "\n")
-    except OSError as error:
-        if ranks.rank == 0:
-            clear_unfinished(config)
+
+    def __init__(self, config: RunConfig, tokenizer: Tokenizer, ranks: Ranks) -> None:
+        self.blocked_seconds = 0.0  # for which the last save kept training
+        self._config, self._tokenizer, self._ranks = config, tokenizer, ranks
+        self._thread = ThreadPoolExecutor(1, "save")
+        self._under_way: tuple[Path, Future[str | None]] | None = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self._thread.shutdown()
+
+    def save(self, engine: Any, progress: Progress, carry: Mapping[str, Tensor] | None = None) -> None:
+        """Save the engine and where the run is; `carry` is what it remembers of its documents, given on rank 0.
+
+        Raises:
+            UserError: this save or the one before it cannot be written; the run's older checkpoints are untouched.
+        """
+        started = time.monotonic()
+        self.finish()
+        folder = checkpoint_folder(self._config.run_dir, progress.step)
+        self._under_way = folder, self._thread.submit(self._write, folder, self._copy(engine, progress, carry))
+        if not self._config.train.save_in_background:
+            self.finish()
+        self.blocked_seconds = time.monotonic() - started
+
+    def finish(self) -> None:
+        """Wait until what was saved last is published.
+
+        Raises:
+            UserError: it cannot be written; said by rank 0.
+        """
+        if self._under_way is None:
+            return
+        (folder, written), self._under_way = self._under_way, None
+        troubles: list[str | None] = [None] * self._ranks.world
+        dist.all_gather_object(troubles, written.result())
+        trouble = next(filter(None, reversed(troubles)), None)  # rank 0 may only know that another failed
+        if trouble is None:
+            return
+        if self._ranks.rank:
+            raise SystemExit(2)
+        shutil.rmtree(partial_of(folder), ignore_errors=True)
         raise UserError(
-            f"checkpoint {final} cannot be written: {error.strerror}; make room and run the command again, it resumes "
-            "from the checkpoint before"
-        ) from None
-    dist.barrier()
-    if ranks.rank == 0:
-        partial.replace(final)
-        if config.train.keep_last_checkpoints:
-            for old in checkpoints(config.run_dir)[: -config.train.keep_last_checkpoints]:
-                shutil.rmtree(old)
-    dist.barrier()
-    return final
+            f"checkpoint {folder} cannot be written: {trouble}; make room and run the command again, it resumes from "
+            "the checkpoint before"
+        )
+
+    def _copy(self, engine: Any, progress: Progress, carry: Mapping[str, Tensor] | None) -> dict[str, Content]:
+        """What this rank writes, by file."""
+        rank, world = self._ranks.rank, self._ranks.world
+        numels = state_numels(engine)
+        packed = pack({name: 4 * len(KINDS) * numel for name, numel in numels.items()}, world)
+        tensors = gather_state(engine, {name: file % world for file, names in enumerate(packed) for name in names})
+        files: dict[str, Content] = {
+            f"{STATE}/{file:05d}.safetensors": {
+                f"{name}/{kind}": tensors[f"{name}/{kind}"] for name in packed[file] for kind in KINDS
+            }
+            for file in range(rank, len(packed), world)
+        }
+        weights = whole_weights(engine) if self._config.train.save_weights else {}
+        if rank:
+            return files
+        if weights:
+            files[WEIGHTS] = weights
+        if carry is not None:
+            files[CARRY] = {name: tensor.detach().to("cpu", copy=True) for name, tensor in carry.items()}
+        whole = progress._replace(
+            optimizer_steps=optimizer_steps(engine),
+            loss_scale=loss_scale(engine),
+            world_size=world,
+            zero_stage=self._config.zero_stage,
+            data_sha256=data_sha256(self._config),
+        )
+        files[CONFIG] = dump_config(self._config).encode()
+        files[self._tokenizer.file_name] = self._tokenizer.content
+        files[PROGRESS] = f"{json.dumps(whole._asdict())}\n".encode()
+        return files
+
+    def _write(self, folder: Path, files: Mapping[str, Content]) -> str | None:
+        """Write this rank's files; on rank 0 publish all ranks'. Returns what went wrong."""
+        partial, rank = partial_of(folder), self._ranks.rank
+        try:
+            (partial / STATE).mkdir(parents=True, exist_ok=True)
+            sums = {name: write_file(partial / name, content) for name, content in files.items()}
+            write_atomically(partial / RANK_DONE.format(rank), json.dumps(sums))
+            if rank == 0:
+                publish(partial, folder, self._sums_of_all_ranks(partial))
+                for old in to_remove(self._config, checkpoints(self._config.run_dir)):
+                    remove(old)
+        except OSError as error:
+            with suppress(OSError):
+                for name in files:  # a full disk has room for the mark below again
+                    (partial / name).unlink(missing_ok=True)
+                (partial / RANK_FAILED.format(rank)).touch()
+            return error.strerror
+        return None
+
+    def _sums_of_all_ranks(self, partial: Path) -> dict[str, Checksum]:
+        sums: dict[str, Checksum] = {}
+        deadline = time.monotonic() + self._config.train.hang_timeout_seconds
+        for rank in range(self._ranks.world):
+            done = partial / RANK_DONE.format(rank)
+            while not done.exists():
+                if any(partial.glob(RANK_FAILED.format(0).replace("00000", "*"))) or time.monotonic() > deadline:
+                    raise OSError(errno.EIO, f"rank {rank} did not write its part")
+                time.sleep(POLL_SECONDS)
+            sums |= json.loads(done.read_text())
+        return sums
 
 
-def clear_unfinished(config: RunConfig) -> None:
-    """Remove what a save that did not end has left."""
-    for leftover in (config.run_dir / "checkpoints").glob(f"{PARTIAL}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def last_step(config: RunConfig) -> int:
-    """The step of the newest checkpoint in the run's folder, 0 where there is none."""
-    found = checkpoints(config.run_dir)
-    return read_progress(found[-1]).step if found else 0
-
-
-def check_resumable(config: RunConfig, tokenizer: Tokenizer, world_size: int) -> None:
-    """Compare the newest checkpoint in the run's folder, if there is one, with what would go on from it.
+def publish(partial: Path, folder: Path, sums: Mapping[str, Checksum]) -> None:
+    """Make a checkpoint of what lies in `partial`: a reader finds it whole or not at all, after a crash too.
 
     Raises:
-        UserError: that checkpoint is of another model, tokenizer, seed or batch, or of other ranks.
+        OSError: it cannot be written.
     """
-    found = checkpoints(config.run_dir)
-    if not found:
-        return
-    newest, folders = found[-1], ", ".join(str(folder) for folder, _ in config.data.sets)
-    way_out = "choose another run_dir, or put the old value back"
-    saved, progress = load_config(newest / CONFIG), read_progress(newest)
-    theirs = _identity(saved, progress.world_size)
-    for key, value in _identity(config, world_size).items():
-        if value != theirs[key]:
-            raise UserError(f"checkpoint {newest} has {key}={theirs[key]}, this run {key}={value}; {way_out}")
-    if Tokenizer.of_folder(newest).sha256 != tokenizer.sha256:
-        raise UserError(f"checkpoint {newest} was trained with another tokenizer than {folders}; {way_out}")
-    if progress.data_sha256 != _data_sha256(config):
-        raise UserError(f"checkpoint {newest} was trained on other data than {folders} holds; {way_out}")
+    for done in partial.glob(".rank-*"):
+        done.unlink()
+    write_file(partial / COMPLETE, f"{json.dumps(sums, indent=1)}\n".encode())
+    sync_folder(partial / STATE)
+    sync_folder(partial)
+    if folder.exists():  # a run that went back has come here again
+        remove(folder)
+    partial.replace(folder)
+    sync_folder(folder.parent)
+    write_atomically(folder.parent / LATEST, f"{folder.name}\n")
 
 
-def _data_sha256(config: RunConfig) -> str:
+def to_remove(config: RunConfig, found: Sequence[Path]) -> list[Path]:
+    """The checkpoints, of those `found` oldest first, that the config does not say to keep."""
+    train = config.train
+    if train.keep_last_checkpoints is None:
+        return []
+    kept = set(found[-train.keep_last_checkpoints :])
+    progress = {folder: read_progress(folder) for folder in found}
+    if train.keep_every_steps:
+        kept |= {folder for folder in found if progress[folder].step % train.keep_every_steps == 0}
+    losses = {folder: loss for folder in found if (loss := progress[folder].heldout_loss) is not None}
+    if train.keep_best_checkpoint and losses:
+        kept.add(min(losses, key=lambda folder: losses[folder]))  # of equals the oldest, nearest to its evaluation
+    return [folder for folder in found if folder not in kept]
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint, which is none from the first moment on.
+
+    Raises:
+        OSError: it cannot be deleted.
+    """
+    hidden = folder.with_name(f"{REMOVED}{folder.name}")
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def clear_unfinished(run_dir: Path) -> None:
+    """Remove what a save or a deletion that did not end has left."""
+    for start in (PARTIAL, REMOVED, f".{LATEST}.partial-"):
+        for leftover in (run_dir / "checkpoints").glob(f"{start}*"):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
+
+
+def partial_of(folder: Path) -> Path:
+    """Where a checkpoint's files are before it is published."""
+    return folder.with_name(f"{PARTIAL}{folder.name}")
+
+
+def data_sha256(config: RunConfig) -> str:
+    """What tells the data of a run from others: a hash of what its prepared folders hold."""
     contents = [read_manifest(folder).content_sha256 for folder, _ in config.data.sets]
     return hashlib.sha256("".join(contents).encode()).hexdigest()
-
-
-def _identity(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """What a resumed run must share with its checkpoint for its losses to continue."""
-    return {
-        **{f"model.{key}": value for key, value in asdict(config.model).items()},
-        "seed": config.seed,
-        "data weights": [weight for _, weight in config.data.sets],
-        "data.context_tokens": config.data.context_tokens,
-        "data.curriculum": [(stage.until_step, stage.context_tokens) for stage in config.data.curriculum],
-        "data.reset_at_documents": config.data.reset_at_documents,
-        "data.within_documents": config.data.within_documents,
-        "train.batch_tokens": config.train.batch_tokens,
-        "precision": config.precision,
-        "ZeRO stage": config.zero_stage,
-        "ranks": world_size,
-    }
-
-
-def resume(engine: Any, config: RunConfig, step: int) -> None:
-    """Load the checkpoint of a step into the engine; every rank must call.
-
-    Raises:
-        UserError: this rank does not see it, or it cannot be read.
-    """
-    folder = checkpoint_folder(config.run_dir, step)
-    if not folder.is_dir():
-        raise UserError(f"this rank does not see {folder}, which rank 0 does; run_dir must be on a shared file system")
-    try:
-        load_engine(engine, folder / ENGINE)
-    except UserError as error:
-        raise UserError(f"{error}; remove {folder} to resume from the checkpoint before it") from None

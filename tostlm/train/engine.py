@@ -1,18 +1,14 @@
-"""DeepSpeed, and nothing of it elsewhere: starting the engine, one step, the model's whole weights."""
+"""DeepSpeed as training sees it: starting the engine, one step. Its insides are in engine_state.py."""
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
 import os
-import pickle
-import shutil
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, NoReturn
 
 import pydantic
 import torch
@@ -23,22 +19,19 @@ if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it looked for a GPU in vain
 
 import deepspeed
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder import ShareMemCommBuilder
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
 from tostlm.config import RunConfig, batches
-from tostlm.errors import UserError, reason_of
+from tostlm.errors import UserError
 from tostlm.launch import Ranks
 from tostlm.model import LM, parameter_groups
 from tostlm.train.carry import Carry
 from tostlm.train.feed import Rows
 
 Phase = Callable[[str], AbstractContextManager[None]]  # around a part of a step, by its name
-
-SHARDS = "shards"  # DeepSpeed's tag
-SETTINGS = ("betas", "eps", "weight_decay")  # of an optimizer group
-SMALLEST_DISK_BYTES = 1 << 20  # less is called full
 
 # DeepSpeed calls collectives by names that torch deprecates, once a collective.
 warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor)", category=FutureWarning)
@@ -73,16 +66,13 @@ def start_engine(config: RunConfig, lm: LM, ranks: Ranks) -> Any:
     """A DeepSpeed engine around the model and AdamW.
 
     Raises:
-        UserError: DeepSpeed refuses its block of the config.
+        UserError: DeepSpeed refuses its block of the config, or checkpoints would not hold all of the engine's state.
     """
-    optimizer = torch.optim.AdamW(
-        parameter_groups(lm, config.optimizer.weight_decay),
-        lr=0.0,  # each step sets it
-        betas=config.optimizer.betas,
-        eps=config.optimizer.eps,
-        fused=torch.cuda.is_available(),
-    )
+    beyond_reach = _beyond_checkpoints(config)
+    if beyond_reach:
+        _refuse(f"{beyond_reach} keeps state where checkpoints do not reach; use offload_optimizer.device=cpu", ranks)
     try:
+        optimizer = _adamw(config, lm)
         engine, *_ = deepspeed.initialize(
             model=lm,
             optimizer=optimizer,
@@ -90,15 +80,47 @@ def start_engine(config: RunConfig, lm: LM, ranks: Ranks) -> Any:
             dist_init_required=False,
         )
     except (ValueError, TypeError, AssertionError, RuntimeError, DeepSpeedConfigError, ZeRORuntimeException) as error:
-        if ranks.rank:  # it refuses on all ranks; one of them says so
-            raise SystemExit(2) from None
-        raise UserError(f"DeepSpeed refuses the deepspeed block: {_complaint(error)}") from error
+        _refuse(f"DeepSpeed refuses the deepspeed block: {_complaint(error)}", ranks)
     engine.guard = Guard(engine, optimizer)
     for state in optimizer.state.values():
         # At stage 0 in low precision DeepSpeed makes the optimizer's state by a step on zero gradients, which Adam's
         # bias correction would count.
         state["step"].zero_()
     return engine
+
+
+def _adamw(config: RunConfig, lm: LM) -> torch.optim.Optimizer:
+    settings = config.optimizer
+    groups = parameter_groups(lm, settings.weight_decay)
+    common: dict[str, Any] = {"lr": 0.0, "betas": settings.betas, "eps": settings.eps}  # each step sets the rate
+    if _offload(config, "optimizer").get("device") == "cpu":
+        return DeepSpeedCPUAdam(groups, **common)  # which DeepSpeed compiles with g++ at the first start
+    return torch.optim.AdamW(groups, **common, fused=torch.cuda.is_available())
+
+
+def _beyond_checkpoints(config: RunConfig) -> str | None:
+    """The key, if any is set, that has DeepSpeed keep state elsewhere than engine_state.py looks."""
+    for what in ("optimizer", "param"):
+        block, key = _offload(config, what), f"deepspeed.zero_optimization.offload_{what}"
+        if block.get("device") == "nvme":
+            return f"{key}.device=nvme"
+        if block.get("ratio", 1) != 1:
+            return f"{key}.ratio={block['ratio']}"
+        if block.get("super_offload"):
+            return f"{key}.super_offload=true"
+    return None
+
+
+def _offload(config: RunConfig, what: str) -> dict[str, Any]:
+    block = config.deepspeed.get("zero_optimization", {}).get(f"offload_{what}")
+    return block if isinstance(block, dict) else {}
+
+
+def _refuse(message: str, ranks: Ranks) -> NoReturn:
+    """End all ranks, which all come here, with one message."""
+    if ranks.rank:
+        raise SystemExit(2) from None
+    raise UserError(message) from None
 
 
 def _complaint(error: Exception) -> str:
@@ -203,45 +225,3 @@ def _unreported_grad_norm(engine: Any) -> Tensor | None:
     if engine.zero_optimization_stage() or engine.bfloat16_enabled() or engine.fp16_enabled():
         return None
     return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
-
-
-def save_engine(engine: Any, folder: Path) -> None:
-    """Write every rank's shards under `folder`; every rank must call.
-
-    Raises:
-        OSError: they cannot be written.
-    """
-    try:
-        engine.save_checkpoint(str(folder), tag=SHARDS, save_latest=False)
-    except RuntimeError as error:  # torch's writer keeps the system's reason to itself
-        full = shutil.disk_usage(folder).free < SMALLEST_DISK_BYTES
-        raise OSError(errno.ENOSPC if full else errno.EIO, os.strerror(errno.ENOSPC) if full else str(error)) from error
-
-
-def load_engine(engine: Any, folder: Path) -> None:
-    """Read what `save_engine` wrote; the optimizer's settings stay the config's, not those it was saved with.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    settings = [{key: group[key] for key in SETTINGS} for group in engine.optimizer.param_groups]
-    try:
-        loaded, _ = engine.load_checkpoint(str(folder), tag=SHARDS)
-    except (RuntimeError, OSError, EOFError, AssertionError, LookupError, pickle.UnpicklingError) as error:
-        raise UserError(f"{folder} cannot be read: {reason_of(error)}") from None
-    if loaded is None:
-        raise UserError(f"{folder} holds no shards")
-    for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
-        group.update(own)
-
-
-def whole_weights(engine: Any, rank: int) -> dict[str, Tensor]:
-    """The model's weights on the CPU of rank 0, gathered from all ranks (every rank must call); empty elsewhere."""
-    partitioned = engine.zero_optimization_partition_weights()
-    weights = {}
-    for name, parameter in engine.module.named_parameters():
-        gathered = deepspeed.zero.GatheredParameters([parameter]) if partitioned else nullcontext()
-        with gathered:
-            if rank == 0:
-                weights[name] = parameter.detach().cpu().clone()
-    return weights

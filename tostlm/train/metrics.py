@@ -110,6 +110,12 @@ class Metrics:
         self._write("heldout", step, {"loss": loss})
         self._say(step, f"held-out loss {loss:.4f}")
 
+    def saved(self, step: int, blocked_seconds: float) -> None:
+        """Report a save, for which training stood still so long."""
+        self.restart_clock(step)
+        if not self._mute:
+            self._write("save", step, {"blocked_seconds": blocked_seconds})
+
     def _write(self, kind: str, step: int, values: dict[str, float]) -> None:
         tokens = step * self._config.train.batch_tokens
         self._file.write(json.dumps({"kind": kind, "step": step, "tokens": tokens, **values}) + "\n")
