@@ -8,7 +8,9 @@ import os
 import pickle
 import shutil
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +34,9 @@ from tostlm.train.feed import Rows
 
 SHARDS = "shards"  # DeepSpeed's tag
 SETTINGS = ("betas", "eps", "weight_decay")  # of an optimizer group
+# The ranks wait in a collective while rank 0 verifies the data, which may be hours of reading; torch would end them after
+# ten minutes. Once training has begun the watchdog is sooner.
+COLLECTIVE_TIMEOUT = timedelta(days=1)
 SMALLEST_DISK_BYTES = 1 << 20  # less is called full
 
 # DeepSpeed calls collectives by names that torch deprecates, once a collective.
@@ -59,7 +64,8 @@ def join_ranks(ranks: Ranks) -> torch.device:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Training never calls the shared-memory all-reduce that DeepSpeed would compile for a minute at the first start.
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=COLLECTIVE_TIMEOUT)
     return torch.device(deepspeed.get_accelerator().current_device_name())
 
 
@@ -107,18 +113,21 @@ class Step(NamedTuple):
     grad_norm: Tensor | float | None  # of the whole gradient, before clipping; None where DeepSpeed is told not to
 
 
-def train_step(engine: Any, rows: Rows, lr: float) -> Step:
-    """One update from this rank's share of a step."""
+def train_step(engine: Any, rows: Rows, lr: float, beat: Callable[[str], None]) -> Step:
+    """One update from this rank's share of a step; `beat` hears of each phase as it begins."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     passes = rows.split(engine.gradient_accumulation_steps())
     losses = []
     grad_norm = None
     for number, micro in enumerate(passes, start=1):
+        beat("forward")
         loss = micro.loss(engine)
+        beat("backward")
         engine.backward(loss)
         if number == len(passes):
             grad_norm = _unreported_grad_norm(engine)
+        beat("step")
         engine.step()
         losses.append(loss.detach())
     return Step(torch.stack(losses).mean(), engine.get_global_grad_norm() if grad_norm is None else grad_norm)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from tostlm.train.engine import join_ranks, start_engine, train_step
 from tostlm.train.feed import feed, heldout_loader, training_loader
 from tostlm.train.metrics import Metrics
 from tostlm.train.schedule import learning_rate
+from tostlm.train.watchdog import Watchdog, clear_heartbeats
 
 
 def train(config: RunConfig, ranks: Ranks) -> None:
@@ -37,6 +39,13 @@ def train(config: RunConfig, ranks: Ranks) -> None:
         if ranks.rank == 0:
             print(f"{config.run_dir}: finished at step {step}; raise train.steps to go on")
         return
+    with Watchdog(config, ranks) as watchdog:
+        go_on(config, ranks, device, step, watchdog)
+    dist.destroy_process_group()
+
+
+def go_on(config: RunConfig, ranks: Ranks, device: torch.device, step: int, watchdog: Watchdog) -> None:
+    """Train from a step, a checkpoint's or 0, to the last."""
     tokenizer = common_tokenizer([folder for folder, _ in config.data.sets])
     loader, heldout = training_loader(config), heldout_loader(config, ranks.world)
     engine = start_engine(config, create_lm(config.model, config.seed), ranks)
@@ -50,23 +59,26 @@ def train(config: RunConfig, ranks: Ranks) -> None:
         Metrics(config, step, ranks) as metrics,
         closing(feed(loader, range(step, config.train.steps), ranks, device)) as batches_ahead,
     ):
+        watchdog.beat(step + 1, "data")
         for rows in batches_ahead:
             lr = learning_rate(config, step)
-            update = train_step(engine, rows, lr)
             step += 1
+            update = train_step(engine, rows, lr, partial(watchdog.beat, step))
 
             if due(config.train.log_every_steps):
                 loss = finite_mean(update.loss, step, ranks)
                 metrics.train(step, loss, lr, update.grad_norm, rows.context, loader.epochs(step))
             if due(config.train.eval_every_steps):
-                own = evaluate(engine, heldout, config.train.eval_tokens, ranks, device)
+                beat = partial(watchdog.beat, step, "eval")
+                own = evaluate(engine, heldout, config.train.eval_tokens, ranks, device, beat)
                 metrics.heldout(step, finite_mean(own, step, ranks))
                 metrics.restart_clock(step)
             if due(config.train.save_every_steps):
+                watchdog.beat(step, "save")
                 finite_mean(update.loss, step, ranks)
                 save(engine, config, tokenizer, step, ranks)
                 metrics.restart_clock(step)
-    dist.destroy_process_group()
+            watchdog.beat(step + 1, "data")
 
 
 def agree(decide: Callable[[], int], ranks: Ranks) -> int:
@@ -104,6 +116,7 @@ def check_run(config: RunConfig, world_size: int) -> int:
         config.run_dir / ".lock", f"{config.run_dir} is in use by another tostlm train; wait for it or end it"
     )
     clear_unfinished(config)
+    clear_heartbeats(config)
     if config.data.verify_checksums:
         for folder in folders:
             for _ in verify(folder):
@@ -113,11 +126,16 @@ def check_run(config: RunConfig, world_size: int) -> int:
 
 
 @torch.no_grad()
-def evaluate(engine: Any, heldout: Loader, tokens: int, ranks: Ranks, device: torch.device) -> Tensor:
-    """This rank's mean loss in nats on its share of `tokens` held-out tokens, the same every time."""
+def evaluate(
+    engine: Any, heldout: Loader, tokens: int, ranks: Ranks, device: torch.device, beat: Callable[[], None]
+) -> Tensor:
+    """This rank's mean loss in nats on its share of `tokens` held-out tokens, the same every time; beats a batch."""
     passes = heldout.steps_within(tokens)
     engine.eval()
-    losses = [rows.loss(engine) for rows in feed(heldout, range(passes), ranks, device)]
+    losses = []
+    for rows in feed(heldout, range(passes), ranks, device):
+        beat()
+        losses.append(rows.loss(engine))
     engine.train()
     return torch.stack(losses).mean()
 
