@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 EXIT_REQUEUE = 75  # stopped on request with everything saved: the same command goes on
 EXIT_LOST_RANK = 76  # a rank died or hung: the same command goes on from the newest checkpoint
+
+# What gloo, NCCL and torch's store say of a process at the other end.
+LOST_PEER = re.compile(
+    "Connection (closed|reset) by peer|Connection refused|Broken pipe|Connection was likely closed|Timed out waiting"
+    "|remote process exited|NCCL communicator was aborted"
+)
 
 
 class UserError(Exception):
@@ -18,3 +26,12 @@ def reason_of(error: BaseException) -> str:
     """An exception's message in one line, or its kind where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def is_lost_peer(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came of, is a collective's that lost the process at its other end."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -12,8 +12,8 @@ from pathlib import Path
 from tostlm.errors import UserError
 
 
-def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a file beside `path`, on disk for good, then put it in its place: whole or not at all."""
+def write_atomically(path: Path, content: bytes | str, durable: bool = True) -> None:
+    """Write a file beside `path`, `durable` on disk for good, then put it in its place: whole or not at all."""
     data = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
@@ -21,7 +21,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         with partial.open("wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ import sys
 import traceback
 
 from tostlm.cli import app
-from tostlm.errors import UserError, reason_of
+from tostlm.errors import EXIT_LOST_RANK, UserError, is_lost_peer, reason_of
 
 MENDABLE = (  # limits of a disk, and paths that cannot be written
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM),
@@ -19,7 +19,7 @@ INTERRUPTED = 128 + signal.SIGINT
 
 
 def main() -> None:
-    """Run a command; a user's mistake is one line and exit code 2, an interruption 130."""
+    """Run a command; a user's mistake is one line and exit code 2, an interruption 130, a lost rank 76."""
     code = _run()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -40,6 +40,8 @@ def _run() -> int:
         where = f" ({error.filename})" if error.filename else ""
         return _fail(f"{error.strerror}{where}; free or choose another place and try again: what was finished stays")
     except (MemoryError, RuntimeError) as error:
+        if "RANK" in os.environ and is_lost_peer(error):  # before training; the lost one and its launcher say why
+            return EXIT_LOST_RANK
         if not isinstance(error, MemoryError) and "allocate" not in str(error) and "out of memory" not in str(error):
             return _defect()
         return _fail(f"out of memory ({reason_of(error)}); use a smaller model, context or micro-batch")

@@ -10,47 +10,94 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
+
+from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE
 
 POLL_SECONDS = 0.1
-GRACE_SECONDS = 10.0
+GRACE_SECONDS = 2.0  # in which ranks that have lost one name it
+USERS_MISTAKE = 2
+
+Children = Sequence["subprocess.Popen[bytes]"]
+Codes = Sequence[int | None]
 
 
 def run_local(arguments: Sequence[str], processes: int) -> int:
-    """Run `python -m tostlm ARGUMENTS` once a rank; returns the exit code of the first that failed, or 0.
+    """Run `python -m tostlm ARGUMENTS` once a rank; returns the exit code of the run.
 
-    When one rank fails, or this process is asked to end, the others are ended: they would wait for ever.
+    SIGTERM and SIGUSR1 are handed on to the ranks and waited for: EXIT_REQUEUE when they have ended. A second SIGTERM,
+    a SIGHUP or a SIGINT ends them at once. When one rank fails the others are ended: they would wait for ever.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tostlm", *arguments], env=environment, preexec_fn=_end_with_the_launcher
-        )
-        for environment in _environments(processes)
-    ]
+    children: list[subprocess.Popen[bytes]] = []
+    asked: list[int] = []
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        if asked.count(signal.SIGTERM) and number == signal.SIGTERM:
+            end_at_once(number, frame)
+        asked.append(number)
+        for child in children:
+            child.send_signal(number)
+
+    def end_at_once(number: int, frame: FrameType | None) -> None:
+        for child in children:
+            child.kill()
+        sys.exit(128 + number)
+
     try:
-        while True:
-            codes = [child.poll() for child in children]
-            if any(codes):
-                time.sleep(POLL_SECONDS)  # a rank that ends takes others with it: hear of the first
-                return _verdict([child.poll() for child in children])
-            if all(code == 0 for code in codes):
-                return 0
-            time.sleep(POLL_SECONDS)
+        for environment in _environments(processes):
+            command = [sys.executable, "-m", "tostlm", *arguments]
+            children.append(subprocess.Popen(command, env=environment, preexec_fn=_end_with_the_launcher))
+        with _handled({signal.SIGTERM: hand_on, signal.SIGUSR1: hand_on, signal.SIGHUP: end_at_once}):
+            return _wait(children, asked)
     finally:
         _end(children)
 
 
-def _verdict(codes: Sequence[int | None]) -> int:
-    """The exit code of a run: of a signal, else of a user's mistake, else of what else went wrong."""
+@contextlib.contextmanager
+def _handled(handlers: Mapping[int, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(children: Children, asked: Sequence[int]) -> int:
+    """Until all ranks have ended well or one has not; returns the exit code of the run."""
+    while True:
+        codes = [child.poll() for child in children]
+        if any(map(_failed, codes)):
+            time.sleep(POLL_SECONDS)  # a rank that ends takes others with it: hear of the first
+            first = [child.poll() for child in children]
+            _end(children)
+            return _verdict(first, [child.returncode for child in children], asked)
+        if None not in codes:
+            return max(code or 0 for code in codes)
+        time.sleep(POLL_SECONDS)
+
+
+def _failed(code: int | None) -> bool:
+    return code not in (None, 0, EXIT_REQUEUE)
+
+
+def _verdict(first: Codes, last: Codes, asked: Sequence[int]) -> int:
+    """The exit code of a run whose `first` ranks failed: of a signal, else of a user's mistake, else of a defect.
+
+    The others lost a rank then, and so EXIT_LOST_RANK is the code of a run whose first have no other.
+    """
     rank, code = min(
-        ((rank, code) for rank, code in enumerate(codes) if code), key=lambda ended: (ended[1] > 0, ended[1] != 2)
+        ((rank, code) for rank, code in enumerate(first) if code and _failed(code)),
+        key=lambda ended: (ended[1] > 0, ended[1] != USERS_MISTAKE, ended[1] == EXIT_LOST_RANK),
     )
     if code > 0:
         return code
-    print(f"tostlm: rank {rank} was ended by signal {-code}", file=sys.stderr)
-    return 128 - code
+    if -code in asked:  # before training, where there is nothing to save
+        return EXIT_REQUEUE
+    if EXIT_LOST_RANK not in last:  # else the rank is named already, and where it was
+        print(f"tostlm: rank {rank} was ended by signal {-code}; the same command goes on", file=sys.stderr)
+    return EXIT_LOST_RANK
 
 
 def _end_with_the_launcher() -> None:
@@ -83,10 +130,8 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _end(children: Sequence[subprocess.Popen[bytes]]) -> None:
-    for child in children:
-        if child.poll() is None:
-            child.send_signal(signal.SIGTERM)
+def _end(children: Children) -> None:
+    """Ranks end by themselves when the first has, but for those that are stuck; a mere SIGTERM asks them to save."""
     deadline = time.monotonic() + GRACE_SECONDS
     for child in children:
         try:

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import Any, NamedTuple, NoReturn
 
 import pydantic
@@ -32,6 +33,10 @@ from tostlm.train.carry import Carry
 from tostlm.train.feed import Rows
 
 Phase = Callable[[str], AbstractContextManager[None]]  # around a part of a step, by its name
+
+# The ranks wait in a collective while rank 0 verifies the data, which may be hours of reading; torch would end them
+# after ten minutes. Once training has begun the watchdog is sooner.
+COLLECTIVE_TIMEOUT = timedelta(days=1)
 
 # DeepSpeed calls collectives by names that torch deprecates, once a collective.
 warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor)", category=FutureWarning)
@@ -58,7 +63,8 @@ def join_ranks(ranks: Ranks) -> torch.device:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Training never calls the shared-memory all-reduce that DeepSpeed would compile for a minute at the first start.
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=COLLECTIVE_TIMEOUT)
     return torch.device(deepspeed.get_accelerator().current_device_name())
 
 

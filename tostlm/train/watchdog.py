@@ -1,0 +1,270 @@
+"""A rank that hangs or dies is named, and the job ends in time, whatever the ranks were waiting for.
+
+Each rank has a thread that writes a heartbeat file and watches its own main thread. Once that is quiet for long, the
+thread looks at all ranks' files; every rank comes to the same verdict by itself, so none needs the others to end.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, NoReturn
+
+from tostlm.config import RunConfig
+from tostlm.errors import EXIT_LOST_RANK, is_lost_peer, reason_of
+from tostlm.files import write_atomically
+from tostlm.launch import Ranks
+from tostlm.train.heartbeat import (
+    FAILED,
+    HUNG,
+    PARTED,
+    Beats,
+    Heartbeat,
+    culprits,
+    frozen,
+    heartbeat_file,
+    process_start,
+    read_heartbeats,
+    stack_file,
+    this_machine,
+    write_heartbeat,
+)
+
+START_SECONDS = 1800.0  # in which a run starts and does its first step, which may compile
+LOOK, JUDGE = 0.3, 0.6  # of the timeout: quiet so long, a rank looks at the others, and judges; the rest is for ending
+POLL_SECONDS = 0.1
+GO_ON = "start again to go on from the newest checkpoint"
+NAMED = 8  # ranks in one line
+
+
+class _Main(NamedTuple):
+    """The main thread's last beat, replaced whole so that the watching thread never sees half of one."""
+
+    step: int
+    phase: str
+    place: int
+    moves: int
+    quiet_from: float  # monotonic seconds
+
+
+def heartbeats_folder(config: RunConfig) -> Path:
+    """Where a run's ranks tell each other that they live; gone when it ends well."""
+    return config.run_dir / "heartbeats"
+
+
+def clear_heartbeats(config: RunConfig) -> None:
+    """Remove those of a run that crashed; what hangs have left to read stays."""
+    shutil.rmtree(heartbeats_folder(config), ignore_errors=True)
+
+
+class Watchdog:
+    """Ends this process with EXIT_LOST_RANK when a rank hangs or dies, and names that rank.
+
+    Every rank enters it before its first step, when the folder of heartbeats holds none of an earlier run, and beats
+    at the same places of the program. An error that only tells of a lost peer does not leave it; all others do.
+    """
+
+    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+        self._rank, self._world = ranks.rank, ranks.world
+        self._timeout = float(config.train.hang_timeout_seconds)
+        self._interval = min(10.0, max(0.2, self._timeout / 10))
+        self._run_dir, self._folder = config.run_dir, heartbeats_folder(config)
+        self._host, self._machine, self._started = socket.gethostname(), this_machine(), process_start(os.getpid())
+        self._allowance = max(0.0, START_SECONDS - self._timeout)
+        self._main = _Main(0, "start", 0, 0, time.monotonic() + self._allowance)
+        self._first_step: int | None = None
+        self._last_word: str | None = None
+        self._beats = 0
+        self._publishing, self._leaving = threading.Lock(), threading.Lock()  # who leaves keeps the latter
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def beat(self, step: int, phase: str) -> None:
+        """Say that the main thread has come to a phase (data, forward, ...) of the step it works on."""
+        if self._first_step is None:
+            self._first_step = step
+        before = self._main
+        place = before.place + 1 if step == before.step else 1
+        allowance = self._allowance if step == self._first_step else 0.0
+        self._main = _Main(step, phase, place, before.moves + 1, time.monotonic() + allowance)
+
+    def __enter__(self) -> Watchdog:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._stack = stack_file(self._folder, self._rank).open("w")
+        faulthandler.register(signal.SIGUSR2, self._stack)  # a watcher's question to a rank that does not answer
+        self._publish()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._leaving.acquire()  # for ever where the watching thread is about to end the process
+        if isinstance(error, Exception):
+            if is_lost_peer(error):
+                self._part(error)
+            self._last_word = FAILED
+        self._done.set()
+        self._thread.join()
+        self._publish()
+        faulthandler.unregister(signal.SIGUSR2)
+        self._stack.close()
+        if self._last_word is None:
+            for file in (heartbeat_file(self._folder, self._rank), stack_file(self._folder, self._rank)):
+                file.unlink(missing_ok=True)
+            with suppress(OSError):  # the last rank finds it empty
+                self._folder.rmdir()
+
+    def _watch(self) -> None:
+        earlier: Beats | None = None
+        while not self._done.wait(self._interval):
+            self._publish()
+            quiet = time.monotonic() - self._main.quiet_from
+            if quiet < LOOK * self._timeout:
+                earlier = None
+                continue
+            later = self._look()
+            earlier = earlier or later
+            lost = []
+            if quiet >= JUDGE * self._timeout:  # the others' heartbeats may be an interval old
+                lost = culprits(earlier, later, self._world, JUDGE * self._timeout - self._interval)
+            judged = any(beat.phase == HUNG for beat in later.values())
+            if (lost or judged) and self._leaving.acquire(blocking=False):
+                self._end(lost, earlier, later)
+
+    def _heartbeat(self) -> Heartbeat:
+        main = self._main
+        return Heartbeat(
+            rank=self._rank,
+            host=self._host,
+            machine=self._machine,
+            pid=os.getpid(),
+            started=self._started,
+            step=main.step,
+            phase=self._last_word or main.phase,
+            place=main.place,
+            moves=main.moves,
+            beats=self._beats,
+            quiet_seconds=round(time.monotonic() - main.quiet_from, 1),
+        )
+
+    def _publish(self) -> None:
+        with self._publishing, suppress(OSError):  # a full disk ends a run where it saves, not here
+            self._beats += 1
+            write_heartbeat(self._folder, self._heartbeat())
+
+    def _say(self, last_word: str) -> None:
+        self._last_word = last_word
+        self._publish()
+
+    def _look(self) -> dict[int, Heartbeat]:
+        return {**read_heartbeats(self._folder, self._world), self._rank: self._heartbeat()}
+
+    def _end(self, lost: Sequence[int], earlier: Beats, later: Beats) -> NoReturn:
+        """Leave a run in which nothing moves: all write their stacks, one says who is to blame, then all end."""
+        faulthandler.dump_traceback(self._stack)
+        self._say(HUNG)
+        still = frozen(earlier, later, self._world)
+        watching = [beat for rank, beat in later.items() if rank not in still]
+        if self._rank == min(beat.rank for beat in watching if beat.machine == self._machine):
+            self._wake([later[rank] for rank in still if rank in later])
+        told = self._folder / "told"
+        _, reporter = min((beat.rank in lost, beat.rank) for beat in watching)
+        if lost and reporter == self._rank:
+            machines = {beat.machine for beat in watching}
+            writing = [r for r, b in later.items() if b.machine in machines and not b.process_is_gone(self._machine)]
+            self._wait_until(lambda: all(self._has_stack(rank) for rank in writing), 1.5 * self._interval)
+            folder = self._report(lost, still, later)
+            quiet = time.monotonic() - self._main.quiet_from
+            _print(f"{_blame(lost, later)} for {quiet:.0f} s; stacks are in {folder}; {GO_ON}")
+            told.touch()
+        else:
+            self._wait_until(told.exists, 3 * self._interval)
+        os._exit(EXIT_LOST_RANK)
+
+    def _wake(self, still: Sequence[Heartbeat]) -> None:
+        """Have the frozen ranks of this machine write their stacks: a stopped one does so when it goes on."""
+        for beat in still:
+            if beat.machine == self._machine and not beat.process_is_gone(self._machine):
+                with suppress(OSError):
+                    os.kill(beat.pid, signal.SIGUSR2)
+                    os.kill(beat.pid, signal.SIGCONT)
+
+    def _has_stack(self, rank: int) -> bool:
+        return stack_file(self._folder, rank).stat().st_size > 0
+
+    def _wait_until(self, condition: Callable[[], bool], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            with suppress(OSError):
+                if condition():
+                    return
+            time.sleep(POLL_SECONDS)
+
+    def _report(self, lost: Sequence[int], still: Sequence[int], beats: Beats) -> Path:
+        """Put what all ranks were doing, and their stacks, in a folder that the next start leaves alone."""
+        folder = self._run_dir / f"hang-step-{min(beat.step for beat in beats.values()):08d}"
+        lines = []
+        for rank in range(self._world):
+            said = beats[rank]._asdict() if rank in beats else {"rank": rank}
+            stack = None  # no watcher on its host, or a process that is gone
+            with suppress(OSError):
+                if self._has_stack(rank):
+                    folder.mkdir(exist_ok=True)
+                    stack = str(stack_file(self._folder, rank).replace(stack_file(folder, rank)).name)
+            lines.append({**said, "to_blame": rank in lost, "frozen": rank in still, "stack": stack})
+        with suppress(OSError):
+            write_atomically(folder / "ranks.json", json.dumps(lines, indent=1) + "\n")
+        return folder
+
+    def _part(self, error: Exception) -> NoReturn:
+        """Leave a run whose collective has lost a peer: find out which rank is gone, and have one rank say so."""
+        self._say(PARTED)
+        first, deadline = self._look(), time.monotonic() + 3 * self._interval
+        while True:
+            now = self._look()
+            late = time.monotonic() >= deadline
+            explained = [r for r in range(self._world) if r not in now or now[r].phase in (FAILED, PARTED, HUNG)]
+            unchanged = frozen(first, now, self._world) if late else []
+            gone = [
+                rank
+                for rank, beat in now.items()
+                if rank not in explained and (rank in unchanged or beat.process_is_gone(self._machine))
+            ]
+            spoken_for = any(rank not in now or now[rank].phase in (FAILED, HUNG) for rank in explained)
+            if gone or spoken_for or late or len(explained) == self._world:
+                break
+            time.sleep(POLL_SECONDS)
+        speaker = min(rank for rank in now if rank not in gone)
+        if self._rank == speaker and gone:
+            names = ", ".join(f"{now[rank].who} after {now[rank].where}" for rank in gone[:NAMED])
+            _print(f"{names}{_more(gone)} ended without a word; {GO_ON}")
+        elif self._rank == speaker and not spoken_for:
+            _print(f"{now[self._rank].who} lost its connection to the other ranks ({reason_of(error)}); {GO_ON}")
+        os._exit(EXIT_LOST_RANK)
+
+
+def _blame(lost: Sequence[int], beats: Beats) -> str:
+    names = ", ".join(beats[rank].who if rank in beats else f"rank {rank}" for rank in lost[:NAMED])
+    steps = [beats[rank].where for rank in lost if rank in beats]
+    since = f" since {steps[0]}" if steps else ""
+    return f"{names}{_more(lost)} {'has' if len(lost) == 1 else 'have'} not moved{since}"
+
+
+def _more(ranks: Sequence[int]) -> str:
+    return f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
+
+
+def _print(line: str) -> None:
+    print(f"tostlm: {line}", file=sys.stderr, flush=True)
