@@ -28,10 +28,11 @@ from tostlm.config import RunConfig, batches
 from tostlm.errors import UserError, reason_of
 from tostlm.launch import Ranks
 from tostlm.model import LM, parameter_groups
+from tostlm.train.clock import Clock
 from tostlm.train.feed import Rows
 
 SHARDS = "shards"  # DeepSpeed's tag
-SETTINGS = ("betas", "eps", "weight_decay")  # of an optimizer group
+SETTINGS = ("name", "betas", "eps", "weight_decay")  # of an optimizer group
 SMALLEST_DISK_BYTES = 1 << 20  # less is called full
 
 # DeepSpeed calls collectives by names that torch deprecates, once a collective.
@@ -105,23 +106,30 @@ class Step(NamedTuple):
 
     loss: Tensor  # mean over this rank's tokens, in nats
     grad_norm: Tensor | float | None  # of the whole gradient, before clipping; None where DeepSpeed is told not to
+    lr: dict[str, float]  # of each optimizer group, by name
 
 
-def train_step(engine: Any, rows: Rows, lr: float) -> Step:
-    """One update from this rank's share of a step."""
+def train_step(engine: Any, rows: Rows, lr: float, clock: Clock) -> Step:
+    """One update from this rank's share of a step, its phases told to the clock."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     passes = rows.split(engine.gradient_accumulation_steps())
     losses = []
     grad_norm = None
     for number, micro in enumerate(passes, start=1):
-        loss = micro.loss(engine)
-        engine.backward(loss)
-        if number == len(passes):
-            grad_norm = _unreported_grad_norm(engine)
-        engine.step()
+        with clock.phase("forward"):
+            loss = micro.loss(engine)
+        with clock.phase("backward"):
+            engine.backward(loss)
+        with clock.phase("step"):
+            if number == len(passes):
+                grad_norm = _unreported_grad_norm(engine)
+            engine.step()
         losses.append(loss.detach())
-    return Step(torch.stack(losses).mean(), engine.get_global_grad_norm() if grad_norm is None else grad_norm)
+    if grad_norm is None:
+        grad_norm = engine.get_global_grad_norm()
+    lrs = {group["name"]: group["lr"] for group in engine.optimizer.param_groups}
+    return Step(torch.stack(losses).mean(), grad_norm, lrs)
 
 
 def _unreported_grad_norm(engine: Any) -> Tensor | None:

@@ -22,7 +22,10 @@ from tostlm.train.checkpoint import check_resumable, clear_unfinished, last_step
 from tostlm.train.engine import join_ranks, start_engine, train_step
 from tostlm.train.feed import feed, heldout_loader, training_loader
 from tostlm.train.metrics import Metrics
+from tostlm.train.profiler import Trace
 from tostlm.train.schedule import learning_rate
+from tostlm.train.statistics import layer_statistics
+from tostlm.train.wandb import check_wandb
 
 
 def train(config: RunConfig, ranks: Ranks) -> None:
@@ -48,24 +51,34 @@ def train(config: RunConfig, ranks: Ranks) -> None:
 
     with (
         Metrics(config, step, ranks) as metrics,
+        Trace(config, ranks) as trace,
         closing(feed(loader, range(step, config.train.steps), ranks, device)) as batches_ahead,
     ):
-        for rows in batches_ahead:
-            lr = learning_rate(config, step)
-            update = train_step(engine, rows, lr)
+        clock, train = metrics.clock, config.train
+        while step < train.steps:
+            with clock.phase("data"):
+                rows = next(batches_ahead)
+            with trace.step(step + 1):
+                update = train_step(engine, rows, learning_rate(config, step), clock)
             step += 1
 
-            if due(config.train.log_every_steps):
-                loss = finite_mean(update.loss, step, ranks)
-                metrics.train(step, loss, lr, update.grad_norm, rows.context, loader.epochs(step))
-            if due(config.train.eval_every_steps):
-                own = evaluate(engine, heldout, config.train.eval_tokens, ranks, device)
-                metrics.heldout(step, finite_mean(own, step, ranks))
-                metrics.restart_clock(step)
-            if due(config.train.save_every_steps):
-                finite_mean(update.loss, step, ranks)
-                save(engine, config, tokenizer, step, ranks)
-                metrics.restart_clock(step)
+            if due(train.log_every_steps):
+                with clock.phase("step"):
+                    loss = finite_mean(update.loss, step, ranks)
+                metrics.train(step, loss, update.lr, update.grad_norm, rows.context, loader.epochs(step))
+            if train.statistics_every_steps and due(train.statistics_every_steps):
+                with clock.phase("statistics"):
+                    statistics = layer_statistics(engine, rows)
+                metrics.statistics(step, statistics)
+            if due(train.eval_every_steps):
+                with clock.phase("eval"):
+                    own = evaluate(engine, heldout, train.eval_tokens, ranks, device)
+                    loss = finite_mean(own, step, ranks)
+                metrics.heldout(step, loss)
+            if due(train.save_every_steps):
+                with clock.phase("save"):
+                    finite_mean(update.loss, step, ranks)
+                    save(engine, config, tokenizer, step, ranks)
     dist.destroy_process_group()
 
 
@@ -89,6 +102,7 @@ def check_run(config: RunConfig, world_size: int) -> int:
         UserError: something is.
     """
     batches(config, world_size)
+    check_wandb(config)
     folders = [folder for folder, _ in config.data.sets]
     tokenizer = common_tokenizer(folders)
     if tokenizer.vocab_size > config.model.vocab_size:
