@@ -42,18 +42,25 @@ STEP = re.compile(r"^step-(\d{8,})$")
 
 
 class Progress(NamedTuple):
-    """Where a run was. The training loop says the first five; saving adds the rest."""
+    """Where a run was. The training loop says the first six; saving adds the rest."""
 
     step: int = 0
     data_step: int = 0  # steps of the loader that were read; above `step` once some were skipped
     heldout_loss: float | None = None  # of the last evaluation, in nats
     skipped_steps: int = 0
     rollbacks: int = 0
+    good_losses: tuple[float, ...] = ()  # of the last steps, which spikes are told by
     optimizer_steps: int = 0  # Adam's count, which its bias correction reads
     loss_scale: dict[str, float] | None = None  # where fp16 adapts it
     world_size: int = 1  # this and the next for information alone
     zero_stage: int = 0
     data_sha256: str = ""  # of what the prepared folders hold
+
+    def after(self, skipped: bool) -> Progress:
+        """One step on."""
+        return self._replace(
+            step=self.step + 1, data_step=self.data_step + 1, skipped_steps=self.skipped_steps + skipped
+        )
 
 
 class Checkpoint(NamedTuple):
@@ -132,6 +139,12 @@ def read_state(checkpoint: Path, keys: Iterable[str]) -> Iterator[tuple[str, Ten
         raise UserError(f"checkpoint {checkpoint} holds no {error} in {STATE}/; use an older one") from None
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"checkpoint {checkpoint}: {STATE}/ cannot be read ({reason_of(error)})") from None
+
+
+def read_carry(checkpoint: Path) -> dict[str, Tensor]:
+    """What the run remembered of its documents; empty where it remembered nothing."""
+    path = checkpoint / CARRY
+    return safetensors.torch.load_file(path) if path.is_file() else {}
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> Checkpoint:

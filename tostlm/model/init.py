@@ -46,6 +46,6 @@ def parameter_groups(lm: LM, weight_decay: float) -> list[dict[str, Any]]:
     for name, parameter in lm.named_parameters():
         groups[parameter.dim() >= 2 and not name.endswith("mixer.bias")].append(parameter)
     return [
-        {"params": groups[True], "weight_decay": weight_decay},
-        {"params": groups[False], "weight_decay": 0.0},
+        {"name": "decay", "params": groups[True], "weight_decay": weight_decay},
+        {"name": "no_decay", "params": groups[False], "weight_decay": 0.0},
     ]

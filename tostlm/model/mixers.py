@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tostlm.model.config import ModelConfig
-from tostlm.tssa import State, tssa
+from tostlm.tssa import State, Stats, tssa
 
 
 class Place(NamedTuple):
@@ -46,6 +46,9 @@ class Place(NamedTuple):
         return table[self.past : self.end] if self.first is None else F.embedding(self.positions, table)
 
 
+Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, State | None]  # of tssa()
+
+
 class TSSA(nn.Module):
     """Token statistics self-attention: one projection in, the operator, one projection out.
 
@@ -61,13 +64,20 @@ class TSSA(nn.Module):
         self.halflife_tokens = config.halflife_tokens
 
     def forward(self, x: Tensor, place: Place, state: State | None) -> tuple[Tensor, State]:
+        y, state = tssa(*self._operands(x, place, state))
+        return self.out_proj(y), state
+
+    def statistics(self, x: Tensor, place: Place, state: State | None) -> Stats:
+        """What the operator does in a forward pass, in numbers."""
+        return tssa(*self._operands(x, place, state), return_stats=True)[2]
+
+    def _operands(self, x: Tensor, place: Place, state: State | None) -> Operands:
         w = self.in_proj(x)
         bias = None if self.bias is None else place.rows(self.bias)
         rho = None
         if self.halflife_tokens is not None:
             rho = _decays(*self.halflife_tokens, self.temp.shape[0], x.device)
-        y, state = tssa(w, self.temp, bias, rho, place.reset, state)
-        return self.out_proj(y), state
+        return w, self.temp, bias, rho, place.reset, state
 
 
 def _decays(first: float, last: float, heads: int, device: torch.device) -> Tensor:

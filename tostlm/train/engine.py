@@ -196,7 +196,7 @@ def train_step(
         last = number + 1 == len(parts)
         with phase("step" if last else "backward"):
             if last:
-                mean, stop = _of_all_ranks(torch.stack(losses).mean(), stop)
+                mean, stop = of_all_ranks(torch.stack(losses).mean(), stop)
                 step = _update(engine, mean, is_bad(mean), stop)
             else:
                 engine.step()  # counts the passes
@@ -218,12 +218,17 @@ def _update(engine: Any, loss: float, bad: bool, stop: bool) -> Step:
     return Step(loss, norm, bad or (skipped and not engine.fp16_enabled()), skipped, stop)
 
 
-def _of_all_ranks(loss: Tensor, stop: bool) -> tuple[float, bool]:
+def of_all_ranks(loss: Tensor, stop: bool = False) -> tuple[float, bool]:
     """The mean of the ranks' losses, and whether any of them was asked to stop: the same on every rank."""
     sums = torch.stack([loss.double(), torch.tensor(float(stop), dtype=torch.float64, device=loss.device)])
     dist.all_reduce(sums)
     total, stops = sums.tolist()
     return total / dist.get_world_size(), stops > 0
+
+
+def learning_rates(engine: Any) -> dict[str, float]:
+    """Of each optimizer group, by its name."""
+    return {group["name"]: group["lr"] for group in engine.optimizer.param_groups}
 
 
 def _unreported_grad_norm(engine: Any) -> Tensor | None:

@@ -24,9 +24,9 @@ class Health:
         self.fruitless = False  # the run has gone back, and no step since was good
 
     @property
-    def good(self) -> list[float]:
+    def good(self) -> tuple[float, ...]:
         """Losses of the last good steps that spikes are told by, oldest first."""
-        return list(self._good)
+        return tuple(self._good)
 
     def is_bad(self, loss: float) -> bool:
         """Whether a loss is no finite number, or is a spike above those of a full window of good steps."""

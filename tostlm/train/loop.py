@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from tostlm.checkpoint import Progress
+from tostlm.checkpoint import Progress, read_carry, read_progress
 from tostlm.config import RunConfig
 from tostlm.data import Loader, common_tokenizer
 from tostlm.errors import EXIT_REQUEUE
@@ -18,14 +19,16 @@ from tostlm.launch import Ranks
 from tostlm.model import create_lm
 from tostlm.train.carry import Carry
 from tostlm.train.checkpoint import Saver
-from tostlm.train.engine import Phase, join_ranks, of_all_ranks, start_engine, train_step
+from tostlm.train.engine import Phase, join_ranks, learning_rates, of_all_ranks, start_engine, train_step
 from tostlm.train.feed import feed, heldout_loader, training_loader
 from tostlm.train.health import Health
 from tostlm.train.metrics import Metrics
+from tostlm.train.profiler import Trace
 from tostlm.train.resume import resume
 from tostlm.train.rollback import go_back
 from tostlm.train.schedule import learning_rate
 from tostlm.train.start import agree, check_run
+from tostlm.train.statistics import layer_statistics
 from tostlm.train.stop import StopRequest
 from tostlm.train.watchdog import Watchdog
 
@@ -41,12 +44,35 @@ def train(config: RunConfig, ranks: Ranks) -> None:
     """
     device = join_ranks(ranks)
     newest = agree(lambda: check_run(config, ranks.world), ranks)
+    if newest is not None and read_progress(newest).step >= config.train.steps:
+        if ranks.rank == 0:
+            print(f"{config.run_dir}: finished at step {read_progress(newest).step}; raise train.steps to go on")
+        return
+    with StopRequest(config.train.time_limit_minutes) as stop, Watchdog(config, ranks) as watchdog:
+        step = go_on(config, ranks, device, newest, stop, watchdog)
+    dist.destroy_process_group()
+    if step < config.train.steps:
+        if ranks.rank == 0:
+            print(f"{config.run_dir}: stopped after step {step} ({stop.reason}); the same command goes on")
+        raise SystemExit(EXIT_REQUEUE)
+
+
+def go_on(
+    config: RunConfig, ranks: Ranks, device: torch.device, newest: Path | None, stop: StopRequest, watchdog: Watchdog
+) -> int:
+    """Train from a checkpoint, or from the start, to the last step or a request to stop; returns the steps done."""
     settings, steps = config.train, config.train.steps
     tokenizer = common_tokenizer([folder for folder, _ in config.data.sets])
     loader, heldout = training_loader(config), heldout_loader(config, ranks.world)
     engine = start_engine(config, create_lm(config.model, config.seed), ranks)
-    carry = Carry(config, ranks) if config.data.carry_state else None
-    progress = resume(engine, config, newest, carry) if newest else Progress()
+    carry = (
+        Carry(engine.gradient_accumulation_steps(), settings.context_ranks, ranks) if config.data.carry_state else None
+    )
+    progress = Progress()
+    if newest is not None:
+        progress = resume(engine, newest)
+        if carry:
+            carry.restore(read_carry(newest), device)
     health = Health(settings, progress.good_losses)
     stopping = False
 
@@ -54,9 +80,8 @@ def train(config: RunConfig, ranks: Ranks) -> None:
         return every is not None and (progress.step % every == 0 or progress.step == steps)
 
     with (
-        StopRequest(settings.time_limit_minutes) as stop,
-        Watchdog(config, ranks) as watchdog,
         Metrics(config, progress.step, ranks) as metrics,
+        Trace(config, ranks) as trace,
         Saver(config, tokenizer, ranks) as saver,
         closing(feed(loader, range(progress.data_step, sys.maxsize), ranks, device)) as rows_ahead,
     ):
@@ -70,8 +95,9 @@ def train(config: RunConfig, ranks: Ranks) -> None:
         while progress.step < steps and not stopping:
             with phase("data"):
                 rows = next(rows_ahead)
-            lr = learning_rate(config, progress.step)
-            update = train_step(engine, rows, lr, health.is_bad, stop.made, carry, phase)
+            with trace.step(progress.step + 1):
+                lr = learning_rate(config, progress.step)
+                update = train_step(engine, rows, lr, health.is_bad, stop.made, carry, phase)
             progress, stopping = progress.after(update.skipped), update.stop
 
             if update.skipped:
@@ -84,24 +110,21 @@ def train(config: RunConfig, ranks: Ranks) -> None:
                 metrics.event(progress.step, "went back", rollbacks=progress.rollbacks)
                 continue
             if due(settings.log_every_steps):
-                metrics.train(progress, update, rows.context, loader.epochs(progress.data_step))
+                epochs = loader.epochs(progress.data_step)
+                metrics.train(progress, update, learning_rates(engine), rows.context, epochs)
+            if due(settings.statistics_every_steps):
+                with phase("statistics"):
+                    metrics.statistics(progress.step, layer_statistics(engine, rows))
             if due(settings.eval_every_steps):
                 loss = evaluate(engine, heldout, settings.eval_tokens, ranks, device, phase)
                 progress = progress._replace(heldout_loss=loss)
                 metrics.heldout(progress.step, loss)
-            if (due(settings.save_every_steps) or stopping) and not update.bad:
+            if due(settings.save_every_steps) or stopping:
                 with phase("save"):
-                    saver.save(engine, progress._replace(good_losses=health.good), carry and carry.gather())
+                    saver.save(engine, progress._replace(good_losses=health.good), carry.gather() if carry else None)
         with phase("save"):
             saver.finish()
-    dist.destroy_process_group()
-    if progress.step < steps:
-        if ranks.rank == 0:
-            print(
-                f"{config.run_dir}: stopped after step {progress.step} of {steps} ({stop.reason}); "
-                "the same command goes on"
-            )
-        raise SystemExit(EXIT_REQUEUE)
+    return progress.step
 
 
 @torch.no_grad()

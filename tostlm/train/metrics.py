@@ -1,25 +1,23 @@
-"""What a run reports: metrics.jsonl, TensorBoard, a line or a bar on the terminal."""
+"""What a run reports: a record of numbers, a line or a bar on the terminal."""
 
 from __future__ import annotations
 
-import json
 import math
 import resource
 import sys
-import time
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 
 import torch
-from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from tostlm.checkpoint import Progress
 from tostlm.config import RunConfig
-from tostlm.files import write_atomically
 from tostlm.launch import Ranks
-from tostlm.model import training_flops_per_token
+from tostlm.model import best_device, training_flops_per_token
+from tostlm.train.clock import Clock
+from tostlm.train.engine import Step
+from tostlm.train.record import Record
 
 # Dense bf16 operations a second, from the vendors' data sheets.
 PEAK_FLOPS = {
@@ -30,21 +28,25 @@ PEAK_FLOPS = {
     "L40S": 362e12,
     "MI300X": 1307e12,
 }
+ASIDE = ("eval", "save", "statistics")  # phases that are no training
 
 
 class Metrics:
-    """A run's record. Rank 0 writes it, the other ranks' are mute; a resumed run goes on without doubled steps."""
+    """A run's report. Rank 0 writes it, the other ranks' are mute; a resumed run goes on without doubled steps.
+
+    `clock` splits the time of a rank: the loop tells it the phases data, forward, backward, step, eval, save and
+    statistics. Seconds and memory are rank 0's.
+    """
 
     def __init__(self, config: RunConfig, start_step: int, ranks: Ranks) -> None:
         self._config, self._world_size = config, ranks.world
         self._mute = ranks.rank != 0
-        self.restart_clock(start_step)
+        self._reported_step = start_step
+        self._on_bar: dict[str, str] = {}
+        self.clock = Clock(best_device())
         if self._mute:
             return
-        path = config.run_dir / "metrics.jsonl"
-        _drop_after(path, start_step)
-        self._file = path.open("a")
-        self._board = SummaryWriter(str(config.run_dir / "tensorboard"), purge_step=start_step + 1)
+        self._record = Record(config, start_step)
         self._bar = tqdm(
             total=config.train.steps,
             initial=start_step,
@@ -61,85 +63,105 @@ class Metrics:
     ) -> None:
         if not self._mute:
             self._bar.close()
-            self._board.close()
-            self._file.close()
+            self._record.close(failed=error is not None)
 
     def train(
         self,
-        step: int,
-        loss: float,
-        lr: float,
-        grad_norm: Tensor | float | None,
+        progress: Progress,
+        update: Step,
+        lr: Mapping[str, float],
         context: int,
         epochs: Mapping[str, float],
     ) -> None:
-        """Report a step of windows of `context` tokens, after which each set, by name, has been read `epochs` times.
+        """Report the last step.
 
-        The tokens a second are of all since the last report.
+        Args:
+            progress: after it.
+            update: what it was like.
+            lr: learning rate of each optimizer group, by name.
+            context: tokens of a window.
+            epochs: how often each set, by name, has been read by then.
         """
+        step, loss, grad_norm, skipped_steps = progress.step, update.loss, update.grad_norm, progress.skipped_steps
+        seconds, steps = self.clock.report(), step - self._reported_step
+        self._reported_step = step
         if self._mute:
             return
-        seconds = time.monotonic() - self._since
-        tokens_per_second = (step - self._since_step) * self._config.train.batch_tokens / seconds
         values = {
             "loss": loss,
-            "lr": lr,
-            "tokens_per_second": tokens_per_second,
-            "memory_bytes": _memory_bytes(),
+            "perplexity": _perplexity(loss),
+            "lr": max(lr.values()),
+            **{f"lr/{name}": rate for name, rate in lr.items()},
+            **({} if grad_norm is None else {"grad_norm": grad_norm}),
             **{f"epoch/{name}" if len(epochs) > 1 else "epoch": value for name, value in epochs.items()},
+            "tokens": step * self._config.train.batch_tokens,
+            "skipped_steps": skipped_steps,
+            **self._speed(steps, seconds, context),
+            **{f"seconds/{phase}": each / steps for phase, each in seconds.items()},
+            "memory_bytes": _memory_bytes(),
         }
-        if grad_norm is not None:
-            values["grad_norm"] = float(grad_norm)
+        if "save" in self.clock.last:
+            values["save_seconds"] = self.clock.last["save"]
+        self._record.scalars("train", step, values)
+        norm, speed = values.get("grad_norm", math.nan), values["tokens_per_second"]
+        skipped = f"  skipped {skipped_steps}" if skipped_steps else ""
+        self._say(step, f"loss {loss:.4f}  lr {values['lr']:.2e}  grad {norm:.2f}  {speed:,.0f} tokens/s{skipped}")
+        self._show(step, loss=f"{loss:.4f}", **({"skipped": str(skipped_steps)} if skipped_steps else {}))
+
+    def _speed(self, steps: int, seconds: Mapping[str, float], context: int) -> dict[str, float]:
+        """Of training alone: evaluations, saves and statistics are left out."""
+        training = sum(each for phase, each in seconds.items() if phase not in ASIDE)
+        tokens_per_second = steps * self._config.train.batch_tokens / training
+        speed = {
+            "tokens_per_second": tokens_per_second,
+            "tokens_per_second_per_device": tokens_per_second / self._world_size,
+        }
         if peak := _peak_flops():
             flops = training_flops_per_token(self._config.model, context)
-            values["mfu"] = tokens_per_second * flops / (peak * self._world_size)
-        self._write("train", step, values)
-        norm = values.get("grad_norm", math.nan)
-        self._say(step, f"loss {loss:.4f}  lr {lr:.2e}  grad {norm:.2f}  {tokens_per_second:,.0f} tokens/s")
-        self._bar.update(step - self._bar.n)
-        self.restart_clock(step)
-
-    def restart_clock(self, step: int) -> None:
-        """Leave what was done since the last report, a save or an evaluation, out of the tokens a second."""
-        self._since, self._since_step = time.monotonic(), step
+            speed["mfu"] = tokens_per_second * flops / (peak * self._world_size)
+        return speed
 
     def heldout(self, step: int, loss: float) -> None:
-        """Report an evaluation on held-out text."""
+        """Report an evaluation on held-out text: its loss in nats a token."""
         if self._mute:
             return
-        self._write("heldout", step, {"loss": loss})
+        self._record.scalars("heldout", step, {"loss": loss, "perplexity": _perplexity(loss)})
         self._say(step, f"held-out loss {loss:.4f}")
+        self._show(step, heldout=f"{loss:.4f}")
 
-    def saved(self, step: int, blocked_seconds: float) -> None:
-        """Report a save, for which training stood still so long."""
-        self.restart_clock(step)
+    def statistics(self, step: int, values: Mapping[str, float]) -> None:
+        """Report what the layers do, by name; see `tostlm.train.statistics`."""
         if not self._mute:
-            self._write("save", step, {"blocked_seconds": blocked_seconds})
+            self._record.scalars("statistics", step, values)
 
-    def _write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        tokens = step * self._config.train.batch_tokens
-        self._file.write(json.dumps({"kind": kind, "step": step, "tokens": tokens, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+    def event(self, step: int, what: str, **values: object) -> None:
+        """Report that something happened after `step` steps. It stays on record, whatever step the run goes back to."""
+        if self._mute:
+            return
+        self._record.event(step, what, values)
+        self._say(step, "  ".join([what, *(f"{name} {value}" for name, value in values.items())]))
+
+    def rewind(self, step: int) -> None:
+        """Go back to after `step`: what was reported of later steps is forgotten, but for events."""
+        self.clock.report()
+        self._reported_step = step
+        if not self._mute:
+            self._record.rewind(step)
+            self._show(step)
 
     def _say(self, step: int, line: str) -> None:
         tqdm.write(f"step {step}/{self._config.train.steps}  {line}", file=sys.stdout)
         sys.stdout.flush()
 
+    def _show(self, step: int, **values: str) -> None:
+        self._on_bar |= values
+        self._bar.set_postfix(self._on_bar, refresh=False)
+        self._bar.n = step
+        self._bar.refresh()
 
-def _drop_after(path: Path, step: int) -> None:
-    """Forget what an interrupted run wrote beyond the checkpoint it resumes from."""
-    if path.exists():
-        lines = path.read_text().splitlines()
-        write_atomically(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
 
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, TypeError, LookupError):  # a line cut short by a crash, or none of ours
-        return float("inf")
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < math.log(sys.float_info.max) else math.inf
 
 
 def _memory_bytes() -> int:

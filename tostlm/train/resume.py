@@ -52,16 +52,21 @@ def newest_good(config: RunConfig) -> Path | None:
         trouble = damage(checkpoint)
         if trouble is None:
             return checkpoint
-        aside = checkpoint.with_name(checkpoint.name + DAMAGED)
-        if aside.exists():
-            shutil.rmtree(aside)
-        checkpoint.rename(aside)
-        print(f"tostlm: checkpoint {checkpoint} is damaged ({trouble}) and put aside as {aside.name}", file=sys.stderr)
+        put_aside(checkpoint, trouble)
     if any(folder.glob(f"step-*{DAMAGED}")):
         raise UserError(
             f"every checkpoint in {folder} is damaged; bring a copy of one, or move them elsewhere to start anew"
         )
     return None
+
+
+def put_aside(checkpoint: Path, trouble: str) -> None:
+    """Keep a checkpoint out of the run's way, and say so on stderr."""
+    aside = checkpoint.with_name(checkpoint.name + DAMAGED)
+    if aside.exists():
+        shutil.rmtree(aside)
+    checkpoint.rename(aside)
+    print(f"tostlm: checkpoint {checkpoint} is damaged ({trouble}) and put aside as {aside.name}", file=sys.stderr)
 
 
 def _strangers(run_dir: Path) -> Iterator[Path]:

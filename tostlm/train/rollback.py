@@ -23,7 +23,7 @@ def go_back(engine: Any, config: RunConfig, progress: Progress, ranks: Ranks, fr
         UserError: the run has gone back too often, or there is no checkpoint; said by rank 0.
     """
     checkpoint = agree(lambda: _choose(config, progress, fruitless), ranks)
-    saved = resume(engine, config, checkpoint)
+    saved = resume(engine, checkpoint)
     return saved._replace(
         data_step=progress.data_step, skipped_steps=progress.skipped_steps, rollbacks=progress.rollbacks + 1
     )

@@ -16,6 +16,8 @@ from tostlm.files import lock_for_life, require_writable, write_atomically
 from tostlm.launch import Ranks
 from tostlm.train.feed import heldout_loader, training_loader
 from tostlm.train.resume import check_resumable, newest_good
+from tostlm.train.wandb import check_wandb
+from tostlm.train.watchdog import clear_heartbeats
 
 T = TypeVar("T")
 
@@ -40,6 +42,7 @@ def check_run(config: RunConfig, world_size: int) -> Path | None:
         UserError: something is.
     """
     batches(config, world_size)
+    check_wandb(config)
     folders = [folder for folder, _ in config.data.sets]
     tokenizer = common_tokenizer(folders)
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -53,6 +56,7 @@ def check_run(config: RunConfig, world_size: int) -> Path | None:
     lock_for_life(
         config.run_dir / ".lock", f"{config.run_dir} is in use by another tostlm train; wait for it or end it"
     )
+    clear_heartbeats(config)
     newest = newest_good(config)
     if newest is not None:
         check_resumable(config, tokenizer, newest)

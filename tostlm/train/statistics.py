@@ -1,0 +1,44 @@
+"""What the TSSA layers of a model in training do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tostlm.model.mixers import TSSA
+from tostlm.train.feed import Rows
+
+
+@torch.no_grad()
+def layer_statistics(engine: Any, rows: Rows) -> dict[str, float]:
+    """Each TSSA layer's membership entropy and mean gate over its heads, as `entropy/LAYER` and `gate/LAYER`.
+
+    They are of this rank's first micro-batch of `rows`, and what they mean is in `tostlm.tssa.Stats`. Every rank must
+    call, for at ZeRO stage 3 a forward pass needs them all.
+    """
+    found: dict[str, Tensor] = {}
+
+    def watch(layer: int, mixer: TSSA) -> Any:
+        def note(mixer: TSSA, inputs: tuple[Any, ...], output: Any) -> None:
+            stats = mixer.statistics(*inputs)
+            found[f"entropy/{layer}"], found[f"gate/{layer}"] = stats.entropy, stats.gate.mean()
+
+        # Before DeepSpeed's own hook, which takes the layer's parameters away at stage 3.
+        return mixer.register_forward_hook(note, prepend=True)
+
+    layers = enumerate(block.mixer for block in engine.module.blocks)
+    hooks = [watch(layer, mixer) for layer, mixer in layers if isinstance(mixer, TSSA)]
+    if not hooks:
+        return {}
+    micro = rows.split(engine.gradient_accumulation_steps())[0]
+    engine.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):  # compiled code does not see hooks
+            engine(micro.inputs, targets=micro.targets[:, -1:], reset=micro.resets)  # of the loss as little as can be
+    finally:
+        engine.train()
+        for hook in hooks:
+            hook.remove()
+    return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
