@@ -99,9 +99,16 @@ def test_a_run_that_has_gone_bad_goes_back_and_leaves_the_data_out(run: Run) -> 
 
 
 def test_a_run_that_goes_bad_again_and_again_stops(run: Run) -> None:
-    line = fail(run.train("optimizer.lr=1e30", "optimizer.warmup_steps=0", "train.steps=50", *BACK[:2]), "diverged")
-    assert "lower optimizer.lr" in line
-    assert not checkpoints(run.dir) or read_progress(checkpoints(run.dir)[-1]).step < 50
+    result = run.train("optimizer.lr=1e30", "optimizer.warmup_steps=0", "train.steps=50", *BACK[:2])
+    assert result.returncode == 2
+    aside, line = result.stderr.strip().splitlines()
+    assert "step-00000002 is damaged (what came of it was bad) and put aside" in aside
+    assert "the last 2 losses or gradients up to step 4 were bad" in line
+    assert "training has diverged; lower optimizer.lr" in line
+    limited = run.train(
+        "optimizer.lr=1e30", "optimizer.warmup_steps=0", "train.rollbacks_before_stop=0", f"run_dir={run.dir}2"
+    )
+    assert "train.rollbacks_before_stop" in fail(limited, "after going back 0 times")
 
 
 def test_a_spike_is_skipped_where_that_is_asked_for(run: Run) -> None:

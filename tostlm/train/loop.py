@@ -53,7 +53,8 @@ def train(config: RunConfig, ranks: Ranks) -> None:
     dist.destroy_process_group()
     if step < config.train.steps:
         if ranks.rank == 0:
-            print(f"{config.run_dir}: stopped after step {step} ({stop.reason}); the same command goes on")
+            of_all = f"step {step} of {config.train.steps}"
+            print(f"{config.run_dir}: stopped after {of_all} ({stop.reason}); the same command goes on")
         raise SystemExit(EXIT_REQUEUE)
 
 
@@ -119,7 +120,7 @@ def go_on(
                 loss = evaluate(engine, heldout, settings.eval_tokens, ranks, device, phase)
                 progress = progress._replace(heldout_loss=loss)
                 metrics.heldout(progress.step, loss)
-            if due(settings.save_every_steps) or stopping:
+            if (due(settings.save_every_steps) or stopping) and (not update.bad or progress.step == steps):
                 with phase("save"):
                     saver.save(engine, progress._replace(good_losses=health.good), carry.gather() if carry else None)
         with phase("save"):
