@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pydantic
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 if not torch.accelerator.is_available():
@@ -41,9 +42,11 @@ warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scat
 def deepspeed_dict(config: RunConfig, world_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration: its own block as it is, and the batch sizes derived from tokens."""
     shares = batches(config, world_size)
+    # A group that splits sequences over its ranks reads the same ones on each: DeepSpeed counts them once a rank, and
+    # asks for micro-batch x accumulation x ranks.
     return {
         **config.deepspeed,
-        "train_batch_size": shares.sequences,
+        "train_batch_size": shares.sequences * config.train.context_ranks,
         "train_micro_batch_size_per_gpu": shares.micro_sequences,
         "gradient_accumulation_steps": shares.accumulation,
         "steps_per_print": config.deepspeed.get("steps_per_print", config.train.steps + 1),
@@ -61,6 +64,16 @@ def join_ranks(ranks: Ranks) -> torch.device:
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     return torch.device(deepspeed.get_accelerator().current_device_name())
+
+
+def context_group(context_ranks: int) -> dist.ProcessGroup | None:
+    """The `context_ranks` neighbouring ranks that share their sequences, this one among them; every rank must call.
+
+    DeepSpeed averages gradients over all ranks, whatever they share: that is right here too. A rank's backward pass
+    gives its parameters' share in the losses of its whole group, so the ranks' shares add up to the gradient of the sum
+    of all ranks' losses, and the loss of a step is their mean.
+    """
+    return dist.new_subgroups(context_ranks)[0] if context_ranks > 1 else None
 
 
 def start_engine(config: RunConfig, lm: LM, ranks: Ranks) -> Any:
@@ -107,15 +120,15 @@ class Step(NamedTuple):
     grad_norm: Tensor | float | None  # of the whole gradient, before clipping; None where DeepSpeed is told not to
 
 
-def train_step(engine: Any, rows: Rows, lr: float) -> Step:
-    """One update from this rank's share of a step."""
-    for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+def train_step(engine: Any, rows: Rows, lr: float, group: dist.ProcessGroup | None = None) -> Step:
+    """One update from this rank's share of a step; `group` shares its sequences."""
+    for settings in engine.optimizer.param_groups:
+        settings["lr"] = lr
     passes = rows.split(engine.gradient_accumulation_steps())
     losses = []
     grad_norm = None
     for number, micro in enumerate(passes, start=1):
-        loss = micro.loss(engine)
+        loss = micro.loss(engine, group)
         engine.backward(loss)
         if number == len(passes):
             grad_norm = _unreported_grad_norm(engine)

@@ -19,7 +19,7 @@ from tostlm.files import lock_for_life, require_writable, write_atomically
 from tostlm.launch import Ranks
 from tostlm.model import create_lm
 from tostlm.train.checkpoint import check_resumable, clear_unfinished, last_step, resume, save
-from tostlm.train.engine import join_ranks, start_engine, train_step
+from tostlm.train.engine import context_group, join_ranks, start_engine, train_step
 from tostlm.train.feed import feed, heldout_loader, training_loader
 from tostlm.train.metrics import Metrics
 from tostlm.train.schedule import learning_rate
@@ -40,6 +40,7 @@ def train(config: RunConfig, ranks: Ranks) -> None:
     tokenizer = common_tokenizer([folder for folder, _ in config.data.sets])
     loader, heldout = training_loader(config), heldout_loader(config, ranks.world)
     engine = start_engine(config, create_lm(config.model, config.seed), ranks)
+    group = context_group(config.train.context_ranks)
     if step:
         resume(engine, config, step)
 
@@ -48,18 +49,19 @@ def train(config: RunConfig, ranks: Ranks) -> None:
 
     with (
         Metrics(config, step, ranks) as metrics,
-        closing(feed(loader, range(step, config.train.steps), ranks, device)) as batches_ahead,
+        closing(feed(loader, range(step, config.train.steps), ranks, device, group)) as batches_ahead,
     ):
         for rows in batches_ahead:
             lr = learning_rate(config, step)
-            update = train_step(engine, rows, lr)
+            update = train_step(engine, rows, lr, group)
             step += 1
 
             if due(config.train.log_every_steps):
                 loss = finite_mean(update.loss, step, ranks)
-                metrics.train(step, loss, lr, update.grad_norm, rows.context, loader.epochs(step))
+                context = rows.tokens * config.train.context_ranks
+                metrics.train(step, loss, lr, update.grad_norm, context, loader.epochs(step))
             if due(config.train.eval_every_steps):
-                own = evaluate(engine, heldout, config.train.eval_tokens, ranks, device)
+                own = evaluate(engine, heldout, config.train.eval_tokens, ranks, device, group)
                 metrics.heldout(step, finite_mean(own, step, ranks))
                 metrics.restart_clock(step)
             if due(config.train.save_every_steps):
@@ -113,11 +115,18 @@ def check_run(config: RunConfig, world_size: int) -> int:
 
 
 @torch.no_grad()
-def evaluate(engine: Any, heldout: Loader, tokens: int, ranks: Ranks, device: torch.device) -> Tensor:
+def evaluate(
+    engine: Any,
+    heldout: Loader,
+    tokens: int,
+    ranks: Ranks,
+    device: torch.device,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
     """This rank's mean loss in nats on its share of `tokens` held-out tokens, the same every time."""
     passes = heldout.steps_within(tokens)
     engine.eval()
-    losses = [rows.loss(engine) for rows in feed(heldout, range(passes), ranks, device)]
+    losses = [rows.loss(engine, group) for rows in feed(heldout, range(passes), ranks, device, group)]
     engine.train()
     return torch.stack(losses).mean()
 
