@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tostlm.model import ModelConfig
+from tostlm.model import LM, ModelConfig, create_lm
 
 SHAPES = {
     "tost": ModelConfig(2, 24, 3, 40, positions=64, layer_scale=0.5),
@@ -18,3 +18,12 @@ shapes = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
 
 def tokens_of(config: ModelConfig, *shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def double(config: ModelConfig) -> LM:
+    """In float64, of weights large enough for everything to matter; the bias starts at zero, where it would not."""
+    lm = create_lm(config, seed=0).double()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in lm.requires_grad_(False).parameters():
+        parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return lm.requires_grad_()

@@ -8,20 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.model.common import SHAPES, shapes, tokens_of
+from tests.model.common import SHAPES, double, shapes, tokens_of
 from tostlm.model import LM, ModelConfig, create_lm
 
 LENGTHS = [[50, 1, 2, 37], [7, 64, 19], [33, 57]]  # of each row's documents; they cross the operator's chunks of 32
 CONTEXT = 90
-
-
-def double(config: ModelConfig) -> LM:
-    """In float64, of weights large enough for everything to matter; the bias starts at zero, where it would not."""
-    lm = create_lm(config, seed=0).double()
-    generator = torch.Generator().manual_seed(1)
-    for parameter in lm.requires_grad_(False).parameters():
-        parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    return lm.requires_grad_()
 
 
 def resets_of(lengths: list[list[int]]) -> Tensor:

@@ -16,7 +16,9 @@ from tests.conftest import Run
 from tests.train.test_training import options
 from tostlm.launch import Ranks, export_rendezvous
 from tostlm.model import create_lm
-from tostlm.train.engine import Step, join_ranks, start_engine, train_step, whole_weights
+from tostlm.train.carry import Carry
+from tostlm.train.engine import Step, join_ranks, start_engine, train_step
+from tostlm.train.engine_state import whole_weights
 from tostlm.train.feed import Rows, training_loader
 
 ACCUMULATE = "data_types.grad_accum_dtype=fp32"
@@ -56,12 +58,14 @@ def bad_among_good(run: Run, ranks: Ranks, stage: int, bf16: str, more: tuple[st
     loader = training_loader(config)
     engine = start_engine(config, create_lm(config.model, config.seed), ranks)
 
+    carry = Carry(config, engine.gradient_accumulation_steps(), ranks)
+
     def step(number: int, is_bad: Callable[[float], bool] = lambda loss: False) -> Step:
         rows = Rows.of(loader.batch(number, ranks.rank, ranks.world))
-        return train_step(engine, rows, 1e-3, is_bad, False, None, lambda name: nullcontext())
+        return train_step(engine, rows, 1e-3, is_bad, False, carry, lambda name: nullcontext())
 
     def weights() -> dict[str, torch.Tensor]:
-        return whole_weights(engine, ranks.rank)
+        return whole_weights(engine)
 
     good = [step(0), step(1)]
     before = weights()

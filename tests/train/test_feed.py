@@ -39,7 +39,7 @@ def test_the_batches_of_the_loader_in_order(run: Run, steps: range) -> None:
     rows = list(feed(loader, steps, rank, CPU))
     assert len(rows) == len(steps)
     for step, made in zip(steps, rows, strict=True):
-        for ours, theirs in zip(made, loader.batch(step, 1, 2), strict=True):
+        for ours, theirs in zip(made[:3], loader.batch(step, 1, 2), strict=True):
             assert np.array_equal(ours.numpy(), theirs)
     assert not feed_threads()
 

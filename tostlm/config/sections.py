@@ -165,6 +165,7 @@ class RunConfig(Section):
                 "data.context_tokens takes over there"
             )
         self._whole_contexts()
+        self._heads_split()
         self._carried_state_fits()
         for key in self.deepspeed:
             if key in DERIVED_DEEPSPEED_KEYS:
@@ -196,6 +197,14 @@ class RunConfig(Section):
                         f"train.{key} {tokens}{over} does not divide into contexts of {context} tokens; "
                         f"try {_nearest_multiple(tokens, unit // math.gcd(unit, ranks))}"
                     )
+
+    def _heads_split(self) -> None:
+        heads, group = self.model.heads, self.train.context_ranks
+        if "softmax" in self.model.mixers and heads % group:
+            raise ValueError(
+                f"model.heads {heads} do not split over train.context_ranks {group}, as softmax layers need; "
+                f"try train.context_ranks={math.gcd(heads, group)}"
+            )
 
     def _carried_state_fits(self) -> None:
         if not self.data.carry_state:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -75,9 +76,15 @@ class LM(nn.Module):
     the first token of each document packed into the context: nothing before it has any influence from there on, and
     positions start again from 0.
 
+    With `group` the context is split over a process group: every rank calls with its own consecutive tokens, targets
+    and resets, all of one shape, and gets logits, or the mean loss, of its own. `state` is the one before the first
+    rank's tokens and the result the one after the last rank's, the same on all ranks but for softmax layers, where each
+    rank keeps its heads. Gradients are this rank's share: summed over the ranks they are those of the ranks' summed
+    losses.
+
     Raises:
         ValueError: the context, or with resets a document in it, outgrows `config.positions`; `reset` is of another
-            shape than the tokens.
+            shape than the tokens; softmax layers' heads do not split over the ranks.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -94,20 +101,25 @@ class LM(nn.Module):
         state: LMState | None = None,
         targets: Tensor | None = None,
         reset: Tensor | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> tuple[Tensor, LMState]:
-        x, state = self.hidden(tokens, state, reset)  # [B, T, C]
+        x, state = self.hidden(tokens, state, reset, group)  # [B, T, C]
         if targets is None:
             return F.linear(x, self.embed.weight), state
         return mean_cross_entropy(x[:, -targets.shape[1] :], self.embed.weight, targets), state
 
     def hidden(
-        self, tokens: Tensor, state: LMState | None = None, reset: Tensor | None = None
+        self,
+        tokens: Tensor,
+        state: LMState | None = None,
+        reset: Tensor | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> tuple[Tensor, LMState]:
         """The normed residual stream [B, T, C] that the output projection reads, and the state after the tokens."""
         if reset is not None and reset.shape != tokens.shape:
             raise ValueError(f"reset has shape {tuple(reset.shape)}; it must be the tokens', {tuple(tokens.shape)}")
         past, document = (state.tokens, state.document) if state else (0, None)
-        place = Place.of(tokens, past, document, reset, softmax="softmax" in self.config.mixers)
+        place = Place.of(tokens, past, document, reset, "softmax" in self.config.mixers, group)
         self._check_length(place)
         x = self.embed(tokens)
         if self.positions is not None:
@@ -116,15 +128,13 @@ class LM(nn.Module):
         for layer, block in enumerate(self.blocks):
             x, after = block(x, place, state.layers[layer] if state else None)
             layers.append(after)
-        document = None if place.first is None else place.first[:, -1:].clone()  # a view would keep all T alive
-        return self.norm(x), LMState(place.end, tuple(layers), document)
+        return self.norm(x), LMState(place.end, tuple(layers), place.last)
 
     def _check_length(self, place: Place) -> None:
         limit = self.config.positions
         if limit is None or place.end <= limit:  # documents are no longer than the context, whatever they are
             return
-        kind, length = "context", place.end
-        if place.first is not None:
-            kind, length = "document", int(place.positions.max()) + 1
+        length = place.longest
         if length > limit:
+            kind = "context" if place.first is None else "document"
             raise ValueError(f"a {kind} of {length} tokens is longer than the model's {limit} positions")

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tostlm.model.config import ModelConfig
+from tostlm.model.ranks import all_heads, all_tokens
 from tostlm.tssa import State, Stats, tssa
+from tostlm.tssa.ranks import all_gather, tssa_over_ranks
 
 
 class Place(NamedTuple):
@@ -18,32 +21,67 @@ class Place(NamedTuple):
     A document goes from one reset to the next; nothing before its first token has any influence on it.
     """
 
-    past: int  # tokens of the context before these
-    end: int  # and with these
+    start: int  # number of the first of these tokens
+    end: int  # tokens of the context with these, and with those of the other ranks
     reset: Tensor | None  # [B, T] bool, True at the first token of a document
     first: Tensor | None  # [B, T] or [B, 1], number of the first token of each token's document; None is 0
+    last: Tensor | None  # [B, 1], the same of the document in which the context ends
     positions: Tensor  # [T] or [B, T], of each token in its document
-    mask: Tensor | None  # [T, end] or [B, 1, T, end], what softmax may see; None is all up to the token itself
+    mask: Tensor | None  # [S, end] or [B, 1, S, end], what softmax may see; None is all up to the token itself
+    group: dist.ProcessGroup | None  # whose ranks hold T tokens each of the S of this call
 
     @classmethod
-    def of(cls, tokens: Tensor, past: int, document: Tensor | None, reset: Tensor | None, softmax: bool) -> Place:
+    def of(
+        cls,
+        tokens: Tensor,
+        past: int,
+        document: Tensor | None,
+        reset: Tensor | None,
+        softmax: bool,
+        group: dist.ProcessGroup | None = None,
+    ) -> Place:
         """The place of tokens [B, T] after `past` others, the sequences being in documents that began at [B, 1]."""
         T, device = tokens.shape[1], tokens.device
-        end = past + T
-        numbers, first = torch.arange(past, end, device=device), document
+        rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
+        start, end = past + rank * T, past + ranks * T
+        numbers = torch.arange(start, start + T, device=device)
+        first = last = firsts = document
         if reset is not None:
-            first = numbers.where(reset, 0 if document is None else document).cummax(1).values
+            first = firsts = numbers.where(reset, 0 if document is None else document).cummax(1).values
+            last = first[:, -1:].clone()  # a view would keep all T alive
+            if group is not None:
+                lasts = all_gather(last, group).cummax(0).values
+                last = lasts[-1]
+                first = firsts = first.maximum(lasts[rank - 1]) if rank else first
+                if softmax:
+                    firsts = all_gather(first, group).movedim(0, 1).flatten(1)  # of all ranks' tokens
         positions = numbers if first is None else numbers - first
-        mask = None
-        if softmax and (first is not None or (past and T > 1)):
-            mask = torch.ones(T, end, dtype=torch.bool, device=device).tril(past)
-            if first is not None:
-                mask = mask & (torch.arange(end, device=device) >= first[:, None, :, None])
-        return cls(past, end, reset, first, positions, mask)
+        mask = _mask(past, end, firsts, device) if softmax else None
+        return cls(start, end, reset, first, last, positions, mask, group)
 
     def rows(self, table: Tensor) -> Tensor:
         """The rows of a table of positions [P, K] at the tokens' own: [T, K] without resets, [B, T, K] with."""
-        return table[self.past : self.end] if self.first is None else F.embedding(self.positions, table)
+        if self.first is None:
+            return table[self.start : self.start + self.positions.shape[-1]]
+        return F.embedding(self.positions, table)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document that reaches into this call, or of the context where there never was one."""
+        if self.first is None:
+            return self.end
+        position = self.positions.max()
+        return int(position if self.group is None else all_gather(position, self.group).max()) + 1
+
+
+def _mask(past: int, end: int, firsts: Tensor | None, device: torch.device) -> Tensor | None:
+    """`Place.mask` of tokens `past` to `end`, whose documents' first ones are numbered [B, S] or [B, 1]."""
+    if firsts is None and (past == 0 or end - past == 1):
+        return None
+    mask = torch.ones(end - past, end, dtype=torch.bool, device=device).tril(past)
+    if firsts is None:
+        return mask
+    return mask & (torch.arange(end, device=device) >= firsts[:, None, :, None])
 
 
 Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, State | None]  # of tssa()
@@ -64,11 +102,12 @@ class TSSA(nn.Module):
         self.halflife_tokens = config.halflife_tokens
 
     def forward(self, x: Tensor, place: Place, state: State | None) -> tuple[Tensor, State]:
-        y, state = tssa(*self._operands(x, place, state))
+        operands = self._operands(x, place, state)
+        y, state = tssa(*operands) if place.group is None else tssa_over_ranks(*operands, place.group)
         return self.out_proj(y), state
 
     def statistics(self, x: Tensor, place: Place, state: State | None) -> Stats:
-        """What the operator does in a forward pass, in numbers."""
+        """What the operator does in a forward pass, in numbers; of this rank's tokens alone where ranks share them."""
         return tssa(*self._operands(x, place, state), return_stats=True)[2]
 
     def _operands(self, x: Tensor, place: Place, state: State | None) -> Operands:
@@ -87,7 +126,10 @@ def _decays(first: float, last: float, heads: int, device: torch.device) -> Tens
 
 
 class KVState(NamedTuple):
-    """Keys and values of the tokens before, [B, H, T, D] each: it grows with the context."""
+    """Keys and values of the tokens before, [B, H, T, D] each: it grows with the context.
+
+    Where ranks share a context, each has those of its heads.
+    """
 
     keys: Tensor
     values: Tensor
@@ -112,10 +154,14 @@ class SoftmaxAttention(nn.Module):
             part.view(B, T, self.heads, C // self.heads).transpose(1, 2)  # [B, H, T, D]
             for part in self.in_proj(x).split(C, dim=-1)
         )
+        if place.group is not None:
+            q, k, v = all_tokens(torch.stack([q, k, v]), place.group)
         if state is not None:
             k, v = torch.cat([state.keys, k], dim=2), torch.cat([state.values, v], dim=2)
-        is_causal = place.mask is None and place.past == 0
+        is_causal = place.mask is None and q.shape[2] > 1  # a single token sees all there is
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=place.mask, is_causal=is_causal)
+        if place.group is not None:
+            y = all_heads(y, place.group)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, C)), KVState(k, v)
 
 

@@ -8,28 +8,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tostlm.config import RunConfig
 from tostlm.launch import Ranks
 from tostlm.model import LMState
 from tostlm.tssa import State
 
 
 class Carry:
-    """The states of this rank's rows, in the parts that its passes are made of; before the first window there is none.
+    """The states of this rank's rows, in the `parts` that its passes are made of.
 
-    Args:
-        parts: passes of a step.
-        pieces: ranks that one sequence is split over; they hold the same states.
+    There is none before the first window, and never one without data.carry_state. Ranks that share their sequences
+    hold the same.
     """
 
-    def __init__(self, parts: int, pieces: int, ranks: Ranks) -> None:
+    def __init__(self, config: RunConfig, parts: int, ranks: Ranks) -> None:
+        self._on, self._pieces, self._ranks = config.data.carry_state, config.train.context_ranks, ranks
         self._states: list[LMState | None] = [None] * parts
-        self._pieces, self._ranks = pieces, ranks
 
     def __getitem__(self, part: int) -> LMState | None:
         return self._states[part]
 
     def keep(self, part: int, state: LMState) -> None:
         """Hand a state on to the next step, without its history."""
+        if not self._on:
+            return
         layers = tuple(layer.detach() for layer in state.layers if isinstance(layer, State))
         self._states[part] = LMState(0, layers)  # without positions nothing counts the tokens before
 

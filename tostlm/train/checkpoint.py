@@ -68,8 +68,8 @@ class Saver:
         finally:
             self._thread.shutdown()
 
-    def save(self, engine: Any, progress: Progress, carry: Mapping[str, Tensor] | None = None) -> None:
-        """Save the engine and where the run is; `carry` is what it remembers of its documents, given on rank 0.
+    def save(self, engine: Any, progress: Progress, carry: Mapping[str, Tensor]) -> None:
+        """Save the engine and where the run is; `carry` is what it remembers of its documents.
 
         Raises:
             UserError: this save or the one before it cannot be written; the run's older checkpoints are untouched.
@@ -104,7 +104,7 @@ class Saver:
             "the checkpoint before"
         )
 
-    def _copy(self, engine: Any, progress: Progress, carry: Mapping[str, Tensor] | None) -> dict[str, Content]:
+    def _copy(self, engine: Any, progress: Progress, carry: Mapping[str, Tensor]) -> dict[str, Content]:
         """What this rank writes, by file."""
         rank, world = self._ranks.rank, self._ranks.world
         numels = state_numels(engine)
@@ -121,7 +121,7 @@ class Saver:
             return files
         if weights:
             files[WEIGHTS] = weights
-        if carry is not None:
+        if carry:
             files[CARRY] = {name: tensor.detach().to("cpu", copy=True) for name, tensor in carry.items()}
         whole = progress._replace(
             optimizer_steps=optimizer_steps(engine),

@@ -45,9 +45,11 @@ warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scat
 def deepspeed_dict(config: RunConfig, world_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration: its own block as it is, and the batch sizes derived from tokens."""
     shares = batches(config, world_size)
+    # A group that splits sequences over its ranks reads the same ones on each: DeepSpeed counts them once a rank, and
+    # asks for micro-batch x accumulation x ranks.
     return {
         **config.deepspeed,
-        "train_batch_size": shares.sequences,
+        "train_batch_size": shares.sequences * config.train.context_ranks,
         "train_micro_batch_size_per_gpu": shares.micro_sequences,
         "gradient_accumulation_steps": shares.accumulation,
         "steps_per_print": config.deepspeed.get("steps_per_print", config.train.steps + 1),
@@ -66,6 +68,16 @@ def join_ranks(ranks: Ranks) -> torch.device:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=COLLECTIVE_TIMEOUT)
     return torch.device(deepspeed.get_accelerator().current_device_name())
+
+
+def context_group(context_ranks: int) -> dist.ProcessGroup | None:
+    """The `context_ranks` neighbouring ranks that share their sequences, this one among them; every rank must call.
+
+    DeepSpeed averages gradients over all ranks, whatever they share: that is right here too. A rank's backward pass
+    gives its parameters' share in the losses of its whole group, so the ranks' shares add up to the gradient of the sum
+    of all ranks' losses, and the loss of a step is their mean.
+    """
+    return dist.new_subgroups(context_ranks)[0] if context_ranks > 1 else None
 
 
 def start_engine(config: RunConfig, lm: LM, ranks: Ranks) -> Any:
@@ -174,7 +186,7 @@ def train_step(
     lr: float,
     is_bad: Callable[[float], bool],
     stop: bool,
-    carry: Carry | None,
+    carry: Carry,
     phase: Phase,
 ) -> Step:
     """One update from this rank's share of a step, unless the step is bad: by its loss, or by its gradient's norm.
@@ -187,9 +199,8 @@ def train_step(
     losses, step = [], Step(math.nan, None, False, False, stop)
     for number, part in enumerate(parts):
         with phase("forward"):
-            loss, state = part.loss(engine, carry[number] if carry else None)
-        if carry:
-            carry.keep(number, state)
+            loss, state = part.loss(engine, carry[number])
+        carry.keep(number, state)
         losses.append(loss.detach())
         with phase("backward"):
             engine.backward(loss)
@@ -200,7 +211,7 @@ def train_step(
                 step = _update(engine, mean, is_bad(mean), stop)
             else:
                 engine.step()  # counts the passes
-    if carry and step.skipped:
+    if step.skipped:
         carry.forget()
     return step
 

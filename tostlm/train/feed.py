@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tostlm.config import RunConfig, batches
@@ -20,34 +21,44 @@ AHEAD = 2  # batches
 
 
 class Rows(NamedTuple):
-    """A rank's `tostlm.data.Batch` as tensors: [sequences, context] each."""
+    """A rank's `tostlm.data.Batch`, or a piece of each of its sequences, as tensors: [sequences, tokens] each."""
 
     inputs: Tensor
     targets: Tensor
     resets: Tensor | None
+    group: dist.ProcessGroup | None = None  # whose ranks have the other pieces
 
     @classmethod
-    def of(cls, batch: Batch) -> Rows:
-        inputs, targets = (torch.from_numpy(np.ascontiguousarray(part)) for part in batch[:2])
-        return cls(inputs, targets, None if batch.resets is None else torch.from_numpy(batch.resets))
+    def of(cls, batch: Batch, piece: int = 0, pieces: int = 1) -> Rows:
+        """The whole batch, or one of several equal pieces of each sequence's tokens."""
+        tokens = batch.inputs.shape[1] // pieces
+        own = np.s_[:, piece * tokens : (piece + 1) * tokens]
+
+        def tensor(part: np.ndarray) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(part[own]))
+
+        resets = None if batch.resets is None else tensor(batch.resets)
+        return cls(tensor(batch.inputs), tensor(batch.targets), resets)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Rows:
         """The same rows with each tensor changed."""
-        return Rows(change(self.inputs), change(self.targets), None if self.resets is None else change(self.resets))
+        resets = None if self.resets is None else change(self.resets)
+        return Rows(change(self.inputs), change(self.targets), resets, self.group)
 
     @property
     def context(self) -> int:
-        return self.inputs.shape[1]
+        """Tokens of a whole sequence."""
+        return self.inputs.shape[1] * (1 if self.group is None else self.group.size())
 
     def loss(self, lm: Any, state: LMState | None = None) -> tuple[Tensor, LMState]:
-        """The mean loss in nats of an LM, or of an engine around one, and the state after the rows."""
-        return lm(self.inputs, state, targets=self.targets, reset=self.resets)
+        """The mean loss in nats of an LM, or of an engine around one, and the state after the whole sequences."""
+        return lm(self.inputs, state, targets=self.targets, reset=self.resets, group=self.group)
 
     def split(self, parts: int) -> list[Rows]:
         """Equal parts of the sequences."""
         inputs, targets = self.inputs.chunk(parts), self.targets.chunk(parts)
         resets = [None] * parts if self.resets is None else self.resets.chunk(parts)
-        return [Rows(*part) for part in zip(inputs, targets, resets, strict=True)]
+        return [Rows(*part, self.group) for part in zip(inputs, targets, resets, strict=True)]
 
 
 def training_loader(config: RunConfig) -> Loader:
@@ -62,13 +73,13 @@ def training_loader(config: RunConfig) -> Loader:
 
 
 def heldout_loader(config: RunConfig, world: int) -> Loader:
-    """What the run is evaluated on, in batches that are one pass of each rank.
+    """What the run is evaluated on, in batches that are one pass of each group of ranks.
 
     Raises:
         UserError: a set is damaged or has no window of `data.context_tokens`.
     """
-    passes = batches(config, world).micro_sequences * world
-    return _loader(config, HELDOUT, [Stage(0, config.data.context_tokens, passes)], read_on=False)
+    sequences = batches(config, world).micro_sequences * world // config.train.context_ranks
+    return _loader(config, HELDOUT, [Stage(0, config.data.context_tokens, sequences)], read_on=False)
 
 
 def _loader(config: RunConfig, split: str, stages: list[Stage], read_on: bool) -> Loader:
@@ -83,17 +94,23 @@ def _loader(config: RunConfig, split: str, stages: list[Stage], read_on: bool) -
     )
 
 
-def feed(loader: Loader, steps: range, ranks: Ranks, device: torch.device) -> Generator[Rows]:
+def feed(
+    loader: Loader, steps: range, ranks: Ranks, device: torch.device, group: dist.ProcessGroup | None = None
+) -> Generator[Rows]:
     """This rank's batches of `steps` on its device, made `AHEAD` of their use by a thread that ends with the iterator.
+
+    The ranks of `group` get the same sequences, each its piece of their tokens.
 
     Raises:
         UserError: a shard is damaged.
     """
 
     on_cuda = device.type == "cuda"
+    piece, pieces = (0, 1) if group is None else (group.rank(), group.size())
 
     def make(step: int) -> Rows:
-        rows = Rows.of(loader.batch(step, ranks.rank, ranks.world))
+        batch = loader.batch(step, ranks.rank // pieces, ranks.world // pieces)
+        rows = Rows.of(batch, piece, pieces)._replace(group=group)
         return rows.each(Tensor.pin_memory) if on_cuda else rows
 
     def choose_device() -> None:  # pinning memory would otherwise start CUDA on the first device too

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,14 @@ import torch.distributed as dist
 
 from tostlm.checkpoint import Progress, read_carry, read_progress
 from tostlm.config import RunConfig
-from tostlm.data import Loader, common_tokenizer
+from tostlm.data import common_tokenizer
 from tostlm.errors import EXIT_REQUEUE
 from tostlm.launch import Ranks
 from tostlm.model import create_lm
 from tostlm.train.carry import Carry
 from tostlm.train.checkpoint import Saver
-from tostlm.train.engine import Phase, join_ranks, learning_rates, of_all_ranks, start_engine, train_step
-from tostlm.train.feed import feed, heldout_loader, training_loader
+from tostlm.train.engine import Phase, context_group, join_ranks, learning_rates, of_all_ranks, start_engine, train_step
+from tostlm.train.feed import Rows, feed, heldout_loader, training_loader
 from tostlm.train.health import Health
 from tostlm.train.metrics import Metrics
 from tostlm.train.profiler import Trace
@@ -66,15 +66,14 @@ def go_on(
     tokenizer = common_tokenizer([folder for folder, _ in config.data.sets])
     loader, heldout = training_loader(config), heldout_loader(config, ranks.world)
     engine = start_engine(config, create_lm(config.model, config.seed), ranks)
-    carry = (
-        Carry(engine.gradient_accumulation_steps(), settings.context_ranks, ranks) if config.data.carry_state else None
-    )
+    group = context_group(settings.context_ranks)
+    carry = Carry(config, engine.gradient_accumulation_steps(), ranks)
     progress = Progress()
     if newest is not None:
         progress = resume(engine, newest)
-        if carry:
-            carry.restore(read_carry(newest), device)
+        carry.restore(read_carry(newest), device)
     health = Health(settings, progress.good_losses)
+    heldout_passes = range(heldout.steps_within(settings.eval_tokens))
     stopping = False
 
     def due(every: int | None) -> bool:
@@ -84,7 +83,7 @@ def go_on(
         Metrics(config, progress.step, ranks) as metrics,
         Trace(config, ranks) as trace,
         Saver(config, tokenizer, ranks) as saver,
-        closing(feed(loader, range(progress.data_step, sys.maxsize), ranks, device)) as rows_ahead,
+        closing(feed(loader, range(progress.data_step, sys.maxsize), ranks, device, group)) as rows_ahead,
     ):
 
         @contextmanager
@@ -117,23 +116,23 @@ def go_on(
                 with phase("statistics"):
                     metrics.statistics(progress.step, layer_statistics(engine, rows))
             if due(settings.eval_every_steps):
-                loss = evaluate(engine, heldout, settings.eval_tokens, ranks, device, phase)
+                loss = evaluate(engine, feed(heldout, heldout_passes, ranks, device, group), phase)
                 progress = progress._replace(heldout_loss=loss)
                 metrics.heldout(progress.step, loss)
             if (due(settings.save_every_steps) or stopping) and (not update.bad or progress.step == steps):
                 with phase("save"):
-                    saver.save(engine, progress._replace(good_losses=health.good), carry.gather() if carry else None)
+                    saver.save(engine, progress._replace(good_losses=health.good), carry.gather())
         with phase("save"):
             saver.finish()
     return progress.step
 
 
 @torch.no_grad()
-def evaluate(engine: Any, heldout: Loader, tokens: int, ranks: Ranks, device: torch.device, phase: Phase) -> float:
-    """The mean loss in nats on `tokens` held-out tokens, the same ones every time; the same number on every rank."""
+def evaluate(engine: Any, heldout: Iterable[Rows], phase: Phase) -> float:
+    """The mean loss in nats on held-out rows of every rank: the same number on all of them."""
     engine.eval()
     losses = []
-    for rows in feed(heldout, range(heldout.steps_within(tokens)), ranks, device):
+    for rows in heldout:
         with phase("eval"):
             losses.append(rows.loss(engine)[0])
     engine.train()

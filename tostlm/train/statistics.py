@@ -36,7 +36,7 @@ def layer_statistics(engine: Any, rows: Rows) -> dict[str, float]:
     engine.eval()
     try:
         with torch.compiler.set_stance("force_eager"):  # compiled code does not see hooks
-            engine(micro.inputs, targets=micro.targets[:, -1:], reset=micro.resets)  # of the loss as little as can be
+            micro._replace(targets=micro.targets[:, -1:]).loss(engine)  # as little of the loss as can be
     finally:
         engine.train()
         for hook in hooks:

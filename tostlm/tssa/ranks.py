@@ -90,18 +90,22 @@ def _prefix(kept: Tensor, local: Tensor, before: Tensor, group: dist.ProcessGrou
 
     kept [B, H, 1]; local, before and both results [B, H, K].
     """
-    gathered = _AllGather.apply(torch.cat([kept, local], -1), group)  # [R, B, H, 1 + K]
-    x = incoming = before
-    for rank, summary in enumerate(gathered):
-        if rank == dist.get_rank(group):
-            incoming = x
-        x = summary[..., :1] * x + summary[..., 1:]
-    return incoming, x
+    sums = [before]
+    for summary in all_gather(torch.cat([kept, local], -1), group):  # [B, H, 1 + K]
+        sums.append(summary[..., :1] * sums[-1] + summary[..., 1:])
+    # Taken out of the stack, what comes in depends on every rank, if only by zeros: every rank then calls the gather's
+    # backward, the first one too, which nothing comes in to.
+    stacked = torch.stack(sums)
+    return stacked[dist.get_rank(group)], stacked[-1]
+
+
+def all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """x [...] of every rank, [R, ...] in the group's order; gradients go back to where each came from."""
+    gathered: Tensor = _AllGather.apply(x, group)
+    return gathered
 
 
 class _AllGather(torch.autograd.Function):
-    """x [...] of every rank -> [R, ...] on every rank."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         ctx.group = group

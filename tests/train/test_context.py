@@ -1,0 +1,83 @@
+"""Sequences split over ranks train as whole ones do, at every ZeRO stage; and say what does not split."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import Run, fail, succeed
+from tests.train.test_training import REPORTED, STAGES, options
+from tostlm.checkpoint import checkpoints
+from tostlm.config import batches
+from tostlm.errors import UserError
+from tostlm.train.engine import deepspeed_dict
+from tostlm.train.feed import Rows, training_loader
+
+HYBRID = ["model.mixers=[tssa,softmax]", "model.positions=64", "data.reset_at_documents=true"]
+SPLIT = [*HYBRID, "train.context_ranks=2"]
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One process, which holds whole sequences."""
+    run = Run(tmp_path_factory.mktemp("whole"), data)
+    succeed(run.train(*HYBRID, *options(0)))
+    return run
+
+
+def assert_alike(run: Run, whole: Run) -> None:
+    for kind, key in REPORTED:
+        assert run.metrics(kind, key) == pytest.approx(whole.metrics(kind, key), rel=1e-4), (kind, key)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_trains_on_split_sequences(run: Run, whole: Run, stage: int) -> None:
+    succeed(run.train(*SPLIT, *options(stage), nproc=2))
+    assert_alike(run, whole)
+
+
+def test_several_groups_of_ranks_train_alike_and_resume_exactly(run: Run, whole: Run) -> None:
+    succeed(run.train(*SPLIT, *options(1), nproc=4))
+    assert_alike(run, whole)
+    before = {key: run.metrics(*key) for key in REPORTED}
+    shutil.rmtree(checkpoints(run.dir)[-1])
+    succeed(run.train(*SPLIT, *options(1), nproc=4))
+    assert {key: run.metrics(*key) for key in REPORTED} == before
+
+
+def test_pieces_of_a_batch(run: Run) -> None:
+    batch = training_loader(run.config("data.reset_at_documents=true")).batch(0, 0, 1)
+    pieces = [Rows.of(batch, piece, 4) for piece in range(4)]
+    assert {rows.tokens for rows in pieces} == {16}
+    for whole, *parts in zip(Rows.of(batch)[:3], *(piece[:3] for piece in pieces), strict=True):
+        assert torch.equal(torch.cat(parts, 1), whole)
+
+
+def test_batches_of_groups(run: Run) -> None:
+    """A pass of a group holds the tokens of all its ranks; DeepSpeed's own sum counts each rank's sequences."""
+    config = run.config("train.context_ranks=4", "train.micro_batch_tokens=32")
+    assert batches(config, 8) == (8, 2, 2)
+    derived = deepspeed_dict(config, 8)
+    assert derived["train_batch_size"] == 32
+    assert derived["train_micro_batch_size_per_gpu"] * derived["gradient_accumulation_steps"] * 8 == 32
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.context_ranks=3"], "a context of 64 tokens does not split over train.context_ranks 3; try 63"),
+        (
+            [*HYBRID, "train.context_ranks=4"],
+            "model.heads 2 do not split over train.context_ranks 4, as softmax layers need; try train.context_ranks=2",
+        ),
+    ],
+)
+def test_what_does_not_split(run: Run, overrides: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        run.config(*overrides)
+
+
+def test_ranks_that_make_no_whole_groups(run: Run) -> None:
+    line = fail(run.train("train.context_ranks=2", nproc=3), "3 ranks are no whole groups of train.context_ranks 2")
+    assert "start a multiple of it" in line
