@@ -34,8 +34,8 @@ from tostlm.train.feed import Rows
 
 SHARDS = "shards"  # DeepSpeed's tag
 SETTINGS = ("betas", "eps", "weight_decay")  # of an optimizer group
-# The ranks wait in a collective while rank 0 verifies the data, which may be hours of reading; torch would end them after
-# ten minutes. Once training has begun the watchdog is sooner.
+# The ranks wait in a collective while rank 0 verifies the data, which may be hours of reading; DeepSpeed's own ten
+# minutes would end them. Once training has begun the watchdog is sooner.
 COLLECTIVE_TIMEOUT = timedelta(days=1)
 SMALLEST_DISK_BYTES = 1 << 20  # less is called full
 

@@ -135,11 +135,12 @@ class Watchdog:
                 earlier = None
                 continue
             later = self._look()
-            earlier = earlier or later
+            judged = any(beat.last_word == HUNG for beat in later.values())
             lost = []
-            if quiet >= JUDGE * self._timeout:  # the others' heartbeats may be an interval old
+            if earlier is None:  # a rank that was stopped itself comes here too: it judges nobody
+                earlier = later
+            elif judged or quiet >= JUDGE * self._timeout:  # others' heartbeats may be an interval old
                 lost = culprits(earlier, later, self._world, JUDGE * self._timeout - self._interval)
-            judged = any(beat.phase == HUNG for beat in later.values())
             if (lost or judged) and self._leaving.acquire(blocking=False):
                 self._end(lost, earlier, later)
 
@@ -152,11 +153,12 @@ class Watchdog:
             pid=os.getpid(),
             started=self._started,
             step=main.step,
-            phase=self._last_word or main.phase,
+            phase=main.phase,
             place=main.place,
             moves=main.moves,
             beats=self._beats,
             quiet_seconds=round(time.monotonic() - main.quiet_from, 1),
+            last_word=self._last_word,
         )
 
     def _publish(self) -> None:
@@ -181,13 +183,16 @@ class Watchdog:
             self._wake([later[rank] for rank in still if rank in later])
         told = self._folder / "told"
         _, reporter = min((beat.rank in lost, beat.rank) for beat in watching)
-        if lost and reporter == self._rank:
+        if lost and reporter == self._rank and not told.exists():
             machines = {beat.machine for beat in watching}
             writing = [r for r, b in later.items() if b.machine in machines and not b.process_is_gone(self._machine)]
-            self._wait_until(lambda: all(self._has_stack(rank) for rank in writing), 1.5 * self._interval)
-            folder = self._report(lost, still, later)
+            self._wait_for_stacks(writing)
+            # A frozen rank's heartbeat may be an interval old; it is where this rank waits for it, or before.
+            since = later[self._rank] if lost == still else later[lost[0]]
+            folder = self._report(since.step, lost, still, later)
+            stand = f"{_names(lost, later)} {'has' if len(lost) == 1 else 'have'} not moved since {since.where}"
             quiet = time.monotonic() - self._main.quiet_from
-            _print(f"{_blame(lost, later)} for {quiet:.0f} s; stacks are in {folder}; {GO_ON}")
+            _print(f"{stand} for {quiet:.0f} s; stacks are in {folder}; {GO_ON}")
             told.touch()
         else:
             self._wait_until(told.exists, 3 * self._interval)
@@ -201,8 +206,15 @@ class Watchdog:
                     os.kill(beat.pid, signal.SIGUSR2)
                     os.kill(beat.pid, signal.SIGCONT)
 
-    def _has_stack(self, rank: int) -> bool:
-        return stack_file(self._folder, rank).stat().st_size > 0
+    def _wait_for_stacks(self, ranks: Sequence[int]) -> None:
+        """Until they are written and grow no longer; other ranks may judge an interval later than this one."""
+        sizes: list[int] = []
+
+        def whole() -> bool:
+            before, sizes[:] = list(sizes), [stack_file(self._folder, rank).stat().st_size for rank in ranks]
+            return all(sizes) and sizes == before
+
+        self._wait_until(whole, 1.5 * self._interval)
 
     def _wait_until(self, condition: Callable[[], bool], seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -212,17 +224,18 @@ class Watchdog:
                     return
             time.sleep(POLL_SECONDS)
 
-    def _report(self, lost: Sequence[int], still: Sequence[int], beats: Beats) -> Path:
+    def _report(self, step: int, lost: Sequence[int], still: Sequence[int], beats: Beats) -> Path:
         """Put what all ranks were doing, and their stacks, in a folder that the next start leaves alone."""
-        folder = self._run_dir / f"hang-step-{min(beat.step for beat in beats.values()):08d}"
+        folder = self._run_dir / f"hang-step-{step:08d}"
         lines = []
         for rank in range(self._world):
             said = beats[rank]._asdict() if rank in beats else {"rank": rank}
             stack = None  # no watcher on its host, or a process that is gone
             with suppress(OSError):
-                if self._has_stack(rank):
+                file = stack_file(self._folder, rank)
+                if file.stat().st_size:
                     folder.mkdir(exist_ok=True)
-                    stack = str(stack_file(self._folder, rank).replace(stack_file(folder, rank)).name)
+                    stack = file.replace(folder / file.name).name
             lines.append({**said, "to_blame": rank in lost, "frozen": rank in still, "stack": stack})
         with suppress(OSError):
             write_atomically(folder / "ranks.json", json.dumps(lines, indent=1) + "\n")
@@ -235,35 +248,28 @@ class Watchdog:
         while True:
             now = self._look()
             late = time.monotonic() >= deadline
-            explained = [r for r in range(self._world) if r not in now or now[r].phase in (FAILED, PARTED, HUNG)]
+            explained = [r for r in range(self._world) if r not in now or now[r].last_word in (FAILED, PARTED, HUNG)]
             unchanged = frozen(first, now, self._world) if late else []
             gone = [
                 rank
                 for rank, beat in now.items()
                 if rank not in explained and (rank in unchanged or beat.process_is_gone(self._machine))
             ]
-            spoken_for = any(rank not in now or now[rank].phase in (FAILED, HUNG) for rank in explained)
+            spoken_for = any(rank not in now or now[rank].last_word in (FAILED, HUNG) for rank in explained)
             if gone or spoken_for or late or len(explained) == self._world:
                 break
             time.sleep(POLL_SECONDS)
         speaker = min(rank for rank in now if rank not in gone)
         if self._rank == speaker and gone:
-            names = ", ".join(f"{now[rank].who} after {now[rank].where}" for rank in gone[:NAMED])
-            _print(f"{names}{_more(gone)} ended without a word; {GO_ON}")
+            _print(f"{_names(gone, now)} ended without a word in step {self._main.step}; {GO_ON}")
         elif self._rank == speaker and not spoken_for:
             _print(f"{now[self._rank].who} lost its connection to the other ranks ({reason_of(error)}); {GO_ON}")
         os._exit(EXIT_LOST_RANK)
 
 
-def _blame(lost: Sequence[int], beats: Beats) -> str:
-    names = ", ".join(beats[rank].who if rank in beats else f"rank {rank}" for rank in lost[:NAMED])
-    steps = [beats[rank].where for rank in lost if rank in beats]
-    since = f" since {steps[0]}" if steps else ""
-    return f"{names}{_more(lost)} {'has' if len(lost) == 1 else 'have'} not moved{since}"
-
-
-def _more(ranks: Sequence[int]) -> str:
-    return f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
+def _names(ranks: Sequence[int], beats: Beats) -> str:
+    more = f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
+    return ", ".join(beats[rank].who if rank in beats else f"rank {rank}" for rank in ranks[:NAMED]) + more
 
 
 def _print(line: str) -> None:
