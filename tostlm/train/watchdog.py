@@ -1,11 +1,12 @@
 """A rank that hangs or dies is named, and the job ends in time, whatever the ranks were waiting for.
 
 Each rank has a thread that writes a heartbeat file and watches its own main thread. Once that is quiet for long, the
-thread looks at all ranks' files; every rank comes to the same verdict by itself, so none needs the others to end.
+thread looks at all ranks' files, and the first to come to a verdict ends them all; no rank needs another to end.
 """
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import json
 import os
@@ -80,6 +81,7 @@ class Watchdog:
         self._timeout = float(config.train.hang_timeout_seconds)
         self._interval = min(10.0, max(0.2, self._timeout / 10))
         self._run_dir, self._folder = config.run_dir, heartbeats_folder(config)
+        self._verdict = self._folder / "verdict"  # made by the first rank that has come to one; ends all others
         self._host, self._machine, self._started = socket.gethostname(), this_machine(), process_start(os.getpid())
         self._allowance = max(0.0, START_SECONDS - self._timeout)
         self._main = _Main(0, "start", 0, 0, time.monotonic() + self._allowance)
@@ -102,7 +104,8 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._stack = stack_file(self._folder, self._rank).open("w")
-        faulthandler.register(signal.SIGUSR2, self._stack)  # a watcher's question to a rank that does not answer
+        # A watcher's question to a rank that does not answer. Other threads' stacks change while this one's is written.
+        faulthandler.register(signal.SIGUSR2, self._stack, all_threads=False)
         self._publish()
         self._thread.start()
         return self
@@ -131,18 +134,18 @@ class Watchdog:
         while not self._done.wait(self._interval):
             self._publish()
             quiet = time.monotonic() - self._main.quiet_from
-            if quiet < LOOK * self._timeout:
+            if quiet < LOOK * self._timeout and not self._verdict.exists():
                 earlier = None
                 continue
             later = self._look()
-            judged = any(beat.last_word == HUNG for beat in later.values())
-            lost = []
-            if earlier is None:  # a rank that was stopped itself comes here too: it judges nobody
-                earlier = later
-            elif judged or quiet >= JUDGE * self._timeout:  # others' heartbeats may be an interval old
-                lost = culprits(earlier, later, self._world, JUDGE * self._timeout - self._interval)
-            if (lost or judged) and self._leaving.acquire(blocking=False):
-                self._end(lost, earlier, later)
+            still, lost = [], []
+            if earlier is not None:  # the first look of a rank that was stopped itself tells it nothing
+                still = frozen(earlier, later, self._world)
+                if quiet >= JUDGE * self._timeout:  # others' heartbeats may be an interval old
+                    lost = culprits(earlier, later, self._world, JUDGE * self._timeout - self._interval)
+            if (lost or self._verdict.exists()) and self._leaving.acquire(blocking=False):
+                self._end(lost, still, later, quiet)
+            earlier = earlier or later
 
     def _heartbeat(self) -> Heartbeat:
         main = self._main
@@ -173,37 +176,46 @@ class Watchdog:
     def _look(self) -> dict[int, Heartbeat]:
         return {**read_heartbeats(self._folder, self._world), self._rank: self._heartbeat()}
 
-    def _end(self, lost: Sequence[int], earlier: Beats, later: Beats) -> NoReturn:
-        """Leave a run in which nothing moves: all write their stacks, one says who is to blame, then all end."""
+    def _end(self, lost: Sequence[int], still: Sequence[int], beats: Beats, quiet: float) -> NoReturn:
+        """Leave a run in which nothing moves: all write their stacks, the first says who is to blame, then all end."""
+        speaks = bool(lost) and self._is_first()
         faulthandler.dump_traceback(self._stack)
         self._say(HUNG)
-        still = frozen(earlier, later, self._world)
-        watching = [beat for rank, beat in later.items() if rank not in still]
+        watching = [beat for rank, beat in beats.items() if rank not in still]
         if self._rank == min(beat.rank for beat in watching if beat.machine == self._machine):
-            self._wake([later[rank] for rank in still if rank in later])
-        told = self._folder / "told"
-        _, reporter = min((beat.rank in lost, beat.rank) for beat in watching)
-        if lost and reporter == self._rank and not told.exists():
+            self._wake([beats[rank] for rank in still if rank in beats])
+        told = self._verdict / "told"
+        if speaks:
             machines = {beat.machine for beat in watching}
-            writing = [r for r, b in later.items() if b.machine in machines and not b.process_is_gone(self._machine)]
+            writing = [r for r, b in beats.items() if b.machine in machines and not b.process_is_gone(self._machine)]
             self._wait_for_stacks(writing)
             # A frozen rank's heartbeat may be an interval old; it is where this rank waits for it, or before.
-            since = later[self._rank] if lost == still else later[lost[0]]
-            folder = self._report(since.step, lost, still, later)
-            stand = f"{_names(lost, later)} {'has' if len(lost) == 1 else 'have'} not moved since {since.where}"
-            quiet = time.monotonic() - self._main.quiet_from
+            since = beats[self._rank] if still else beats[lost[0]]
+            folder = self._report(since.step, lost, still, beats)
+            stand = f"{_names(lost, beats)} {'has' if len(lost) == 1 else 'have'} not moved since {since.where}"
             _print(f"{stand} for {quiet:.0f} s; stacks are in {folder}; {GO_ON}")
-            told.touch()
+            with suppress(OSError):
+                told.touch()
         else:
             self._wait_until(told.exists, 3 * self._interval)
         os._exit(EXIT_LOST_RANK)
+
+    def _is_first(self) -> bool:
+        try:
+            self._verdict.mkdir()
+        except FileExistsError:
+            return False
+        except OSError:
+            pass  # better said twice than not at all
+        return True
 
     def _wake(self, still: Sequence[Heartbeat]) -> None:
         """Have the frozen ranks of this machine write their stacks: a stopped one does so when it goes on."""
         for beat in still:
             if beat.machine == self._machine and not beat.process_is_gone(self._machine):
-                with suppress(OSError):
-                    os.kill(beat.pid, signal.SIGUSR2)
+                with suppress(OSError, AttributeError):
+                    # kill(2) would let any thread take it that is the first to go on.
+                    ctypes.CDLL(None).tgkill(beat.pid, beat.pid, signal.SIGUSR2)
                     os.kill(beat.pid, signal.SIGCONT)
 
     def _wait_for_stacks(self, ranks: Sequence[int]) -> None:
