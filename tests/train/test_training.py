@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.conftest import Run, fail, succeed, tostlm
 from tostlm.checkpoint import checkpoints, load, read_progress
 from tostlm.data import Settings, Tokenizer, prepare
+from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE
 from tostlm.model import create_lm
 
 STAGES = (0, 1, 2, 3)
@@ -172,9 +173,11 @@ def test_no_rank_stays_behind(run: Run, victim: str) -> None:
     )
     wait_for_a_checkpoint(run)
     ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    number = signal.SIGKILL if victim == "a rank" else signal.SIGTERM
-    os.kill(int(ranks[1]) if victim == "a rank" else process.pid, number)
-    assert process.wait(timeout=30) == 128 + number
+    if victim == "a rank":
+        os.kill(int(ranks[1]), signal.SIGKILL)
+    else:
+        process.terminate()
+    assert process.wait(timeout=30) == (EXIT_LOST_RANK if victim == "a rank" else EXIT_REQUEUE)
     assert not [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
 
 

@@ -34,8 +34,8 @@ from tostlm.train.feed import Rows
 
 Phase = Callable[[str], AbstractContextManager[None]]  # around a part of a step, by its name
 
-# The ranks wait in a collective while rank 0 verifies the data, which may be hours of reading; torch would end them
-# after ten minutes. Once training has begun the watchdog is sooner.
+# The ranks wait in a collective while rank 0 verifies the data, which may be hours of reading; DeepSpeed's own ten
+# minutes would end them. Once training has begun the watchdog is sooner.
 COLLECTIVE_TIMEOUT = timedelta(days=1)
 
 # DeepSpeed calls collectives by names that torch deprecates, once a collective.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from tostlm.files import write_atomically
 
-# Beside the main thread's phases, what a rank says last.
+# What a rank says last.
 FAILED = "failed"  # it ends by an error of its own, which it has said
 PARTED = "parted"  # it ends because it lost a peer
 HUNG = "hung"  # it ends because nothing moves, and has written its stack
@@ -30,6 +30,7 @@ class Heartbeat(NamedTuple):
     moves: int  # beats of the main thread
     beats: int  # of the watching thread
     quiet_seconds: float  # since the main thread's last beat; below 0 while it may still start up
+    last_word: str | None = None
 
     @property
     def where(self) -> str:
@@ -93,7 +94,7 @@ def culprits(earlier: Beats, later: Beats, world: int, limit: float) -> list[int
     if any(beat.quiet_seconds < limit for beat in beating):
         return []
     if still:
-        return [rank for rank in still if rank not in later or later[rank].phase not in (FAILED, PARTED)]
+        return [rank for rank in still if rank not in later or later[rank].last_word not in (FAILED, PARTED)]
     behind = min((beat.step, beat.place) for beat in beating)
     return [beat.rank for beat in beating if (beat.step, beat.place) == behind]
 

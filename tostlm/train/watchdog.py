@@ -1,11 +1,12 @@
 """A rank that hangs or dies is named, and the job ends in time, whatever the ranks were waiting for.
 
 Each rank has a thread that writes a heartbeat file and watches its own main thread. Once that is quiet for long, the
-thread looks at all ranks' files; every rank comes to the same verdict by itself, so none needs the others to end.
+thread looks at all ranks' files, and the first to come to a verdict ends them all; no rank needs another to end.
 """
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import json
 import os
@@ -80,6 +81,7 @@ class Watchdog:
         self._timeout = float(config.train.hang_timeout_seconds)
         self._interval = min(10.0, max(0.2, self._timeout / 10))
         self._run_dir, self._folder = config.run_dir, heartbeats_folder(config)
+        self._verdict = self._folder / "verdict"  # made by the first rank that has come to one; ends all others
         self._host, self._machine, self._started = socket.gethostname(), this_machine(), process_start(os.getpid())
         self._allowance = max(0.0, START_SECONDS - self._timeout)
         self._main = _Main(0, "start", 0, 0, time.monotonic() + self._allowance)
@@ -102,7 +104,8 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._stack = stack_file(self._folder, self._rank).open("w")
-        faulthandler.register(signal.SIGUSR2, self._stack)  # a watcher's question to a rank that does not answer
+        # A watcher's question to a rank that does not answer. Other threads' stacks change while this one's is written.
+        faulthandler.register(signal.SIGUSR2, self._stack, all_threads=False)
         self._publish()
         self._thread.start()
         return self
@@ -131,17 +134,18 @@ class Watchdog:
         while not self._done.wait(self._interval):
             self._publish()
             quiet = time.monotonic() - self._main.quiet_from
-            if quiet < LOOK * self._timeout:
+            if quiet < LOOK * self._timeout and not self._verdict.exists():
                 earlier = None
                 continue
             later = self._look()
+            still, lost = [], []
+            if earlier is not None:  # the first look of a rank that was stopped itself tells it nothing
+                still = frozen(earlier, later, self._world)
+                if quiet >= JUDGE * self._timeout:  # others' heartbeats may be an interval old
+                    lost = culprits(earlier, later, self._world, JUDGE * self._timeout - self._interval)
+            if (lost or self._verdict.exists()) and self._leaving.acquire(blocking=False):
+                self._end(lost, still, later, quiet)
             earlier = earlier or later
-            lost = []
-            if quiet >= JUDGE * self._timeout:  # the others' heartbeats may be an interval old
-                lost = culprits(earlier, later, self._world, JUDGE * self._timeout - self._interval)
-            judged = any(beat.phase == HUNG for beat in later.values())
-            if (lost or judged) and self._leaving.acquire(blocking=False):
-                self._end(lost, earlier, later)
 
     def _heartbeat(self) -> Heartbeat:
         main = self._main
@@ -152,11 +156,12 @@ class Watchdog:
             pid=os.getpid(),
             started=self._started,
             step=main.step,
-            phase=self._last_word or main.phase,
+            phase=main.phase,
             place=main.place,
             moves=main.moves,
             beats=self._beats,
             quiet_seconds=round(time.monotonic() - main.quiet_from, 1),
+            last_word=self._last_word,
         )
 
     def _publish(self) -> None:
@@ -171,38 +176,57 @@ class Watchdog:
     def _look(self) -> dict[int, Heartbeat]:
         return {**read_heartbeats(self._folder, self._world), self._rank: self._heartbeat()}
 
-    def _end(self, lost: Sequence[int], earlier: Beats, later: Beats) -> NoReturn:
-        """Leave a run in which nothing moves: all write their stacks, one says who is to blame, then all end."""
+    def _end(self, lost: Sequence[int], still: Sequence[int], beats: Beats, quiet: float) -> NoReturn:
+        """Leave a run in which nothing moves: all write their stacks, the first says who is to blame, then all end."""
+        speaks = bool(lost) and self._is_first()
         faulthandler.dump_traceback(self._stack)
         self._say(HUNG)
-        still = frozen(earlier, later, self._world)
-        watching = [beat for rank, beat in later.items() if rank not in still]
+        watching = [beat for rank, beat in beats.items() if rank not in still]
         if self._rank == min(beat.rank for beat in watching if beat.machine == self._machine):
-            self._wake([later[rank] for rank in still if rank in later])
-        told = self._folder / "told"
-        _, reporter = min((beat.rank in lost, beat.rank) for beat in watching)
-        if lost and reporter == self._rank:
+            self._wake([beats[rank] for rank in still if rank in beats])
+        told = self._verdict / "told"
+        if speaks:
             machines = {beat.machine for beat in watching}
-            writing = [r for r, b in later.items() if b.machine in machines and not b.process_is_gone(self._machine)]
-            self._wait_until(lambda: all(self._has_stack(rank) for rank in writing), 1.5 * self._interval)
-            folder = self._report(lost, still, later)
-            quiet = time.monotonic() - self._main.quiet_from
-            _print(f"{_blame(lost, later)} for {quiet:.0f} s; stacks are in {folder}; {GO_ON}")
-            told.touch()
+            writing = [r for r, b in beats.items() if b.machine in machines and not b.process_is_gone(self._machine)]
+            self._wait_for_stacks(writing)
+            # A frozen rank's heartbeat may be an interval old; it is where this rank waits for it, or before.
+            since = beats[self._rank] if still else beats[lost[0]]
+            folder = self._report(since.step, lost, still, beats)
+            stand = f"{_names(lost, beats)} {'has' if len(lost) == 1 else 'have'} not moved since {since.where}"
+            _print(f"{stand} for {quiet:.0f} s; stacks are in {folder}; {GO_ON}")
+            with suppress(OSError):
+                told.touch()
         else:
             self._wait_until(told.exists, 3 * self._interval)
         os._exit(EXIT_LOST_RANK)
+
+    def _is_first(self) -> bool:
+        try:
+            self._verdict.mkdir()
+        except FileExistsError:
+            return False
+        except OSError:
+            pass  # better said twice than not at all
+        return True
 
     def _wake(self, still: Sequence[Heartbeat]) -> None:
         """Have the frozen ranks of this machine write their stacks: a stopped one does so when it goes on."""
         for beat in still:
             if beat.machine == self._machine and not beat.process_is_gone(self._machine):
-                with suppress(OSError):
-                    os.kill(beat.pid, signal.SIGUSR2)
+                with suppress(OSError, AttributeError):
+                    # kill(2) would let any thread take it that is the first to go on.
+                    ctypes.CDLL(None).tgkill(beat.pid, beat.pid, signal.SIGUSR2)
                     os.kill(beat.pid, signal.SIGCONT)
 
-    def _has_stack(self, rank: int) -> bool:
-        return stack_file(self._folder, rank).stat().st_size > 0
+    def _wait_for_stacks(self, ranks: Sequence[int]) -> None:
+        """Until they are written and grow no longer; other ranks may judge an interval later than this one."""
+        sizes: list[int] = []
+
+        def whole() -> bool:
+            before, sizes[:] = list(sizes), [stack_file(self._folder, rank).stat().st_size for rank in ranks]
+            return all(sizes) and sizes == before
+
+        self._wait_until(whole, 1.5 * self._interval)
 
     def _wait_until(self, condition: Callable[[], bool], seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -212,17 +236,18 @@ class Watchdog:
                     return
             time.sleep(POLL_SECONDS)
 
-    def _report(self, lost: Sequence[int], still: Sequence[int], beats: Beats) -> Path:
+    def _report(self, step: int, lost: Sequence[int], still: Sequence[int], beats: Beats) -> Path:
         """Put what all ranks were doing, and their stacks, in a folder that the next start leaves alone."""
-        folder = self._run_dir / f"hang-step-{min(beat.step for beat in beats.values()):08d}"
+        folder = self._run_dir / f"hang-step-{step:08d}"
         lines = []
         for rank in range(self._world):
             said = beats[rank]._asdict() if rank in beats else {"rank": rank}
             stack = None  # no watcher on its host, or a process that is gone
             with suppress(OSError):
-                if self._has_stack(rank):
+                file = stack_file(self._folder, rank)
+                if file.stat().st_size:
                     folder.mkdir(exist_ok=True)
-                    stack = str(stack_file(self._folder, rank).replace(stack_file(folder, rank)).name)
+                    stack = file.replace(folder / file.name).name
             lines.append({**said, "to_blame": rank in lost, "frozen": rank in still, "stack": stack})
         with suppress(OSError):
             write_atomically(folder / "ranks.json", json.dumps(lines, indent=1) + "\n")
@@ -235,35 +260,28 @@ class Watchdog:
         while True:
             now = self._look()
             late = time.monotonic() >= deadline
-            explained = [r for r in range(self._world) if r not in now or now[r].phase in (FAILED, PARTED, HUNG)]
+            explained = [r for r in range(self._world) if r not in now or now[r].last_word in (FAILED, PARTED, HUNG)]
             unchanged = frozen(first, now, self._world) if late else []
             gone = [
                 rank
                 for rank, beat in now.items()
                 if rank not in explained and (rank in unchanged or beat.process_is_gone(self._machine))
             ]
-            spoken_for = any(rank not in now or now[rank].phase in (FAILED, HUNG) for rank in explained)
+            spoken_for = any(rank not in now or now[rank].last_word in (FAILED, HUNG) for rank in explained)
             if gone or spoken_for or late or len(explained) == self._world:
                 break
             time.sleep(POLL_SECONDS)
         speaker = min(rank for rank in now if rank not in gone)
         if self._rank == speaker and gone:
-            names = ", ".join(f"{now[rank].who} after {now[rank].where}" for rank in gone[:NAMED])
-            _print(f"{names}{_more(gone)} ended without a word; {GO_ON}")
+            _print(f"{_names(gone, now)} ended without a word in step {self._main.step}; {GO_ON}")
         elif self._rank == speaker and not spoken_for:
             _print(f"{now[self._rank].who} lost its connection to the other ranks ({reason_of(error)}); {GO_ON}")
         os._exit(EXIT_LOST_RANK)
 
 
-def _blame(lost: Sequence[int], beats: Beats) -> str:
-    names = ", ".join(beats[rank].who if rank in beats else f"rank {rank}" for rank in lost[:NAMED])
-    steps = [beats[rank].where for rank in lost if rank in beats]
-    since = f" since {steps[0]}" if steps else ""
-    return f"{names}{_more(lost)} {'has' if len(lost) == 1 else 'have'} not moved{since}"
-
-
-def _more(ranks: Sequence[int]) -> str:
-    return f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
+def _names(ranks: Sequence[int], beats: Beats) -> str:
+    more = f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
+    return ", ".join(beats[rank].who if rank in beats else f"rank {rank}" for rank in ranks[:NAMED]) + more
 
 
 def _print(line: str) -> None:
