@@ -126,6 +126,7 @@ def test_a_rewound_record_goes_on_without_doubled_steps(run: Run, capsys: pytest
     with Metrics(run.config(), 0, ALONE) as record:
         for step in (1, 2, 3, 4):
             report(record, step)
+        assert len(on_board(run, "train/memory_bytes")) == 4  # on disk at once, for those who are killed
         record.statistics(4, {"entropy/0": 0.5})
         record.event(4, "rollback", to=2)
         record.rewind(2)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from tostlm.train.profiler import Trace, _without_its_chatter
 from tostlm.tssa import tssa
 
 
-def trace(run: Run, steps: range, rank: int = 0) -> None:
+def trace(run: Run, steps: Iterable[int], rank: int = 0) -> None:
     run.dir.mkdir(exist_ok=True)
     with Trace(run.config("train.profile_steps=[3,4]"), Ranks(rank, rank, 2)) as tracer:
         for step in steps:
@@ -23,8 +24,13 @@ def trace(run: Run, steps: range, rank: int = 0) -> None:
                 tssa(w, torch.ones(2))[0].sum().backward()
 
 
-def names(path: Path) -> set[str]:
-    return {event.get("name") for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]}
+def names(path: Path) -> list[str]:
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    return [event["name"] for event in events if event.get("cat") in ("cpu_op", "user_annotation")]
+
+
+def steps_of(path: Path) -> list[str]:
+    return [name for name in names(path) if name.startswith("ProfilerStep#")]
 
 
 @pytest.mark.parametrize(
@@ -37,10 +43,15 @@ def test_the_trace_names_the_steps_and_the_operator(
     first, last = traced
     (path,) = (run.dir / "trace").iterdir()
     assert path.name == f"steps-{first}-{last}.pt.trace.json.gz"
-    found = {name for name in names(path) if name.startswith("ProfilerStep#")}
-    assert found == {f"ProfilerStep#{step}" for step in range(first, last + 1)}
-    assert {"tostlm_tssa_operator::forward", "tostlm_tssa_operator::backward"} <= names(path)
+    assert steps_of(path) == [f"ProfilerStep#{step}" for step in range(first, last + 1)]
+    assert {"tostlm_tssa_operator::forward", "tostlm_tssa_operator::backward"} <= set(names(path))
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_step_is_traced_once_even_after_a_rollback(run: Run) -> None:
+    trace(run, [2, 3, 4, 5, 3, 4, 5])
+    (path,) = (run.dir / "trace").iterdir()
+    assert steps_of(path) == ["ProfilerStep#3", "ProfilerStep#4"]
 
 
 @pytest.mark.parametrize(("steps", "rank"), [(range(1, 3), 0), (range(5, 7), 0), (range(1, 7), 1)], ids=str)
