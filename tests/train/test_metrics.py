@@ -1,8 +1,12 @@
-"""A run's record: what a step is worth, and nothing twice."""
+"""A run's report: what a step is worth, and nothing twice."""
 
+import io
 import json
+import math
+import sys
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import Run
 from tostlm.launch import Ranks
@@ -10,51 +14,165 @@ from tostlm.model import training_flops_per_token
 from tostlm.train import metrics
 from tostlm.train.metrics import Metrics
 
+ALONE = Ranks(0, 0, 1)
+RATES = {"decay": 1e-3, "no_decay": 2e-3}
+
+
+def no_constant(name: str) -> None:
+    raise AssertionError(f"{name} is no JSON")
+
 
 def lines(run: Run) -> list[dict]:
-    return [json.loads(line) for line in (run.dir / "metrics.jsonl").read_text().splitlines()]
+    content = (run.dir / "metrics.jsonl").read_text()
+    return [json.loads(line, parse_constant=no_constant) for line in content.splitlines()]
 
 
-def test_mfu_is_of_the_peak_of_all_devices(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "_peak_flops", lambda: 1e12)
-    config = run.config()
+def on_board(run: Run, tag: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(run.dir / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)] if tag in events.Tags()["scalars"] else []
+
+
+def report(
+    record: Metrics, step: int, loss: float = 2.0, grad_norm: float | None = 0.5, context: int = 64, skipped: int = 0
+) -> None:
+    record.train(step, loss, RATES, grad_norm, context, {"data": 0.25}, skipped)
+
+
+@pytest.fixture
+def run(run: Run) -> Run:
     run.dir.mkdir()
-    with Metrics(config, 0, Ranks(0, 0, 4)) as record:
-        record.train(1, loss=2.0, lr=1e-3, grad_norm=0.5, context=64, epochs={"data": 0.25})
-    (line,) = lines(run)
-    assert line["mfu"] == pytest.approx(line["tokens_per_second"] * training_flops_per_token(config.model, 64) / 4e12)
+    return run
+
+
+def test_what_a_step_is_worth(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with Metrics(run.config(), 0, Ranks(0, 0, 4)) as record:
+        for _ in range(2):
+            with record.clock.phase("forward"):
+                pass
+        with record.clock.phase("save"):
+            pass
+        report(record, 2, skipped=3)
+        report(record, 4)
+    line, later = lines(run)
+    assert {key: line[key] for key in ("loss", "grad_norm", "epoch", "tokens", "skipped_steps")} == {
+        "loss": 2.0,
+        "grad_norm": 0.5,
+        "epoch": 0.25,
+        "tokens": 1024,
+        "skipped_steps": 3,
+    }
+    assert line["perplexity"] == pytest.approx(math.exp(2.0))
+    assert (line["lr"], line["lr/decay"], line["lr/no_decay"]) == (2e-3, 1e-3, 2e-3)
     assert line["memory_bytes"] > 10_000_000
-    assert (line["loss"], line["lr"], line["grad_norm"], line["tokens"]) == (2.0, 1e-3, 0.5, 512)
-    assert line["epoch"] == 0.25
+    phases = {key: value for key, value in line.items() if key.startswith("seconds/")}
+    assert phases.keys() == {"seconds/forward", "seconds/save", "seconds/other"}
+    training = phases["seconds/forward"] + phases["seconds/other"]  # a save is no training
+    assert line["tokens_per_second"] == pytest.approx(512 / training)
+    assert line["tokens_per_second_per_device"] == pytest.approx(line["tokens_per_second"] / 4)
+    assert line["save_seconds"] == later["save_seconds"] == pytest.approx(2 * phases["seconds/save"])
+    assert "seconds/save" not in later
+    for key in line.keys() - {"kind", "step", "time"}:
+        ((step, value), *_) = on_board(run, f"train/{key}")
+        assert (step, value) == (2, pytest.approx(line[key])), key
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("step 2/6  loss 2.0000  lr 2.00e-03  grad 0.50  ")
+    assert printed[0].endswith(" tokens/s  skipped 3")
+    assert printed[1].endswith(" tokens/s")
+
+
+@pytest.mark.parametrize("mixer", ["tssa", "softmax"])
+def test_mfu_is_of_the_operations_of_the_mixer(run: Run, mixer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the peak of all devices. TSSA costs the same at any context, softmax C more for each token more."""
+    monkeypatch.setattr(metrics, "_peak_flops", lambda: 1e12)
+    config = run.config(f"model.mixers=[{mixer}]")
+    with Metrics(config, 0, Ranks(0, 0, 4)) as record:
+        report(record, 1, context=64)
+        report(record, 2, context=64_000)
+    short, long = (line["mfu"] * 4e12 / line["tokens_per_second"] for line in lines(run))
+    assert short == pytest.approx(training_flops_per_token(config.model, 64))
+    quadratic = 3 * 2 * 2 * 32 * (64_000 - 64)  # 3 passes, 2 layers, half of 4 C operations a token seen
+    assert long - short == pytest.approx(quadratic if mixer == "softmax" else 0, abs=1e-3)
 
 
 def test_the_epochs_of_a_blend_go_by_name(run: Run) -> None:
-    run.dir.mkdir()
-    with Metrics(run.config(), 0, Ranks(0, 0, 1)) as record:
-        record.train(1, loss=2.0, lr=1e-3, grad_norm=None, context=64, epochs={"web": 0.25, "books": 1.5})
+    with Metrics(run.config(), 0, ALONE) as record:
+        record.train(1, 2.0, RATES, None, 64, {"web": 0.25, "books": 1.5})
     (line,) = lines(run)
     assert (line["epoch/web"], line["epoch/books"]) == (0.25, 1.5)
     assert "epoch" not in line
 
 
 def test_no_mfu_without_a_known_peak_and_no_norm_where_none_is_made(run: Run) -> None:
-    run.dir.mkdir()
-    with Metrics(run.config(), 0, Ranks(0, 0, 1)) as record:
-        record.train(1, loss=2.0, lr=1e-3, grad_norm=None, context=64, epochs={})
+    with Metrics(run.config(), 0, ALONE) as record:
+        report(record, 1, grad_norm=None)
     assert not {"mfu", "grad_norm"} & lines(run)[0].keys()
 
 
+def test_what_is_no_number_is_null_and_on_no_board(run: Run) -> None:
+    with Metrics(run.config(), 0, ALONE) as record:
+        report(record, 1, loss=math.nan, grad_norm=math.inf)
+        record.heldout(1, 1e6)
+        record.event(1, "bad step", loss=-math.inf)
+    train, heldout, event = lines(run)
+    assert [train[key] for key in ("loss", "perplexity", "grad_norm")] == [None] * 3
+    assert (heldout["loss"], heldout["perplexity"]) == (1e6, None)
+    assert (event["what"], event["loss"]) == ("bad step", None)
+    assert on_board(run, "train/loss") == on_board(run, "heldout/perplexity") == []
+    assert on_board(run, "heldout/loss") == [(1, 1e6)]
+
+
+def test_a_rewound_record_goes_on_without_doubled_steps(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with Metrics(run.config(), 0, ALONE) as record:
+        for step in (1, 2, 3, 4):
+            report(record, step)
+        assert len(on_board(run, "train/memory_bytes")) == 4  # on disk at once, for those who are killed
+        record.statistics(4, {"entropy/0": 0.5})
+        record.event(4, "rollback", to=2)
+        record.rewind(2)
+        for step in (3, 4, 5):
+            report(record, step, loss=1.0)
+    assert [(line["kind"], line["step"], line.get("loss")) for line in lines(run)] == [
+        ("train", 1, 2.0),
+        ("train", 2, 2.0),
+        ("event", 4, None),
+        ("train", 3, 1.0),
+        ("train", 4, 1.0),
+        ("train", 5, 1.0),
+    ]
+    assert on_board(run, "train/loss") == [(1, 2.0), (2, 2.0), (3, 1.0), (4, 1.0), (5, 1.0)]
+    assert on_board(run, "statistics/entropy/0") == []
+    assert "step 4/6  rollback  to 2\n" in capsys.readouterr().out
+    with Metrics(run.config(), 0, ALONE):  # a new process keeps events too
+        assert [(line["what"], line["to"]) for line in lines(run)] == [("rollback", 2)]
+
+
+def test_the_bar_shows_the_losses_and_what_was_skipped(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Metrics(run.config(), 0, ALONE) as record:
+        record.heldout(1, 3.5)
+        report(record, 2, skipped=1)
+    shown = terminal.getvalue().split("\r")[-2]
+    assert "2/6" in shown
+    for words in ("loss=2.0000", "heldout=3.5000", "skipped=1"):
+        assert words in shown
+
+
 def test_a_resumed_record_forgets_what_came_after_its_checkpoint(run: Run) -> None:
-    run.dir.mkdir()
     written = [json.dumps({"kind": "train", "step": step}) for step in (1, 2, 3, 4)]
     (run.dir / "metrics.jsonl").write_text("\n".join(written) + '\n{"kind": "tr')
-    with Metrics(run.config(), 2, Ranks(0, 0, 1)) as record:
+    with Metrics(run.config(), 2, ALONE) as record:
         record.heldout(3, 1.5)
     assert [line["step"] for line in lines(run)] == [1, 2, 3]
 
 
 def test_other_ranks_are_mute(run: Run) -> None:
     with Metrics(run.config(), 0, Ranks(1, 1, 2)) as record:
-        record.train(1, 2.0, 1e-3, 0.5, 64, {})
+        report(record, 1)
         record.heldout(1, 2.0)
-    assert not run.dir.exists()
+        record.statistics(1, {"entropy/0": 0.5})
+        record.event(1, "rollback")
+        record.rewind(0)
+    assert not list(run.dir.iterdir())

@@ -6,12 +6,12 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.profiler import record_function
 
 OTHER = "other"  # what is in no phase
-Mark = float | torch.cuda.Event  # a moment of the processor, or of the GPU's stream
 
 
 class Clock:
@@ -24,7 +24,7 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self._on_cuda = device.type == "cuda"
         self._phases = [OTHER]
-        self._marks: deque[tuple[str, Mark]] = deque([(OTHER, self._now())])  # and the phase that ends there
+        self._marks = deque([(OTHER, self._now())])  # moments not yet counted, and the phase that ended at each
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self.last: dict[str, float] = {}  # seconds that each phase took when it last came, as of the last report
 
@@ -43,38 +43,39 @@ class Clock:
     def report(self) -> dict[str, float]:
         """Seconds of each phase since the last report; on a GPU it waits for what was asked of it."""
         self._mark()
-        last = self._marks[-1][1]
-        if not isinstance(last, float):
-            last.synchronize()
-        self._settle()
+        self._marks[-1][1].synchronize()
+        self._count()
         seconds, self._seconds = self._seconds, defaultdict(float)
         return dict(seconds)
 
-    def _now(self) -> Mark:
-        if not self._on_cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
     def _mark(self) -> None:
         self._marks.append((self._phases[-1], self._now()))
-        self._settle()
+        self._count()
 
-    def _settle(self) -> None:
+    def _now(self) -> Any:
+        moment = torch.cuda.Event(enable_timing=True) if self._on_cuda else Moment()
+        moment.record()
+        return moment
+
+    def _count(self) -> None:
         """Count what has passed, so that no long row of events builds up between reports."""
-        while len(self._marks) > 1 and _has_passed(self._marks[1][1]):
+        while len(self._marks) > 1 and self._marks[1][1].query():
             (_, start), (name, end) = self._marks.popleft(), self._marks[0]
-            self.last[name] = _seconds_between(start, end)
+            self.last[name] = start.elapsed_time(end) / 1000
             self._seconds[name] += self.last[name]
 
 
-def _has_passed(mark: Mark) -> bool:
-    return isinstance(mark, float) or mark.query()
+class Moment:
+    """A moment of the processor, in the words of `torch.cuda.Event`."""
 
+    def record(self) -> None:
+        self._seconds = time.perf_counter()
 
-def _seconds_between(start: Mark, end: Mark) -> float:
-    if isinstance(start, float) or isinstance(end, float):
-        assert isinstance(start, float) and isinstance(end, float)
-        return end - start
-    return start.elapsed_time(end) / 1000
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: Moment) -> float:
+        return 1000 * (end._seconds - self._seconds)

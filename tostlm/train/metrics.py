@@ -41,19 +41,18 @@ class Metrics:
     def __init__(self, config: RunConfig, start_step: int, ranks: Ranks) -> None:
         self._config, self._world_size = config, ranks.world
         self._mute = ranks.rank != 0
+        if not self._mute:
+            self._record = Record(config, start_step)
+            self._bar = tqdm(
+                total=config.train.steps,
+                initial=start_step,
+                desc="train",
+                unit=" steps",
+                disable=not sys.stderr.isatty(),
+            )
+            self._on_bar: dict[str, str] = {}
         self._reported_step = start_step
-        self._on_bar: dict[str, str] = {}
         self.clock = Clock(best_device())
-        if self._mute:
-            return
-        self._record = Record(config, start_step)
-        self._bar = tqdm(
-            total=config.train.steps,
-            initial=start_step,
-            desc="train",
-            unit=" steps",
-            disable=not sys.stderr.isatty(),
-        )
 
     def __enter__(self) -> Metrics:
         return self

@@ -56,7 +56,7 @@ class Record:
         finite = {f"{kind}/{name}": value for name, value in values.items() if math.isfinite(value)}
         for name, value in finite.items():
             self._board.add_scalar(name, value, step)
-        self._board.flush()  # a killed run would lose minutes of it
+        self._board.flush()  # a run that is killed would lose what waits in its queue
         if self._wandb is not None:
             self._wandb.write(step, finite)
 

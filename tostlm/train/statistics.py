@@ -25,7 +25,7 @@ def layer_statistics(engine: Any, rows: Rows) -> dict[str, float]:
             stats = mixer.statistics(*inputs)
             found[f"entropy/{layer}"], found[f"gate/{layer}"] = stats.entropy, stats.gate.mean()
 
-        # Before DeepSpeed's own hook, which takes the layer's parameters away at stage 3.
+        # Before DeepSpeed's own hook, which lets go of the layer's parameters at stage 3.
         return mixer.register_forward_hook(note, prepend=True)
 
     layers = enumerate(block.mixer for block in engine.module.blocks)
