@@ -105,10 +105,9 @@ def test_a_run_that_goes_bad_again_and_again_stops(run: Run) -> None:
     assert "step-00000002 is damaged (what came of it was bad) and put aside" in aside
     assert "the last 2 losses or gradients up to step 4 were bad" in line
     assert "training has diverged; lower optimizer.lr" in line
-    limited = run.train(
-        "optimizer.lr=1e30", "optimizer.warmup_steps=0", "train.rollbacks_before_stop=0", f"run_dir={run.dir}2"
-    )
-    assert "train.rollbacks_before_stop" in fail(limited, "after going back 0 times")
+    never_back = ("train.bad_steps_before_rollback=2", "train.rollbacks_before_stop=0", f"run_dir={run.dir}2")
+    limited = run.train("optimizer.lr=1e30", "optimizer.warmup_steps=0", *never_back)
+    fail(limited, "after going back 0 times (train.rollbacks_before_stop)", "training has diverged")
 
 
 def test_a_spike_is_skipped_where_that_is_asked_for(run: Run) -> None:

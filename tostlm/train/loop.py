@@ -110,8 +110,10 @@ def go_on(
                 metrics.event(progress.step, "went back", rollbacks=progress.rollbacks)
                 continue
             if due(settings.log_every_steps):
-                epochs = loader.epochs(progress.data_step)
-                metrics.train(progress, update, learning_rates(engine), rows.context, epochs)
+                rates, epochs = learning_rates(engine), loader.epochs(progress.data_step)
+                metrics.train(
+                    progress.step, update.loss, rates, update.grad_norm, rows.context, epochs, progress.skipped_steps
+                )
             if due(settings.statistics_every_steps):
                 with phase("statistics"):
                     metrics.statistics(progress.step, layer_statistics(engine, rows))

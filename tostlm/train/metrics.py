@@ -9,14 +9,13 @@ from collections.abc import Mapping
 from types import TracebackType
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from tostlm.checkpoint import Progress
 from tostlm.config import RunConfig
 from tostlm.launch import Ranks
 from tostlm.model import best_device, training_flops_per_token
 from tostlm.train.clock import Clock
-from tostlm.train.engine import Step
 from tostlm.train.record import Record
 
 # Dense bf16 operations a second, from the vendors' data sheets.
@@ -66,22 +65,25 @@ class Metrics:
 
     def train(
         self,
-        progress: Progress,
-        update: Step,
+        step: int,
+        loss: float,
         lr: Mapping[str, float],
+        grad_norm: Tensor | float | None,
         context: int,
         epochs: Mapping[str, float],
+        skipped_steps: int = 0,
     ) -> None:
-        """Report the last step.
+        """Report a step.
 
         Args:
-            progress: after it.
-            update: what it was like.
+            step: steps done.
+            loss: of that step, in nats a token.
             lr: learning rate of each optimizer group, by name.
+            grad_norm: before clipping; None where it is not known.
             context: tokens of a window.
             epochs: how often each set, by name, has been read by then.
+            skipped_steps: steps so far whose update was not made.
         """
-        step, loss, grad_norm, skipped_steps = progress.step, update.loss, update.grad_norm, progress.skipped_steps
         seconds, steps = self.clock.report(), step - self._reported_step
         self._reported_step = step
         if self._mute:
@@ -91,7 +93,7 @@ class Metrics:
             "perplexity": _perplexity(loss),
             "lr": max(lr.values()),
             **{f"lr/{name}": rate for name, rate in lr.items()},
-            **({} if grad_norm is None else {"grad_norm": grad_norm}),
+            **({} if grad_norm is None else {"grad_norm": float(grad_norm)}),
             **{f"epoch/{name}" if len(epochs) > 1 else "epoch": value for name, value in epochs.items()},
             "tokens": step * self._config.train.batch_tokens,
             "skipped_steps": skipped_steps,
