@@ -89,6 +89,7 @@ def start_engine(config: RunConfig, lm: LM, ranks: Ranks) -> Any:
         eps=config.optimizer.eps,
         fused=torch.cuda.is_available(),
     )
+    prepare_blocks(lm, config)
     try:
         engine, *_ = deepspeed.initialize(
             model=lm,
@@ -105,6 +106,14 @@ def start_engine(config: RunConfig, lm: LM, ranks: Ranks) -> Any:
         # bias correction would count.
         state["step"].zero_()
     return engine
+
+
+def prepare_blocks(lm: LM, config: RunConfig) -> None:
+    """Have the blocks computed again in the backward pass, and compiled, as the config says."""
+    lm.recompute_every = config.train.activation_checkpointing_every
+    if config.train.compile:
+        for block in lm.blocks:
+            block.compile()
 
 
 def _complaint(error: Exception) -> str:
