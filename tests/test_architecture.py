@@ -19,7 +19,7 @@ MAY_IMPORT = {  # of tostlm's own packages and modules
     "data": {"errors", "files"},
     "launch": {"errors"},
     "checkpoint": {"config", "data", "errors", "model"},
-    "train": {"checkpoint", "config", "data", "errors", "files", "launch", "model"},
+    "train": {"checkpoint", "config", "data", "errors", "files", "launch", "model", "tssa"},
     "eval": {"checkpoint", "config", "data", "errors", "files", "model"},
     "bench": {"config", "data", "errors", "files", "model", "tssa"},
     "convert": {"checkpoint", "data", "errors", "files", "model"},

@@ -1,4 +1,4 @@
-"""Sequences split over ranks train as whole ones do, at every ZeRO stage; and say what does not split."""
+"""Sequences split over ranks train as whole ones do, and so do recomputed and compiled blocks."""
 
 import shutil
 from pathlib import Path
@@ -11,7 +11,8 @@ from tests.train.test_training import REPORTED, STAGES, options
 from tostlm.checkpoint import checkpoints
 from tostlm.config import batches
 from tostlm.errors import UserError
-from tostlm.train.engine import deepspeed_dict
+from tostlm.model import LM
+from tostlm.train.engine import deepspeed_dict, prepare_blocks
 from tostlm.train.feed import Rows, training_loader
 
 HYBRID = ["model.mixers=[tssa,softmax]", "model.positions=64", "data.reset_at_documents=true"]
@@ -35,6 +36,27 @@ def assert_alike(run: Run, whole: Run) -> None:
 def test_every_stage_trains_on_split_sequences(run: Run, whole: Run, stage: int) -> None:
     succeed(run.train(*SPLIT, *options(stage), nproc=2))
     assert_alike(run, whole)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_recomputed_blocks_train_alike(run: Run, whole: Run, stage: int) -> None:
+    succeed(run.train(*SPLIT, *options(stage), "train.activation_checkpointing_every=1", nproc=2))
+    assert_alike(run, whole)
+
+
+def test_which_blocks_are_recomputed(run: Run) -> None:
+    """Nothing else shows it: the numbers are the same bit for bit."""
+    lm = LM(run.config().model)
+    prepare_blocks(lm, run.config("train.activation_checkpointing_every=2"))
+    assert lm.recompute_every == 2
+
+
+def test_compiled_blocks_train_alike(run: Run, whole: Run) -> None:
+    """One of the two is computed again too."""
+    compiled = ["train.compile=true", "train.activation_checkpointing_every=2"]
+    succeed(run.train(*HYBRID, *options(1), *compiled))
+    assert_alike(run, whole)
+    assert run.metrics("train") != whole.metrics("train")  # fused operations round otherwise
 
 
 def test_several_groups_of_ranks_train_alike_and_resume_exactly(run: Run, whole: Run) -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from tostlm.model.config import ModelConfig
 from tostlm.model.loss import mean_cross_entropy
@@ -82,6 +83,9 @@ class LM(nn.Module):
     rank keeps its heads. Gradients are this rank's share: summed over the ranks they are those of the ranks' summed
     losses.
 
+    With `recompute_every` set to n, every n-th block keeps its input alone for the backward pass, and is computed again
+    there.
+
     Raises:
         ValueError: the context, or with resets a document in it, outgrows `config.positions`; `reset` is of another
             shape than the tokens; softmax layers' heads do not split over the ranks.
@@ -90,6 +94,7 @@ class LM(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute_every: int | None = None
         self.embed = nn.Embedding(config.vocab_size, config.width)  # the output projection too
         self.positions = nn.Embedding(config.positions, config.width) if config.positions else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
@@ -126,7 +131,11 @@ class LM(nn.Module):
             x = x + self.positions(place.positions)
         layers = []
         for layer, block in enumerate(self.blocks):
-            x, after = block(x, place, state.layers[layer] if state else None)
+            before = state.layers[layer] if state else None
+            if self.recompute_every and (layer + 1) % self.recompute_every == 0:
+                x, after = checkpoint(block, x, place, before, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, after = block(x, place, before)
             layers.append(after)
         return self.norm(x), LMState(place.end, tuple(layers), place.last)
 

@@ -89,6 +89,7 @@ def start_engine(config: RunConfig, lm: LM, ranks: Ranks) -> Any:
     beyond_reach = _beyond_checkpoints(config)
     if beyond_reach:
         _refuse(f"{beyond_reach} keeps state where checkpoints do not reach; use offload_optimizer.device=cpu", ranks)
+    prepare_blocks(lm, config)
     try:
         optimizer = _adamw(config, lm)
         engine, *_ = deepspeed.initialize(
@@ -105,6 +106,14 @@ def start_engine(config: RunConfig, lm: LM, ranks: Ranks) -> Any:
         # bias correction would count.
         state["step"].zero_()
     return engine
+
+
+def prepare_blocks(lm: LM, config: RunConfig) -> None:
+    """Have the blocks computed again in the backward pass, and compiled, as the config says."""
+    lm.recompute_every = config.train.activation_checkpointing_every
+    if config.train.compile:
+        for block in lm.blocks:
+            block.compile()
 
 
 def _adamw(config: RunConfig, lm: LM) -> torch.optim.Optimizer:
