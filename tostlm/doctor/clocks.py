@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from tostlm.doctor.finding import OK, WARN, Finding, named
+from tostlm.doctor.finding import NAMED, OK, WARN, Finding, named
 from tostlm.launch import Ranks
 
 PINGS = 8
@@ -47,7 +47,7 @@ def judge(offsets: Sequence[tuple[float, float]], hosts: Sequence[str]) -> Findi
     """Whether all clocks agree with rank 0's."""
     wrong = [rank for rank, (offset, error) in enumerate(offsets) if abs(offset) - error > SKEW_SECONDS]
     if wrong:
-        ahead = ", ".join(f"{offsets[rank][0]:+.1f}" for rank in wrong[:8])
+        ahead = ", ".join(f"{offsets[rank][0]:+.1f}" for rank in wrong[:NAMED])
         measured = f"{named(wrong, hosts)}: {ahead} s from rank 0"
         return Finding("clock", WARN, measured, "start NTP there; times in logs are not comparable")
     rank = max(range(len(offsets)), key=lambda rank: abs(offsets[rank][0]))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from tostlm.checkpoint import checkpoints
 from tostlm.config import RunConfig
-from tostlm.doctor.finding import FAIL, OK, WARN, Finding, named, unfit
+from tostlm.doctor.finding import FAIL, OK, WARN, Finding, amount, named, unfit
 from tostlm.doctor.plan import parameters, weight_bytes
 from tostlm.files import require_writable
 
@@ -103,11 +103,11 @@ def judge(disks: Sequence[tuple[int, Disk]], config: RunConfig, hosts: Sequence[
     one, count = checkpoint_bytes(config), checkpoints_to_come(config)
     rank, least = min(disks, key=lambda pair: pair[1].free_bytes)
     _, slowest = min(disks, key=lambda pair: pair[1].write_bytes_per_second)
-    need = f"{count} checkpoints of {one / 1e9:.3g} GB"
-    measured = f"{least.free_bytes / 1e9:.3g} GB free in {run_dir} for {need}"
+    need = f"{count} checkpoints of {amount(one, 'B')}"
+    measured = f"{amount(least.free_bytes, 'B')} free in {run_dir} for {need}"
     if least.free_bytes < one:
         return Finding("disk", FAIL, f"{measured} ({named([rank], hosts)})", "make room or choose another run_dir")
     if least.free_bytes < count * one:
         return Finding("disk", WARN, measured, "make room or set train.keep_last_checkpoints")
-    speed = f"written at {slowest.write_bytes_per_second / 1e9:.3g} GB/s by the slowest host"
+    speed = f"written at {amount(slowest.write_bytes_per_second, 'B/s')} by the slowest host"
     return Finding("disk", OK, f"{measured}, {speed}")

@@ -1,10 +1,9 @@
-"""What a check comes to, and what all verdicts share: names of ranks, who is slow, who is in the minority."""
+"""What a check comes to, and what all verdicts share: names of ranks, amounts, who is in the minority."""
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
 OK: Final = "ok"
@@ -42,17 +41,18 @@ def named(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     return f"rank{several} {', '.join(f'{rank} on {hosts[rank]}' for rank in ranks[:NAMED])}{rest}"
 
 
+def amount(value: float, unit: str) -> str:
+    """Three digits and a decimal prefix: `1.23 GB/s`."""
+    for prefix in ("", "k", "M", "G"):
+        if value < 1000:
+            return f"{value:.3g} {prefix}{unit}"
+        value /= 1000
+    return f"{value:.3g} T{unit}"
+
+
 def distinct(values: Iterable[Any]) -> list[Any]:
     """Each value once, in the order they first come in."""
     return list(dict.fromkeys(values))
-
-
-def below(rates: Mapping[int, float], share: float) -> list[int]:
-    """The ranks whose rate is below `share` of the median of all."""
-    if not rates:
-        return []
-    bar = share * statistics.median(rates.values())
-    return [rank for rank, rate in rates.items() if rate < bar]
 
 
 def minority(values: Sequence[Hashable]) -> tuple[list[int], int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tostlm.doctor.finding import OK, Finding, below, named, unfit
+from tostlm.doctor.finding import NAMED, OK, Finding, amount, named, unfit
 from tostlm.model import best_device
 
 SHAPES = ((64, 96, 32), (257, 129, 65), (512, 768, 256))  # rows, inner, columns
@@ -80,8 +81,9 @@ def best(rounds: Sequence[Gemm]) -> Gemm:
 def judge(gemms: Sequence[Gemm], hosts: Sequence[str]) -> list[Finding]:
     """Whether all ranks compute, and at one pace: a finding, or one of what is wrong and one of what is slow."""
     wrong = [rank for rank, gemm in enumerate(gemms) if not (gemm.steady and gemm.worst_error <= 1)]
-    speeds = {rank: gemm.flops for rank, gemm in enumerate(gemms)}
-    slow = below(speeds, SLOW)
+    speeds = [gemm.flops for gemm in gemms]
+    median = statistics.median(speeds)
+    slow = [rank for rank, speed in enumerate(speeds) if speed < SLOW * median]
     findings = []
     if wrong:
         first = gemms[wrong[0]]
@@ -90,13 +92,9 @@ def judge(gemms: Sequence[Gemm], hosts: Sequence[str]) -> list[Finding]:
             why = "the same matrix product gives other bits from time to time"
         findings.append(unfit("gemm", wrong, hosts, why))
     if slow:
-        median = float(np.median(list(speeds.values())))
-        shares = ", ".join(f"{speeds[rank] / median:.2f}" for rank in slow)
-        findings.append(unfit("gemm", slow, hosts, f"{shares} of the median {_told(median)} {gemms[0].dtype}"))
-    slowest = min(speeds, key=lambda rank: speeds[rank])
-    spread = f"{_told(speeds[slowest])} ({named([slowest], hosts)}) to {_told(max(speeds.values()))}"
+        shares = ", ".join(f"{speeds[rank] / median:.2f}" for rank in slow[:NAMED])
+        pace = f"{shares} of the median {amount(median, 'FLOP/s')} {gemms[0].dtype}"
+        findings.append(unfit("gemm", slow, hosts, pace))
+    slowest, fastest = (amount(speed, "FLOP/s") for speed in (min(speeds), max(speeds)))
+    spread = f"{slowest} ({named([speeds.index(min(speeds))], hosts)}) to {fastest}"
     return findings or [Finding("gemm", OK, f"right and steady; {gemms[0].dtype} {spread}")]
-
-
-def _told(flops: float) -> str:
-    return f"{flops / 1e12:.3g} TFLOP/s"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from tostlm.checkpoint import checkpoints, read_progress
 from tostlm.config import RunConfig
 from tostlm.data import HELDOUT, TRAIN, Tokenizer, TokenSet, common_tokenizer, read_manifest, shard_files, verify
-from tostlm.doctor.finding import FAIL, OK, Finding, minority, unfit
+from tostlm.doctor.finding import FAIL, OK, Finding, amount, minority, unfit
 from tostlm.errors import UserError
 
 SAMPLE_BYTES = 1 << 28  # checksummed on each host, and one file of each folder at least
@@ -73,8 +73,12 @@ def judge(found: Sequence[tuple[int, Data]], hosts: Sequence[str]) -> Finding:
     if odd:
         return unfit("data", [found[place][0] for place in odd], hosts, "it holds other data", "copy the same there")
     checked, total = found[0][1].checked_bytes, found[0][1].total_bytes
-    share = f"{checked / 1e6:,.1f} MB of {total / 1e6:,.1f} MB" if checked < total else f"all {total / 1e6:,.1f} MB"
-    return Finding("data", OK, f"{share} checksummed on {'each' if len(found) > 1 else 'the'} host; one tokenizer")
+    share = f"{amount(checked, 'B')} of" if checked < total else "all"
+    return Finding(
+        "data",
+        OK,
+        f"{share} {amount(total, 'B')} checksummed on {'each' if len(found) > 1 else 'the'} host, one tokenizer",
+    )
 
 
 def resumption(config: RunConfig) -> Finding:

@@ -9,7 +9,7 @@ import torch
 
 from tostlm.config import RunConfig, batches
 from tostlm.doctor.devices import Device
-from tostlm.doctor.finding import FAIL, OK, WARN, Finding, named
+from tostlm.doctor.finding import FAIL, OK, WARN, Finding, amount, named
 from tostlm.errors import UserError
 from tostlm.model import count_parameters
 
@@ -69,7 +69,7 @@ def judge(config: RunConfig, devices: Sequence[Device], hosts: Sequence[str]) ->
         device.memory_bytes / (on_host[host] if device.kind == "cpu" else 1)
         for device, host in zip(devices, hosts, strict=True)
     )
-    measured += f"; model and optimizer take {need / 1e9:.2f} GB of {has / 1e9:.1f} GB a rank"
+    measured += f"; model and optimizer take {amount(need, 'B')} of {amount(has, 'B')} a rank"
     if need > has:
         return Finding("config", WARN, measured, "raise the ZeRO stage, start more ranks or offload the optimizer")
     return Finding("config", OK, measured)

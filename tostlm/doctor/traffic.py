@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tostlm.doctor.finding import FAIL, OK, Finding, below, unfit
+from tostlm.doctor.finding import FAIL, NAMED, OK, Finding, amount, unfit
 from tostlm.launch import Ranks
 from tostlm.model import best_device
 
 SIZES = {"cpu": (1 << 12, 1 << 20, 1 << 24), "cuda": (1 << 12, 1 << 20, 1 << 24, 1 << 28)}  # bytes of a sum
 MESSAGE = {"cpu": 1 << 22, "cuda": 1 << 26}  # bytes, to the next rank
 REPEATS = 4
-SLOW = 0.5  # of the median of like links
+SLOW = 0.5  # of the upper quartile of like links
 COMPARABLE = 3  # links of a kind; of two nobody can tell which is slow
 
 
@@ -96,8 +96,8 @@ def judge_sums(sums: Sequence[Sums], hosts: Sequence[str]) -> Finding:
     told = []
     for number, (size, _) in enumerate(sums[0].seconds):
         slowest = max(own.seconds[number][1] for own in sums)
-        told.append(f"{size / slowest / 1e9:.3g} GB/s at {size:,} bytes")
-    return Finding("all-reduce", OK, f"exact; {', '.join(told)} (bytes / time)")
+        told.append(f"{amount(size / slowest, 'B/s')} at {amount(size, 'B')}")
+    return Finding("all-reduce", OK, f"exact; {', '.join(told)} (algorithm bandwidth, bytes / time)")
 
 
 def judge_links(links: Sequence[Link], hosts: Sequence[str]) -> list[Finding]:
@@ -110,12 +110,15 @@ def judge_links(links: Sequence[Link], hosts: Sequence[str]) -> list[Finding]:
     if damaged:
         findings.append(_bad(damaged, hosts, "messages arrive damaged"))
     for kind in (within, between):
-        slow = below(kind, SLOW) if len(kind) >= COMPARABLE else []
+        if len(kind) < COMPARABLE:
+            continue
+        usual = sorted(kind.values())[3 * len(kind) // 4]  # above the median, as one bad host spoils two links
+        slow = [rank for rank, rate in kind.items() if rate < SLOW * usual]
         if slow:
-            shares = f"{_rate(min(kind[rank] for rank in slow))}, like links up to {_rate(max(kind.values()))}"
-            findings.append(_bad(slow, hosts, shares))
-    slowest = min(rates, key=lambda rank: rates[rank])
-    spread = f"{_rate(rates[slowest])} ({_link(slowest, hosts)}) to {_rate(max(rates.values()))}"
+            why = f"{amount(min(kind.values()), 'B/s')}, where like links reach {amount(usual, 'B/s')}"
+            findings.append(_bad(slow, hosts, why))
+    last = min(rates, key=lambda rank: rates[rank])
+    spread = f"{amount(rates[last], 'B/s')} ({_link(last, hosts)}) to {amount(max(rates.values()), 'B/s')}"
     return findings or [Finding("ring", OK, f"exact; {spread}")]
 
 
@@ -124,17 +127,13 @@ def _bad(links: Sequence[int], hosts: Sequence[str], why: str) -> Finding:
     ends = sorted({end % len(hosts) for rank in links for end in (rank - 1, rank)})
     shared = Counter(host for rank in links for host in {hosts[rank - 1], hosts[rank]})
     at_fault = [rank for rank in ends if shared[hosts[rank]] == max(shared.values())]
-    named_links = ", ".join(_link(rank, hosts) for rank in links)
+    named_links = ", ".join(_link(rank, hosts) for rank in links[:NAMED])
     return unfit("ring", at_fault, hosts, f"{named_links}: {why}")
 
 
 def _link(receiver: int, hosts: Sequence[str]) -> str:
     sender = (receiver - 1) % len(hosts)
     return f"{sender} on {hosts[sender]} -> {receiver} on {hosts[receiver]}"
-
-
-def _rate(bytes_per_second: float) -> str:
-    return f"{bytes_per_second / 1e9:.3g} GB/s"
 
 
 def best_link(rounds: Sequence[Link]) -> Link:
