@@ -57,7 +57,7 @@ class Meeting:
     def __init__(self, ranks: Ranks, timeout_seconds: float) -> None:
         self.ranks, self.timeout_seconds = ranks, timeout_seconds
         self.hosts = [""] * ranks.world
-        self._hand = ThreadPoolExecutor(1, "answer", _choose_device, (ranks.local_rank,))
+        self._hand = self._free_hand()
         self._asked, self._silent = 0, set[int]()
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         met = self._within(timeout_seconds, self._connect)
@@ -155,11 +155,15 @@ class Meeting:
         doing = self._hand.submit(work)
         wait([doing], seconds)
         if not doing.done():
+            self._hand = self._free_hand()  # the other may be held for ever
             return Answer(None, f"not done within {seconds:g} s", stuck=True)
         try:
             return Answer(doing.result())
         except MENDABLE as error:
             return Answer(None, reason_of(error))
+
+    def _free_hand(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, "answer", _choose_device, (self.ranks.local_rank,))
 
     @property
     def first_of_host(self) -> bool:
