@@ -20,6 +20,7 @@ MAY_IMPORT = {  # of tostlm's own packages and modules
     "launch": {"errors"},
     "checkpoint": {"config", "data", "errors", "model"},
     "train": {"checkpoint", "config", "data", "errors", "files", "launch", "model", "tssa"},
+    "doctor": {"checkpoint", "config", "data", "errors", "files", "launch", "model"},
     "eval": {"checkpoint", "config", "data", "errors", "files", "model"},
     "bench": {"config", "data", "errors", "files", "model", "tssa"},
     "convert": {"checkpoint", "data", "errors", "files", "model"},

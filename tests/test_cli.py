@@ -15,7 +15,10 @@ from tostlm.checkpoint import checkpoints
 from tostlm.data import Tokenizer, read_manifest, verify
 from tostlm.data.plan import read_plan
 
-VERBS = ["quickstart", "config", "tokenizer", "prepare", "data", "train", "eval", "generate", "bench", "convert"]
+VERBS = [
+    *("quickstart", "config", "tokenizer", "prepare", "data", "doctor", "train", "eval", "generate", "bench"),
+    "convert",
+]
 
 
 def test_help_teaches_the_way() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from tostlm.config import load_config
 from tostlm.data import Tokenizer
 from tostlm.errors import UserError
 from tostlm.files import distinct_names, require_file_writable, write_atomically
-from tostlm.model import best_device
+from tostlm.model import best_device, device_name
 
 
 def operator(
@@ -63,14 +62,7 @@ def _width_and_heads(shape: str) -> tuple[int, int]:
 
 def _machine(device: torch.device) -> str:
     """What timings were taken on, in a line."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else _processor()
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, tostlm {__version__}"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+    return f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, tostlm {__version__}"
 
 
 def training(
@@ -109,7 +101,7 @@ def data(
     if out:
         require_file_writable(out)
     rates = bench_data(sources, Tokenizer.load(tokenizer), text_bytes, workers, context, repeats)
-    machine = f"{_processor()}, tostlm {__version__}"
+    machine = f"{device_name(torch.device('cpu'))}, tostlm {__version__}"
     if out:
         content = {"machine": machine, "workers": workers, "context": context, "repeats": repeats, **rates._asdict()}
         write_atomically(out, json.dumps(content, indent=2) + "\n")

@@ -5,13 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tostlm.cli.app import CheckpointPath, ConfigFile, Overrides, Threads, app, bench_app, eval_app
 from tostlm.errors import UserError
+
+if TYPE_CHECKING:
+    from tostlm.launch import Ranks
+
+Processes = Annotated[int | None, typer.Option(min=1, help="processes on this machine; default: one a GPU, or one")]
 
 
 @app.command()
@@ -45,34 +51,46 @@ def config(config: ConfigFile, overrides: Overrides = None) -> None:
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
-    nproc: Annotated[
-        int | None, typer.Option(min=1, help="processes on this machine; default: one a GPU, or one")
-    ] = None,
+    nproc: Processes = None,
 ) -> None:
     """Train a run from its newest checkpoint, or from the start.
 
     Under torchrun or a Slurm step the ranks come from there; otherwise --nproc processes are started here.
     """
     from tostlm.config import batches, load_config
-    from tostlm.launch import export_rendezvous, ranks_from_environment, run_local
 
     run = load_config(config, overrides or [])
-    ranks = ranks_from_environment(os.environ)
-    if ranks is None:
-        import torch
-
-        processes = nproc or torch.cuda.device_count() or 1
-        batches(run, processes)
-        raise typer.Exit(run_local(["train", str(config), *(overrides or [])], processes))
-    if nproc is not None:
-        raise UserError(f"--nproc {nproc} is for machines without a launcher; here one has started {ranks.world} ranks")
-    export_rendezvous(ranks)
+    ranks = _this_rank(["train", str(config), *(overrides or [])], nproc, lambda processes: batches(run, processes))
     if ranks.rank == 0:
         logging.basicConfig(stream=sys.stdout, format="%(message)s")
         logging.getLogger("tostlm").setLevel(logging.INFO)
     from tostlm.train import train as train_run
 
     train_run(run, ranks)
+
+
+@app.command()
+def doctor(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nproc: Processes = None,
+    timeout_seconds: Annotated[float, typer.Option(min=1, help="a rank that does not answer within it is unfit")] = 120,
+    out: Annotated[
+        Path | None, typer.Option(help="a .json file to write too, which names the hosts to exclude")
+    ] = None,
+) -> None:
+    """Check on all ranks what would spoil a run, before it: software, devices, network, clocks, disk, data.
+
+    The ranks are started as those of `tostlm train`.
+    """
+    from tostlm.config import load_config
+
+    run = load_config(config, overrides or [])
+    options = ["--timeout-seconds", str(timeout_seconds), *(["--out", str(out)] if out else [])]
+    ranks = _this_rank(["doctor", str(config), *(overrides or []), *options], nproc)
+    from tostlm.doctor import doctor as examine
+
+    examine(run, ranks, timeout_seconds, out)
 
 
 @eval_app.command("perplexity")
@@ -177,3 +195,26 @@ def _numbers(text: str, option: str) -> list[int]:
     if not numbers or min(numbers) < 2:
         raise UserError(f"{option} {text!r} must be whole numbers above 1 with commas between, as in 128,256,512")
     return sorted(set(numbers))
+
+
+def _this_rank(
+    arguments: list[str], nproc: int | None, check: Callable[[int], object] = lambda processes: None
+) -> Ranks:
+    """This process's place in its run. Without a launcher it becomes one: `check`s the number of ranks and starts them.
+
+    Raises:
+        UserError: both a launcher and --nproc say how many ranks there are.
+    """
+    from tostlm.launch import export_rendezvous, ranks_from_environment, run_local
+
+    ranks = ranks_from_environment(os.environ)
+    if ranks is None:
+        import torch
+
+        processes = nproc or torch.cuda.device_count() or 1
+        check(processes)
+        raise typer.Exit(run_local(arguments, processes))
+    if nproc is not None:
+        raise UserError(f"--nproc {nproc} is for machines without a launcher; here one has started {ranks.world} ranks")
+    export_rendezvous(ranks)
+    return ranks

@@ -8,7 +8,7 @@ from tostlm.data.selection import Selection, documents
 from tostlm.data.shards import HELDOUT, MANIFEST, TRAIN, Manifest, load_tokenizer, read_manifest
 from tostlm.data.show import show
 from tostlm.data.token_import import import_tokens
-from tostlm.data.token_set import TokenSet, verify
+from tostlm.data.token_set import TokenSet, shard_files, verify
 from tostlm.data.tokenizer import Tokenizer
 from tostlm.data.tokenizer_import import import_tokenizer
 from tostlm.data.tokenizer_training import first_bytes, train_tokenizer
@@ -36,6 +36,7 @@ __all__ = [
     "parse_task",
     "prepare",
     "read_manifest",
+    "shard_files",
     "show",
     "told",
     "train_tokenizer",

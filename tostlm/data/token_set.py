@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from tostlm.data.shards import load_tokenizer, read_manifest
+from tostlm.data.shards import Manifest, load_tokenizer, read_manifest
 from tostlm.errors import UserError
 from tostlm.files import sha256_of
 
@@ -90,22 +90,30 @@ class TokenSet:
         return np.concatenate(list(self.shard_bounds()))
 
 
-def verify(folder: Path) -> Iterator[str]:
-    """Read every byte of a prepared folder; yields the name of each file found whole.
+def verify(folder: Path, files: Collection[str] | None = None) -> Iterator[str]:
+    """Read every byte of a prepared folder, or of some of its `shard_files`; yields the name of each found whole.
 
     Raises:
         UserError: a file's checksum is not the manifest's.
     """
     manifest = read_manifest(folder)
-    yield load_tokenizer(folder).file_name
+    if files is None:
+        yield load_tokenizer(folder).file_name
     for name, split in manifest.splits.items():
         if split.tokens:
             TokenSet(folder, name)
-        for shard in split.shards:
-            for suffix, expected in shard.sha256.items():
-                file = f"{shard.name}.{suffix}"
-                if not (folder / file).is_file() or sha256_of(folder / file) != expected:
-                    raise UserError(
-                        f"shard {folder / file} is damaged: its SHA-256 is not the manifest's; prepare again"
-                    )
-                yield file
+    for file, expected in shard_files(manifest).items():
+        if files is None or file in files:
+            if not (folder / file).is_file() or sha256_of(folder / file) != expected:
+                raise UserError(f"shard {folder / file} is damaged: its SHA-256 is not the manifest's; prepare again")
+            yield file
+
+
+def shard_files(manifest: Manifest) -> dict[str, str]:
+    """The files of all shards, and the SHA-256 of each."""
+    return {
+        f"{shard.name}.{suffix}": sha256
+        for split in manifest.splits.values()
+        for shard in split.shards
+        for suffix, sha256 in shard.sha256.items()
+    }

@@ -1,6 +1,9 @@
-"""Where a model runs when nobody says where."""
+"""Where a model runs when nobody says where, and what that is called."""
 
 from __future__ import annotations
+
+import platform
+from pathlib import Path
 
 import torch
 
@@ -8,3 +11,12 @@ import torch
 def best_device() -> torch.device:
     """This machine's GPU, or its CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """A device as its vendor calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
