@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,6 @@ from tostlm.config import load_config
 from tostlm.data import common_tokenizer
 from tostlm.errors import UserError
 from tostlm.launch import Ranks, ranks_from_environment
-from tostlm.launch.local import _free_port
 from tostlm.model import create_lm
 from tostlm.train.checkpoint import Saver
 from tostlm.train.engine import join_ranks, start_engine, train_step
@@ -43,25 +43,24 @@ def launch(world: int, jobs: list[Job], folder: Path) -> list[subprocess.Popen[s
     """Start `world` ranks that do the jobs."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    port = _free_port()
     return [
         subprocess.Popen(
             [sys.executable, "-m", "tests.train.engines", str(folder)],
             cwd=ROOT,
             stderr=subprocess.PIPE,
             text=True,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            },
+            env={**os.environ, "OMP_NUM_THREADS": "1", **place},
         )
-        for rank in range(world)
+        for place in places(world)
     ]
+
+
+def places(world: int) -> list[dict[str, str]]:
+    """The environments that tell `world` ranks here who they are."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
 
 
 def run_jobs(world: int, jobs: list[Job], folder: Path) -> list[dict[str, Any]]:

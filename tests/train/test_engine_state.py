@@ -27,7 +27,7 @@ def options(stage: int, precision: str) -> list[str]:
         "fp32": [],
         "bf16": ["bf16.enabled=true"],
         "bf16 with fp32 gradients": ["bf16.enabled=true", "data_types.grad_accum_dtype=fp32"],
-        "fp16": ["fp16.enabled=true", "fp16.initial_scale_power=26"],  # overflows at first
+        "fp16": ["fp16.enabled=true", "fp16.initial_scale_power=20"],  # overflows in the third step
     }[precision]
     # Some of a model's parameters then stay whole, and some do not.
     threshold = ["zero_optimization.stage3_param_persistence_threshold=100"] if stage == 3 else []
@@ -127,17 +127,14 @@ class TestEveryEngine:
             assert parameter.equal(found[f"{name}/weight"].to(dtype))
         if dtype != torch.float32:
             assert not found["embed.weight/weight"].equal(lm.embed.weight.float())
-        if read_progress(folder).optimizer_steps:
-            assert found["embed.weight/exp_avg_sq"].min() > 0
+        assert found["embed.weight/exp_avg_sq"].count_nonzero() > 0
 
 
-def test_a_loss_scale_that_fell_stays_down(matrix: Matrix) -> None:
+def test_an_overflow_is_remembered_and_is_no_update(matrix: Matrix) -> None:
     for stage in (1, 2, 3):
         progress = read_progress(checkpoint_folder(matrix.folder / f"{stage} fp16", KEPT_STEP))
-        assert progress.loss_scale is not None
-        assert progress.loss_scale["cur_iter"] == KEPT_STEP
-        assert progress.loss_scale["cur_scale"] < 2**26
-        assert progress.optimizer_steps < KEPT_STEP  # an overflow is no update
+        scale = {"cur_scale": 2**20, "cur_iter": 3, "last_overflow_iter": 2, "cur_hysteresis": 1}  # of 2
+        assert (progress.loss_scale, progress.optimizer_steps) == (scale, 2)
 
 
 def test_without_its_file_of_weights_a_model_is_its_masters(matrix: Matrix) -> None:
