@@ -1,10 +1,8 @@
 """The command line as a person meets it: help that teaches, mistakes in one line, disks that are full."""
 
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -108,18 +106,6 @@ def test_the_way_with_a_tokenizer_made_elsewhere(corpus: Path, speeches: list[st
     succeed(tostlm("eval", "perplexity", str(run.dir), "--contexts", "16", "--windows", "2"))
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of two megabytes."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small tmpfs takes root; run the tests as root to enable")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], check=True)
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
 def test_a_full_disk_while_preparing(small_disk: Path, corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "t.model").write_bytes(tokenizer.content)
     source = ["--source", *[str(corpus)] * 10, "--tokenizer", str(tmp_path / "t.model"), "--part-bytes", "9000"]
@@ -133,19 +119,3 @@ def test_a_full_disk_while_preparing(small_disk: Path, corpus: Path, tokenizer: 
     assert f"{sum(1 for _ in verify(small_disk / 'data'))} files" in succeed(
         tostlm("data", "verify", str(small_disk / "data"))
     )
-
-
-@pytest.mark.parametrize("free_bytes", [100_000, 400_000], ids=["in the shards", "in the weights"])
-def test_a_full_disk_while_saving(small_disk: Path, run: Run, free_bytes: int) -> None:
-    overrides = [f"run_dir={small_disk}/run", "train.keep_last_checkpoints=1"]
-    run.dir = small_disk / "run"
-    succeed(run.train(*overrides, "train.steps=3"))
-    ballast = small_disk / "ballast"
-    room = os.statvfs(small_disk)
-    ballast.write_bytes(b"x" * (room.f_bavail * room.f_frsize - free_bytes))
-    fail(run.train(*overrides), "checkpoint", "step-00000006 cannot be written: No space left on device", "make room")
-    assert [path.name for path in (run.dir / "checkpoints").iterdir()] == ["step-00000003"]
-
-    ballast.unlink()
-    succeed(run.train(*overrides))
-    assert [path.name for path in checkpoints(run.dir)] == ["step-00000006"]

@@ -190,7 +190,6 @@ def test_no_rank_stays_behind(run: Run, victim: str) -> None:
         (["data.reset_at_documents=true"], ["has data.reset_at_documents=False, this run"]),
         (["data.within_documents=true"], ["has data.within_documents=False, this run"]),
         (["data.curriculum=[{until_step: 2, context_tokens: 32}]"], ["has data.curriculum=[], this run", "[(2, 32)]"]),
-        (options(2), ["has ZeRO stage=1, this run ZeRO stage=2"]),
         (["deepspeed.bf16.enabled=true"], ["has precision=fp32, this run precision=bf16"]),
     ],
 )
@@ -198,11 +197,10 @@ def test_a_checkpoint_of_another_run(trained: dict[str, Run], overrides: list[st
     fail(trained["tssa"].train("train.steps=8", *overrides), *words)
 
 
-def test_a_checkpoint_of_other_ranks_or_data(
+def test_a_checkpoint_of_other_data(
     trained: dict[str, Run], corpus: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     run = trained["tssa"]
-    fail(run.train("train.steps=8", nproc=2), "has ranks=1, this run ranks=2")
     other = tmp_path / "other"
     prepare(Settings(sources=(str(corpus),), heldout_fraction=0.3), tokenizer, other)
     fail(run.train("train.steps=8", f"data.path={other}"), f"was trained on other data than {other} holds")
@@ -230,7 +228,11 @@ def test_optimizer_settings_may_change_on_resume(run: Run) -> None:
         ),
         (["run_dir=/proc/nowhere"], ["cannot write in /proc/nowhere"]),
         (["deepspeed.zero_optimization.stgae=2"], ["DeepSpeed refuses the deepspeed block", "stgae=2: Extra inputs"]),
-        (["deepspeed.zero_optimization.offload_optimizer.device=nvme"], ["DeepSpeed refuses the deepspeed block"]),
+        (["deepspeed.zero_optimization.offload_optimizer.device=disk"], ["DeepSpeed refuses the deepspeed block"]),
+        (
+            ["deepspeed.zero_optimization.offload_param.device=nvme"],
+            ["zero_optimization.offload_param.device=nvme keeps state where checkpoints do not reach", "device: cpu"],
+        ),
     ],
 )
 def test_runs_that_cannot_start(run: Run, overrides: list[str], words: list[str]) -> None:
@@ -271,23 +273,6 @@ def test_a_damaged_shard_is_found_before_training(run: Run, tmp_path: Path, data
     content[100] ^= 1
     (copy / "train-00000.bin").write_bytes(content)
     fail(run.train(f"data.path={copy}"), "train-00000.bin is damaged")
-
-
-def test_a_damaged_checkpoint(run: Run) -> None:
-    succeed(run.train())
-    newest = checkpoints(run.dir)[-1]
-    for shard in (newest / "engine" / "shards").glob("*.pt"):
-        os.truncate(shard, 100)
-    line = fail(run.train("train.steps=8"), "cannot be read", f"remove {newest}")
-    assert "to resume from the checkpoint before it" in line
-    shutil.rmtree(newest)
-    succeed(run.train("train.steps=8"))
-
-
-def test_a_checkpoint_without_its_engine(run: Run) -> None:
-    succeed(run.train())
-    shutil.rmtree(checkpoints(run.dir)[-1] / "engine")
-    fail(run.train("train.steps=8"), "engine", "to resume from the checkpoint before it")
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ from tostlm.train.state_files import Checksum, Content, pack, write_file
 
 LATEST = "latest"
 PARTIAL, REMOVED = ".saving-", ".removing-"  # before a checkpoint's name: not published yet, and no longer
-RANK_DONE, RANK_FAILED = ".rank-{:05d}.json", ".rank-{:05d}.failed"
+RANK_DONE, RANK_FAILED = ".rank-{}.json", ".rank-{}.failed"
 POLL_SECONDS = 0.05
 
 
@@ -109,12 +109,14 @@ class Saver:
         rank, world = self._ranks.rank, self._ranks.world
         numels = state_numels(engine)
         packed = pack({name: 4 * len(KINDS) * numel for name, numel in numels.items()}, world)
-        tensors = gather_state(engine, {name: file % world for file, names in enumerate(packed) for name in names})
+        rank_of = {name: owner for owner, shared in enumerate(packed) for names in shared for name in names}
+        tensors = gather_state(engine, rank_of)
+        first = sum(len(shared) for shared in packed[:rank])  # number of this rank's first file
         files: dict[str, Content] = {
-            f"{STATE}/{file:05d}.safetensors": {
-                f"{name}/{kind}": tensors[f"{name}/{kind}"] for name in packed[file] for kind in KINDS
+            f"{STATE}/{number:05d}.safetensors": {
+                f"{n}/{kind}": tensors[f"{n}/{kind}"] for n in names for kind in KINDS
             }
-            for file in range(rank, len(packed), world)
+            for number, names in enumerate(packed[rank], start=first)
         }
         weights = whole_weights(engine) if self._config.train.save_weights else {}
         if rank:
@@ -147,9 +149,10 @@ class Saver:
                 for old in to_remove(self._config, checkpoints(self._config.run_dir)):
                     remove(old)
         except OSError as error:
-            with suppress(OSError):
-                for name in files:  # a full disk has room for the mark below again
-                    (partial / name).unlink(missing_ok=True)
+            for name in files:  # a full disk has room for the mark below again
+                with suppress(OSError):
+                    (partial / name).unlink()
+            with suppress(OSError):  # rank 0 then waits in vain
                 (partial / RANK_FAILED.format(rank)).touch()
             return error.strerror
         return None
@@ -160,7 +163,7 @@ class Saver:
         for rank in range(self._ranks.world):
             done = partial / RANK_DONE.format(rank)
             while not done.exists():
-                if any(partial.glob(RANK_FAILED.format(0).replace("00000", "*"))) or time.monotonic() > deadline:
+                if any(partial.glob(RANK_FAILED.format("*"))) or time.monotonic() > deadline:
                     raise OSError(errno.EIO, f"rank {rank} did not write its part")
                 time.sleep(POLL_SECONDS)
             sums |= json.loads(done.read_text())

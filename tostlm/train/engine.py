@@ -86,9 +86,8 @@ def start_engine(config: RunConfig, lm: LM, ranks: Ranks) -> Any:
     Raises:
         UserError: DeepSpeed refuses its block of the config, or checkpoints would not hold all of the engine's state.
     """
-    beyond_reach = _beyond_checkpoints(config)
-    if beyond_reach:
-        _refuse(f"{beyond_reach} keeps state where checkpoints do not reach; use offload_optimizer.device=cpu", ranks)
+    if key := _beyond_checkpoints(config):
+        _refuse(f"{key} keeps state where checkpoints do not reach; use device: cpu there, and only that", ranks)
     prepare_blocks(lm, config)
     try:
         optimizer = _adamw(config, lm)

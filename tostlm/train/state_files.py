@@ -29,19 +29,20 @@ Content = bytes | Mapping[str, Tensor]  # of a file; tensors on the host, writte
 Checksum = dict[str, int | str]  # bytes and sha256
 
 
-def pack(sizes: Mapping[str, int], world: int) -> list[list[str]]:
-    """Share names of `sizes` bytes out among files of about `FILE_BYTES`, of which rank r writes every world-th from r.
+def pack(sizes: Mapping[str, int], ranks: int) -> list[list[list[str]]]:
+    """Share names of `sizes` bytes out: to each rank about as many, and of a rank's to files of about `FILE_BYTES`."""
+    shares = [{name: sizes[name] for name in names} for names in _share(sizes, ranks)]
+    return [_share(share, min(len(share), -(-sum(share.values()) // FILE_BYTES))) for share in shares]
 
-    Each rank gets as many files and about as many bytes.
-    """
-    least = -(-sum(sizes.values()) // FILE_BYTES)
-    files: list[list[str]] = [[] for _ in range(min(len(sizes), -(-least // world) * world))]
-    fullness = [(0, number) for number in range(len(files))]
+
+def _share(sizes: Mapping[str, int], parts: int) -> list[list[str]]:
+    shared: list[list[str]] = [[] for _ in range(parts)]
+    fullness = [(0, part) for part in range(parts)]
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):  # the largest first, each to the emptiest
-        full, number = heapq.heappop(fullness)
-        files[number].append(name)
-        heapq.heappush(fullness, (full + sizes[name], number))
-    return files
+        full, part = heapq.heappop(fullness)
+        shared[part].append(name)
+        heapq.heappush(fullness, (full + sizes[name], part))
+    return shared
 
 
 def write_file(path: Path, content: Content) -> Checksum:

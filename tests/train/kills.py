@@ -1,0 +1,98 @@
+"""Two ranks with a real engine that save all the time, killed again and again; each time the newest checkpoint is read.
+
+The engine's tensors hold numbers that follow from the step, so that a mixture of two saves would show.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.train.engines import places
+from tostlm.checkpoint import Progress, checkpoint_folder, checkpoints, read_progress, read_state
+from tostlm.config import RunConfig, load_config
+from tostlm.data import common_tokenizer
+from tostlm.launch import Ranks, ranks_from_environment
+from tostlm.model import LM, create_lm
+from tostlm.train.checkpoint import PARTIAL, REMOVED, Saver
+from tostlm.train.engine import join_ranks, start_engine
+from tostlm.train.engine_state import KINDS, restore_state
+from tostlm.train.resume import newest_good, resume
+
+KILLS, WORLD = 20, 2
+LONGEST_SECONDS = 0.1  # from the beginning of a save to the kill
+
+
+def expected(config: RunConfig, step: int) -> Iterator[tuple[str, Tensor]]:
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in LM(config.model).named_parameters()}
+    for number, (name, shape) in enumerate(shapes.items()):
+        for kind in KINDS:
+            yield f"{name}/{kind}", torch.full(shape, step + number / 64 + KINDS.index(kind) / 4)
+
+
+def save_for_ever(config: RunConfig, ranks: Ranks, start: int) -> None:
+    join_ranks(ranks)
+    engine: Any = start_engine(config, create_lm(config.model, config.seed), ranks)
+    if start:
+        assert resume(engine, checkpoint_folder(config.run_dir, start)).step == start
+    with Saver(config, common_tokenizer([folder for folder, _ in config.data.sets]), ranks) as saver:
+        for step in range(start + 1, sys.maxsize):
+            restore_state(engine, expected(config, step), step)
+            saver.save(engine, Progress(step=step))
+
+
+def start_ranks(config: RunConfig, start: int) -> list[int]:
+    """Fork the ranks, which spares them the imports, into one process group; returns their process ids."""
+    ranks: list[int] = []
+    for place in places(WORLD):
+        process = os.fork()
+        if process == 0:
+            os.setpgid(0, ranks[0] if ranks else 0)
+            os.environ.update(place)
+            own = ranks_from_environment(place)
+            assert own is not None
+            save_for_ever(config, own, start)
+        ranks.append(process)
+        os.setpgid(process, ranks[0])
+    return ranks
+
+
+def main(file: Path) -> None:
+    config, found = load_config(file), {"interrupted": 0, "removed": 0, "steps": 0}
+    folder, start = config.run_dir / "checkpoints", 0
+    for kill in range(KILLS):
+        ranks = start_ranks(config, start)
+        while not checkpoints(config.run_dir)[-1:] > [checkpoint_folder(config.run_dir, start)]:
+            assert os.waitpid(-1, os.WNOHANG) == (0, 0), "a rank ended by itself"
+            time.sleep(0.01)
+        while not any(folder.glob(f"{PARTIAL}*")):
+            time.sleep(0.001)
+        time.sleep(random.Random(kill).uniform(0, LONGEST_SECONDS))
+        os.killpg(ranks[0], signal.SIGKILL)
+        for rank in ranks:
+            os.waitpid(rank, 0)
+
+        for counted, kind in (("interrupted", PARTIAL), ("removed", REMOVED)):
+            found[counted] += any(folder.glob(f"{kind}*"))
+        newest = newest_good(config)
+        assert newest is not None
+        assert newest == checkpoints(config.run_dir)[-1], "a checkpoint that was published is not whole"
+        start = read_progress(newest).step
+        expectation = dict(expected(config, start))
+        for key, tensor in read_state(newest, expectation):
+            assert tensor.equal(expectation[key]), (newest, key)
+    found["steps"] = start
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
