@@ -77,7 +77,7 @@ def do(job: Job, ranks: Ranks) -> dict[str, Any]:
     engine = start_engine(config, create_lm(config.model, config.seed), ranks)
     progress, facts, losses = Progress(), {}, {}
     loader = training_loader(config)
-    with Saver(config, common_tokenizer([folder for folder, _ in config.data.sets]), ranks) as saver:
+    with Saver(config, common_tokenizer([folder for folder, _ in config.data.sets]), ranks, lambda: None) as saver:
         if job.origin:
             progress = resume(engine, checkpoint_folder(Path(job.origin), KEPT_STEP))
             facts = state_facts(engine)

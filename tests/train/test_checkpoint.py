@@ -62,7 +62,6 @@ def test_a_run_says_where_it_was(trained: dict[str, Run]) -> None:
         zero_stage=1,
         data_sha256=progress.data_sha256,
     )
-    assert all(seconds > 0 for seconds in run.metrics("save", "blocked_seconds").values())
 
 
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(run: Run) -> None:

@@ -7,8 +7,8 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -40,7 +40,7 @@ from tostlm.train.state_files import Checksum, Content, pack, write_file
 LATEST = "latest"
 PARTIAL, REMOVED = ".saving-", ".removing-"  # before a checkpoint's name: not published yet, and no longer
 RANK_DONE, RANK_FAILED = ".rank-{}.json", ".rank-{}.failed"
-POLL_SECONDS = 0.05
+POLL_SECONDS, WAITING_SECONDS = 0.05, 1.0
 
 
 class Saver:
@@ -50,9 +50,9 @@ class Saver:
     rank 0's publishes the whole by a rename when it has seen that all are on disk.
     """
 
-    def __init__(self, config: RunConfig, tokenizer: Tokenizer, ranks: Ranks) -> None:
-        self.blocked_seconds = 0.0  # for which the last save kept training
-        self._config, self._tokenizer, self._ranks = config, tokenizer, ranks
+    def __init__(self, config: RunConfig, tokenizer: Tokenizer, ranks: Ranks, waiting: Callable[[], None]) -> None:
+        """`waiting` is called now and then while a rank waits for a disk, which may be long and is no hang."""
+        self._config, self._tokenizer, self._ranks, self._waiting = config, tokenizer, ranks, waiting
         self._thread = ThreadPoolExecutor(1, "save")
         self._under_way: tuple[Path, Future[str | None]] | None = None
 
@@ -74,13 +74,11 @@ class Saver:
         Raises:
             UserError: this save or the one before it cannot be written; the run's older checkpoints are untouched.
         """
-        started = time.monotonic()
         self.finish()
         folder = checkpoint_folder(self._config.run_dir, progress.step)
         self._under_way = folder, self._thread.submit(self._write, folder, self._copy(engine, progress, carry))
         if not self._config.train.save_in_background:
             self.finish()
-        self.blocked_seconds = time.monotonic() - started
 
     def finish(self) -> None:
         """Wait until what was saved last is published.
@@ -91,6 +89,8 @@ class Saver:
         if self._under_way is None:
             return
         (folder, written), self._under_way = self._under_way, None
+        while wait([written], WAITING_SECONDS).not_done:
+            self._waiting()
         troubles: list[str | None] = [None] * self._ranks.world
         dist.all_gather_object(troubles, written.result())
         trouble = next(filter(None, reversed(troubles)), None)  # rank 0 may only know that another failed

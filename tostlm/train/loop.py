@@ -82,7 +82,7 @@ def go_on(
     with (
         Metrics(config, progress.step, ranks) as metrics,
         Trace(config, ranks) as trace,
-        Saver(config, tokenizer, ranks) as saver,
+        Saver(config, tokenizer, ranks, watchdog.waiting) as saver,
         closing(feed(loader, range(progress.data_step, sys.maxsize), ranks, device, group)) as rows_ahead,
     ):
 

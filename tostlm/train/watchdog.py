@@ -101,6 +101,10 @@ class Watchdog:
         allowance = self._allowance if step == self._first_step else 0.0
         self._main = _Main(step, phase, place, before.moves + 1, time.monotonic() + allowance)
 
+    def waiting(self) -> None:
+        """Say that the main thread waits for a disk where it is, which may be long."""
+        self._main = self._main._replace(moves=self._main.moves + 1, quiet_from=time.monotonic())
+
     def __enter__(self) -> Watchdog:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._stack = stack_file(self._folder, self._rank).open("w")
