@@ -13,8 +13,8 @@ NODES = ["a", "a", "b", "b", "c", "c"]
 CPU = devices.Device("cpu", "EPYC", 10**9, True, "", 0)
 
 
-def gpu(number: int, name: str = "H100", bf16: bool = True, visible: int = 2) -> devices.Device:
-    return devices.Device("cuda", name, 80 * 10**9, bf16, f"GPU-{number}", visible)
+def gpu(number: int, name: str = "H100", suits: bool = True, visible: int = 2) -> devices.Device:
+    return devices.Device("cuda", name, 80 * 10**9, suits, f"GPU-{number}", visible)
 
 
 def gemms(*speeds: float) -> list[gemm.Gemm]:
@@ -157,8 +157,13 @@ def test_a_slow_answer_is_no_skew() -> None:
         ([], [CPU] * 2, OK, "8 sequences a step, 2 passes of a rank; fp32, ZeRO stage 1"),
         ([], [CPU] * 3, FAIL, "does not divide into 3 ranks"),
         (["train.context_ranks=4"], [CPU] * 2, FAIL, "2 ranks are no whole groups of train.context_ranks 4"),
-        (["deepspeed.bf16.enabled=true"], [gpu(0), gpu(1, bf16=False)], FAIL, "bf16, which rank 1 on a cannot"),
-        (["deepspeed.fp16.enabled=true"], [CPU] * 2, FAIL, "fp16, which ranks 0 on a, 1 on a cannot"),
+        (["deepspeed.bf16.enabled=true"], [gpu(0), gpu(1, suits=False)], FAIL, "bf16, which rank 1 on a cannot"),
+        (
+            ["deepspeed.fp16.enabled=true"],
+            [CPU._replace(suits=False)] * 2,
+            FAIL,
+            "fp16, which ranks 0 on a, 1 on a cannot",
+        ),
         (["model.width=4096"], [CPU] * 2, WARN, "of 500 MB a rank"),
         (["model.width=4096"], [gpu(0), gpu(1)], OK, "of 80 GB a rank"),
     ],

@@ -14,7 +14,7 @@ from tests.conftest import Run, fail, succeed
 from tostlm.checkpoint import checkpoints, load, read_progress
 from tostlm.errors import EXIT_REQUEUE
 
-# A rank in whose step number NUMBER something goes wrong: `spoil(engine)` is called before it, `heal` after it.
+# A rank to which `fault` happens in step `number` of its process.
 FAULTY_RANK = """
 import math
 from tostlm.main import main
@@ -28,7 +28,8 @@ def faulty(engine, *arguments):
     if calls == {number}:
         {fault}
         step = train_step(engine, *arguments)
-        hook.remove() if "hook" in locals() else None
+        if "hook" in locals():
+            hook.remove()
         return step
     return train_step(engine, *arguments)
 
@@ -40,14 +41,23 @@ HIGH_LOSS = "hook = engine.module.register_forward_hook(lambda module, inputs, o
 LOST_WEIGHTS = "engine.module.embed.weight.data.fill_(math.nan)"
 
 
-def train_with(fault: str, number: int, run: Run, *overrides: str) -> subprocess.CompletedProcess[str]:
+def train_with(
+    fault: str, number: int, run: Run, *overrides: str, before: str = ""
+) -> subprocess.CompletedProcess[str]:
     """Train on one rank that step `number` of this process goes wrong in."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return subprocess.run(
-        [sys.executable, "-c", FAULTY_RANK.format(number=number, fault=fault), "train", str(run.file), *overrides],
+        [
+            sys.executable,
+            "-c",
+            before + FAULTY_RANK.format(number=number, fault=fault),
+            "train",
+            str(run.file),
+            *overrides,
+        ],
         capture_output=True,
         text=True,
         timeout=120,
@@ -153,3 +163,9 @@ def test_the_time_it_was_given(run: Run) -> None:
     assert result.returncode == EXIT_REQUEUE
     assert "train.time_limit_minutes" in result.stdout
     assert len(checkpoints(run.dir)) == 1
+
+
+def test_bf16_on_a_device_without_it(run: Run) -> None:
+    old = "import tostlm.train.start\ntostlm.train.start.multiplies_in = lambda device, dtype: False\n"
+    result = train_with("pass", 1, run, "deepspeed.bf16.enabled=true", before=old)
+    fail(result, "precision is bf16, which", "cannot multiply in; train in another")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
+import torch
 
 from tostlm.config.training import Positive, Section, TrainConfig
 from tostlm.errors import UserError
@@ -235,6 +236,14 @@ class RunConfig(Section):
                 return dtype
         autocast = self.deepspeed.get("torch_autocast", {})
         return f"autocast {autocast.get('dtype', 'bfloat16')}" if autocast.get("enabled") else "fp32"
+
+
+def matrix_dtype(config: RunConfig) -> torch.dtype:
+    """What a run multiplies matrices in."""
+    name = config.precision.removeprefix("autocast ").removeprefix("torch.")
+    return {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16}.get(
+        name, torch.float32
+    )
 
 
 class Batches(NamedTuple):

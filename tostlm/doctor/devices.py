@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from tostlm.doctor.finding import FAIL, OK, WARN, Finding, minority, named, unfit
-from tostlm.model import best_device, device_name
+from tostlm.model import best_device, device_name, multiplies_in
 
 
 class Device(NamedTuple):
@@ -19,21 +19,21 @@ class Device(NamedTuple):
     kind: str  # cuda or cpu
     name: str
     memory_bytes: int  # of a GPU, or of the host
-    bf16: bool  # whether it can multiply in it
+    suits: bool  # it multiplies in what the run does
     identity: str  # of a GPU, the same whatever it is numbered; "" of a CPU
     visible: int  # GPUs that the rank sees
 
 
-def measure() -> Device:
-    """This rank's device, the current one where there are several."""
+def measure(dtype: torch.dtype) -> Device:
+    """This rank's device, the current one where there are several, for a run that multiplies in `dtype`."""
     device = best_device()
+    suits = multiplies_in(device, dtype)
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         identity, visible = str(properties.uuid), torch.cuda.device_count()
-        return Device("cuda", properties.name, properties.total_memory, bf16, identity, visible)
+        return Device("cuda", properties.name, properties.total_memory, suits, identity, visible)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device("cpu", device_name(device), memory, True, "", 0)
+    return Device("cpu", device_name(device), memory, suits, "", 0)
 
 
 def judge(devices: Sequence[Device], hosts: Sequence[str]) -> Finding:

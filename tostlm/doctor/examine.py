@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tostlm.config import RunConfig
+from tostlm.config import RunConfig, matrix_dtype
 from tostlm.doctor import clocks, devices, disk, gemm, inputs, plan, traffic, versions
 from tostlm.doctor.finding import FAIL, Finding, named, unfit
 from tostlm.doctor.meeting import Answer, Meeting, Silence
@@ -23,8 +23,8 @@ def measures(config: RunConfig, meeting: Meeting) -> dict[str, Callable[[], Any]
 
     return {
         "versions": lambda: versions.measure(config),
-        "devices": devices.measure,
-        "gemm": lambda: gemm.measure(plan.matrix_dtype(config)),
+        "devices": lambda: devices.measure(matrix_dtype(config)),
+        "gemm": lambda: gemm.measure(matrix_dtype(config)),
         "disk": of_host(disk.measure),
         "data": of_host(inputs.measure),
         "connect": meeting.connect_group,

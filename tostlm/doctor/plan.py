@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-import torch
-
 from tostlm.config import RunConfig, batches
 from tostlm.doctor.devices import Device
 from tostlm.doctor.finding import FAIL, OK, WARN, Finding, amount, named
@@ -22,14 +20,6 @@ def parameters(config: RunConfig) -> int:
 def weight_bytes(config: RunConfig) -> int:
     """Bytes of the weights as they are trained and saved."""
     return parameters(config) * (2 if config.precision in ("bf16", "fp16") else 4)
-
-
-def matrix_dtype(config: RunConfig) -> torch.dtype:
-    """What the run multiplies matrices in."""
-    name = config.precision.removeprefix("autocast ").removeprefix("torch.")
-    return {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16}.get(
-        name, torch.float32
-    )
 
 
 def memory_bytes(config: RunConfig, world: int) -> float:
@@ -51,10 +41,7 @@ def judge(config: RunConfig, devices: Sequence[Device], hosts: Sequence[str]) ->
         shares = batches(config, world)
     except UserError as error:
         return Finding("config", FAIL, str(error))
-    dtype = matrix_dtype(config)
-    unable = [r for r, device in enumerate(devices) if dtype == torch.bfloat16 and not device.bf16]
-    if dtype == torch.float16:
-        unable = [rank for rank, device in enumerate(devices) if device.kind == "cpu"]
+    unable = [rank for rank, device in enumerate(devices) if not device.suits]
     if unable:
         lacking = f"precision is {config.precision}, which {named(unable, hosts)} cannot multiply in"
         return Finding("config", FAIL, lacking, "train in fp32, or on other devices")

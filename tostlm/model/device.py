@@ -20,3 +20,10 @@ def device_name(device: torch.device) -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def multiplies_in(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device has the means to multiply matrices in a dtype: torch would emulate bf16, slowly."""
+    if device.type == "cuda":
+        return dtype != torch.bfloat16 or torch.cuda.is_bf16_supported(including_emulation=False)
+    return dtype != torch.float16  # which DeepSpeed refuses there

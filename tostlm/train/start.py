@@ -9,11 +9,12 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from tostlm.checkpoint import CONFIG
-from tostlm.config import RunConfig, batches, dump_config
+from tostlm.config import RunConfig, batches, dump_config, matrix_dtype
 from tostlm.data import common_tokenizer, verify
 from tostlm.errors import UserError
 from tostlm.files import lock_for_life, require_writable, write_atomically
 from tostlm.launch import Ranks
+from tostlm.model import best_device, device_name, multiplies_in
 from tostlm.train.feed import heldout_loader, training_loader
 from tostlm.train.resume import check_resumable, newest_good
 from tostlm.train.wandb import check_wandb
@@ -42,6 +43,9 @@ def check_run(config: RunConfig, world_size: int) -> Path | None:
         UserError: something is.
     """
     batches(config, world_size)
+    if not multiplies_in(best_device(), matrix_dtype(config)):
+        name = device_name(best_device())
+        raise UserError(f"precision is {config.precision}, which {name} cannot multiply in; train in another")
     check_wandb(config)
     folders = [folder for folder, _ in config.data.sets]
     tokenizer = common_tokenizer(folders)
