@@ -71,7 +71,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(run: Run) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=550,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stderr

@@ -34,7 +34,7 @@ from tostlm.data import Tokenizer, read_manifest
 from tostlm.errors import UserError
 from tostlm.files import sync_folder, write_atomically
 from tostlm.launch import Ranks
-from tostlm.train.engine_state import KINDS, gather_state, loss_scale, optimizer_steps, state_numels, whole_weights
+from tostlm.train.engine_state import gather_state, loss_scale, optimizer_steps, state_keys, state_numels, whole_weights
 from tostlm.train.state_files import Checksum, Content, pack, write_file
 
 LATEST = "latest"
@@ -108,14 +108,12 @@ class Saver:
         """What this rank writes, by file."""
         rank, world = self._ranks.rank, self._ranks.world
         numels = state_numels(engine)
-        packed = pack({name: 4 * len(KINDS) * numel for name, numel in numels.items()}, world)
+        packed = pack({name: 4 * len(state_keys(name)) * numel for name, numel in numels.items()}, world)
         rank_of = {name: owner for owner, shared in enumerate(packed) for names in shared for name in names}
         tensors = gather_state(engine, rank_of)
         first = sum(len(shared) for shared in packed[:rank])  # number of this rank's first file
         files: dict[str, Content] = {
-            f"{STATE}/{number:05d}.safetensors": {
-                f"{n}/{kind}": tensors[f"{n}/{kind}"] for n in names for kind in KINDS
-            }
+            f"{STATE}/{number:05d}.safetensors": {key: tensors[key] for name in names for key in state_keys(name)}
             for number, names in enumerate(packed[rank], start=first)
         }
         weights = whole_weights(engine) if self._config.train.save_weights else {}

@@ -29,6 +29,11 @@ class Stretch(NamedTuple):
     offset: int  # in `held`
 
 
+def state_keys(name: str) -> list[str]:
+    """What a parameter's master weight and moments are called in a checkpoint."""
+    return [f"{name}/{kind}" for kind in KINDS]
+
+
 def state_numels(engine: Any) -> dict[str, int]:
     """Elements of each parameter by name, in the model's order."""
     return {name: _shape(parameter).numel() for name, parameter in engine.module.named_parameters()}
@@ -44,13 +49,13 @@ def gather_state(engine: Any, rank_of: Mapping[str, int]) -> dict[str, Tensor]:
     for name, parameter in engine.module.named_parameters():
         own, cut = rank_of[name] == dist.get_rank(), engine.zero_optimization()
         stretch = _stretch(engine, parameter)
-        for kind in KINDS if own or cut else ():
+        for key, kind in zip(state_keys(name), KINDS, strict=True) if own or cut else ():
             whole = torch.zeros(_shape(parameter).numel(), dtype=torch.float32, device=engine.device)
             whole[stretch.begin : stretch.begin + stretch.numel] = _part(engine, stretch, kind)
             if cut:  # one rank has each element and the others zero bits, whose sum as integers is exact, even of -0.0
                 dist.reduce(whole.view(torch.int32), dst=rank_of[name])
             if own:
-                gathered[f"{name}/{kind}"] = whole.view(_shape(parameter)).cpu()
+                gathered[key] = whole.view(_shape(parameter)).cpu()
     return gathered
 
 

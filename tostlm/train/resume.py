@@ -31,7 +31,7 @@ from tostlm.data import Tokenizer
 from tostlm.errors import UserError
 from tostlm.files import sha256_of
 from tostlm.train.checkpoint import clear_unfinished, data_sha256
-from tostlm.train.engine_state import KINDS, restore_loss_scale, restore_state, state_numels
+from tostlm.train.engine_state import restore_loss_scale, restore_state, state_keys, state_numels
 
 DAMAGED = ".damaged"  # after a checkpoint's name
 READERS = 4  # files whose checksums are taken at a time
@@ -154,7 +154,7 @@ def resume(engine: Any, checkpoint: Path) -> Progress:
             f"this rank does not see {checkpoint}, which rank 0 does; run_dir must be on a shared file system"
         )
     progress = read_progress(checkpoint)
-    keys = [f"{name}/{kind}" for name in state_numels(engine) for kind in KINDS]
+    keys = [key for name in state_numels(engine) for key in state_keys(name)]
     restore_state(engine, read_state(checkpoint, keys), progress.optimizer_steps)
     restore_loss_scale(engine, progress.loss_scale)
     engine.global_steps = progress.step  # DeepSpeed's own monitors count by these
