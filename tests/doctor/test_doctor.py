@@ -80,7 +80,7 @@ def test_a_rank_that_is_wrong_in_every_way(run: Run, tmp_path: Path) -> None:
 def test_a_slow_rank(run: Run) -> None:
     with Ranks(str(run.file)) as ranks:
         ranks.wait_for("config")
-        with ranks.slowed(1, share=0.2):
+        with ranks.slowed(1, share=0.05):
             line = ranks.wait_for("gemm")
         code, _, stderr = ranks.end()
     assert code == 2
