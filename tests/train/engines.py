@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +20,11 @@ from tostlm.data import common_tokenizer
 from tostlm.errors import UserError
 from tostlm.launch import Ranks, ranks_from_environment
 from tostlm.model import create_lm
+from tostlm.train.carry import Carry
 from tostlm.train.checkpoint import Saver
 from tostlm.train.engine import join_ranks, start_engine, train_step
 from tostlm.train.engine_state import gather_state, loss_scale, state_numels, whole_weights
 from tostlm.train.feed import Rows, training_loader
-from tostlm.train.loop import finite_mean
 from tostlm.train.resume import resume
 from tostlm.train.schedule import learning_rate
 
@@ -76,19 +77,20 @@ def do(job: Job, ranks: Ranks) -> dict[str, Any]:
     config = load_config(Path(job.config), job.overrides)
     engine = start_engine(config, create_lm(config.model, config.seed), ranks)
     progress, facts, losses = Progress(), {}, {}
-    loader = training_loader(config)
+    loader, carry = training_loader(config), Carry(config, engine.gradient_accumulation_steps(), ranks)
     with Saver(config, common_tokenizer([folder for folder, _ in config.data.sets]), ranks, lambda: None) as saver:
         if job.origin:
             progress = resume(engine, checkpoint_folder(Path(job.origin), KEPT_STEP))
             facts = state_facts(engine)
-            saver.save(engine, progress)
+            saver.save(engine, progress, {})
         for step in range(progress.step, LAST_STEP):
             rows = Rows.of(loader.batch(step, ranks.rank, ranks.world))
-            loss = train_step(engine, rows, learning_rate(config, step)).loss
-            losses[step + 1] = finite_mean(loss, step + 1, ranks)
-            progress = progress._replace(step=step + 1, data_step=step + 1)
+            lr = learning_rate(config, step)
+            update = train_step(engine, rows, lr, lambda loss: False, False, carry, lambda name: nullcontext())
+            losses[step + 1] = update.loss
+            progress = progress.after(update.skipped)
             if step + 1 == KEPT_STEP:
-                saver.save(engine, progress, CARRY if config.data.carry_state and ranks.rank == 0 else None)
+                saver.save(engine, progress, CARRY if config.data.carry_state else {})
     engine.destroy()
     return {"losses": losses, **facts}
 

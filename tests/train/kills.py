@@ -47,7 +47,7 @@ def save_for_ever(config: RunConfig, ranks: Ranks, start: int) -> None:
     with Saver(config, common_tokenizer([folder for folder, _ in config.data.sets]), ranks, lambda: None) as saver:
         for step in range(start + 1, sys.maxsize):
             restore_state(engine, expected(config, step), step)
-            saver.save(engine, Progress(step=step))
+            saver.save(engine, Progress(step=step), {})
 
 
 def start_ranks(config: RunConfig, start: int) -> list[int]:
