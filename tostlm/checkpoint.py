@@ -159,17 +159,20 @@ def load(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
     config, tokenizer = load_config(checkpoint / CONFIG), Tokenizer.of_folder(checkpoint)
     with torch.device("meta"):
         lm = LM(config.model)
+    source = checkpoint / (WEIGHTS if (checkpoint / WEIGHTS).is_file() else STATE)
     try:
-        lm.load_state_dict(_weights(checkpoint, config, list(lm.state_dict())), assign=True)
+        weights = _masters(checkpoint, config, lm) if source.is_dir() else safetensors.torch.load_file(source)
+        lm.load_state_dict(weights, assign=True)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        raise UserError(f"checkpoint {checkpoint}: its weights do not fit its config ({reason_of(error)})") from None
+        raise UserError(
+            f"checkpoint {checkpoint}: {source.name} does not fit its config ({reason_of(error)})"
+        ) from None
     lm = lm.to(device).eval().requires_grad_(False)
     return Checkpoint(checkpoint, lm, config, tokenizer, read_progress(checkpoint))
 
 
-def _weights(checkpoint: Path, config: RunConfig, names: list[str]) -> dict[str, Tensor]:
-    if (checkpoint / WEIGHTS).is_file():
-        return safetensors.torch.load_file(checkpoint / WEIGHTS)
+def _masters(checkpoint: Path, config: RunConfig, lm: LM) -> dict[str, Tensor]:
+    """The master weights in the dtype that the run trains in."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision, torch.float32)
-    masters = read_state(checkpoint, [f"{name}/weight" for name in names])
-    return {key.removesuffix("/weight"): tensor.to(dtype, copy=True) for key, tensor in masters}
+    state = read_state(checkpoint, [f"{name}/weight" for name in lm.state_dict()])
+    return {key.removesuffix("/weight"): tensor.to(dtype, copy=True) for key, tensor in state}
