@@ -11,11 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-from torch import Tensor
-
 from tostlm.checkpoint import (
-    CARRY,
     COMPLETE,
     CONFIG,
     PROGRESS,
@@ -160,8 +156,3 @@ def resume(engine: Any, checkpoint: Path) -> Progress:
     engine.global_steps = progress.step  # DeepSpeed's own monitors count by these
     engine.global_samples = progress.step * engine.train_batch_size()
     return progress
-
-
-def read_carry(checkpoint: Path) -> dict[str, Tensor] | None:
-    """What the run remembered of its documents at a checkpoint, if it carries that."""
-    return safetensors.torch.load_file(checkpoint / CARRY) if (checkpoint / CARRY).exists() else None
