@@ -109,14 +109,14 @@ def test_a_run_that_has_gone_bad_goes_back_and_leaves_the_data_out(run: Run) -> 
 
 
 def test_a_run_that_goes_bad_again_and_again_stops(run: Run) -> None:
-    result = run.train("optimizer.lr=1e30", "optimizer.warmup_steps=0", "train.steps=50", *BACK[:2])
+    diverges = ("optimizer.lr=1e30", "optimizer.warmup_steps=0", "train.steps=50", "train.bad_steps_before_rollback=2")
+    result = run.train(*diverges, "train.save_every_steps=1")
     assert result.returncode == 2
     aside, line = result.stderr.strip().splitlines()
-    assert "step-00000002 is damaged (what came of it was bad) and put aside" in aside
-    assert "the last 2 losses or gradients up to step 4 were bad" in line
+    assert "step-00000001 is damaged (what came of it was bad) and put aside" in aside
+    assert "the last 2 losses or gradients up to step 3 were bad and there is no checkpoint to go back to" in line
     assert "training has diverged; lower optimizer.lr" in line
-    never_back = ("train.bad_steps_before_rollback=2", "train.rollbacks_before_stop=0", f"run_dir={run.dir}2")
-    limited = run.train("optimizer.lr=1e30", "optimizer.warmup_steps=0", *never_back)
+    limited = run.train(*diverges, "train.rollbacks_before_stop=0", f"run_dir={run.dir}2")
     fail(limited, "after going back 0 times (train.rollbacks_before_stop)", "training has diverged")
 
 
