@@ -131,8 +131,8 @@ class Metrics:
         self._show(step, heldout=f"{loss:.4f}")
 
     def statistics(self, step: int, values: Mapping[str, float]) -> None:
-        """Report what the layers do, by name; see `tostlm.train.statistics`."""
-        if not self._mute:
+        """Report what the layers do, by name; see `tostlm.train.statistics`. Without TSSA there is nothing to say."""
+        if not self._mute and values:
             self._record.scalars("statistics", step, values)
 
     def event(self, step: int, what: str, **values: object) -> None:
