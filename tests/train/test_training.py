@@ -19,7 +19,6 @@ from tostlm.data import Settings, Tokenizer, prepare
 from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE
 from tostlm.model import create_lm
 
-STAGES = (0, 1, 2, 3)
 TOLERANCE = {"false": 1e-4, "true": 2e-2}  # of a loss, without and with bf16
 REPORTED = (("train", "loss"), ("train", "grad_norm"), ("heldout", "loss"))
 
@@ -60,8 +59,11 @@ def assert_alike(run: Run, single: Run, tolerance: float) -> None:
         assert difference < 20 * tolerance, name
 
 
-@pytest.mark.parametrize("bf16", ["false", "true"], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("stage", STAGES)
+RUNS = [(0, "false"), (1, "true"), (2, "false"), (3, "true")]  # the others take as long and show little more
+OTHERS = [pytest.param(stage, "false" if bf16 == "true" else "true", marks=pytest.mark.slow) for stage, bf16 in RUNS]
+
+
+@pytest.mark.parametrize(("stage", "bf16"), [*RUNS, *OTHERS])
 def test_every_stage_trains_alike_and_resumes_exactly(run: Run, single: Run, stage: int, bf16: str) -> None:
     succeed(run.train(*options(stage, bf16), nproc=2))
     assert_alike(run, single, TOLERANCE[bf16])
@@ -129,11 +131,6 @@ def test_a_finished_run_is_left_alone(trained: dict[str, Run]) -> None:
     before = (run.dir / "metrics.jsonl").read_text()
     assert "finished" in succeed(run.train())
     assert (run.dir / "metrics.jsonl").read_text() == before
-
-
-def test_retention(run: Run) -> None:
-    succeed(run.train("train.save_every_steps=1", "train.keep_last_checkpoints=2"))
-    assert [path.name for path in checkpoints(run.dir)] == ["step-00000005", "step-00000006"]
 
 
 def test_an_interrupted_run_goes_on(run: Run) -> None:
@@ -260,11 +257,9 @@ def test_a_run_folder_is_one_process_groups(run: Run) -> None:
     succeed(run.train(f"train.steps={max(steps)}"))
 
 
-@pytest.mark.parametrize("setting", ["optimizer.lr=1e30", "model.layer_scale=1e30"])
-def test_a_run_that_diverges_stops_before_it_saves(run: Run, setting: str) -> None:
-    fail(run.train(setting, "train.steps=50", "train.save_every_steps=1", "optimizer.warmup_steps=0"), "diverged")
-    for path in checkpoints(run.dir):
-        assert all(p.isfinite().all() for p in load(path).lm.parameters()) or path == checkpoints(run.dir)[-1]
+def test_a_model_that_computes_no_numbers_is_not_saved(run: Run) -> None:
+    fail(run.train("model.layer_scale=1e30", "train.steps=50", "train.save_every_steps=1"), "diverged", "no checkpoint")
+    assert not checkpoints(run.dir)
 
 
 def test_a_damaged_shard_is_found_before_training(run: Run, tmp_path: Path, data: Path) -> None:
