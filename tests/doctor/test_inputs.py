@@ -42,7 +42,7 @@ def test_a_tokenizer_that_does_not_fit_the_model(run: Run) -> None:
     found = inputs.measure(run.config("model.vocab_size=300"), 0)
     verdict = inputs.judge([(0, found)], ["a"])
     assert verdict.level == FAIL
-    assert "has 512 pieces, model.vocab_size is 300; raise that" in verdict.measured
+    assert "model.vocab_size 300 is smaller than the 512 pieces" in verdict.measured
 
 
 def test_data_of_one_host_alone_are_its_fault() -> None:

@@ -120,15 +120,20 @@ class Loader:
         return max(1, min(tokens // stage.context, once) // stage.sequences)
 
 
-def common_tokenizer(folders: Sequence[Path]) -> Tokenizer:
-    """The tokenizer that all of some prepared folders were made with.
+def common_tokenizer(folders: Sequence[Path], vocab_size: int | None = None) -> Tokenizer:
+    """The tokenizer that all of some prepared folders were made with, for a model of `vocab_size` if that is given.
 
     Raises:
-        UserError: they were not made with the same.
+        UserError: they were not made with the same, or the model has too few rows for its pieces.
     """
     first, *others = folders
     tokenizer = load_tokenizer(first)
     for folder in others:
         if load_tokenizer(folder).sha256 != tokenizer.sha256:
             raise UserError(f"{first} and {folder} were prepared with different tokenizers; prepare one of them again")
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"model.vocab_size {vocab_size} is smaller than the {tokenizer.vocab_size} pieces of the tokenizer of "
+            f"{first}; raise model.vocab_size"
+        )
     return tokenizer

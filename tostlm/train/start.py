@@ -48,12 +48,7 @@ def check_run(config: RunConfig, world_size: int) -> Path | None:
         raise UserError(f"precision is {config.precision}, which {name} cannot multiply in; train in another")
     check_wandb(config)
     folders = [folder for folder, _ in config.data.sets]
-    tokenizer = common_tokenizer(folders)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"model.vocab_size {config.model.vocab_size} is smaller than the {tokenizer.vocab_size} pieces of the "
-            f"tokenizer of {folders[0]}; raise model.vocab_size"
-        )
+    tokenizer = common_tokenizer(folders, config.model.vocab_size)
     training_loader(config)
     heldout_loader(config, world_size)
     require_writable(config.run_dir)
