@@ -2,14 +2,12 @@
 
 import json
 import os
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import Run
-from tostlm.checkpoint import PROGRESS, Progress, checkpoint_folder
+from tostlm.checkpoint import COMPLETE, PROGRESS, Progress, checkpoint_folder
 from tostlm.data import Tokenizer, train_tokenizer
 from tostlm.doctor import disk, inputs
 from tostlm.doctor.finding import FAIL, OK
@@ -59,7 +57,8 @@ def save(run: Run, tokenizer: Tokenizer) -> Path:
     folder = checkpoint_folder(run.dir, 3)
     folder.mkdir(parents=True)
     (folder / tokenizer.file_name).write_bytes(tokenizer.content)
-    (folder / PROGRESS).write_text(json.dumps(Progress(3, 2, "")._asdict()))
+    (folder / PROGRESS).write_text(json.dumps(Progress(step=3)._asdict()))
+    (folder / COMPLETE).touch()
     return folder
 
 
@@ -79,31 +78,19 @@ def test_resuming_with_another_tokenizer(run: Run, speeches: list[str], tmp_path
     assert "was trained with another tokenizer" in verdict.measured
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of half a megabyte."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small tmpfs takes root; run the tests as root to enable")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500k", "tmpfs", str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_a_disk_too_small_for_a_checkpoint(run: Run, small_disk: Path) -> None:
-    config = run.config(f"run_dir={small_disk}/run")
+    config = run.config(f"run_dir={small_disk}/run", "model.width=256")
     with disk.marked(config.run_dir):
         found = disk.measure(config, 0)
     assert (found.shared, found.error) == (True, "")
     verdict = disk.judge([(0, found)], config, ["a"])
     assert verdict.level == FAIL
-    assert "kB free" in verdict.measured
+    assert "2.1 MB free" in verdict.measured
     assert list(small_disk.iterdir()) == []
 
 
 def test_a_full_disk(run: Run, small_disk: Path) -> None:
-    config = run.config(f"run_dir={small_disk}/run")
+    config = run.config(f"run_dir={small_disk}/run", "model.width=256")
     with disk.marked(config.run_dir):
         room = os.statvfs(small_disk)
         (small_disk / "ballast").write_bytes(b"x" * room.f_bavail * room.f_frsize)
