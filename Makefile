@@ -23,7 +23,8 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not slow and not alone"
+	$(BIN)/pytest -m "alone and not slow"
 
 test-slow: install
 	$(BIN)/pytest -m slow

@@ -17,6 +17,8 @@ LAUNCHER = """
 import sys
 from tostlm.launch import run_local
 
+pytestmark = pytest.mark.alone
+
 sys.executable = sys.argv[1]
 sys.exit(run_local([], 2))
 """

@@ -15,6 +15,8 @@ from tests.data.test_prepare import content
 from tests.slurm.cluster import cluster, install
 from tostlm.data import Tokenizer
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:

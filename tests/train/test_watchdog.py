@@ -104,6 +104,8 @@ import sys, time
 from tostlm.data import Loader
 from tostlm.main import main
 
+pytestmark = pytest.mark.alone
+
 batch = Loader.batch
 
 def stuck(self, step, *place):
