@@ -18,6 +18,8 @@ from tostlm.checkpoint import checkpoints
 from tostlm.errors import EXIT_LOST_RANK
 from tostlm.train.heartbeat import FAILED, PARTED, Heartbeat, culprits, read_heartbeats
 
+pytestmark = pytest.mark.alone
+
 TIMEOUT = 10
 LIMIT = 5.0
 
@@ -103,8 +105,6 @@ STUCK_RANK = """
 import sys, time
 from tostlm.data import Loader
 from tostlm.main import main
-
-pytestmark = pytest.mark.alone
 
 batch = Loader.batch
 
