@@ -11,12 +11,14 @@ from pathlib import Path
 from tests.conftest import Run, fail, succeed, tostlm
 from tests.doctor.ranks import Ranks
 
+pytestmark = pytest.mark.alone
+
+
 ALONE = ["versions", "devices", "config", "gemm", "disk", "data", "resume"]
 CHECKS = [*ALONE, "all-reduce", "ring", "clock"]
 SICK = """
 import importlib.metadata, time, torch
 
-pytestmark = pytest.mark.alone
 version, matmul, now = importlib.metadata.version, torch.matmul, time.time
 importlib.metadata.version = lambda name: "0.0.1" if name == "deepspeed" else version(name)
 torch.matmul = lambda a, b: matmul(a, b) * 1.001

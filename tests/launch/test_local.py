@@ -13,11 +13,13 @@ import pytest
 from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE
 from tostlm.launch import run_local
 
+pytestmark = pytest.mark.alone
+
+
 LAUNCHER = """
 import sys
 from tostlm.launch import run_local
 
-pytestmark = pytest.mark.alone
 
 sys.executable = sys.argv[1]
 sys.exit(run_local([], 2))
