@@ -8,11 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import Run, fail, succeed, tostlm
 from tests.doctor.ranks import Ranks
 
 pytestmark = pytest.mark.alone
-
 
 ALONE = ["versions", "devices", "config", "gemm", "disk", "data", "resume"]
 CHECKS = [*ALONE, "all-reduce", "ring", "clock"]

@@ -15,11 +15,9 @@ from tostlm.launch import run_local
 
 pytestmark = pytest.mark.alone
 
-
 LAUNCHER = """
 import sys
 from tostlm.launch import run_local
-
 
 sys.executable = sys.argv[1]
 sys.exit(run_local([], 2))
