@@ -115,7 +115,8 @@ def read_progress(checkpoint: Path) -> Progress:
         UserError: the file is damaged.
     """
     try:
-        return Progress(**json.loads((checkpoint / PROGRESS).read_text()))
+        progress = Progress(**json.loads((checkpoint / PROGRESS).read_text()))
+        return progress._replace(good_losses=tuple(progress.good_losses))  # JSON has lists alone
     except (OSError, ValueError, TypeError):
         raise UserError(f"checkpoint {checkpoint} has no readable {PROGRESS}; use an older one") from None
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.conftest import Run, fail, succeed
-from tests.train.test_training import REPORTED, STAGES, options
+from tests.train.test_training import REPORTED, options
 from tostlm.checkpoint import checkpoints
 from tostlm.config import batches
 from tostlm.errors import UserError
@@ -32,13 +32,16 @@ def assert_alike(run: Run, whole: Run) -> None:
         assert run.metrics(kind, key) == pytest.approx(whole.metrics(kind, key), rel=1e-4), (kind, key)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3])
 def test_every_stage_trains_on_split_sequences(run: Run, whole: Run, stage: int) -> None:
     succeed(run.train(*SPLIT, *options(stage), nproc=2))
     assert_alike(run, whole)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=SLOW), 3])
 def test_recomputed_blocks_train_alike(run: Run, whole: Run, stage: int) -> None:
     succeed(run.train(*SPLIT, *options(stage), "train.activation_checkpointing_every=1", nproc=2))
     assert_alike(run, whole)
@@ -51,6 +54,7 @@ def test_which_blocks_are_recomputed(run: Run) -> None:
     assert lm.recompute_every == 2
 
 
+@SLOW
 def test_compiled_blocks_train_alike(run: Run, whole: Run) -> None:
     """One of the two is computed again too."""
     compiled = ["train.compile=true", "train.activation_checkpointing_every=2"]
@@ -59,9 +63,14 @@ def test_compiled_blocks_train_alike(run: Run, whole: Run) -> None:
     assert run.metrics("train") != whole.metrics("train")  # fused operations round otherwise
 
 
-def test_several_groups_of_ranks_train_alike_and_resume_exactly(run: Run, whole: Run) -> None:
+def test_several_groups_of_ranks_train_alike(run: Run, whole: Run) -> None:
     succeed(run.train(*SPLIT, *options(1), nproc=4))
     assert_alike(run, whole)
+
+
+@SLOW
+def test_several_groups_of_ranks_resume_exactly(run: Run) -> None:
+    succeed(run.train(*SPLIT, *options(1), nproc=4))
     before = {key: run.metrics(*key) for key in REPORTED}
     shutil.rmtree(checkpoints(run.dir)[-1])
     succeed(run.train(*SPLIT, *options(1), nproc=4))

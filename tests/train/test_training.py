@@ -19,7 +19,6 @@ from tostlm.data import Settings, Tokenizer, prepare
 from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE
 from tostlm.model import create_lm
 
-STAGES = (0, 1, 2, 3)
 TOLERANCE = {"false": 1e-4, "true": 2e-2}  # of a loss, without and with bf16
 REPORTED = (("train", "loss"), ("train", "grad_norm"), ("heldout", "loss"))
 
