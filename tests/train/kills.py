@@ -27,7 +27,7 @@ from tostlm.train.engine import join_ranks, start_engine
 from tostlm.train.engine_state import KINDS, restore_state
 from tostlm.train.resume import newest_good, resume
 
-KILLS, WORLD = 20, 2
+WORLD = 2
 LONGEST_SECONDS = 0.1  # from the beginning of a save to the kill
 
 
@@ -66,10 +66,10 @@ def start_ranks(config: RunConfig, start: int) -> list[int]:
     return ranks
 
 
-def main(file: Path) -> None:
+def main(file: Path, kills: int) -> None:
     config, found = load_config(file), {"interrupted": 0, "removed": 0, "steps": 0}
     folder, start = config.run_dir / "checkpoints", 0
-    for kill in range(KILLS):
+    for kill in range(kills):
         ranks = start_ranks(config, start)
         while not checkpoints(config.run_dir)[-1:] > [checkpoint_folder(config.run_dir, start)]:
             assert os.waitpid(-1, os.WNOHANG) == (0, 0), "a rank ended by itself"
@@ -95,4 +95,4 @@ def main(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))
