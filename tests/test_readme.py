@@ -27,8 +27,10 @@ def test_the_first_two_commands() -> None:
     assert blocks("sh")[0].split("\n")[:2] == ["make quickstart", "make test"]
     assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "make test"
     makefile = (ROOT / "Makefile").read_text()
-    for line in ("tostlm quickstart", "ruff check .", "ruff format --check .", "mypy", "pytest"):
+    for line in ("tostlm quickstart", "ruff check .", "ruff format --check .", "mypy"):
         assert f"$(BIN)/{line}\n" in makefile
+    for tests in ("not slow and not alone", "alone and not slow", "slow"):  # each test is in one of them
+        assert re.search(rf"\$\(BIN\)/pytest .*-m \"?{tests}\"?\n", makefile)
 
 
 def test_every_command_and_the_python(tmp_path: Path, speeches: list[str]) -> None:
