@@ -41,6 +41,7 @@ def test_healthy_ranks(run: Run, tmp_path: Path) -> None:
     assert [check["check"] for check in told["checks"]] == CHECKS
 
 
+@pytest.mark.slow
 def test_torchrun_is_a_launcher(run: Run) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tostlm"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -49,6 +50,7 @@ def test_torchrun_is_a_launcher(run: Run) -> None:
     assert levels(done.stdout) == dict.fromkeys(CHECKS, "ok")
 
 
+@pytest.mark.slow
 def test_all_that_is_wrong_is_said_at_once(run: Run, tmp_path: Path, data: Path) -> None:
     copy = Path(shutil.copytree(data, tmp_path / "copy"))
     content = bytearray((copy / "train-00000.bin").read_bytes())
@@ -105,6 +107,7 @@ def test_a_rank_that_stops(run: Run, tmp_path: Path) -> None:
     assert json.loads(out.read_text())["exclude"] == ["node1"]
 
 
+@pytest.mark.slow
 def test_a_rank_that_stops_among_collectives(run: Run) -> None:
     """All wait for it in vain; the one that does not say so is at fault."""
     sick = "import os, signal, torch.distributed as d; d.all_reduce = lambda x: os.kill(os.getpid(), signal.SIGSTOP); "

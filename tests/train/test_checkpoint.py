@@ -158,7 +158,9 @@ def test_a_new_run_has_none(run: Run) -> None:
     assert newest_good(run.config()) is None
 
 
-@pytest.mark.parametrize(("free_bytes", "background"), [(100_000, "true"), (600_000, "false")])
+@pytest.mark.parametrize(
+    ("free_bytes", "background"), [(100_000, "true"), pytest.param(600_000, "false", marks=pytest.mark.slow)]
+)
 def test_a_full_disk_while_saving(
     small_disk: Path, trained: dict[str, Run], run: Run, free_bytes: int, background: str
 ) -> None:
@@ -183,7 +185,7 @@ def test_a_full_disk_while_saving(
     assert [path.name for path in checkpoints(run.dir)] == ["step-00000009"]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_cannot_write_ends_all(run: Run, tmp_path: Path, rank: int) -> None:
     partial = partial_of(checkpoint_folder(run.dir, 3))
     (partial / "state" / f"0000{rank}.safetensors").mkdir(parents=True)  # where that rank's file would be

@@ -16,8 +16,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.conftest import Run, fail, succeed, tostlm
 from tostlm.checkpoint import checkpoints, load, read_progress
 from tostlm.data import Settings, Tokenizer, prepare
-from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE
+from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE, UserError
 from tostlm.model import create_lm
+from tostlm.train.resume import check_resumable
+from tostlm.train.start import check_run
 
 TOLERANCE = {"false": 1e-4, "true": 2e-2}  # of a loss, without and with bf16
 REPORTED = (("train", "loss"), ("train", "grad_norm"), ("heldout", "loss"))
@@ -59,11 +61,11 @@ def assert_alike(run: Run, single: Run, tolerance: float) -> None:
         assert difference < 20 * tolerance, name
 
 
-RUNS = [(0, "false"), (1, "true"), (2, "false"), (3, "true")]  # the others take as long and show little more
-OTHERS = [pytest.param(stage, "false" if bf16 == "true" else "true", marks=pytest.mark.slow) for stage, bf16 in RUNS]
+RUNS = [(0, "false"), (3, "true")]  # tests of the engine and of split sequences show the others
+OTHERS = [(stage, bf16) for stage in range(4) for bf16 in ("false", "true") if (stage, bf16) not in RUNS]
 
 
-@pytest.mark.parametrize(("stage", "bf16"), [*RUNS, *OTHERS])
+@pytest.mark.parametrize(("stage", "bf16"), [*RUNS, *(pytest.param(*run, marks=pytest.mark.slow) for run in OTHERS)])
 def test_every_stage_trains_alike_and_resumes_exactly(run: Run, single: Run, stage: int, bf16: str) -> None:
     succeed(run.train(*options(stage, bf16), nproc=2))
     assert_alike(run, single, TOLERANCE[bf16])
@@ -85,6 +87,7 @@ def test_autocast_trains_alike(run: Run, single: Run) -> None:
     assert run.metrics("train") != single.metrics("train")
 
 
+@pytest.mark.slow
 def test_softmax_trains_under_zero(data: Path, tmp_path: Path) -> None:
     losses = {}
     for stage, nproc in ((0, 1), (3, 2)):
@@ -191,7 +194,16 @@ def test_no_rank_stays_behind(run: Run, victim: str) -> None:
     ],
 )
 def test_a_checkpoint_of_another_run(trained: dict[str, Run], overrides: list[str], words: list[str]) -> None:
-    fail(trained["tssa"].train("train.steps=8", *overrides), *words)
+    run = trained["tssa"]
+    newest = checkpoints(run.dir)[-1]
+    with pytest.raises(UserError) as error:
+        check_resumable(run.config("train.steps=8", *overrides), Tokenizer.of_folder(newest), newest)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_it_is_said_once_by_the_command(trained: dict[str, Run]) -> None:
+    fail(trained["tssa"].train("train.steps=8", "seed=5", nproc=2), "has seed=1, this run seed=5")
 
 
 def test_a_checkpoint_of_other_data(
@@ -224,8 +236,20 @@ def test_optimizer_settings_may_change_on_resume(run: Run) -> None:
             ["one window"],
         ),
         (["run_dir=/proc/nowhere"], ["cannot write in /proc/nowhere"]),
+    ],
+)
+def test_what_is_checked_before_a_start(run: Run, overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        check_run(run.config(*overrides), 2)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["run_dir=/proc/nowhere"], ["cannot write in /proc/nowhere"]),
         (["deepspeed.zero_optimization.stgae=2"], ["DeepSpeed refuses the deepspeed block", "stgae=2: Extra inputs"]),
-        (["deepspeed.zero_optimization.offload_optimizer.device=disk"], ["DeepSpeed refuses the deepspeed block"]),
         (
             ["deepspeed.zero_optimization.offload_param.device=nvme"],
             ["zero_optimization.offload_param.device=nvme keeps state where checkpoints do not reach", "device: cpu"],
