@@ -176,7 +176,7 @@ def test_a_rank_stuck_in_python_is_named_though_its_watcher_lives(run: Run) -> N
     said = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [EXIT_LOST_RANK] * 2, said
     (line,) = "".join(said).strip().splitlines()
-    assert re.search(rf"rank 1 on \S+ \(pid {ranks[1].pid}\) has not moved since step 4 \(data\) for [4-8] s;", line), (
+    assert re.search(rf"rank 1 on \S+ \(pid {ranks[1].pid}\) has not moved since step 3 \(data\) for [4-8] s;", line), (
         line
     )
     assert list(run.metrics("train")) == [1, 2, 3]

@@ -93,7 +93,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self, step: int, phase: str) -> None:
-        """Say that the main thread has come to a phase (data, forward, ...) of the step it works on."""
+        """Say that the main thread has come to a phase (data, forward, ...) once `step` steps were done."""
         if self._first_step is None:
             self._first_step = step
         before = self._main
