@@ -78,7 +78,7 @@ def do(job: Job, ranks: Ranks) -> dict[str, Any]:
     engine = start_engine(config, create_lm(config.model, config.seed), ranks)
     progress, facts, losses = Progress(), {}, {}
     loader, carry = training_loader(config), Carry(config, engine.gradient_accumulation_steps(), ranks)
-    with Saver(config, common_tokenizer([folder for folder, _ in config.data.sets]), ranks, lambda: None) as saver:
+    with Saver(config, common_tokenizer(config.data.folders), ranks, lambda: None) as saver:
         if job.origin:
             progress = resume(engine, checkpoint_folder(Path(job.origin), KEPT_STEP))
             facts = state_facts(engine)

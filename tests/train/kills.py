@@ -44,7 +44,7 @@ def save_for_ever(config: RunConfig, ranks: Ranks, start: int) -> None:
     engine: Any = start_engine(config, create_lm(config.model, config.seed), ranks)
     if start:
         assert resume(engine, checkpoint_folder(config.run_dir, start)).step == start
-    with Saver(config, common_tokenizer([folder for folder, _ in config.data.sets]), ranks, lambda: None) as saver:
+    with Saver(config, common_tokenizer(config.data.folders), ranks, lambda: None) as saver:
         for step in range(start + 1, sys.maxsize):
             restore_state(engine, expected(config, step), step)
             saver.save(engine, Progress(step=step), {})

@@ -7,13 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import Run, succeed
+from tests.train.test_training import wait_for_a_checkpoint
 from tostlm.checkpoint import checkpoints
 from tostlm.errors import EXIT_LOST_RANK
 from tostlm.train.heartbeat import FAILED, PARTED, Heartbeat, culprits, read_heartbeats
@@ -73,7 +73,7 @@ class Job:
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
-        wait_for_steps(run)
+        wait_for_a_checkpoint(run)
         self.beats = read_heartbeats(run.dir / "heartbeats", 2)
 
     def end(self, seconds: float) -> str:
@@ -92,13 +92,6 @@ def job(run: Run) -> Iterator[Job]:
     if job.process.poll() is None:
         job.process.kill()
         job.process.wait()
-
-
-def wait_for_steps(run: Run) -> None:
-    deadline = time.monotonic() + 120
-    while not checkpoints(run.dir) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert checkpoints(run.dir)
 
 
 STUCK_RANK = """

@@ -90,6 +90,11 @@ class DataConfig(Section):
         return ((self.path, 1.0),) if self.path else tuple((part.path, part.weight) for part in self.blend)
 
     @property
+    def folders(self) -> list[Path]:
+        """Every prepared folder that is read."""
+        return [folder for folder, _ in self.sets]
+
+    @property
     def stages(self) -> tuple[tuple[int, int], ...]:
         """First step and context in tokens of every stage, in order."""
         first_steps = (0, *(stage.until_step for stage in self.curriculum))

@@ -42,8 +42,7 @@ class Lanes:
 
     def __init__(self, weights: Sequence[float], rows: int) -> None:
         self.length = rows
-        exact = [Fraction(str(weight)) for weight in weights]
-        self.counts = _rounded([weight / sum(exact) * rows for weight in exact])
+        self.counts = _rounded([share * rows for share in _shares(weights)])
         self._firsts = [0, *accumulate(self.counts)]
 
     def pick(self, sample: int, windows: Sequence[int]) -> tuple[int, int]:
@@ -62,8 +61,7 @@ class Blend:
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
-        exact = [Fraction(str(weight)) for weight in weights]
-        shares = [weight / sum(exact) for weight in exact]
+        shares = _shares(weights)
         self.length = min(math.lcm(*(share.denominator for share in shares)), LONGEST_CYCLE)
         self.counts = _rounded([share * self.length for share in shares])
         self._firsts = [0, *accumulate(self.counts)]
@@ -74,6 +72,12 @@ class Blend:
         slot = permuted(place, self.length, f"{key}/{cycle}")
         chosen = bisect_right(self._firsts, slot) - 1
         return chosen, cycle * self.counts[chosen] + slot - self._firsts[chosen]
+
+
+def _shares(weights: Sequence[float]) -> list[Fraction]:
+    """Of one, each weight taken as the decimal number it is written as."""
+    exact = [Fraction(str(weight)) for weight in weights]
+    return [weight / sum(exact) for weight in exact]
 
 
 def _rounded(parts: Sequence[Fraction]) -> list[int]:

@@ -27,7 +27,7 @@ class Data(NamedTuple):
 
 def measure(config: RunConfig, rank: int) -> Data:
     """Read every manifest and checksum a sample of the files, another on each host. For one rank of a host."""
-    folders = [folder for folder, _ in config.data.sets]
+    folders = config.data.folders
     try:
         common_tokenizer(folders, config.model.vocab_size)
         contents = " ".join(read_manifest(folder).content_sha256[:12] for folder in folders)
@@ -85,7 +85,7 @@ def resumption(config: RunConfig) -> Finding:
     try:
         step = read_progress(newest).step
         theirs = Tokenizer.of_folder(newest).sha256
-        ours = common_tokenizer([folder for folder, _ in config.data.sets]).sha256
+        ours = common_tokenizer(config.data.folders).sha256
     except UserError as error:
         return Finding("resume", FAIL, str(error))
     if theirs != ours:

@@ -229,5 +229,5 @@ def partial_of(folder: Path) -> Path:
 
 def data_sha256(config: RunConfig) -> str:
     """What tells the data of a run from others: a hash of what its prepared folders hold."""
-    contents = [read_manifest(folder).content_sha256 for folder, _ in config.data.sets]
+    contents = [read_manifest(folder).content_sha256 for folder in config.data.folders]
     return hashlib.sha256("".join(contents).encode()).hexdigest()

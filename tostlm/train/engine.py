@@ -204,21 +204,20 @@ def train_step(
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     parts = rows.split(engine.gradient_accumulation_steps())
-    losses, step = [], Step(math.nan, None, False, False, stop)
+    losses = []
     for number, part in enumerate(parts):
+        if number:
+            with phase("backward"):
+                engine.step()  # counts the pass before
         with phase("forward"):
             loss, state = part.loss(engine, carry[number])
         carry.keep(number, state)
         losses.append(loss.detach())
         with phase("backward"):
             engine.backward(loss)
-        last = number + 1 == len(parts)
-        with phase("step" if last else "backward"):
-            if last:
-                mean, stop = of_all_ranks(torch.stack(losses).mean(), stop)
-                step = _update(engine, mean, is_bad(mean), stop)
-            else:
-                engine.step()  # counts the passes
+    with phase("step"):
+        mean, stop = of_all_ranks(torch.stack(losses).mean(), stop)
+        step = _update(engine, mean, is_bad(mean), stop)
     if step.skipped:
         carry.forget()
     return step

@@ -44,9 +44,10 @@ def train(config: RunConfig, ranks: Ranks) -> None:
     """
     device = join_ranks(ranks)
     newest = agree(lambda: check_run(config, ranks.world), ranks)
-    if newest is not None and read_progress(newest).step >= config.train.steps:
+    done = read_progress(newest).step if newest is not None else 0
+    if done >= config.train.steps:
         if ranks.rank == 0:
-            print(f"{config.run_dir}: finished at step {read_progress(newest).step}; raise train.steps to go on")
+            print(f"{config.run_dir}: finished at step {done}; raise train.steps to go on")
         return
     with StopRequest(config.train.time_limit_minutes) as stop, Watchdog(config, ranks) as watchdog:
         step = go_on(config, ranks, device, newest, stop, watchdog)
@@ -63,7 +64,7 @@ def go_on(
 ) -> int:
     """Train from a checkpoint, or from the start, to the last step or a request to stop; returns the steps done."""
     settings, steps = config.train, config.train.steps
-    tokenizer = common_tokenizer([folder for folder, _ in config.data.sets])
+    tokenizer = common_tokenizer(config.data.folders)
     loader, heldout = training_loader(config), heldout_loader(config, ranks.world)
     engine = start_engine(config, create_lm(config.model, config.seed), ranks)
     group = context_group(settings.context_ranks)

@@ -111,7 +111,7 @@ def check_resumable(config: RunConfig, tokenizer: Tokenizer, checkpoint: Path) -
     Raises:
         UserError: it is of another model, tokenizer, seed, batch, precision or data.
     """
-    folders = ", ".join(str(folder) for folder, _ in config.data.sets)
+    folders = ", ".join(map(str, config.data.folders))
     way_out = "choose another run_dir, or put the old value back"
     theirs = _identity(load_config(checkpoint / CONFIG))
     for key, value in _identity(config).items():

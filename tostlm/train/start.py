@@ -47,8 +47,7 @@ def check_run(config: RunConfig, world_size: int) -> Path | None:
         name = device_name(best_device())
         raise UserError(f"precision is {config.precision}, which {name} cannot multiply in; train in another")
     check_wandb(config)
-    folders = [folder for folder, _ in config.data.sets]
-    tokenizer = common_tokenizer(folders, config.model.vocab_size)
+    tokenizer = common_tokenizer(config.data.folders, config.model.vocab_size)
     training_loader(config)
     heldout_loader(config, world_size)
     require_writable(config.run_dir)
@@ -60,7 +59,7 @@ def check_run(config: RunConfig, world_size: int) -> Path | None:
     if newest is not None:
         check_resumable(config, tokenizer, newest)
     if config.data.verify_checksums:
-        for folder in folders:
+        for folder in config.data.folders:
             for _ in verify(folder):
                 pass
     write_atomically(config.run_dir / CONFIG, dump_config(config))
