@@ -23,7 +23,7 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 -m "not slow and not alone"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile -m "not slow and not alone"
 	$(BIN)/pytest -m "alone and not slow"
 
 test-slow: install

@@ -4,13 +4,13 @@ import importlib.resources
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.warm import Program
 from tostlm.config import RunConfig, load_config
 from tostlm.data import Settings, Tokenizer, prepare, train_tokenizer
 
@@ -94,8 +94,11 @@ class Run:
     def config(self, *overrides: str) -> RunConfig:
         return load_config(self.file, overrides)
 
-    def train(self, *overrides: str, nproc: int = 1) -> subprocess.CompletedProcess[str]:
-        return tostlm("train", str(self.file), *overrides, "--nproc", str(nproc))
+    def start(self, *overrides: str, nproc: int = 1, **environment: str) -> Program:
+        return Program("train", str(self.file), *overrides, "--nproc", str(nproc), **environment)
+
+    def train(self, *overrides: str, nproc: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:
+        return self.start(*overrides, nproc=nproc, **environment).end()
 
     def metrics(self, kind: str, key: str = "loss") -> dict[int, float]:
         lines = [json.loads(line) for line in (self.dir / "metrics.jsonl").read_text().splitlines()]
@@ -130,15 +133,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def tostlm(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user does; warnings of our own are errors there too."""
-    return subprocess.run(
-        [sys.executable, "-m", "tostlm", *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
+    """Run the command line as a user does."""
+    return Program(*arguments, cwd=cwd, **environment).end()
 
 
 def succeed(result: subprocess.CompletedProcess[str]) -> str:

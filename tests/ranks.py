@@ -8,22 +8,37 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+from tests.warm import processes
+from tostlm.launch import Ranks
+from tostlm.train.engine import join_ranks
+
+
+def places(world: int) -> list[dict[str, str]]:
+    """The environments that tell `world` ranks here who they are."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
 
 
 def on_ranks(world: int, function: Callable[[int, int], Any], folder: Path) -> list[Any]:
     """What `function(rank, world)` returns on each of `world` processes that have met."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_run, (function, world, port, folder), nprocs=world)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+    folder.mkdir(exist_ok=True)
+    ranks = [processes.Process(target=_run, args=(function, place, folder)) for place in places(world)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert not any(rank.exitcode for rank in ranks)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
-def _run(rank: int, function: Callable[[int, int], Any], world: int, port: int, folder: Path) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _run(function: Callable[[int, int], Any], place: dict[str, str], folder: Path) -> None:
+    os.environ.update(place)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    rank, world = int(place["RANK"]), int(place["WORLD_SIZE"])
+    join_ranks(Ranks(rank, rank, world))
     torch.save(function(rank, world), folder / f"{rank}.pt")
     os._exit(0)  # torch's gloo threads now and then abort a process whose interpreter ends around them
 

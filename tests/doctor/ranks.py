@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-START = "import sys; sys.argv[0] = 'tostlm'; from tostlm.main import main; main()"
+from tests.ranks import places
+from tests.warm import Program
 
 
 class Ranks:
-    """Ranks 0 to world - 1, each on a host of its own by name; in rank `sick` the script `how` runs first."""
+    """Ranks 0 to world - 1, each on a host of its own by name; in rank `sick` the function `how` runs first."""
 
-    def __init__(self, *arguments: str, world: int = 2, only: int | None = None, sick: int = -1, how: str = "") -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-        environment = {**os.environ, **rendezvous, "OMP_NUM_THREADS": "1"}
-        self.processes = {
-            rank: subprocess.Popen(
-                [sys.executable, "-c", (how if rank == sick else "") + START, "doctor", *arguments],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env={**environment, "RANK": str(rank), "SLURMD_NODENAME": f"node{rank}"},
+    def __init__(
+        self,
+        *arguments: str,
+        world: int = 2,
+        only: int | None = None,
+        sick: int = -1,
+        how: Callable[[], object] | None = None,
+    ) -> None:
+        self.programs = {
+            rank: Program(
+                "doctor", *arguments, before=how if rank == sick else None, SLURMD_NODENAME=f"node{rank}", **place
             )
-            for rank in range(world)
+            for rank, place in enumerate(places(world))
             if only in (None, rank)
         }
-        self.printed: list[str] = []  # by rank 0
 
     def __enter__(self) -> Ranks:
         return self
@@ -44,36 +38,38 @@ class Ranks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for process in self.processes.values():
-            process.kill()  # a stopped one too
-            process.communicate()
+        for program in self.programs.values():
+            if program.running():
+                program.send_signal(signal.SIGKILL)  # a stopped one too
 
     def wait_for(self, check: str) -> str:
         """Rank 0's line on a check."""
-        for line in self.processes[0].stdout:
-            self.printed.append(line)
-            if line.split()[1] == check:
-                return line
-        raise AssertionError(f"no line on {check}: {self.printed} {self.processes[0].stderr.read()}")
+        while True:
+            over = not self.programs[0].running()
+            for line in self.programs[0].stdout.splitlines():
+                if line.split()[1:2] == [check]:
+                    return line
+            assert not over, f"no line on {check}: {self.programs[0].end()}"
+            time.sleep(0.01)
 
     def end(self, rank: int = 0) -> tuple[int, str, str]:
-        """Exit code, all of stdout, stderr of a rank that ends by itself."""
-        stdout, stderr = self.processes[rank].communicate(timeout=120)
-        return self.processes[rank].returncode, "".join(self.printed) + stdout, stderr
+        """Exit code, stdout, stderr of a rank that ends by itself."""
+        done = self.programs[rank].end(120)
+        return done.returncode, done.stdout, done.stderr
 
     @contextmanager
     def slowed(self, rank: int, share: float) -> Iterator[None]:
         """A rank that runs for `share` of the time, less than it would get of cores that others want too."""
-        process, over = self.processes[rank], threading.Event()
+        program, over = self.programs[rank], threading.Event()
 
         def alternate() -> None:
             while not over.is_set():
                 start = time.monotonic()
-                process.send_signal(signal.SIGCONT)
+                program.send_signal(signal.SIGCONT)
                 time.sleep(0.01)
-                process.send_signal(signal.SIGSTOP)
+                program.send_signal(signal.SIGSTOP)
                 time.sleep((time.monotonic() - start) * (1 - share) / share)
-            process.send_signal(signal.SIGCONT)
+            program.send_signal(signal.SIGCONT)
 
         thread = threading.Thread(target=alternate)
         thread.start()

@@ -1,14 +1,17 @@
 """`tostlm doctor` on real ranks: healthy ones, and one that is slow, wrong, stopped or missing."""
 
+import importlib.metadata
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import Run, fail, succeed, tostlm
 from tests.doctor.ranks import Ranks
@@ -17,14 +20,17 @@ pytestmark = pytest.mark.alone
 
 ALONE = ["versions", "devices", "config", "gemm", "disk", "data", "resume"]
 CHECKS = [*ALONE, "all-reduce", "ring", "clock"]
-SICK = """
-import importlib.metadata, time, torch
 
-version, matmul, now = importlib.metadata.version, torch.matmul, time.time
-importlib.metadata.version = lambda name: "0.0.1" if name == "deepspeed" else version(name)
-torch.matmul = lambda a, b: matmul(a, b) * 1.001
-time.time = lambda: now() + 100
-"""
+
+def fall_sick() -> None:
+    version, matmul, now = importlib.metadata.version, torch.matmul, time.time
+    importlib.metadata.version = lambda name: "0.0.1" if name == "deepspeed" else version(name)
+    torch.matmul = lambda a, b: matmul(a, b) * 1.001
+    time.time = lambda: now() + 100
+
+
+def stop_in_a_collective() -> None:
+    torch.distributed.all_reduce = lambda x: os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def levels(printed: str) -> dict[str, str]:
@@ -67,7 +73,7 @@ def test_all_that_is_wrong_is_said_at_once(run: Run, tmp_path: Path, data: Path)
 def test_a_rank_that_is_wrong_in_every_way(run: Run, tmp_path: Path) -> None:
     """Its matrix products are a thousandth too large, its DeepSpeed is another, its clock is ahead."""
     out = tmp_path / "doctor.json"
-    with Ranks(str(run.file), "--out", str(out), sick=1, how=SICK) as ranks:
+    with Ranks(str(run.file), "--out", str(out), sick=1, how=fall_sick) as ranks:
         code, printed, stderr = ranks.end()
         assert (code, len(stderr.splitlines())) == (2, 1), stderr
         assert ranks.end(1) == (0, "", "")
@@ -99,7 +105,7 @@ def test_a_rank_that_stops(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "doctor.json"
     with Ranks(str(run.file), "--timeout-seconds", "6", "--out", str(out)) as ranks:
         ranks.wait_for("config")
-        ranks.processes[1].send_signal(signal.SIGSTOP)
+        ranks.programs[1].send_signal(signal.SIGSTOP)
         code, printed, stderr = ranks.end()
     assert code == 2
     assert printed.splitlines()[-1].startswith("FAIL  gemm        rank 1 on node1 is unfit: no answer within 6 s")
@@ -110,9 +116,8 @@ def test_a_rank_that_stops(run: Run, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_rank_that_stops_among_collectives(run: Run) -> None:
     """All wait for it in vain; the one that does not say so is at fault."""
-    sick = "import os, signal, torch.distributed as d; d.all_reduce = lambda x: os.kill(os.getpid(), signal.SIGSTOP); "
     arguments = [str(run.file), "train.batch_tokens=384", "--timeout-seconds", "6"]
-    with Ranks(*arguments, world=3, sick=2, how=sick) as ranks:
+    with Ranks(*arguments, world=3, sick=2, how=stop_in_a_collective) as ranks:
         code, _, stderr = ranks.end()
         assert ranks.end(1) == (0, "", "")
     assert code == 2

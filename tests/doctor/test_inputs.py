@@ -89,6 +89,13 @@ def test_a_disk_too_small_for_a_checkpoint(run: Run, small_disk: Path) -> None:
     assert list(small_disk.iterdir()) == []
 
 
+def test_the_room_counted_is_what_a_checkpoint_takes(trained: dict[str, Run]) -> None:
+    for run in trained.values():
+        files = (checkpoint_folder(run.dir, 6)).rglob("*.safetensors")
+        taken = sum(file.stat().st_size for file in files)
+        assert 1 <= taken / disk.checkpoint_bytes(run.config()) < 1.1  # their headers
+
+
 def test_a_full_disk(run: Run, small_disk: Path) -> None:
     config = run.config(f"run_dir={small_disk}/run", "model.width=256")
     with disk.marked(config.run_dir):

@@ -1,11 +1,7 @@
 """Real engines in real process groups, several one after another, for what training runs would take minutes to show."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,16 +9,15 @@ import deepspeed.accelerator.cpu_accelerator as cpu
 import torch
 import torch.distributed as dist
 
-from tests.conftest import ROOT
+from tests.ranks import on_ranks
 from tostlm.checkpoint import Progress, checkpoint_folder
 from tostlm.config import load_config
 from tostlm.data import common_tokenizer
-from tostlm.errors import UserError
-from tostlm.launch import Ranks, ranks_from_environment
+from tostlm.launch import Ranks
 from tostlm.model import create_lm
 from tostlm.train.carry import Carry
 from tostlm.train.checkpoint import Saver
-from tostlm.train.engine import join_ranks, start_engine, train_step
+from tostlm.train.engine import start_engine, train_step
 from tostlm.train.engine_state import gather_state, loss_scale, state_numels, whole_weights
 from tostlm.train.feed import Rows, training_loader
 from tostlm.train.resume import resume
@@ -40,36 +35,17 @@ class Job(NamedTuple):
     origin: str | None = None
 
 
-def launch(world: int, jobs: list[Job], folder: Path) -> list[subprocess.Popen[str]]:
-    """Start `world` ranks that do the jobs."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.train.engines", str(folder)],
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **place},
-        )
-        for place in places(world)
-    ]
-
-
-def places(world: int) -> list[dict[str, str]]:
-    """The environments that tell `world` ranks here who they are."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
-
-
 def run_jobs(world: int, jobs: list[Job], folder: Path) -> list[dict[str, Any]]:
-    """What rank 0 says of each job, see `do`."""
-    for process in launch(world, jobs, folder):
-        _, stderr = process.communicate(timeout=500)
-        assert process.returncode == 0, stderr
-    return json.loads((folder / "results.json").read_text())
+    """Do the jobs on `world` ranks; what rank 0 says of each, see `do`."""
+    return on_ranks(world, partial(_do_all, jobs), folder)[0]
+
+
+def _do_all(jobs: list[Job], rank: int, world: int) -> list[dict[str, Any]]:
+    # DeepSpeed refuses fp16 on processors that lack it, though torch computes in it everywhere.
+    cpu.CPU_Accelerator.is_fp16_supported = lambda self: True
+    results = [do(job, Ranks(rank, rank, world)) for job in jobs]
+    dist.barrier()
+    return results
 
 
 def do(job: Job, ranks: Ranks) -> dict[str, Any]:
@@ -108,24 +84,3 @@ def state_facts(engine: Any) -> dict[str, Any]:
         "weight_decays": [group["weight_decay"] for group in engine.optimizer.param_groups],
         "loss_scale": loss_scale(engine),
     }
-
-
-def main(folder: Path) -> None:
-    # DeepSpeed refuses fp16 on processors that lack it, though torch computes in it everywhere.
-    cpu.CPU_Accelerator.is_fp16_supported = lambda self: True
-    ranks = ranks_from_environment(os.environ)
-    assert ranks is not None
-    join_ranks(ranks)
-    results = [do(Job(*job), ranks) for job in json.loads((folder / "jobs.json").read_text())]
-    if ranks.rank == 0:
-        (folder / "results.json").write_text(json.dumps(results))
-    dist.barrier()
-
-
-if __name__ == "__main__":
-    try:
-        main(Path(sys.argv[1]))
-    except UserError as error:
-        print(f"tostlm: error: {error}", file=sys.stderr)
-        os._exit(2)
-    os._exit(0)  # as tostlm's own ranks end

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.train.engines import places
+from tests.ranks import places
 from tostlm.checkpoint import Progress, checkpoint_folder, checkpoints, read_progress, read_state
 from tostlm.config import RunConfig, load_config
 from tostlm.data import common_tokenizer

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ import safetensors.torch
 import torch
 
 from tests.conftest import ROOT, Run, fail, succeed
-from tests.train.engines import Job, launch
+from tests.ranks import places
+from tests.train.test_faults import harm
+from tests.warm import Program
 from tostlm.checkpoint import Progress, checkpoint_folder, checkpoints, load, read_progress
 from tostlm.config import dump_config
 from tostlm.errors import UserError
@@ -185,16 +188,22 @@ def test_a_full_disk_while_saving(
     assert [path.name for path in checkpoints(run.dir)] == ["step-00000009"]
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_rank_that_cannot_write_ends_all(run: Run, tmp_path: Path, rank: int) -> None:
-    partial = partial_of(checkpoint_folder(run.dir, 3))
-    (partial / "state" / f"0000{rank}.safetensors").mkdir(parents=True)  # where that rank's file would be
-    ranks = launch(2, [Job(str(run.file), [])], tmp_path / "jobs")
-    said = [process.communicate(timeout=120)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [2, 2]
-    assert "step-00000003 cannot be written: Is a directory; make room" in said[0]
-    assert "tostlm: error" not in said[1]
-    assert not partial.exists()
+def occupy(path: Path, engine: object) -> None:
+    path.mkdir(parents=True)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_cannot_write_ends_all(run: Run, rank: int) -> None:
+    unwritten = partial_of(checkpoint_folder(run.dir, 3))
+    its_file = unwritten / "state" / f"0000{rank}.safetensors"
+    spoil = partial(harm, 1, partial(occupy, its_file))
+    first, second = places(2)
+    ranks = [Program("train", str(run.file), before=spoil, **first), Program("train", str(run.file), **second)]
+    ended = [rank.end() for rank in ranks]
+    assert [done.returncode for done in ended] == [2, 2]
+    assert "step-00000003 cannot be written: Is a directory; make room" in ended[0].stderr
+    assert "tostlm: error" not in ended[1].stderr
+    assert not unwritten.exists()
     assert not checkpoints(run.dir)
 
 

@@ -1,23 +1,22 @@
 """A step is made on every rank or on none: what a bad one leaves behind under every ZeRO stage."""
 
 import math
-import os
-import socket
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from tests.conftest import Run
+from tests.ranks import on_ranks
 from tests.train.test_training import options
-from tostlm.launch import Ranks, export_rendezvous
+from tostlm.launch import Ranks
 from tostlm.model import create_lm
 from tostlm.train.carry import Carry
-from tostlm.train.engine import Step, join_ranks, start_engine, train_step
+from tostlm.train.engine import Step, start_engine, train_step
 from tostlm.train.engine_state import whole_weights
 from tostlm.train.feed import Rows, training_loader
 
@@ -42,15 +41,8 @@ def spoilt(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]
     return lambda module, arguments, output: (change(output[0]), output[1])
 
 
-def on_rank(rank: int, world: int, port: int, run: Run, folder: Path) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    ranks = Ranks(rank, rank, world)
-    export_rendezvous(ranks)
-    join_ranks(ranks)
-    found = [bad_among_good(run, ranks, *case) for case in CASES]
-    torch.save(found, folder / f"{rank}.pt")
-    os._exit(0)  # torch's gloo threads now and then abort a process whose interpreter ends around them
+def on_rank(run: Run, rank: int, world: int) -> list[dict[str, Any]]:
+    return [bad_among_good(run, Ranks(rank, rank, world), *case) for case in CASES]
 
 
 def bad_among_good(run: Run, ranks: Ranks, stage: int, bf16: str, more: tuple[str, ...]) -> dict[str, Any]:
@@ -82,11 +74,7 @@ def bad_among_good(run: Run, ranks: Ranks, stage: int, bf16: str, more: tuple[st
 @pytest.fixture(scope="module")
 def found(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("engine")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(on_rank, (2, port, Run(folder, data), folder), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return on_ranks(2, partial(on_rank, Run(folder, data)), folder)
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: "-".join(map(str, CASES[index][:2])))

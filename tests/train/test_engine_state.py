@@ -84,7 +84,7 @@ def matrix(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Matrix:
 class TestEveryEngine:
     def test_resumes_exactly_where_nothing_changes(self, matrix: Matrix, number: int) -> None:
         expected = matrix.trained[number]["losses"]
-        assert list(expected) == [str(step) for step in range(1, LAST_STEP + 1)]
+        assert list(expected) == list(range(1, LAST_STEP + 1))
         resumed = matrix.results[2, 0][number]["losses"]
         assert resumed == {step: expected[step] for step in resumed}
         assert len(resumed) == LAST_STEP - KEPT_STEP
@@ -96,7 +96,7 @@ class TestEveryEngine:
         expected, resumed = matrix.trained[number]["losses"], matrix.results[world, shift][number]["losses"]
         precision = ENGINES[number][1].partition(" ")[0]
         if precision == "fp16":  # whether a later gradient overflows hangs on how the ranks add up
-            resumed = {str(KEPT_STEP + 1): resumed[str(KEPT_STEP + 1)]}
+            resumed = {KEPT_STEP + 1: resumed[KEPT_STEP + 1]}
         tolerance = TOLERANCE[precision]
         assert resumed == pytest.approx({step: expected[step] for step in resumed}, abs=tolerance)
 

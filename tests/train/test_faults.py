@@ -2,67 +2,55 @@
 
 import json
 import math
-import os
 import signal
-import socket
 import subprocess
-import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import count
+from typing import Any
 
 import pytest
 
 from tests.conftest import Run, fail, succeed
+from tests.ranks import places
+from tests.warm import Program
 from tostlm.checkpoint import checkpoints, load, read_progress
 from tostlm.errors import EXIT_REQUEUE
+from tostlm.train import loop, start
+from tostlm.train.engine import Step
 
-# A rank to which `fault` happens in step `number` of its process.
-FAULTY_RANK = """
-import math
-from tostlm.main import main
-from tostlm.train import loop
 
-calls, train_step = 0, loop.train_step
+def harm(number: int, fault: Callable[[Any], Any]) -> None:
+    """Have `fault(engine)` happen to this process in step `number`; what it returns is taken away after the step."""
+    steps, train_step = count(1), loop.train_step
 
-def faulty(engine, *arguments):
-    global calls
-    calls += 1
-    if calls == {number}:
-        {fault}
+    def faulty(engine: Any, *arguments: Any) -> Step:
+        hook = fault(engine) if next(steps) == number else None
         step = train_step(engine, *arguments)
-        if "hook" in locals():
+        if hook is not None:
             hook.remove()
         return step
-    return train_step(engine, *arguments)
 
-loop.train_step = faulty
-main()
-"""
-NAN_LOSS = "hook = engine.module.register_forward_hook(lambda module, inputs, out: (out[0] * math.nan, out[1]))"
-HIGH_LOSS = "hook = engine.module.register_forward_hook(lambda module, inputs, out: (out[0] + 3, out[1]))"
-LOST_WEIGHTS = "engine.module.embed.weight.data.fill_(math.nan)"
+    loop.train_step = faulty
 
 
-def train_with(
-    fault: str, number: int, run: Run, *overrides: str, before: str = ""
-) -> subprocess.CompletedProcess[str]:
+def nan_loss(engine: Any) -> Any:
+    return engine.module.register_forward_hook(lambda module, inputs, out: (out[0] * math.nan, out[1]))
+
+
+def high_loss(engine: Any) -> Any:
+    return engine.module.register_forward_hook(lambda module, inputs, out: (out[0] + 3, out[1]))
+
+
+def lost_weights(engine: Any) -> None:
+    engine.module.embed.weight.data.fill_(math.nan)
+
+
+def train_with(fault: Callable[[Any], Any], number: int, run: Run, *overrides: str) -> subprocess.CompletedProcess[str]:
     """Train on one rank that step `number` of this process goes wrong in."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            before + FAULTY_RANK.format(number=number, fault=fault),
-            "train",
-            str(run.file),
-            *overrides,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **place},
-    )
+    (place,) = places(1)
+    return Program("train", str(run.file), *overrides, before=partial(harm, number, fault), **place).end()
 
 
 def events(run: Run) -> list[dict[str, object]]:
@@ -71,7 +59,7 @@ def events(run: Run) -> list[dict[str, object]]:
 
 
 def test_a_step_without_a_finite_loss_is_skipped(run: Run) -> None:
-    output = succeed(train_with(NAN_LOSS, 4, run))
+    output = succeed(train_with(nan_loss, 4, run))
     assert read_progress(checkpoints(run.dir)[-1])[:2] == (6, 6)
     assert read_progress(checkpoints(run.dir)[-1]).skipped_steps == 1
     assert [(event["step"], event["what"]) for event in events(run)] == [(4, "skipped")]
@@ -84,7 +72,7 @@ BACK = ("train.bad_steps_before_rollback=2", "train.save_every_steps=2", "train.
 
 
 def test_a_run_that_has_gone_bad_goes_back_and_leaves_the_data_out(run: Run) -> None:
-    succeed(train_with(LOST_WEIGHTS, 5, run, *BACK))
+    succeed(train_with(lost_weights, 5, run, *BACK))
     progress = read_progress(checkpoints(run.dir)[-1])
     assert (progress.step, progress.data_step) == (8, 10)  # steps 5 and 6 of the data were left out
     assert (progress.skipped_steps, progress.rollbacks) == (2, 1)
@@ -104,7 +92,7 @@ def test_a_run_that_has_gone_bad_goes_back_and_leaves_the_data_out(run: Run) -> 
         path.rmdir()
     newest = checkpoints(run.dir)[-1]
     assert read_progress(newest).step == 4
-    succeed(train_with(LOST_WEIGHTS, 1, run, *BACK))  # the first two steps after step 4, again
+    succeed(train_with(lost_weights, 1, run, *BACK))  # the first two steps after step 4, again
     assert run.metrics("train") == losses
 
 
@@ -122,11 +110,11 @@ def test_a_run_that_goes_bad_again_and_again_stops(run: Run) -> None:
 
 def test_a_spike_is_skipped_where_that_is_asked_for(run: Run) -> None:
     spikes = ("train.spike_zscore=3", "train.spike_window_steps=3")
-    succeed(train_with(HIGH_LOSS, 5, run, *spikes))
+    succeed(train_with(high_loss, 5, run, *spikes))
     assert [(event["step"], event["what"]) for event in events(run)] == [(5, "skipped")]
     calm = run.metrics("train")
     run.dir = run.dir.with_name("calm")
-    succeed(train_with(HIGH_LOSS, 5, run, f"run_dir={run.dir}"))
+    succeed(train_with(high_loss, 5, run, f"run_dir={run.dir}"))
     assert not events(run)
     assert run.metrics("train")[5] == calm[5]  # the same step, taken instead
     assert run.metrics("train")[6] != calm[6]
@@ -134,25 +122,16 @@ def test_a_spike_is_skipped_where_that_is_asked_for(run: Run) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_asked_to_stop_it_saves_the_step_it_is_at(run: Run, number: signal.Signals) -> None:
-    arguments = ["train", str(run.file), "train.steps=100000", "train.save_every_steps=50000", "--nproc", "2"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tostlm", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 7/"):
-            break
-    process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == EXIT_REQUEUE, stderr
-    assert stderr == ""
+    program = run.start("train.steps=100000", "train.save_every_steps=50000", nproc=2)
+    while "step 7/" not in program.stdout:
+        assert program.running()
+        time.sleep(0.05)
+    program.send_signal(number)
+    ended = program.end(60)
+    assert (ended.returncode, ended.stderr) == (EXIT_REQUEUE, "")
     (saved,) = checkpoints(run.dir)
     step = read_progress(saved).step
-    assert f"stopped after step {step} of 100000 ({number.name}" in stdout
+    assert f"stopped after step {step} of 100000 ({number.name}" in ended.stdout
     assert max(run.metrics("train")) == step  # nothing done is lost
     succeed(run.train(f"train.steps={step + 2}", nproc=2))
     assert list(run.metrics("train")) == list(range(1, step + 3))
@@ -165,7 +144,12 @@ def test_the_time_it_was_given(run: Run) -> None:
     assert len(checkpoints(run.dir)) == 1
 
 
+def without_bf16() -> None:
+    start.multiplies_in = lambda device, dtype: False
+
+
 def test_bf16_on_a_device_without_it(run: Run) -> None:
-    old = "import tostlm.train.start\ntostlm.train.start.multiplies_in = lambda device, dtype: False\n"
-    result = train_with("pass", 1, run, "deepspeed.bf16.enabled=true", before=old)
+    (place,) = places(1)
+    bf16 = ["train", str(run.file), "deepspeed.bf16.enabled=true"]
+    result = Program(*bf16, before=without_bf16, **place).end()
     fail(result, "precision is bf16, which", "cannot multiply in; train in another")

@@ -5,8 +5,6 @@ import json
 import os
 import signal
 import struct
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto import wandb_internal_pb2
 
-from tests.conftest import Run, succeed, tostlm
+from tests.conftest import Run, succeed
 from tostlm.checkpoint import checkpoints, load, read_progress
 from tostlm.train.feed import Rows, training_loader
 from tostlm.tssa import tssa
@@ -44,25 +42,18 @@ class Reported:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tostlm", "train", str(run.file), *EVERYTHING, "train.steps=100000", "--nproc", "2"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
-        )
+        program = run.start(*EVERYTHING, "train.steps=100000", nproc=2, WANDB_MODE="offline")
         deadline = time.monotonic() + 120
         while not checkpoints(run.dir) and time.monotonic() < deadline:
             time.sleep(0.1)
-        first_rank = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]
-        os.kill(int(first_rank), signal.SIGKILL)
-        process.wait(timeout=60)
+        os.kill(program.children()[0], signal.SIGKILL)
+        program.end(60)
         self.before = lines(run, "train")
         self.resumed_from = read_progress(checkpoints(run.dir)[-1]).step
         self.steps = self.resumed_from + 2
         with (run.dir / "metrics.jsonl").open("a") as file:
             file.write('{"kind": "train", "st')  # torn, as a machine that loses power leaves it
-        arguments = [*EVERYTHING, f"train.steps={self.steps}", "--nproc", "2"]
-        result = tostlm("train", str(run.file), *arguments, WANDB_MODE="offline")
+        result = run.train(*EVERYTHING, f"train.steps={self.steps}", nproc=2, WANDB_MODE="offline")
         succeed(result)
         self.stderr = result.stderr
 

@@ -3,8 +3,6 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -27,29 +25,22 @@ def test_killed_twenty_times(data: Path, tmp_path: Path) -> None:
     succeed(calm.train(*OVERRIDES, steps, nproc=2))
 
     run, chance = Run(tmp_path, data), random.Random(0)
-    arguments = [sys.executable, "-m", "tostlm", "train", str(run.file), *OVERRIDES, steps, "--nproc", "2"]
     done = []
     for _ in range(KILLS):
         before = read_progress(checkpoints(run.dir)[-1]).step if checkpoints(run.dir) else 0
-        process = subprocess.Popen(
-            arguments,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        while process.poll() is None and (not checkpoints(run.dir) or newest_step(run) < before + 10):
+        program = run.start(*OVERRIDES, steps, nproc=2)
+        while program.running() and (not checkpoints(run.dir) or newest_step(run) < before + 10):
             time.sleep(0.01)
         time.sleep(chance.uniform(0, 0.3))  # in a step, an evaluation or a save
-        ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ranks = program.children()
         victim = chance.choice(["rank 0", "rank 1", "launcher", "request"])
         if victim.startswith("rank"):
-            os.kill(int(ranks[int(victim[-1])]), signal.SIGKILL)
+            os.kill(ranks[int(victim[-1])], signal.SIGKILL)
         else:
-            process.send_signal(signal.SIGKILL if victim == "launcher" else signal.SIGTERM)
-        _, stderr = process.communicate(timeout=120)
-        assert process.returncode in (EXIT_LOST_RANK, EXIT_REQUEUE, -signal.SIGKILL), stderr
-        assert "Traceback" not in stderr
+            program.send_signal(signal.SIGKILL if victim == "launcher" else signal.SIGTERM)
+        ended = program.end(120)
+        assert ended.returncode in (EXIT_LOST_RANK, EXIT_REQUEUE, -signal.SIGKILL), ended.stderr
+        assert "Traceback" not in ended.stderr
         while any(Path(f"/proc/{rank}").exists() for rank in ranks):  # those of a killed launcher save and end
             time.sleep(0.1)
         done.append((victim, newest_step(run)))

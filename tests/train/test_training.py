@@ -137,26 +137,13 @@ def test_a_finished_run_is_left_alone(trained: dict[str, Run]) -> None:
 
 
 def test_an_interrupted_run_goes_on(run: Run) -> None:
-    arguments = [
-        "train",
-        str(run.file),
-        "train.steps=2000",
-        "train.save_every_steps=2",
-        "train.keep_last_checkpoints=2",
-    ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tostlm", *arguments, "--nproc", "2"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    endless = ["train.steps=100000", "train.save_every_steps=2", "train.keep_last_checkpoints=2"]
+    program = run.start(*endless, nproc=2)
     wait_for_a_checkpoint(run)
-    os.killpg(process.pid, signal.SIGINT)  # what a terminal's Ctrl-C does
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert stderr.strip().splitlines() == ["tostlm: interrupted; the same command goes on from what is finished"]
+    os.killpg(program.pid, signal.SIGINT)  # what a terminal's Ctrl-C does
+    ended = program.end(60)
+    assert ended.returncode == 130
+    assert ended.stderr.strip().splitlines() == ["tostlm: interrupted; the same command goes on from what is finished"]
 
     reached = read_progress(checkpoints(run.dir)[-1]).step
     succeed(run.train(f"train.steps={reached + 2}", nproc=2))
@@ -165,19 +152,11 @@ def test_an_interrupted_run_goes_on(run: Run) -> None:
 
 @pytest.mark.parametrize("victim", ["a rank", "the launcher"])
 def test_no_rank_stays_behind(run: Run, victim: str) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tostlm", "train", str(run.file), "train.steps=100000", "--nproc", "2"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    program = run.start("train.steps=100000", nproc=2)
     wait_for_a_checkpoint(run)
-    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    if victim == "a rank":
-        os.kill(int(ranks[1]), signal.SIGKILL)
-    else:
-        process.terminate()
-    assert process.wait(timeout=30) == (EXIT_LOST_RANK if victim == "a rank" else EXIT_REQUEUE)
+    ranks = program.children()
+    os.kill(ranks[1] if victim == "a rank" else program.pid, signal.SIGKILL if victim == "a rank" else signal.SIGTERM)
+    assert program.end(30).returncode == (EXIT_LOST_RANK if victim == "a rank" else EXIT_REQUEUE)
     assert not [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
 
 
@@ -262,16 +241,11 @@ def test_runs_that_cannot_start(run: Run, overrides: list[str], words: list[str]
 
 
 def test_a_run_folder_is_one_process_groups(run: Run) -> None:
-    first = subprocess.Popen(
-        [sys.executable, "-m", "tostlm", "train", str(run.file), "train.steps=100000"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    first = run.start("train.steps=100000")
     wait_for_a_checkpoint(run)
     fail(run.train("train.steps=100000"), f"{run.dir} is in use by another tostlm train")
-    os.kill(first.pid, signal.SIGKILL)  # its ranks end with it, and their lock
-    first.wait()
+    first.send_signal(signal.SIGKILL)  # its ranks end with it, and their lock
+    first.end()
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         steps = run.metrics("train")

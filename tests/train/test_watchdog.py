@@ -4,17 +4,19 @@ import json
 import os
 import re
 import signal
-import socket
-import subprocess
-import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.conftest import Run, succeed
+from tests.ranks import places
 from tests.train.test_training import wait_for_a_checkpoint
+from tests.warm import Program
 from tostlm.checkpoint import checkpoints
+from tostlm.data import Loader
 from tostlm.errors import EXIT_LOST_RANK
 from tostlm.train.heartbeat import FAILED, PARTED, Heartbeat, culprits, read_heartbeats
 
@@ -66,21 +68,15 @@ class Job:
     def __init__(self, run: Run) -> None:
         self.run = run
         endless = ["train.steps=100000", "train.keep_last_checkpoints=2", f"train.hang_timeout_seconds={TIMEOUT}"]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tostlm", "train", str(run.file), *endless, "--nproc", "2"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        self.program = run.start(*endless, nproc=2)
         wait_for_a_checkpoint(run)
         self.beats = read_heartbeats(run.dir / "heartbeats", 2)
 
     def end(self, seconds: float) -> str:
         """The one line that it says when it ends, within `seconds`, because a rank is lost."""
-        _, stderr = self.process.communicate(timeout=seconds)
-        assert self.process.returncode == EXIT_LOST_RANK, stderr
-        (line,) = stderr.strip().splitlines()
+        ended = self.program.end(seconds)
+        assert ended.returncode == EXIT_LOST_RANK, ended.stderr
+        (line,) = ended.stderr.strip().splitlines()
         assert not [beat for beat in self.beats.values() if Path(f"/proc/{beat.pid}").exists()]
         return line
 
@@ -89,25 +85,19 @@ class Job:
 def job(run: Run) -> Iterator[Job]:
     job = Job(run)
     yield job
-    if job.process.poll() is None:
-        job.process.kill()
-        job.process.wait()
+    if job.program.running():
+        job.program.send_signal(signal.SIGKILL)
 
 
-STUCK_RANK = """
-import sys, time
-from tostlm.data import Loader
-from tostlm.main import main
+def stick() -> None:
+    """Start slowly, and never come to the fourth step."""
+    batch = Loader.batch
 
-batch = Loader.batch
+    def stuck(self: Loader, step: int, *place: int) -> Any:
+        time.sleep({0: 9, 3: 3600}.get(step, 0))
+        return batch(self, step, *place)
 
-def stuck(self, step, *place):
-    time.sleep({0: 9, 3: 3600}.get(step, 0))
-    return batch(self, step, *place)
-
-Loader.batch = stuck
-main()
-"""
+    Loader.batch = stuck  # type: ignore[method-assign]
 
 
 def goes_on(run: Run) -> None:
@@ -151,24 +141,12 @@ def test_a_killed_rank_is_named_at_once(job: Job) -> None:
 
 def test_a_rank_stuck_in_python_is_named_though_its_watcher_lives(run: Run) -> None:
     """Without a launcher of ours, both ranks end by themselves. A start longer than the timeout is no hang."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    rendezvous = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     arguments = ["train", str(run.file), "train.hang_timeout_seconds=8", "train.save_every_steps=100"]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, *start, *arguments],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **rendezvous, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank, start in enumerate((["-m", "tostlm"], ["-c", STUCK_RANK]))
-    ]
-    said = [rank.communicate(timeout=120)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [EXIT_LOST_RANK] * 2, said
-    (line,) = "".join(said).strip().splitlines()
+    healthy, sick = places(2)
+    ranks = [Program(*arguments, **healthy), Program(*arguments, before=stick, **sick)]
+    ended = [rank.end(120) for rank in ranks]
+    assert [rank.returncode for rank in ended] == [EXIT_LOST_RANK] * 2, ended
+    (line,) = "".join(rank.stderr for rank in ended).strip().splitlines()
     assert re.search(rf"rank 1 on \S+ \(pid {ranks[1].pid}\) has not moved since step 3 \(data\) for [4-8] s;", line), (
         line
     )

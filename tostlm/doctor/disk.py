@@ -75,9 +75,8 @@ def measure(config: RunConfig, rank: int) -> Disk:
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """What one checkpoint takes: the weights that train, AdamW's state, and the file of the weights alone."""
-    copies = 2 if config.train.save_weights else 1
-    return OPTIMIZER_BYTES * parameters(config) + copies * weight_bytes(config)
+    """What one checkpoint takes: AdamW's state with the weights it updates, and the file of the weights alone."""
+    return OPTIMIZER_BYTES * parameters(config) + (weight_bytes(config) if config.train.save_weights else 0)
 
 
 def checkpoints_to_come(config: RunConfig) -> int:

@@ -7,10 +7,10 @@ import ctypes
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from subprocess import Popen, TimeoutExpired
 from types import FrameType
 
 from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE
@@ -19,7 +19,7 @@ POLL_SECONDS = 0.1
 GRACE_SECONDS = 2.0  # in which ranks that have lost one name it
 USERS_MISTAKE = 2
 
-Children = Sequence["subprocess.Popen[bytes]"]
+Children = Sequence["Popen[bytes]"]
 Codes = Sequence[int | None]
 
 
@@ -29,7 +29,7 @@ def run_local(arguments: Sequence[str], processes: int) -> int:
     SIGTERM and SIGUSR1 are handed on to the ranks and waited for: EXIT_REQUEUE when they have ended. A second SIGTERM,
     a SIGHUP or a SIGINT ends them at once. When one rank fails the others are ended: they would wait for ever.
     """
-    children: list[subprocess.Popen[bytes]] = []
+    children: list[Popen[bytes]] = []
     asked: list[int] = []
 
     def hand_on(number: int, frame: FrameType | None) -> None:
@@ -47,7 +47,7 @@ def run_local(arguments: Sequence[str], processes: int) -> int:
     try:
         for environment in _environments(processes):
             command = [sys.executable, "-m", "tostlm", *arguments]
-            children.append(subprocess.Popen(command, env=environment, preexec_fn=_end_with_the_launcher))
+            children.append(Popen(command, env=environment, preexec_fn=_end_with_the_launcher))
         with _handled({signal.SIGTERM: hand_on, signal.SIGUSR1: hand_on, signal.SIGHUP: end_at_once}):
             return _wait(children, asked)
     finally:
@@ -136,6 +136,6 @@ def _end(children: Children) -> None:
     for child in children:
         try:
             child.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
+        except TimeoutExpired:
             child.kill()
             child.wait()

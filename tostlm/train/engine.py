@@ -11,19 +11,15 @@ from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, NamedTuple, NoReturn
 
+import deepspeed
 import pydantic
 import torch
 import torch.distributed as dist
-from torch import Tensor
-
-if not torch.accelerator.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it looked for a GPU in vain
-
-import deepspeed
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder import ShareMemCommBuilder
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
+from torch import Tensor
 
 from tostlm.config import RunConfig, batches
 from tostlm.errors import UserError

@@ -66,13 +66,8 @@ def go_on(
     settings, steps = config.train, config.train.steps
     tokenizer = common_tokenizer(config.data.folders)
     loader, heldout = training_loader(config), heldout_loader(config, ranks.world)
-    engine = start_engine(config, create_lm(config.model, config.seed), ranks)
+    engine, carry, progress = begin(config, ranks, device, newest)
     group = context_group(settings.context_ranks)
-    carry = Carry(config, engine.gradient_accumulation_steps(), ranks)
-    progress = Progress()
-    if newest is not None:
-        progress = resume(engine, newest)
-        carry.restore(read_carry(newest), device)
     health = Health(settings, progress.good_losses)
     heldout_passes = range(heldout.steps_within(settings.eval_tokens))
     stopping = False
@@ -128,6 +123,17 @@ def go_on(
         with phase("save"):
             saver.finish()
     return progress.step
+
+
+def begin(config: RunConfig, ranks: Ranks, device: torch.device, newest: Path | None) -> tuple[Any, Carry, Progress]:
+    """The engine, what is carried from step to step, and how far the run is, as the checkpoint has them."""
+    engine = start_engine(config, create_lm(config.model, config.seed), ranks)
+    carry = Carry(config, engine.gradient_accumulation_steps(), ranks)
+    if newest is None:
+        return engine, carry, Progress()
+    progress = resume(engine, newest)
+    carry.restore(read_carry(newest), device)
+    return engine, carry, progress
 
 
 @torch.no_grad()

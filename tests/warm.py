@@ -1,0 +1,104 @@
+"""The command line, forked from a process that has imported everything: imports are most of a short run's time."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tostlm.launch.local
+from tostlm.main import main
+
+IMPORTED = ["tostlm.train", "tostlm.eval", "tostlm.convert", "tostlm.bench", "torch.utils.tensorboard"]
+TIMEOUT_SECONDS = 300
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload([__name__, *IMPORTED])
+
+
+class Program:
+    """`python -m tostlm ARGUMENTS` on one thread, under way in a session of its own; `before` runs in it first."""
+
+    def __init__(
+        self, *arguments: str, cwd: Path | None = None, before: Callable[[], object] | None = None, **environment: str
+    ) -> None:
+        self.arguments = arguments
+        self._folder = tempfile.TemporaryDirectory()
+        self._files = Path(self._folder.name, "out"), Path(self._folder.name, "err")
+        for file in self._files:
+            file.touch()
+        everything = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        self._process = processes.Process(target=_child, args=(arguments, cwd, before, everything, self._files))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def stdout(self) -> str:
+        return self._files[0].read_text()
+
+    def running(self) -> bool:
+        return self._process.is_alive()
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def children(self) -> list[int]:
+        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+
+    def end(self, seconds: float = TIMEOUT_SECONDS) -> subprocess.CompletedProcess[str]:
+        """What it ended with, and all that it said; one that is not done within `seconds` is killed."""
+        self._process.join(seconds)
+        late = self._process.exitcode is None
+        if late:
+            self._process.kill()
+            self._process.join()
+        said = [file.read_text() for file in self._files]
+        done = subprocess.CompletedProcess(self.arguments, self._process.exitcode or 0, *said)
+        self._folder.cleanup()
+        assert not late, f"{self.arguments} ran for {seconds} seconds\n{done.stdout}{done.stderr}"
+        return done
+
+
+class Rank(subprocess.Popen[bytes]):
+    """One of the launcher's, forked too."""
+
+    def _execute_child(self, args: Sequence[str], executable: object, preexec_fn: Any, *rest: Any) -> None:
+        self.pid = os.fork()
+        self._child_created = True
+        if self.pid == 0:
+            preexec_fn()
+            _main(args[3:], rest[3])
+
+
+def _child(
+    arguments: Sequence[str],
+    cwd: Path | None,
+    before: Callable[[], object] | None,
+    environment: Mapping[str, str],
+    files: tuple[Path, Path],
+) -> None:
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
+    tostlm.launch.local.Popen = Rank  # type: ignore[misc]
+    torch.set_num_threads(1)
+    for stream, path in enumerate((Path(os.devnull), *files)):
+        os.dup2(os.open(path, os.O_RDWR | os.O_APPEND), stream)
+    if cwd is not None:
+        os.chdir(cwd)
+    if before is not None:
+        before()
+    _main(arguments, environment)
+
+
+def _main(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["tostlm", *arguments]
+    main()
