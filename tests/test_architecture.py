@@ -21,6 +21,7 @@ MAY_IMPORT = {  # of tostlm's own packages and modules
     "checkpoint": {"config", "data", "errors", "model"},
     "train": {"checkpoint", "config", "data", "errors", "files", "launch", "model", "tssa"},
     "doctor": {"checkpoint", "config", "data", "errors", "files", "launch", "model"},
+    "slurm": {"checkpoint", "config", "data", "doctor", "errors", "files", "launch"},
     "eval": {"checkpoint", "config", "data", "errors", "files", "model"},
     "bench": {"config", "data", "errors", "files", "model", "tssa"},
     "convert": {"checkpoint", "data", "errors", "files", "model"},

@@ -15,7 +15,7 @@ from tostlm.data.plan import read_plan
 
 VERBS = [
     *("quickstart", "config", "tokenizer", "prepare", "data", "doctor", "train", "eval", "generate", "bench"),
-    "convert",
+    *("convert", "submit"),
 ]
 
 

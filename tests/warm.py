@@ -2,10 +2,12 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,9 @@ class Program:
         self, *arguments: str, cwd: Path | None = None, before: Callable[[], object] | None = None, **environment: str
     ) -> None:
         self.arguments = arguments
-        self._folder = tempfile.TemporaryDirectory()
-        self._files = Path(self._folder.name, "out"), Path(self._folder.name, "err")
+        folder = tempfile.mkdtemp()
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self._files = Path(folder, "out"), Path(folder, "err")
         for file in self._files:
             file.touch()
         everything = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
@@ -61,7 +64,6 @@ class Program:
             self._process.join()
         said = [file.read_text() for file in self._files]
         done = subprocess.CompletedProcess(self.arguments, self._process.exitcode or 0, *said)
-        self._folder.cleanup()
         assert not late, f"{self.arguments} ran for {seconds} seconds\n{done.stdout}{done.stderr}"
         return done
 

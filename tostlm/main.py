@@ -10,6 +10,7 @@ import traceback
 
 from tostlm.cli import app
 from tostlm.errors import EXIT_LOST_RANK, UserError, is_lost_peer, reason_of
+from tostlm.launch import leave
 
 MENDABLE = (  # limits of a disk, and paths that cannot be written
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM),
@@ -24,8 +25,7 @@ def main() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if "RANK" in os.environ:
-        # Threads of torch's gloo now and then abort a rank whose interpreter ends around them; all is written by now.
-        os._exit(code)
+        leave(code)
     sys.exit(code)
 
 

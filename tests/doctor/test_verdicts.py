@@ -207,7 +207,7 @@ def test_checkpoints_to_come(run: Run, overrides: list[str], count: int) -> None
 def test_disks(run: Run) -> None:
     config = run.config()
     one = disk.checkpoint_bytes(config)
-    assert one == 20 * plan.parameters(config)
+    assert one == 16 * plan.parameters(config)
 
     def verdict(*free: float) -> Finding:
         seen = [(2 * host, disk.Disk(True, int(one * room), 1e9, "")) for host, room in enumerate(free)]

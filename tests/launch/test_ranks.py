@@ -1,9 +1,14 @@
 """Ranks from whatever launched the process."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from tostlm.errors import UserError
-from tostlm.launch import Ranks, ranks_from_environment
+from tostlm.launch import OUTCOME, Ranks, ranks_from_environment
 from tostlm.launch.ranks import export_rendezvous
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
@@ -27,10 +32,29 @@ def test_one_task_may_be_a_shell() -> None:
     assert ranks_from_environment({**SLURM_STEP, "SLURM_STEP_NUM_TASKS": "1"}) is None
 
 
-def test_without_scontrol(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match="export MASTER_ADDR yourself"):
-        export_rendezvous(Ranks(1, 1, 8), {**SLURM_STEP, "SLURM_STEP_NODELIST": "node[1-2]"})
+def test_one_task_of_a_job_of_ours_is_a_rank() -> None:
+    assert ranks_from_environment(
+        {**SLURM_STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", OUTCOME: "x"}
+    ) == Ranks(0, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("node1", "node1"), ("node[1-2]", "node1"), ("gpu[07-09,12],a1", "gpu07"), ("a,b[1-2]", "a"), ("n[3,1-2]", "n3")],
+)
+def test_ranks_meet_at_the_first_node(nodes: str, first: str) -> None:
+    environment = {**SLURM_STEP, "SLURM_STEP_NODELIST": nodes}
+    export_rendezvous(Ranks(1, 1, 8), environment)
+    assert environment["MASTER_ADDR"] == first
+
+
+def test_the_first_rank_that_ends_badly_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "outcome"
+    for rank, code in ((0, 0), (3, 2), (1, 76)):
+        command = [sys.executable, "-c", f"from tostlm.launch import leave; leave({code})"]
+        done = subprocess.run(command, env={**os.environ, "RANK": str(rank), OUTCOME: str(file)})
+        assert done.returncode == code
+    assert file.read_text() == "3 2\n"
 
 
 def test_nonsense() -> None:

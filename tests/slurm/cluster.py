@@ -1,33 +1,32 @@
-"""A real Slurm of one node on this machine, on loopback, with state of its own."""
+"""A real Slurm on this machine: a controller and nodes, each with its own address, hostname and processes."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import signal
-import socket
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-PACKAGES = ["slurmctld", "slurmd", "slurm-client", "munge", "slurm-wlm-basic-plugins"]
+PACKAGES = ["slurmctld", "slurmd", "slurm-client", "munge", "slurm-wlm-basic-plugins", "iproute2", "shellcheck"]
+COMMANDS = ["sbatch", "squeue", "scontrol", "scancel", "sinfo", "srun"]
+GPUS = 2  # that each node says it has
 CONFIG = """\
 ClusterName=tests
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={controller_port}
-SlurmUser={user}
-SlurmdUser={user}
+SlurmctldHost=head(10.77.0.1)
+SlurmUser=root
+SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
 AuthInfo=socket={folder}/munge.sock,cred_expire=5
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool/%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd.%n.log
 MailProg=/bin/true
 MpiDefault=none
 SwitchType=switch/none
@@ -37,29 +36,41 @@ JobAcctGatherType=jobacct_gather/none
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
+GresTypes=gpu
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
-KillWait=2
+SlurmdTimeout=10
+MessageTimeout=5
+KillWait=5
+MinJobAge=600
 ReturnToService=2
 JobRequeue=1
+EnforcePartLimits=ALL
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/filetxt
 JobCompLoc={folder}/jobs.txt
-NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={node_port} CPUs=8 RealMemory=16000 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=2-00:00:00 State=UP
+PartitionName=main Nodes=ALL Default=YES PriorityTier=100 PreemptMode=OFF MaxTime=2-00:00:00 State=UP
+PartitionName=spare Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=30 MaxTime=2-00:00:00 State=UP
 """
 
 
 def install() -> str | None:
-    """Install Slurm where it is missing; returns why it cannot be."""
-    if shutil.which("slurmctld", path=_path()):
-        return None
-    if os.geteuid() != 0 or not shutil.which("apt-get"):
-        return f"Slurm is not installed; apt-get install {' '.join(PACKAGES)}"
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}  # 1: no daemon is started
-    for command in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
-        done = subprocess.run(["apt-get", "-qq", *command], capture_output=True, text=True, env=environment)
-        if done.returncode:
-            return f"apt-get {command[0]} failed: {done.stderr.strip()[-300:]}"
+    """Install Slurm where it is missing; returns why it cannot be, or cannot run."""
+    if os.geteuid() != 0:
+        return "the Slurm cluster of the tests takes root; run them as root to enable"
+    missing = [command for command in ("slurmctld", "ip", "shellcheck") if not shutil.which(command, path=_path())]
+    if missing:
+        if not shutil.which("apt-get"):
+            return f"{', '.join(missing)} not installed; install what Debian has as {' '.join(PACKAGES)} to enable"
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}  # 1: no daemon is started
+        for command in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
+            done = subprocess.run(["apt-get", "-qq", *command], capture_output=True, text=True, env=environment)
+            if done.returncode:
+                return f"apt-get {command[0]} failed: {done.stderr.strip()[-300:]}"
+    if subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True).returncode:
+        return "no namespaces can be made here; allow unshare(2) to enable the tests on Slurm"
     return None
 
 
@@ -67,81 +78,104 @@ def _path() -> str:
     return f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
-@contextmanager
-def cluster(folder: Path) -> Iterator[dict[str, str]]:
-    """Start a controller and a node; gives the environment for Slurm's commands, and ends both."""
-    (folder / "state").mkdir(parents=True)
-    (folder / "spool").mkdir()
-    key = folder / "munge.key"
-    key.write_bytes(os.urandom(128))
-    key.chmod(0o600)
-    config = folder / "slurm.conf"
-    ports = dict(zip(("controller_port", "node_port"), _free_ports(2), strict=True))
-    user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
-    config.write_text(CONFIG.format(host=socket.gethostname().split(".")[0], user=user, folder=folder, **ports))
-    environment = {**os.environ, "SLURM_CONF": str(config), "PATH": _path()}
-    names = ("log-file", "pid-file", "seed-file")
-    munge = [f"--socket={folder}/munge.sock", f"--key-file={key}", *(f"--{n}={folder}/munge.{n}" for n in names)]
-    started = []
-    try:
+class Cluster:
+    """Of nodes node1, node2, ...; `environment` is that of a login node, whose commands reach the controller."""
+
+    def __init__(self, folder: Path, nodes: int = 2) -> None:
+        self.folder = folder
+        for name in ("state", "spool", "bin", "gpu"):
+            (folder / name).mkdir(parents=True)
+        self._write_configuration([f"node{number + 1}" for number in range(nodes)])
+        python = Path(sys.executable).parent
+        self.environment = {
+            **os.environ,
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "PATH": f"{folder}/bin:{python}:{_path()}",
+            "OMP_NUM_THREADS": "1",
+        }
+        self._machines: dict[str, subprocess.Popen[bytes]] = {}
+        self._head = self._unshare("head", [], "head.sh", str(folder))
+        self._write_commands()
+        self._wait((folder / "head.up").exists)
+        for number in range(nodes):
+            self.boot(f"node{number + 1}")
+        self._wait(lambda: self.idle_nodes() == nodes)
+
+    def _write_configuration(self, nodes: list[str]) -> None:
+        for gpu in range(GPUS):
+            (self.folder / f"gpu/gpu{gpu}").symlink_to("/dev/null")
+        (self.folder / "munge.key").write_bytes(os.urandom(128))
+        (self.folder / "munge.key").chmod(0o600)
+        self.folder.chmod(0o755)
+        self._addresses = {name: f"10.77.0.{11 + number}" for number, name in enumerate(nodes)}
+        machines = [
+            f"NodeName={name} NodeAddr={address} CPUs=8 RealMemory=16000 Gres=gpu:{GPUS} State=UNKNOWN"
+            for name, address in self._addresses.items()
+        ]
+        slurm = CONFIG.format(folder=self.folder) + "\n".join(machines) + "\n"
+        (self.folder / "slurm.conf").write_text(slurm)
+        (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu/gpu[0-{GPUS - 1}]\n")
+        hosts = {"localhost": "127.0.0.1", "head": "10.77.0.1", **self._addresses}
+        (self.folder / "hosts").write_text("".join(f"{address} {name}\n" for name, address in hosts.items()))
+
+    def _unshare(self, name: str, inside: list[str], script: str, *arguments: str) -> subprocess.Popen[bytes]:
+        spaces = ["unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-child"]
+        command = [*inside, *spaces, "bash", str(Path(__file__).parent / script), *arguments]
+        with (self.folder / f"{name}.out").open("ab") as log:
+            machine = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+        self._machines[name] = machine
+        return machine
+
+    def _write_commands(self) -> None:
+        """Slurm's commands, run at the controller's address."""
+        for name in COMMANDS:
+            command = self.folder / "bin" / name
+            command.write_text(
+                f'#!/bin/sh\nexec nsenter --target {self._head.pid} --net --uts {shutil.which(name)} "$@"\n'
+            )
+            command.chmod(0o755)
+
+    def boot(self, node: str) -> None:
+        """Power a node on."""
+        inside = ["nsenter", f"--target={self._head.pid}", "--net", "--mount"]
+        machine = self._unshare(node, inside, "node.sh", node, self._addresses[node])
+        heads = Path(f"/proc/{self._head.pid}/ns/net").readlink()
+        own, here = Path(f"/proc/{machine.pid}/ns/net"), Path("/proc/self/ns/net").readlink()
+        self._wait(lambda: own.readlink() not in (heads, here))
+        cable = f"cable-{node}"
         for command in (
-            ["munged", "--foreground", "--force", *munge],
-            ["slurmctld", "-D", "-c", "-i"],
-            ["slurmd", "-D", "-N", "node1"],
+            ["link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", str(machine.pid)],
+            ["link", "set", cable, "master", "cluster", "up"],
         ):
-            with (folder / f"{command[0]}.out").open("w") as log:
-                process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-            started.append(process)
-            if command[0] == "munged":
-                _wait(lambda: (folder / "munge.sock").exists(), folder)
-        _wait(lambda: _ask(environment, "sinfo", "-h", "-o", "%t") == "idle", folder)
-        yield environment
-    finally:
-        if len(started) == 3:
-            _ask(environment, "scancel", f"--user={user}")
-            _wait(lambda: not _ask(environment, "squeue", "-h") and not _steps(folder), folder)
-        for process in reversed(started):
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGTERM)
-            process.wait(timeout=30)
+            subprocess.run(["nsenter", f"--target={self._head.pid}", "--net", "ip", *command], check=True)
 
+    def crash(self, node: str) -> None:
+        """All of a node's processes die at once."""
+        machine = self._machines.pop(node)
+        machine.kill()
+        machine.wait()
 
-def _steps(folder: Path) -> list[str]:
-    """The step daemons of this cluster that have not ended; they outlive slurmd."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
+    def down(self) -> list[str]:
+        return [node for node in self._addresses if node not in self._machines]
+
+    def idle_nodes(self) -> int:
+        return int(self.ask("sinfo", "-h", "-t", "idle", "-o", "%D") or 0)
+
+    def ask(self, *command: str) -> str:
+        """What one of Slurm's commands prints; nothing where the controller does not answer."""
         try:
-            if (
-                b"slurmstepd" in (process / "cmdline").read_bytes()
-                and f"SLURM_CONF={folder}/".encode() in (process / "environ").read_bytes()
-            ):
-                found.append(process.name)
-        except OSError:  # it has just ended, or is another user's
-            continue
-    return found
+            done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=10)
+        except subprocess.TimeoutExpired:
+            return ""
+        return done.stdout.strip()
 
+    def stop(self) -> None:
+        for name in reversed(list(self._machines)):
+            self.crash(name)
 
-def _wait(ready: Callable[[], bool], folder: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not ready():
-        if time.monotonic() > deadline:
-            raise RuntimeError("\n".join(path.read_text() for path in folder.glob("*.out")))
-        time.sleep(0.1)
-
-
-def _ask(environment: dict[str, str], *command: str) -> str:
-    try:
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=5).stdout.strip()
-    except subprocess.TimeoutExpired:
-        return ""
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+    def _wait(self, ready: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not ready():
+            if time.monotonic() > deadline:
+                raise RuntimeError("\n".join(path.read_text() for path in self.folder.glob("*.out")))
+            time.sleep(0.05)

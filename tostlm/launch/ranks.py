@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
+import re
 from collections.abc import Mapping, MutableMapping
 from typing import NamedTuple
 
 from tostlm.errors import UserError
+from tostlm.launch.outcome import OUTCOME
 
-FIRST_PORT, PORTS = 20000, 20000  # a Slurm job's rendezvous port: one of these, by its number
+FIRST_PORT, PORTS = 20000, 12000  # a Slurm job's rendezvous port: one of these, below those that Linux gives away
 
 
 class Ranks(NamedTuple):
@@ -28,7 +29,8 @@ def ranks_from_environment(environment: Mapping[str, str]) -> Ranks | None:
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         rank, local, world = (environment.get(key, "0") for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # one task may be a shell (srun --pty bash)
+    elif int(environment.get("SLURM_STEP_NUM_TASKS", "0")) > (0 if OUTCOME in environment else 1):
+        # One task may be a shell (srun --pty bash), but for those of a job of ours.
         rank, local, world = (
             environment.get(key, "0") for key in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
         )
@@ -51,7 +53,7 @@ def export_rendezvous(ranks: Ranks, environment: MutableMapping[str, str] = os.e
     """
     environment.update(RANK=str(ranks.rank), LOCAL_RANK=str(ranks.local_rank), WORLD_SIZE=str(ranks.world))
     if "MASTER_ADDR" not in environment and "SLURM_STEP_NODELIST" in environment:
-        environment["MASTER_ADDR"] = _first_node(environment["SLURM_STEP_NODELIST"])
+        environment["MASTER_ADDR"] = first_node(environment["SLURM_STEP_NODELIST"])
     if "MASTER_PORT" not in environment and "SLURM_JOB_ID" in environment:
         environment["MASTER_PORT"] = str(FIRST_PORT + int(environment["SLURM_JOB_ID"]) % PORTS)
     for key in ("MASTER_ADDR", "MASTER_PORT"):
@@ -59,9 +61,7 @@ def export_rendezvous(ranks: Ranks, environment: MutableMapping[str, str] = os.e
             raise UserError(f"RANK is set and {key} is not; export the address and a free port of rank 0's node")
 
 
-def _first_node(node_list: str) -> str:
-    command = ["scontrol", "show", "hostnames", node_list]
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        raise UserError(f"scontrol did not name the first node of {node_list}; export MASTER_ADDR yourself") from None
+def first_node(node_list: str) -> str:
+    """The first of Slurm's list, as a07 is of a[07-09,12],b3; containers may lack scontrol, which would say."""
+    first = re.split(r",(?![^\[]*\])", node_list)[0]  # at commas outside of brackets
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)

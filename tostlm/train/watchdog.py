@@ -25,7 +25,7 @@ from typing import NamedTuple, NoReturn
 from tostlm.config import RunConfig
 from tostlm.errors import EXIT_LOST_RANK, is_lost_peer, reason_of
 from tostlm.files import write_atomically
-from tostlm.launch import Ranks
+from tostlm.launch import Ranks, leave
 from tostlm.train.heartbeat import (
     FAILED,
     HUNG,
@@ -202,7 +202,7 @@ class Watchdog:
                 told.touch()
         else:
             self._wait_until(told.exists, 3 * self._interval)
-        os._exit(EXIT_LOST_RANK)
+        leave(EXIT_LOST_RANK)
 
     def _is_first(self) -> bool:
         try:
@@ -280,7 +280,7 @@ class Watchdog:
             _print(f"{_names(gone, now)} ended without a word in step {self._main.step}; {GO_ON}")
         elif self._rank == speaker and not spoken_for:
             _print(f"{now[self._rank].who} lost its connection to the other ranks ({reason_of(error)}); {GO_ON}")
-        os._exit(EXIT_LOST_RANK)
+        leave(EXIT_LOST_RANK)
 
 
 def _names(ranks: Sequence[int], beats: Beats) -> str:

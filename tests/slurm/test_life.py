@@ -1,0 +1,197 @@
+"""The life of a run's jobs: asked to stop, preempted, killed, stuck, without a node; they go on and nothing is lost."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, Run, succeed
+from tests.slurm.cluster import Cluster
+from tests.slurm.conftest import Job, tostlm_of_the_nodes, wait_until
+from tostlm.checkpoint import checkpoints, read_progress
+from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE
+
+pytestmark = pytest.mark.alone
+
+TWO_NODES = ("--nodes", "2", "--gpus-per-node", "1")
+STEPS = "train.steps=40"
+
+
+def ends(job: Job) -> list[int]:
+    return [event["code"] for event in job.events("ended")]
+
+
+def assert_whole(run: Run, steps: int) -> None:
+    """No step is missing or twice."""
+    lines = (run.dir / "metrics.jsonl").read_text().splitlines()
+    assert sum('"kind": "train"' in line for line in lines) == steps
+    assert list(run.metrics("train")) == list(range(1, steps + 1))
+    assert read_progress(checkpoints(run.dir)[-1]).step == steps
+
+
+def test_the_quickstart_model_by_hand(cluster: Cluster, tmp_path: Path, data: Path) -> None:
+    """On two nodes, with sbatch alone."""
+    run_dir = tmp_path / "run"
+    overrides = [f"run_dir={run_dir}", f"data.path={data}", "train.steps=3", "train.eval_tokens=1024"]
+    script = ["slurm/pretrain.sbatch", "configs/quickstart.yaml", *overrides]
+    hardware = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1"]
+    command = ["sbatch", "--parsable", *hardware, f"--output={tmp_path}/%j.log", *script]
+    done = subprocess.run(command, cwd=ROOT, env=cluster.environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    log = tmp_path / f"{done.stdout.strip()}.log"
+    wait_until(lambda: not cluster.ask("squeue", "-h"), lambda: log.read_text())
+    progress = read_progress(checkpoints(run_dir)[-1])
+    assert (progress.step, progress.world_size) == (3, 2), log.read_text()
+    assert "step 3/3" in log.read_text()
+    assert (run_dir / "slurm" / "logs" / f"{done.stdout.strip()}-rank-1.log").exists()
+
+
+def test_preempted_at_any_step_it_ends_with_the_same_losses(job: Job, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "calm").mkdir()
+    calm = Run(tmp_path / "calm", data)
+    succeed(calm.train(STEPS, nproc=2))
+
+    job.submit(STEPS, "train.save_every_steps=1000", *TWO_NODES, "--partition", "spare")
+    step = random.randint(2, 30)
+    job.wait_for(lambda: job.steps() >= step)
+    more_urgent = ["srun", "--partition=main", "--nodes=2", "--exclusive", "true"]
+    subprocess.run(more_urgent, env=job.cluster.environment, check=True, capture_output=True, timeout=60)
+    job.wait_for(job.gone)
+    assert ends(job) == [EXIT_REQUEUE, 0], job.told()
+    saved = job.events("ended")[0]["step"]
+    assert step <= saved < 40
+    assert f"goes on from step {saved}" in job.log()
+    assert_whole(job.run, 40)
+    for kind, key in (("train", "loss"), ("train", "grad_norm"), ("heldout", "loss")):
+        assert job.run.metrics(kind, key) == calm.metrics(kind, key)
+
+
+def test_a_stuck_rank_and_a_killed_one(job: Job) -> None:
+    """Each is named, and the job started again; asked to stop it is requeued within seconds."""
+    endless = ("train.steps=100000", "train.save_every_steps=5", "train.keep_last_checkpoints=2")
+    job.submit(*endless, "train.hang_timeout_seconds=10", *TWO_NODES)
+    job.wait_for(lambda: job.steps() > 5)
+    os.kill(job.rank(1), signal.SIGSTOP)
+    assert job.wait_for(lambda: len(ends(job)) == 1) < 10 + 10
+    assert "rank 1 on node2" in job.log() and "has not moved since step" in job.log()
+
+    before = job.steps()
+    job.wait_for(lambda: "RUNNING" in job.states() and len(job.events("started")) == 2 and job.steps() > before + 5)
+    os.kill(job.rank(1), signal.SIGKILL)
+    assert job.wait_for(lambda: len(ends(job)) == 2) < 10
+    assert ends(job) == [EXIT_LOST_RANK, EXIT_LOST_RANK]
+
+    before = job.steps()
+    job.wait_for(lambda: len(job.events("started")) == 3 and job.steps() > before + 5)
+    job.cluster.ask("scancel", "--batch", "--signal=USR1", job.id)
+    assert job.wait_for(lambda: "RUNNING" not in job.states()) < 7  # a step, a save and five seconds
+    assert ends(job)[2:] == [EXIT_REQUEUE]
+    (record,) = [event for event in job.events("ended") if event["code"] == EXIT_REQUEUE]
+    assert record["step"] == max(job.run.metrics("train"))  # nothing that was done is lost
+    job.wait_for(lambda: "PENDING" in job.states() or "RUNNING" in job.states())
+
+    told = succeed(job.command("submit", "status", str(job.run.dir)))
+    assert f"job         {job.id} " in told and "restarted" in told
+    assert f"checkpoint  {checkpoints(job.run.dir)[-1].parent}/step-" in told
+    job.wait_for(lambda: len(job.events("started")) == 4 and job.states() == ["RUNNING"])
+    job.wait_for(lambda: job.steps() > record["step"] + 2)
+    assert f"{job.id} saves and ends" in job.command("submit", "cancel", str(job.run.dir)).stdout or job.states() == []
+    job.wait_for(job.gone)
+    assert "was cancelled and is not started again" in job.log()
+
+
+def test_a_lost_node_comes_back(job: Job) -> None:
+    job.submit("train.steps=100000", "train.save_every_steps=5", "train.keep_last_checkpoints=2", *TWO_NODES)
+    job.wait_for(lambda: job.steps() > 8)
+    job.cluster.crash("node2")
+    job.wait_for(lambda: "RUNNING" not in job.states(), 60)
+    before, starts = job.steps(), len(job.events("started"))
+    job.cluster.boot("node2")
+    assert job.wait_for(lambda: len(job.events("started")) > starts and job.steps() != before, 90) < 60
+
+
+def test_without_a_node_the_run_goes_on_with_fewer(job: Job) -> None:
+    job.submit(
+        "train.steps=100000",
+        "train.save_every_steps=5",
+        "train.keep_last_checkpoints=2",
+        "--nodes",
+        "1-2",
+        "--gpus-per-node",
+        "1",
+    )
+    job.wait_for(lambda: job.steps() > 8)
+    assert job.events("started")[0]["nodes"] == "node[1-2]"
+    job.cluster.crash("node2")
+    job.wait_for(lambda: len(job.events("started")) > 1 and job.events("started")[-1]["nodes"] == "node1", 90)
+    resumed = job.events("started")[-1]["step"]
+    assert resumed >= 5
+    job.wait_for(lambda: max(job.run.metrics("train")) > resumed + 2 and checkpoints(job.run.dir))
+    job.wait_for(lambda: read_progress(checkpoints(job.run.dir)[-1]).world_size == 1)
+
+
+def test_a_defect_is_not_started_for_ever(job: Job, tmp_path: Path) -> None:
+    broken = "import tostlm.data as d; d.Loader.batch = lambda *_: 1 / 0; from tostlm.main import main; main()"
+    text = f'[ "$1" != train ] || exec python -c "{broken}" "$@"'
+    job.submit("--site", str(tostlm_of_the_nodes(tmp_path, text)))
+    job.wait_for(job.gone)
+    assert ends(job) == [1, 1]
+    assert "it failed with a defect, and none of its last 2 starts came beyond step 0" in job.log()
+    told = succeed(job.command("submit", "status", str(job.run.dir)))
+    assert "ZeroDivisionError" in told and "with code 1" in told
+
+
+def test_an_unfit_node_is_left_out(job: Job, tmp_path: Path) -> None:
+    wrong = "import torch; right = torch.matmul; torch.matmul = lambda a, b: right(a, b) * 1.001"
+    main = "from tostlm.main import main; main()"
+    text = f'[ "$1 $(hostname)" != "doctor node2" ] || exec python -c "{wrong}; {main}" "$@"'
+    site = tostlm_of_the_nodes(tmp_path, text)
+    job.submit("train.steps=3", "--site", str(site), "--doctor", "--nodes", "1-2", "--gpus-per-node", "1")
+    job.wait_for(job.gone)
+    assert [event["nodes"] for event in job.events("started")] == ["node[1-2]", "node1"]
+    assert job.events("ended")[0]["exclude"] == ["node2"]
+    assert "gemm: rank 1 on node2 is unfit" in job.log() and "is started again without node2" in job.log()
+    assert_whole(job.run, 3)
+
+
+SHORT = ("train.steps=100000", "train.time_limit_minutes=0.05", "train.save_every_steps=50000")
+
+
+def test_a_chain_goes_on_across_time_limits(job: Job) -> None:
+    assert "after it, one after another: " in job.submit(*SHORT, "--chain", "2")
+    job.wait_for(job.gone)
+    first, second = job.events("ended")
+    assert first["code"] == second["code"] == EXIT_REQUEUE
+    assert 0 < first["step"] < second["step"]
+    assert [event["job"] for event in job.events("submitted")] == [first["job"], second["job"]]
+
+
+def test_until_done_each_job_queues_the_next(job: Job) -> None:
+    job.submit(*SHORT, "--until-done")
+    job.wait_for(lambda: len(job.events("started")) == 2 and len(job.events("submitted")) == 3)
+    first, second, third = (event["job"] for event in job.events("submitted"))
+    assert [event["job"] for event in job.events("started")] == [first, second]
+    assert f"as job {second}" in job.log(first)
+    cancelled = succeed(job.command("submit", "cancel", str(job.run.dir), "--now")).splitlines()
+    assert sorted(cancelled) == [f"job {second} is cancelled", f"job {third} is cancelled"]
+    job.wait_for(job.gone)
+
+    steps = read_progress(checkpoints(job.run.dir)[-1]).step + 1
+    job.submit(f"train.steps={steps}", "--until-done")
+    job.wait_for(job.gone)
+    assert job.events("ended")[-1]["code"] == 0
+    assert f"cancelled what waited for it: job {job.events('submitted')[-1]['job']}" in job.log()
+
+
+def test_cancelled_by_slurm_it_stays_so(job: Job) -> None:
+    job.submit("train.steps=100000")
+    job.wait_for(lambda: job.steps() > 2)
+    job.cluster.ask("scancel", job.id)
+    job.wait_for(job.gone)
+    time.sleep(1)
+    assert job.gone()
+    assert len(job.events("started")) == 1

@@ -1,0 +1,49 @@
+"""The scripts of slurm/, for people who call sbatch themselves."""
+
+import re
+import subprocess
+
+import pytest
+
+from tests.conftest import ROOT, tostlm
+from tests.slurm.cluster import install
+from tostlm.slurm.script import Resources, batch_script
+
+pytestmark = pytest.mark.alone  # one of them installs what is missing
+
+SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
+COMMANDS = {
+    "prepare": "tostlm prepare",
+    "pretrain": "tostlm submit job",
+    "eval": "tostlm eval perplexity",
+    "bench": "tostlm bench train",
+    "convert": "tostlm convert",
+}
+
+
+def test_there_is_one_for_each_verb_that_is_submitted() -> None:
+    assert {path.stem for path in SCRIPTS} == COMMANDS.keys()
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_it_ends_in_its_command_with_all_that_it_was_given(path: str) -> None:
+    text = (ROOT / "slurm" / path).read_text()
+    last = text.splitlines()[-1]
+    assert last.startswith(f'exec {COMMANDS[path.stem]} "$@"')
+    assert tostlm(*COMMANDS[path.stem].split()[1:], "--help").returncode == 0
+    assert '. "${TOSTLM_SITE:-slurm/site.env}"' in text
+    assert "#SBATCH --open-mode=append" in text and "#SBATCH --requeue" in text
+    assert not re.search(r"(^|[ =\"])/(?!usr/bin/env)\w", text.replace("#!/", "")), "an absolute path"
+
+
+def test_shellcheck_has_nothing_to_say() -> None:
+    if reason := install():
+        pytest.skip(reason)
+    made = batch_script(
+        "x", Resources(nodes="1-4", ranks_per_node=8).options(), ROOT / "slurm" / "site.env", ["tostlm x"]
+    )
+    files = [*SCRIPTS, ROOT / "slurm" / "site.env", *(ROOT / "tests" / "slurm").glob("*.sh")]
+    checks = [(["--shell=bash", "-x", *map(str, files)], None), (["--shell=bash", "-x", "-"], made)]
+    for arguments, text in checks:
+        done = subprocess.run(["shellcheck", *arguments], input=text, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout

@@ -1,0 +1,191 @@
+"""What is said before anything is queued, what is kept of a submission, and the other jobs than training."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT, Run, fail, succeed, tostlm
+from tests.data.test_prepare import content
+from tests.slurm.conftest import Job
+from tostlm.checkpoint import checkpoints
+from tostlm.data import Tokenizer
+from tostlm.launch.ranks import first_node
+
+pytestmark = pytest.mark.alone
+
+
+def script(run: Run, *arguments: str) -> str:
+    return succeed(tostlm("submit", "pretrain", str(run.file), *arguments, "--dry-run"))
+
+
+def test_a_dry_run_prints_a_script_and_leaves_nothing(run: Run) -> None:
+    hardware = ["--nodes", "2", "--gpus-per-node", "4", "--cpus-per-rank", "6", "--time", "12:00:00"]
+    more = ["--account", "us", "--sbatch", "constraint=h100", "--doctor"]
+    text = script(run, "train.batch_tokens=1024", *hardware, *more)
+    for option in (
+        *("nodes=2", "ntasks-per-node=4", "gpus-per-node=4", "cpus-per-task=6", "time=12:00:00", "account=us"),
+        *("constraint=h100", "signal=B:USR1@120", "requeue", "open-mode=append"),
+    ):
+        assert f"\n#SBATCH --{option}\n" in text
+    assert text.splitlines()[-1] == f"exec tostlm submit job {run.dir}/slurm/config.yaml --doctor"
+    assert not run.dir.exists()
+
+
+def test_a_range_of_nodes_is_not_told_of_tasks(run: Run) -> None:
+    """Slurm would otherwise take as few nodes as hold the tasks of the fewest."""
+    text = script(run, "--nodes", "1-2", "--ranks-per-node", "2", "--cpus-per-rank", "3")
+    assert "ntasks" not in text and "#SBATCH --mincpus=6\n" in text
+    wanted = 'SLURM_NTASKS_PER_NODE=2 SLURM_NTASKS="$((SLURM_NNODES * 2))" SLURM_CPUS_PER_TASK=3'
+    assert f"export {wanted}\n" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--nodes", "3"], ["train.batch_tokens 512 does not divide into 3 ranks"]),
+        (["--nodes", "2-3"], ["into 3 ranks"]),
+        (["--nodes", "2", "--gpus-per-node", "3"], ["into 6 ranks"]),
+        (["--nodes", "2", "train.context_ranks=4"], ["2 ranks are no whole groups of train.context_ranks 4"]),
+        (["--nodes", "x"], ["--nodes x must be a number, or the fewest and the most"]),
+        (["--nodes", "4-2"], ["--nodes 4-2 must be"]),
+        (["data.path=nowhere"], ["nowhere holds no prepared data"]),
+        (["model.widht=3"], ["model.widht"]),
+        (["--chain", "2", "--until-done"], ["give one"]),
+        (["--sweep", "seed"], ["--sweep seed must be a key and its values"]),
+        (["--sweep", "seed=1,2", "--chain", "2"], ["--sweep makes one array"]),
+        (["--site", "nowhere.env"], ["--site nowhere.env does not exist"]),
+    ],
+)
+def test_what_no_job_could_do(run: Run, arguments: list[str], words: list[str]) -> None:
+    fail(tostlm("submit", "pretrain", str(run.file), *arguments), *words)
+    assert not run.dir.exists()
+
+
+def test_a_model_that_does_not_fit_its_gpus(run: Run) -> None:
+    command = ["submit", "pretrain", str(run.file), "--nodes", "2"]
+    fail(tostlm(*command, TOSTLM_GPU_MEMORY_GIB="0.0001"), "model and optimizer take", "a rank on 2 ranks", "stage")
+    fail(tostlm(*command, TOSTLM_GPU_MEMORY_GIB="lots"), "TOSTLM_GPU_MEMORY_GIB=lots must be a number")
+
+
+def test_without_slurm(run: Run, tmp_path: Path) -> None:
+    path = f"{tmp_path}:/usr/bin:/bin"
+    if any((Path(folder) / "sbatch").exists() for folder in path.split(":")):  # then hide it
+        for name in ("bash", "git"):
+            (tmp_path / name).symlink_to(f"/usr/bin/{name}")
+        path = str(tmp_path)
+    command = ["submit", "pretrain", str(run.file)]
+    fail(tostlm(*command, PATH=path), "is not on this machine", "login node")
+    fail(tostlm("submit", "job", str(run.file)), "this is no Slurm job")
+    fail(tostlm("submit", "status", str(run.dir) + "2"), "has had no job")
+
+
+def test_a_folder_that_cannot_be_written(run: Run) -> None:
+    command = ["submit", "pretrain", str(run.file), "run_dir=/proc/nowhere"]
+    fail(tostlm(*command), "cannot write in /proc/nowhere")
+
+
+def test_what_slurm_refuses(job: Job) -> None:
+    for arguments, word in (
+        (["--partition", "nope"], "Invalid partition name specified"),
+        (["--time", "99-0"], "Requested time limit is invalid"),
+        (["--time", "soon"], "Invalid --time specification"),
+        (["--nodes", "4"], "Node count specification invalid"),
+        (["--nodes", "2", "--gpus-per-node", "4"], "Requested node configuration is not available"),
+    ):
+        result = job.command("submit", "pretrain", str(job.run.file), "train.batch_tokens=1024", *arguments)
+        fail(result, "Slurm refuses: ", word)
+    assert job.gone()
+    assert not job.events()
+
+
+def test_one_submission_at_a_time_and_what_is_kept(job: Job) -> None:
+    job.cluster.ask("sbatch", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 100")
+    told = job.submit("train.steps=7", "--nodes", "2")
+    assert f"tostlm submit status {job.run.dir}" in told
+    again = job.command("submit", "pretrain", str(job.run.file), "--nodes", "2")
+    fail(again, f"is under way as job {job.id} (PENDING)", "tostlm submit cancel")
+    assert yaml.safe_load((job.folder / "config.yaml").read_text())["train"]["steps"] == 7
+    code = (job.folder / "code.txt").read_text()
+    assert code.startswith("tostlm 0.1.0 in ") and "\ntorch==" in code
+    if (ROOT / ".git").exists():
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        assert head.stdout.strip() in code
+    assert (job.folder / "pretrain.sbatch").read_text().splitlines()[-1].startswith("exec tostlm submit job ")
+    told = succeed(job.command("submit", "status", str(job.run.dir)))
+    assert f"job         {job.id} pending" in told and "step        none yet" in told
+    assert succeed(job.command("submit", "cancel", str(job.run.dir))) == f"job {job.id} is cancelled\n"
+    fail(job.command("submit", "cancel", str(job.run.dir)), "has no job that waits or runs")
+
+
+def test_a_run_that_trains_without_slurm(job: Job) -> None:
+    local = job.run.start("train.steps=100000")
+    job.wait_for(lambda: job.steps() > 0)
+    fail(job.command("submit", "pretrain", str(job.run.file)), "is in use by another tostlm train")
+    os.kill(local.pid, 9)
+    assert not job.events()
+
+
+def test_a_sweep_is_an_array_of_runs(job: Job) -> None:
+    told = job.submit("train.steps=3", "--sweep", "optimizer.lr=1e-2,3e-3")
+    assert "an array of 2 runs" in told
+    job.wait_for(job.gone)
+    runs = [job.run.dir / name for name in ("optimizer.lr=1e-2", "optimizer.lr=3e-3")]
+    rates = []
+    for run in runs:
+        assert checkpoints(run)[-1].name == "step-00000003", job.told()
+        rates.append(yaml.safe_load((run / "config.yaml").read_text())["optimizer"]["lr"])
+    assert rates == [1e-2, 3e-3]
+    told = succeed(job.command("submit", "status", str(job.run.dir)))
+    assert told.count("ended with code 0: finished") == 2
+    fail(job.command("submit", "cancel", str(job.run.dir)), "has no job that waits or runs")
+
+
+def test_a_finished_run_is_not_queued(trained: dict[str, Run]) -> None:
+    told = succeed(tostlm("submit", "pretrain", str(trained["tssa"].file)))
+    assert "finished at step 6; raise train.steps to go on" in told
+
+
+def test_text_is_prepared_and_merged(job: Job, speeches: list[str], tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "t.model").write_bytes(tokenizer.content)
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in speeches))
+    options = ["--source", "text.jsonl", "--tokenizer", "t.model", "--part-bytes", "50000"]
+    succeed(tostlm("prepare", *options, "--out", "whole", cwd=tmp_path))
+    command = ["submit", "prepare", *options, "--out", "out", "--nodes", "3"]
+    told = succeed(job.command(*command)).splitlines()
+    assert len(told) == 2 and "when job" in told[1]
+    logs = tmp_path / "out-jobs" / "slurm" / "logs"
+    job.wait_for(job.gone)
+    said = "\n".join(path.read_text() for path in logs.iterdir())
+    assert (tmp_path / "out" / "manifest.json").exists(), said
+    assert content(tmp_path / "out") == content(tmp_path / "whole"), said
+    fail(job.command("submit", "prepare", *options[2:], "--out", "o"), "--source is missing")
+    fail(
+        job.command("submit", "prepare", *options[:2], "--tokenizer", "x", "--out", "o"), "--tokenizer x does not exist"
+    )
+
+
+def test_a_run_is_evaluated_timed_and_converted(job: Job, trained: dict[str, Run]) -> None:
+    run = trained["tssa"]
+    verbs = {
+        "eval": [str(run.dir), "--contexts", "16,32", "--windows", "2"],
+        "bench": [str(run.file), "--contexts", "16", "--tokens", "64", "--repeats", "1"],
+        "convert": [str(run.dir), "--to", "hf", str(run.dir / "hf")],
+    }
+    for kind, arguments in verbs.items():
+        assert "its log is" in succeed(job.command("submit", kind, *arguments, "--gpus-per-node", "0"))
+    job.wait_for(job.gone)
+    said = "\n".join(path.read_text() for path in (run.dir / "slurm" / "logs").iterdir())
+    assert (run.dir / "perplexity.json").exists(), said
+    assert (run.dir / "hf" / "config.json").exists(), said
+    assert "tokens/s" in said
+    fail(job.command("submit", "eval", "nowhere"), "nowhere")
+    fail(job.command("submit", "bench", "--repeats=1"), "give the arguments of `tostlm bench train`")
+
+
+def test_the_first_node_is_what_scontrol_says(job: Job) -> None:
+    for names in ("node[1-2]", "node2", "gpu[07-09,12],node1", "a,b[1-2]", "n[3,1-2]", "r1n[001-128]"):
+        assert first_node(names) == job.cluster.ask("scontrol", "show", "hostnames", names).splitlines()[0]
