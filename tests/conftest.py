@@ -10,12 +10,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.warm import Program
+from tests.warm import Program, end_all
 from tostlm.config import RunConfig, load_config
 from tostlm.data import Settings, Tokenizer, prepare, train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 VOCAB = 512
+
+
+@pytest.fixture(autouse=True)
+def no_program_stays() -> Iterator[None]:
+    yield
+    end_all()
 
 
 @pytest.fixture(scope="session")

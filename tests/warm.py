@@ -10,7 +10,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -27,6 +27,8 @@ processes.set_forkserver_preload([__name__, *IMPORTED])
 class Program:
     """`python -m tostlm ARGUMENTS` on one thread, under way in a session of its own; `before` runs in it first."""
 
+    under_way: ClassVar[list["Program"]] = []  # or over, since the last time that they were ended
+
     def __init__(
         self, *arguments: str, cwd: Path | None = None, before: Callable[[], object] | None = None, **environment: str
     ) -> None:
@@ -41,6 +43,7 @@ class Program:
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
+        self.under_way.append(self)
 
     @property
     def stdout(self) -> str:
@@ -66,6 +69,15 @@ class Program:
         done = subprocess.CompletedProcess(self.arguments, self._process.exitcode or 0, *said)
         assert not late, f"{self.arguments} ran for {seconds} seconds\n{done.stdout}{done.stderr}"
         return done
+
+
+def end_all() -> None:
+    """End what a test has left behind."""
+    while Program.under_way:
+        program = Program.under_way.pop()
+        if program.running():
+            program.send_signal(signal.SIGKILL)
+            program.end()
 
 
 class Rank(subprocess.Popen[bytes]):

@@ -9,8 +9,8 @@ import sys
 import traceback
 
 from tostlm.cli import app
-from tostlm.errors import EXIT_LOST_RANK, UserError, is_lost_peer, reason_of
-from tostlm.launch import leave
+from tostlm.errors import EXIT_LOST_RANK, USERS_MISTAKE, UserError, is_lost_peer, reason_of
+from tostlm.launch import OUTCOME, leave
 
 MENDABLE = (  # limits of a disk, and paths that cannot be written
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM),
@@ -22,11 +22,13 @@ INTERRUPTED = 128 + signal.SIGINT
 def main() -> None:
     """Run a command; a user's mistake is one line and exit code 2, an interruption 130, a lost rank 76."""
     code = _run()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if "RANK" in os.environ:
+    if _is_rank():
         leave(code)
     sys.exit(code)
+
+
+def _is_rank() -> bool:
+    return "RANK" in os.environ or OUTCOME in os.environ  # or on its way to become one
 
 
 def _run() -> int:
@@ -48,7 +50,10 @@ def _run() -> int:
     except SystemExit as ending:  # typer's own; it turns an interruption into one
         if ending.code == INTERRUPTED and "RANK" not in os.environ:  # of a rank its launcher says it
             print("\ntostlm: interrupted; the same command goes on from what is finished", file=sys.stderr)
-        return ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+        code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+        if _is_rank():
+            leave(code, silent=code == USERS_MISTAKE)  # which rank 0 has found for all, and says
+        return code
     except Exception:
         return _defect()
     return 0
@@ -58,7 +63,7 @@ def _fail(message: str) -> int:
     rank = os.environ.get("RANK", "0")
     of_rank = "" if rank == "0" else f" on rank {rank}"
     print(f"tostlm: error{of_rank}: {message}", file=sys.stderr)
-    return 2
+    return USERS_MISTAKE
 
 
 def _defect() -> int:

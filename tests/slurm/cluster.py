@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 PACKAGES = ["slurmctld", "slurmd", "slurm-client", "munge", "slurm-wlm-basic-plugins", "iproute2", "shellcheck"]
@@ -82,7 +83,7 @@ class Cluster:
     """Of nodes node1, node2, ...; `environment` is that of a login node, whose commands reach the controller."""
 
     def __init__(self, folder: Path, nodes: int = 2) -> None:
-        self.folder = folder
+        self.folder, start = folder, time.monotonic()
         for name in ("state", "spool", "bin", "gpu"):
             (folder / name).mkdir(parents=True)
         self._write_configuration([f"node{number + 1}" for number in range(nodes)])
@@ -100,6 +101,7 @@ class Cluster:
         for number in range(nodes):
             self.boot(f"node{number + 1}")
         self._wait(lambda: self.idle_nodes() == nodes)
+        self.start_seconds = time.monotonic() - start
 
     def _write_configuration(self, nodes: list[str]) -> None:
         for gpu in range(GPUS):
@@ -155,6 +157,16 @@ class Cluster:
         machine.kill()
         machine.wait()
 
+    def process(self, number: int) -> int:
+        """A process of the controller's host, as this machine counts processes."""
+        for status in Path("/proc").glob("[0-9]*/status"):
+            with suppress(OSError):
+                pids = next(line for line in status.read_text().splitlines() if line.startswith("NSpid:")).split()[1:]
+                spaces = [Path(f"/proc/{pid}/ns/net").readlink() for pid in (pids[0], self._head.pid)]
+                if len(pids) > 1 and int(pids[-1]) == number and spaces[0] == spaces[1]:
+                    return int(pids[0])
+        raise ProcessLookupError(number)
+
     def down(self) -> list[str]:
         return [node for node in self._addresses if node not in self._machines]
 
@@ -162,12 +174,13 @@ class Cluster:
         return int(self.ask("sinfo", "-h", "-t", "idle", "-o", "%D") or 0)
 
     def ask(self, *command: str) -> str:
-        """What one of Slurm's commands prints; nothing where the controller does not answer."""
-        try:
-            done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=10)
-        except subprocess.TimeoutExpired:
-            return ""
-        return done.stdout.strip()
+        """What one of Slurm's commands prints; asked again where the controller does not answer."""
+        for _ in range(10):
+            done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+            if done.returncode == 0:
+                return done.stdout.strip()
+            time.sleep(0.3)
+        raise RuntimeError(f"{command}: {done.stderr}")
 
     def stop(self) -> None:
         for name in reversed(list(self._machines)):

@@ -15,7 +15,7 @@ from tests.conftest import Run, succeed
 from tests.slurm.cluster import Cluster, install
 from tests.warm import Program
 
-NODES = 2
+NODES = 3
 
 
 def wait_until(happened: Callable[[], object], told: Callable[[], str], seconds: float = 120) -> float:

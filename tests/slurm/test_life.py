@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import ROOT, Run, succeed
 from tests.slurm.cluster import Cluster
@@ -18,7 +19,6 @@ from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE
 pytestmark = pytest.mark.alone
 
 TWO_NODES = ("--nodes", "2", "--gpus-per-node", "1")
-STEPS = "train.steps=40"
 
 
 def ends(job: Job) -> list[int]:
@@ -30,7 +30,14 @@ def assert_whole(run: Run, steps: int) -> None:
     lines = (run.dir / "metrics.jsonl").read_text().splitlines()
     assert sum('"kind": "train"' in line for line in lines) == steps
     assert list(run.metrics("train")) == list(range(1, steps + 1))
+    events = EventAccumulator(str(run.dir / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, steps + 1))
     assert read_progress(checkpoints(run.dir)[-1]).step == steps
+
+
+def test_the_cluster_is_up_in_seconds(machines: Cluster) -> None:
+    assert machines.start_seconds < 10
 
 
 def test_the_quickstart_model_by_hand(cluster: Cluster, tmp_path: Path, data: Path) -> None:
@@ -51,21 +58,22 @@ def test_the_quickstart_model_by_hand(cluster: Cluster, tmp_path: Path, data: Pa
 
 
 def test_preempted_at_any_step_it_ends_with_the_same_losses(job: Job, data: Path, tmp_path: Path) -> None:
+    steps = "train.steps=250"
     (tmp_path / "calm").mkdir()
     calm = Run(tmp_path / "calm", data)
-    succeed(calm.train(STEPS, nproc=2))
+    succeed(calm.train(steps, nproc=2))
 
-    job.submit(STEPS, "train.save_every_steps=1000", *TWO_NODES, "--partition", "spare")
-    step = random.randint(2, 30)
+    job.submit(steps, "train.save_every_steps=1000", *TWO_NODES, "--partition", "spare")
+    step = random.randint(2, 40)
     job.wait_for(lambda: job.steps() >= step)
-    more_urgent = ["srun", "--partition=main", "--nodes=2", "--exclusive", "true"]
+    more_urgent = ["srun", "--partition=main", "--nodes=3", "--exclusive", "true"]
     subprocess.run(more_urgent, env=job.cluster.environment, check=True, capture_output=True, timeout=60)
     job.wait_for(job.gone)
     assert ends(job) == [EXIT_REQUEUE, 0], job.told()
     saved = job.events("ended")[0]["step"]
-    assert step <= saved < 40
+    assert step <= saved < 250, f"to be preempted at {step}"
     assert f"goes on from step {saved}" in job.log()
-    assert_whole(job.run, 40)
+    assert_whole(job.run, 250)
     for kind, key in (("train", "loss"), ("train", "grad_norm"), ("heldout", "loss")):
         assert job.run.metrics(kind, key) == calm.metrics(kind, key)
 
@@ -75,20 +83,27 @@ def test_a_stuck_rank_and_a_killed_one(job: Job) -> None:
     endless = ("train.steps=100000", "train.save_every_steps=5", "train.keep_last_checkpoints=2")
     job.submit(*endless, "train.hang_timeout_seconds=10", *TWO_NODES)
     job.wait_for(lambda: job.steps() > 5)
+    stopped = time.time()
     os.kill(job.rank(1), signal.SIGSTOP)
-    assert job.wait_for(lambda: len(ends(job)) == 1) < 10 + 10
+    job.wait_for(lambda: len(ends(job)) == 1)
+    assert job.events("ended")[-1]["time"] - stopped < 10 + 10  # and the time Slurm takes to end the others
     assert "rank 1 on node2" in job.log() and "has not moved since step" in job.log()
 
     before = job.steps()
     job.wait_for(lambda: "RUNNING" in job.states() and len(job.events("started")) == 2 and job.steps() > before + 5)
+    killed = time.time()
     os.kill(job.rank(1), signal.SIGKILL)
-    assert job.wait_for(lambda: len(ends(job)) == 2) < 10
+    job.wait_for(lambda: len(ends(job)) == 2)
+    assert job.events("ended")[-1]["time"] - killed < 10
     assert ends(job) == [EXIT_LOST_RANK, EXIT_LOST_RANK]
 
     before = job.steps()
     job.wait_for(lambda: len(job.events("started")) == 3 and job.steps() > before + 5)
+    asked = time.time()
     job.cluster.ask("scancel", "--batch", "--signal=USR1", job.id)
-    assert job.wait_for(lambda: "RUNNING" not in job.states()) < 7  # a step, a save and five seconds
+    job.wait_for(lambda: "RUNNING" not in job.states())
+    assert "is started again" in job.events("said")[-1]["text"]
+    assert job.events("said")[-1]["time"] - asked < 7  # a step, a save and five seconds
     assert ends(job)[2:] == [EXIT_REQUEUE]
     (record,) = [event for event in job.events("ended") if event["code"] == EXIT_REQUEUE]
     assert record["step"] == max(job.run.metrics("train"))  # nothing that was done is lost
@@ -99,7 +114,7 @@ def test_a_stuck_rank_and_a_killed_one(job: Job) -> None:
     assert f"checkpoint  {checkpoints(job.run.dir)[-1].parent}/step-" in told
     job.wait_for(lambda: len(job.events("started")) == 4 and job.states() == ["RUNNING"])
     job.wait_for(lambda: job.steps() > record["step"] + 2)
-    assert f"{job.id} saves and ends" in job.command("submit", "cancel", str(job.run.dir)).stdout or job.states() == []
+    assert succeed(job.command("submit", "cancel", str(job.run.dir))) == f"job {job.id} saves and ends\n"
     job.wait_for(job.gone)
     assert "was cancelled and is not started again" in job.log()
 
@@ -114,24 +129,21 @@ def test_a_lost_node_comes_back(job: Job) -> None:
     assert job.wait_for(lambda: len(job.events("started")) > starts and job.steps() != before, 90) < 60
 
 
-def test_without_a_node_the_run_goes_on_with_fewer(job: Job) -> None:
-    job.submit(
-        "train.steps=100000",
-        "train.save_every_steps=5",
-        "train.keep_last_checkpoints=2",
-        "--nodes",
-        "1-2",
-        "--gpus-per-node",
-        "1",
-    )
+def test_a_range_of_nodes_takes_what_there_is(job: Job) -> None:
+    """Of three nodes the two that the batch splits over; one when the others are lost."""
+    endless = ("train.steps=100000", "train.save_every_steps=5", "train.keep_last_checkpoints=2")
+    job.submit(*endless, "--nodes", "1-4", "--gpus-per-node", "1")
     job.wait_for(lambda: job.steps() > 8)
-    assert job.events("started")[0]["nodes"] == "node[1-2]"
-    job.cluster.crash("node2")
-    job.wait_for(lambda: len(job.events("started")) > 1 and job.events("started")[-1]["nodes"] == "node1", 90)
+    assert job.events("started")[0]["nodes"] == "node[1-3]"
+    assert "uses 2 of its 3 nodes" in job.log()
+    assert read_progress(checkpoints(job.run.dir)[-1]).world_size == 2
+    for node in ("node2", "node3"):
+        job.cluster.crash(node)
+    job.wait_for(lambda: job.events("started")[-1]["nodes"] == "node1")
     resumed = job.events("started")[-1]["step"]
     assert resumed >= 5
-    job.wait_for(lambda: max(job.run.metrics("train")) > resumed + 2 and checkpoints(job.run.dir))
-    job.wait_for(lambda: read_progress(checkpoints(job.run.dir)[-1]).world_size == 1)
+    job.wait_for(lambda: checkpoints(job.run.dir) and read_progress(checkpoints(job.run.dir)[-1]).world_size == 1)
+    assert max(job.run.metrics("train")) > resumed
 
 
 def test_a_defect_is_not_started_for_ever(job: Job, tmp_path: Path) -> None:
@@ -152,7 +164,7 @@ def test_an_unfit_node_is_left_out(job: Job, tmp_path: Path) -> None:
     site = tostlm_of_the_nodes(tmp_path, text)
     job.submit("train.steps=3", "--site", str(site), "--doctor", "--nodes", "1-2", "--gpus-per-node", "1")
     job.wait_for(job.gone)
-    assert [event["nodes"] for event in job.events("started")] == ["node[1-2]", "node1"]
+    assert [event["nodes"] for event in job.events("started")] == ["node[1-2]", "node[1,3]"]
     assert job.events("ended")[0]["exclude"] == ["node2"]
     assert "gemm: rank 1 on node2 is unfit" in job.log() and "is started again without node2" in job.log()
     assert_whole(job.run, 3)
@@ -161,6 +173,7 @@ def test_an_unfit_node_is_left_out(job: Job, tmp_path: Path) -> None:
 SHORT = ("train.steps=100000", "train.time_limit_minutes=0.05", "train.save_every_steps=50000")
 
 
+@pytest.mark.slow
 def test_a_chain_goes_on_across_time_limits(job: Job) -> None:
     assert "after it, one after another: " in job.submit(*SHORT, "--chain", "2")
     job.wait_for(job.gone)
@@ -195,3 +208,17 @@ def test_cancelled_by_slurm_it_stays_so(job: Job) -> None:
     time.sleep(1)
     assert job.gone()
     assert len(job.events("started")) == 1
+
+
+@pytest.mark.slow
+def test_a_controller_that_is_away_is_waited_for(job: Job) -> None:
+    job.submit("train.steps=200")
+    job.wait_for(lambda: job.steps() > 5)
+    controller = int((job.cluster.folder / "slurmctld.pid").read_text())
+    os.kill(job.cluster.process(controller), signal.SIGSTOP)
+    job.wait_for(lambda: ends(job) == [0])
+    time.sleep(15)  # some of its questions have no answer by now
+    os.kill(job.cluster.process(controller), signal.SIGCONT)
+    job.wait_for(job.gone)
+    assert "error" not in job.log()
+    assert "has finished its run" in job.log()

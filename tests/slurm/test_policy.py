@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tostlm.slurm.policy import Decision, decide
-from tostlm.slurm.record import ENDED, STARTED, End, Record
+from tostlm.slurm.record import ENDED, STARTED, SUBMITTED, End, Record
 
 
 def ends(*codes_and_steps: tuple[int, int]) -> Decision:
@@ -30,6 +30,7 @@ def test_a_defect_is_tried_once_more() -> None:
     assert not ends((1, 5), (1, 5)).again
     assert ends((1, 5), (1, 6)).again
     assert not ends((1, 5), (75, 5), (1, 5)).again  # a time limit between them changes nothing
+    assert ends((76, 5), (1, 5)).again
 
 
 def test_lost_ranks_are_tried_again_later_and_later() -> None:
@@ -54,6 +55,18 @@ def test_a_start_that_its_node_took_with_it_is_a_lost_rank(tmp_path: Path) -> No
     assert record.ends("7") == [End(76, 2), End(0, 9)]
     assert record.ends("8") == [End(75, 3)]
     assert record.jobs() == ["7", "8"]
+
+
+def test_a_chain_is_judged_as_one_job(tmp_path: Path) -> None:
+    """Else each of its jobs would have a history of its own, and one that cannot come further would go on for ever."""
+    record = Record(tmp_path)
+    record.add(SUBMITTED, "1")
+    for job in ("2", "3"):
+        record.add(SUBMITTED, job, after=str(int(job) - 1))
+    for job in ("1", "2", "3"):
+        record.add(STARTED, job, step=4)
+        record.add(ENDED, job, code=75, step=4)
+    assert [decide(record.ends(job)).again for job in ("1", "2", "3")] == [True, True, False]
 
 
 def test_a_torn_line_is_passed_over(tmp_path: Path) -> None:

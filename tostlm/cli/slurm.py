@@ -101,13 +101,14 @@ def job(
     overrides: Overrides = None,
     then: Annotated[str, typer.Option(help="once it was asked to stop: requeue, end or successor")] = "requeue",
     doctor: Annotated[bool, typer.Option("--doctor", help="check the nodes first; leave those out that fail")] = False,
+    ranks_per_node: Annotated[int | None, typer.Option(min=1, help="take as many nodes as the batch allows")] = None,
 ) -> None:
     """Be the batch script of a pretraining job: start its ranks, and see to what comes after."""
     from tostlm import slurm
 
     if then not in list(slurm.Then):
         raise UserError(f"--then {then} is not known; use {', '.join(slurm.Then)}")
-    raise typer.Exit(slurm.run_job(config, overrides or [], slurm.Then(then), doctor))
+    raise typer.Exit(slurm.run_job(config, overrides or [], slurm.Then(then), doctor, ranks_per_node))
 
 
 @submit_app.command()

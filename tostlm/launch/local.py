@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from subprocess import Popen, TimeoutExpired
 from types import FrameType
 
-from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE
+from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE, USERS_MISTAKE
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 2.0  # in which ranks that have lost one name it
-USERS_MISTAKE = 2
 
 Children = Sequence["Popen[bytes]"]
 Codes = Sequence[int | None]

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 OUTCOME = "TOSTLM_OUTCOME"  # the environment's name for the file that a job wants told
+WORD_SECONDS = 5.0  # in which the rank that says what is wrong does so
 
 
-def leave(code: int) -> NoReturn:
-    """End this rank at once, its exit code told.
+def leave(code: int, silent: bool = False) -> NoReturn:
+    """End this rank at once, its exit code told; one that leaves what is wrong for another to say lets that tell first.
 
     torch's gloo threads now and then abort a process whose interpreter ends around them; all is written by now.
     """
+    sys.stdout.flush()
+    sys.stderr.flush()
     if code and OUTCOME in os.environ:
-        with suppress(OSError):  # another rank was first
-            descriptor = os.open(os.environ[OUTCOME], os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-            os.write(descriptor, f"{os.environ.get('RANK', '0')} {code}\n".encode())
-            os.close(descriptor)
+        _tell(Path(os.environ[OUTCOME]), code, silent)
     os._exit(code)
+
+
+def _tell(file: Path, code: int, silent: bool) -> None:
+    deadline = time.monotonic() + WORD_SECONDS
+    while silent and not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    own = file.with_name(f"{file.name}-{rank}")
+    with suppress(OSError):  # a full disk, or another rank was first
+        own.write_text(f"{rank} {code}\n")
+        os.link(own, file)
+    with suppress(OSError):
+        own.unlink()

@@ -1,27 +1,22 @@
-"""What a Slurm job's batch script does: starts the ranks, hands signals on, and sees to what comes after."""
+"""What a Slurm job's batch script becomes: it starts the ranks, and sees to what comes after."""
 
 from __future__ import annotations
 
-import json
 import os
-import shlex
-import signal
-import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
-from types import FrameType
 
-from tostlm.config import load_config
-from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE, UserError
+from tostlm.config import RunConfig, batches, load_config
+from tostlm.errors import EXIT_REQUEUE, UserError
 from tostlm.files import require_writable
-from tostlm.launch import OUTCOME
 from tostlm.slurm.commands import queued, requeue, slurm, submit_script
-from tostlm.slurm.policy import USERS_MISTAKE, decide
-from tostlm.slurm.record import CANCELLED, ENDED, SCRIPT, SITE, STARTED, SUBMITTED, Record
+from tostlm.slurm.policy import decide
+from tostlm.slurm.record import CANCELLED, ENDED, SAID, SCRIPT, SITE, STARTED, SUBMITTED, Record
+from tostlm.slurm.step import Ended, Steps
 
-# Rank 0 speaks for the job; the others have a file each. exec leaves signals to tostlm itself.
-RANK = '[ "$SLURM_PROCID" = 0 ] || exec >>"$TOSTLM_LOG-rank-$SLURM_PROCID.log" 2>&1; exec tostlm "$@"'
+UNDER_WAY = ("RUNNING", "SIGNALING", "SUSPENDED")
 
 
 class Then(StrEnum):
@@ -32,129 +27,136 @@ class Then(StrEnum):
     SUCCESSOR = "successor"  # the job that it has queued when it started
 
 
-class Asked:
-    """Requests to stop, which are handed on to the ranks as SIGUSR1."""
-
-    def __init__(self) -> None:
-        self.made = False
-        self.step: subprocess.Popen[bytes] | None = None
-        for number in (signal.SIGUSR1, signal.SIGTERM):
-            signal.signal(number, self._hand_on)
-
-    def _hand_on(self, number: int, frame: FrameType | None) -> None:
-        self.made = True
-        if self.step is not None:
-            self.step.send_signal(signal.SIGUSR1)
-
-
-def run_job(config_file: Path, overrides: Sequence[str], then: Then, doctor: bool) -> int:
+def run_job(
+    config_file: Path, overrides: Sequence[str], then: Then, doctor: bool, ranks_per_node: int | None = None
+) -> int:
     """Train until the run is finished or its job has to end; returns the job's exit code.
+
+    With `ranks_per_node` it takes as many of its nodes as the batch splits over, else the tasks it was submitted with.
 
     Raises:
         UserError: this is no job, its config is wrong, its folder cannot be written, or Slurm refuses to go on.
     """
-    job = _this_job()
-    config = load_config(config_file, overrides)
-    record = Record(config.run_dir)
-    require_writable(record.logs)
-    asked = Asked()
-    if record.step() >= config.train.steps:
-        print(f"{config.run_dir}: finished at step {record.step()}; raise train.steps to go on", flush=True)
-        _cancel_waiting(record, job)
+    job = Job(load_config(config_file, overrides))
+    require_writable(job.record.logs)
+    steps = Steps(job.record, job.id, job.layout(ranks_per_node))
+    if job.is_over():
         return 0
-    record.add(STARTED, job, step=record.step(), nodes=os.environ.get("SLURM_JOB_NODELIST", ""))
-    if then is Then.SUCCESSOR and not _waiting(record, job):
-        _queue_successor(record)
-
+    job.start()
+    if then is Then.SUCCESSOR and not job.waiting():
+        job.queue_successor()
     arguments = [str(config_file), *overrides]
-    code, rank, exclude = _examine(arguments, record, job, asked) if doctor else (0, 0, [])
-    if code == 0:
-        code, rank = _step(["train", *arguments], record, job, asked)
-    record.add(ENDED, job, code=code, rank=rank, step=record.step(), exclude=exclude)
-    return _afterwards(record, job, code, then, exclude)
+    ended = steps.examine(arguments) if doctor else Ended(0)
+    if ended.code == 0:
+        ended = steps.train(arguments)
+    job.end(ended)
+    return job.go_on(ended, then)
 
 
-def _this_job() -> str:
-    if "SLURM_JOB_ID" not in os.environ:
-        raise UserError("this is no Slurm job; submit one: `tostlm submit pretrain`, or sbatch slurm/pretrain.sbatch")
-    if "SLURM_ARRAY_JOB_ID" in os.environ:
-        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    return os.environ["SLURM_JOB_ID"]
+class Job:
+    """This process's job and the run that it is for.
 
+    Raises:
+        UserError: this process runs in no job.
+    """
 
-def _step(arguments: Sequence[str], record: Record, job: str, asked: Asked) -> tuple[int, int]:
-    """Run tostlm as one task a rank; returns the exit code and the number of the first rank that ended badly."""
-    outcome = (record.folder / f"outcome-{job}").absolute()
-    outcome.unlink(missing_ok=True)
-    environment = {**os.environ, OUTCOME: str(outcome), "TOSTLM_LOG": str((record.logs / job).absolute())}
-    if cores := os.environ.get("SLURM_CPUS_PER_TASK"):  # which srun does not take from sbatch by itself
-        environment = {"OMP_NUM_THREADS": cores, **environment, "SRUN_CPUS_PER_TASK": cores}
-    options = shlex.split(os.environ.get("TOSTLM_SRUN", ""))
-    command = ["srun", "--kill-on-bad-exit=1", *options, "bash", "-c", RANK, "tostlm", *arguments]
-    asked.step = subprocess.Popen(command, env=environment)
-    if asked.made:
-        asked.step.send_signal(signal.SIGUSR1)
-    code = asked.step.wait()
-    if not outcome.exists():  # none of them could say how it ended
-        killed = code < 0 or code >= 128
-        return (EXIT_REQUEUE if asked.made else EXIT_LOST_RANK) if killed else code, 0
-    rank, code = map(int, outcome.read_text().split())
-    outcome.unlink()
-    return code, rank
+    def __init__(self, config: RunConfig) -> None:
+        if "SLURM_JOB_ID" not in os.environ:
+            raise UserError(
+                "this is no Slurm job; submit one: `tostlm submit pretrain`, or sbatch slurm/pretrain.sbatch"
+            )
+        self.id = os.environ["SLURM_JOB_ID"]
+        if "SLURM_ARRAY_JOB_ID" in os.environ:
+            self.id = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+        self.record, self._config = Record(config.run_dir), config
 
+    def layout(self, ranks_per_node: int | None) -> list[str]:
+        """What srun is to be told of nodes and tasks."""
+        if ranks_per_node is None:
+            return []
+        given = int(os.environ["SLURM_NNODES"])
+        for nodes in range(given, 0, -1):
+            with suppress(UserError):
+                batches(self._config, nodes * ranks_per_node)
+                break
+        if nodes < given:
+            self._say(
+                f"job {self.id} uses {nodes} of its {given} nodes: train.batch_tokens splits over no more of them"
+            )
+        tasks = nodes * ranks_per_node
+        return [f"--nodes={nodes}", f"--ntasks={tasks}", f"--ntasks-per-node={ranks_per_node}"]
 
-def _examine(arguments: Sequence[str], record: Record, job: str, asked: Asked) -> tuple[int, int, list[str]]:
-    """Run the doctor on all ranks: as `_step`, and the nodes it wants excluded."""
-    findings = record.folder / f"doctor-{job}.json"
-    findings.unlink(missing_ok=True)
-    code, rank = _step(["doctor", *arguments, "--out", str(findings)], record, job, asked)
-    exclude = json.loads(findings.read_text())["exclude"] if findings.exists() else []
-    return EXIT_LOST_RANK if code == USERS_MISTAKE and exclude else code, rank, exclude
+    def is_over(self) -> bool:
+        """Whether there is nothing left to do, which is said then; what waits for the job is cancelled."""
+        step = self.record.step()
+        if self._cancelled():
+            self._say(f"job {self.id} was cancelled and does not start")
+        elif step >= self._config.train.steps:
+            self._say(f"{self._config.run_dir}: finished at step {step}; raise train.steps to go on")
+        else:
+            return False
+        self._cancel_waiting()
+        return True
 
+    def start(self) -> None:
+        """Write down that the job has started."""
+        log = str(Path("/proc/self/fd/1").readlink())
+        self.record.add(STARTED, self.id, step=self.record.step(), nodes=os.environ["SLURM_JOB_NODELIST"], log=log)
 
-def _afterwards(record: Record, job: str, code: int, then: Then, exclude: list[str]) -> int:
-    """See to what comes after a start of the job that ended with `code`."""
-    decision = decide(record.ends(job))
-    if any(event["what"] == CANCELLED for event in record.events(job)) or _state(job) != "RUNNING":
-        _say(f"job {job} was cancelled and is not started again")
+    def end(self, ended: Ended) -> None:
+        """Write down how this start of the job ended."""
+        facts = {"code": ended.code, "rank": ended.rank, "exclude": list(ended.exclude)}
+        self.record.add(ENDED, self.id, step=self.record.step(), **facts)
+
+    def go_on(self, ended: Ended, then: Then) -> int:
+        """See to what comes after this start; returns the job's exit code."""
+        decision = decide(self.record.ends(self.id))
+        state = next((found.state for found in queued([self.id])), "gone")
+        if self._cancelled():
+            self._cancel_waiting()
+            self._say(f"job {self.id} was cancelled and is not started again")
+            return 0
+        if state not in UNDER_WAY:  # to requeue a job that scancel is ending would undo that
+            self._say(f"job {self.id} is {state.lower()}: Slurm ended it, and alone may start it again")
+            return 0
+        if not decision.again:
+            self._cancel_waiting()
+            over = "has finished its run" if ended.code == 0 else f"is not started again: {decision.why}"
+            self._say(f"job {self.id} {over}")
+            return ended.code
+        waiting = self.waiting()
+        if then is not Then.REQUEUE and (waiting or ended.code == EXIT_REQUEUE):
+            self._say(f"job {self.id} ends: {decision.why}" + "".join(f" as job {other}" for other in waiting[:1]))
+            return 0
+        later = f" in {decision.delay_seconds:.0f} s" if decision.delay_seconds else ""
+        without = f" without {', '.join(ended.exclude)}" if ended.exclude else ""
+        self._say(f"job {self.id} is started again{later}{without}: {decision.why}")
+        requeue(self.id, decision.delay_seconds, ended.exclude)
+        if self._cancelled():  # in the meantime
+            slurm("scancel", self.id)
         return 0
-    if not decision.again:
-        _cancel_waiting(record, job)
-        if code:
-            _say(f"job {job} is not started again: {decision.why}")
-        return code
-    if code == EXIT_REQUEUE and then is not Then.REQUEUE:
-        _say(f"job {job} ends: {decision.why}" + "".join(f" as job {other}" for other in _waiting(record, job)[:1]))
-        return 0
-    later = f" in {decision.delay_seconds:.0f} s" if decision.delay_seconds else ""
-    without = f" without {', '.join(exclude)}" if exclude else ""
-    _say(f"job {job} is started again{later}{without}: {decision.why}")
-    requeue(job, decision.delay_seconds, exclude)
-    return 0
 
+    def waiting(self) -> list[str]:
+        """The run's jobs that come after this one."""
+        found = queued(self.record.jobs())
+        return [other.job for other in found if other.job != self.id and other.state == "PENDING"]
 
-def _say(line: str) -> None:
-    print(f"tostlm: {line}", flush=True)
+    def queue_successor(self) -> None:
+        """Queue the job that starts when this one ends."""
+        script, site = self.record.folder / SCRIPT, self.record.folder / SITE
+        if not script.exists():
+            raise UserError(f"{script} is missing, which a successor runs; use `tostlm submit pretrain --until-done`")
+        successor = submit_script(script, site if site.exists() else None, "--dependency=singleton")
+        self.record.add(SUBMITTED, successor, after=self.id)
 
+    def _cancelled(self) -> bool:
+        return any(event["what"] == CANCELLED for event in self.record.events(self.id))
 
-def _state(job: str) -> str:
-    """A job that is being cancelled is COMPLETING while its batch script still runs; to requeue it would undo that."""
-    return next((found.state for found in queued([job])), "")
+    def _cancel_waiting(self) -> None:
+        if waiting := self.waiting():
+            slurm("scancel", *waiting)
+            self._say(f"cancelled what waited for it: job {', '.join(waiting)}")
 
-
-def _waiting(record: Record, job: str) -> list[str]:
-    return [other.job for other in queued(record.jobs()) if other.job != job and other.state == "PENDING"]
-
-
-def _cancel_waiting(record: Record, job: str) -> None:
-    if waiting := _waiting(record, job):
-        slurm("scancel", *waiting)
-        _say(f"cancelled what waited for it: job {', '.join(waiting)}")
-
-
-def _queue_successor(record: Record) -> None:
-    script, site = record.folder / SCRIPT, record.folder / SITE
-    if not script.exists():
-        raise UserError(f"{script} is missing, which a successor would run; use `tostlm submit pretrain --until-done`")
-    successor = submit_script(script, site if site.exists() else None, "--dependency=singleton")
-    record.add(SUBMITTED, successor)
+    def _say(self, line: str) -> None:
+        print(f"tostlm: {line}", flush=True)
+        self.record.add(SAID, self.id, text=line)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
-from tostlm.errors import EXIT_REQUEUE
+from tostlm.errors import EXIT_REQUEUE, USERS_MISTAKE
 from tostlm.slurm.record import End
 
-USERS_MISTAKE, DEFECT = 2, 1
+DEFECT = 1
 STARTS = {EXIT_REQUEUE: 3, DEFECT: 2}  # that may end so before the run has saved a new step
 STARTS_OF_LOST_RANKS = 6  # a rank that dies or hangs is most often its node's fault, and nodes come back
 BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 10, 600
@@ -35,7 +35,7 @@ def decide(ends: Sequence[End]) -> Decision:
         here = list(takewhile(lambda end: end.code == EXIT_REQUEUE, here))
         what = "was stopped as asked"
     else:
-        here = [end for end in here if end.code != EXIT_REQUEUE]
+        here = [end for end in here if (end.code == DEFECT if code == DEFECT else end.code != EXIT_REQUEUE)]
         what = "failed with a defect" if code == DEFECT else "lost a rank"
     allowed = STARTS.get(code, STARTS_OF_LOST_RANKS)
     if len(here) >= allowed:

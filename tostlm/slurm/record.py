@@ -1,7 +1,7 @@
 """What is kept in a run's folder of its jobs.
 
 run_dir/slurm/
-  jobs.jsonl           a line an event: submitted, started, ended, cancelled
+  jobs.jsonl           a line an event: submitted, started, ended, said, cancelled
   pretrain.sbatch      the script that was submitted, and what it reads:
   config.yaml          the resolved config
   site.env
@@ -22,7 +22,7 @@ from tostlm.errors import EXIT_LOST_RANK
 
 FOLDER, LOGS, JOBS = "slurm", "logs", "jobs.jsonl"
 SCRIPT, CONFIG, SITE, CODE = "pretrain.sbatch", "config.yaml", "site.env", "code.txt"
-SUBMITTED, STARTED, ENDED, CANCELLED = "submitted", "started", "ended", "cancelled"
+SUBMITTED, STARTED, ENDED, SAID, CANCELLED = "submitted", "started", "ended", "said", "cancelled"
 Event = dict[str, Any]
 
 
@@ -63,10 +63,13 @@ class Record:
         return list(dict.fromkeys(event["job"] for event in self._read()))
 
     def ends(self, job: str) -> list[End]:
-        """How the starts of a job ended. One that its node took with it could not say so."""
+        """How the starts of a job, and of those before it in its chain, ended; a lost node let one say nothing."""
+        line = self._line(job)
         ends: list[End] = []
         begun = False
-        for event in self.events(job):
+        for event in self._read():
+            if event["job"] not in line:
+                continue
             if event["what"] == STARTED:
                 if begun:
                     ends.append(End(EXIT_LOST_RANK, event["step"]))
@@ -75,6 +78,15 @@ class Record:
                 ends.append(End(event["code"], event["step"]))
                 begun = False
         return ends
+
+    def _line(self, job: str) -> set[str]:
+        """A job and those before it in its chain."""
+        before = {event["job"]: event["after"] for event in self._read() if event.get("after")}
+        line = {job}
+        while job in before:
+            job = before[job]
+            line.add(job)
+        return line
 
     def step(self) -> int:
         """Of the newest checkpoint."""

@@ -56,13 +56,9 @@ class Resources:
         ]
 
     def settings(self) -> list[str]:
-        """What the script itself tells srun, of a range of nodes."""
+        """What the script itself sets, of a range of nodes."""
         fewest, most = self.fewest_and_most_nodes()
-        if fewest == most:
-            return []
-        ranks = f'SLURM_NTASKS_PER_NODE={self.ranks_per_node} SLURM_NTASKS="$((SLURM_NNODES * {self.ranks_per_node}))"'
-        cores = f" SLURM_CPUS_PER_TASK={self.cpus_per_rank}" if self.cpus_per_rank else ""
-        return [f"export {ranks}{cores}"]
+        return [f"export SLURM_CPUS_PER_TASK={self.cpus_per_rank}"] if fewest < most and self.cpus_per_rank else []
 
 
 def batch_script(made_by: str, options: Sequence[str], site: Path | None, commands: Sequence[str]) -> str:
@@ -74,7 +70,7 @@ def batch_script(made_by: str, options: Sequence[str], site: Path | None, comman
     lines = [
         "#!/usr/bin/env bash",
         f"# Made by `{made_by}`; it can be submitted again by hand with sbatch.",
-        *(f"#SBATCH {option}" for option in options),
+        *(f"#SBATCH {shlex.quote(option)}" for option in options),
         "",
         "set -euo pipefail",
         "trap '' USR1",

@@ -10,10 +10,9 @@ from typing import Any
 
 from tostlm.checkpoint import CONFIG, checkpoints
 from tostlm.config import load_config
-from tostlm.errors import UserError
+from tostlm.errors import EXIT_REQUEUE, UserError
 from tostlm.slurm.commands import Queued, queued, slurm
-from tostlm.slurm.policy import decide
-from tostlm.slurm.record import CANCELLED, ENDED, STARTED, Event, Record
+from tostlm.slurm.record import CANCELLED, ENDED, SAID, STARTED, Event, Record
 
 TAIL_BYTES, TAIL_LINES = 1 << 16, 8
 
@@ -45,11 +44,14 @@ def _jobs(record: Record, alive: list[Queued]) -> str:
 
     if alive:
         return "; ".join(map(one, alive))
-    last = record.jobs()[-1]
-    ends = record.ends(last)
-    starts = sum(event["what"] == STARTED for event in record.events())
-    how = f"ended with code {ends[-1].code}: {decide(ends).why}" if ends else "is gone from the queue"
-    return f"{last} {how}" + (f", after {_times(starts - 1)} restarted" if starts > 1 else "")
+    events = record.events()
+    starts = sum(event["what"] == STARTED for event in events)
+    said = [event["text"] for event in events if event["what"] == SAID]
+    return (
+        "none waits or runs"
+        + (f", restarted {_times(starts - 1)}" if starts > 1 else "")
+        + "".join(f"; {text}" for text in said[-1:])
+    )
 
 
 def _times(count: int) -> str:
@@ -85,10 +87,11 @@ def _parsed(line: str) -> dict[str, Any] | None:
 def _failure(record: Record, events: list[Event]) -> dict[str, str]:
     """The last words of the rank that ended badly, where the newest start did."""
     ended = next((event for event in reversed(events) if event["what"] in (ENDED, CANCELLED)), None)
-    if ended is None or ended["what"] == CANCELLED or ended["code"] in (0, 75):
+    if ended is None or ended["what"] == CANCELLED or ended["code"] in (0, EXIT_REQUEUE):
         return {}
     rank = ended["rank"]
-    log = record.logs / (f"{ended['job']}-rank-{rank}.log" if rank else f"{ended['job']}.log")
+    job_log = next(event["log"] for event in reversed(events) if event["what"] == STARTED)
+    log = record.logs / f"{ended['job']}-rank-{rank}.log" if rank else Path(job_log)
     words = "".join(f"\n  {line}" for line in _tail(log)[-TAIL_LINES:])
     excluded = f", excluded: {', '.join(ended['exclude'])}" if ended.get("exclude") else ""
     return {"failed": f"rank {rank} of job {ended['job']} with code {ended['code']}{excluded}; {log}:{words}"}

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from tostlm.data import common_tokenizer
 from tostlm.doctor.plan import memory_bytes
 from tostlm.errors import UserError
 from tostlm.files import locked, require_writable, write_atomically
-from tostlm.slurm.commands import queued, submit_script
+from tostlm.slurm.commands import queued, slurm, submit_script
 from tostlm.slurm.job import Then
 from tostlm.slurm.record import CODE, CONFIG, SCRIPT, SITE, SUBMITTED, Record
 from tostlm.slurm.script import Resources, batch_script
@@ -62,7 +63,7 @@ def pretrain(
         raise UserError("--sweep makes one array; its jobs go on by themselves, without --chain and --until-done")
     points = _points(config_file, overrides, run.run_dir, sweep)
     for point in points:
-        check(point, resources)
+        check(point, resources, gpu_memory_gib(site))
     record = Record(run.run_dir)
     if not sweep and record.step() >= run.train.steps:
         return f"{run.run_dir}: finished at step {record.step()}; raise train.steps to go on"
@@ -79,16 +80,24 @@ def pretrain(
             write_atomically(folder / CONFIG, dump_config(point))
         own_site = keep(record, {SCRIPT: script}, site)
         jobs = [submit_script(record.folder / SCRIPT, own_site)]
-        record.add(SUBMITTED, jobs[0], runs=[str(point.run_dir) for point in points if sweep])
+        record.add(SUBMITTED, jobs[0], runs=[str(point.run_dir.absolute()) for point in points if sweep])
         for index, point in enumerate(points if sweep else ()):
             Record(point.run_dir).add(SUBMITTED, f"{jobs[0]}_{index}")
         for _ in range(course.chain - 1):
-            jobs.append(submit_script(record.folder / SCRIPT, own_site, "--dependency=singleton"))
-            record.add(SUBMITTED, jobs[-1])
+            jobs.append(_submit_after(jobs, record.folder / SCRIPT, own_site))
+            record.add(SUBMITTED, jobs[-1], after=jobs[-2])
     return _told(run.run_dir, jobs, course, len(points) if sweep else 0)
 
 
-def check(config: RunConfig, resources: Resources) -> None:
+def _submit_after(jobs: Sequence[str], script: Path, site: Path | None) -> str:
+    try:
+        return submit_script(script, site, "--dependency=singleton")
+    except UserError:  # all of a chain, or nothing
+        slurm("scancel", *jobs)
+        raise
+
+
+def check(config: RunConfig, resources: Resources, memory_gib: float | None) -> None:
     """Hold a config against what its job will have.
 
     Raises:
@@ -98,23 +107,32 @@ def check(config: RunConfig, resources: Resources) -> None:
     for nodes in resources.fewest_and_most_nodes():
         world = nodes * resources.ranks_per_node
         batches(config, world)
-        _fits(config, world)
+        _fits(config, world, memory_gib)
     common_tokenizer(config.data.folders, config.model.vocab_size)
 
 
-def _fits(config: RunConfig, world: int) -> None:
-    has = os.environ.get("TOSTLM_GPU_MEMORY_GIB")
-    if has is None:
-        return
+def gpu_memory_gib(site: Path | None) -> float | None:
+    """TOSTLM_GPU_MEMORY_GIB as the environment, or else the site's settings, have it.
+
+    Raises:
+        UserError: it is no number.
+    """
+    told = os.environ.get("TOSTLM_GPU_MEMORY_GIB", "")
+    if not told and site is not None:
+        read = ["bash", "-c", '. "$0" >&2; printf %s "${TOSTLM_GPU_MEMORY_GIB-}"', str(site)]
+        told = subprocess.run(read, capture_output=True, text=True).stdout
     try:
-        bound = float(has)
+        return float(told) if told else None
     except ValueError:
-        raise UserError(f"TOSTLM_GPU_MEMORY_GIB={has} must be a number of GiB, as 80") from None
+        raise UserError(f"TOSTLM_GPU_MEMORY_GIB={told} must be a number of GiB, as 80") from None
+
+
+def _fits(config: RunConfig, world: int, memory_gib: float | None) -> None:
     need = memory_bytes(config, world) / GIB
-    if need > bound:
+    if memory_gib is not None and need > memory_gib:
         raise UserError(
-            f"model and optimizer take {need:.1f} GiB a rank on {world} ranks, above TOSTLM_GPU_MEMORY_GIB={has}; "
-            "raise deepspeed.zero_optimization.stage, ask for more GPUs or offload the optimizer"
+            f"model and optimizer take {need:.3g} GiB a rank on {world} ranks, above TOSTLM_GPU_MEMORY_GIB="
+            f"{memory_gib:g}; raise deepspeed.zero_optimization.stage, ask for more GPUs or offload the optimizer"
         )
 
 
@@ -172,6 +190,8 @@ def _script(
     else:
         before = []
         job.append(shlex.quote(str(configs[0])))
+    fewest, most = resources.fewest_and_most_nodes()
+    job += [f"--ranks-per-node {resources.ranks_per_node}"] * (fewest < most)
     job += [f"--then {course.then}"] * (course.then is not Then.REQUEUE) + ["--doctor"] * course.doctor
     own_site = record.folder / SITE if site else None
     return batch_script("tostlm submit pretrain", options, own_site, [*resources.settings(), *before, " ".join(job)])
@@ -190,7 +210,8 @@ def keep(record: Record, scripts: Mapping[str, str], site: Path | None) -> Path 
     if site is None:
         (record.folder / SITE).unlink(missing_ok=True)
         return None
-    shutil.copyfile(site, record.folder / SITE)
+    with suppress(shutil.SameFileError):
+        shutil.copyfile(site, record.folder / SITE)
     return record.folder / SITE
 
 

@@ -51,6 +51,7 @@ def train(config: RunConfig, ranks: Ranks) -> None:
         return
     with StopRequest(config.train.time_limit_minutes) as stop, Watchdog(config, ranks) as watchdog:
         step = go_on(config, ranks, device, newest, stop, watchdog)
+        dist.barrier()  # Slurm ends all ranks as soon as one ends otherwise than well
     dist.destroy_process_group()
     if step < config.train.steps:
         if ranks.rank == 0:
