@@ -7,12 +7,16 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import yaml
 
 from tests.warm import Program, end_all
 from tostlm.config import RunConfig, load_config
 from tostlm.data import Settings, Tokenizer, prepare, train_tokenizer
+
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 ROOT = Path(__file__).parent.parent
 VOCAB = 512

@@ -1,5 +1,6 @@
 """The command line, forked from a process that has imported everything: imports are most of a short run's time."""
 
+import ctypes
 import multiprocessing
 import os
 import shutil
@@ -99,6 +100,8 @@ def _child(
     files: tuple[Path, Path],
 ) -> None:
     os.setsid()
+    PR_SET_PDEATHSIG = 1  # prctl(2): end with the server, which ends with pytest
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
     tostlm.launch.local.Popen = Rank  # type: ignore[misc]
     torch.set_num_threads(1)

@@ -17,7 +17,7 @@ VOCAB, EOS = 100, 7
 TOKENS = st.lists(st.integers(0, VOCAB - 1).filter(lambda token: token != EOS), min_size=1, max_size=20)
 DOCUMENTS = st.lists(TOKENS, min_size=1, max_size=8)
 CODES = {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 8: "u2"}
-fuzz = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+fuzz = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def write_nanogpt(path: Path, documents: list[list[int]], end: bool = True) -> None:

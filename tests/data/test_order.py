@@ -15,7 +15,7 @@ from tostlm.data.order import LONGEST_CYCLE, ROUNDS, Blend, permuted
 HUGE = 10**11
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(size=st.integers(1, 3000), key=st.text(max_size=5))
 def test_a_permutation_of_any_size(size: int, key: str) -> None:
     assert sorted(permuted(index, size, key) for index in range(size)) == list(range(size))
@@ -71,7 +71,7 @@ def test_the_cycle_of_some_weights(weights: list[float], counts: list[int]) -> N
     assert blend.length == sum(counts)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6))
 def test_rounding_leaves_less_than_a_sample_in_a_cycle(weights: list[float]) -> None:
     blend = Blend(weights)

@@ -50,7 +50,7 @@ def test_every_line_is_in_one_range(lines: list[bytes], cuts: list[int], ended: 
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(frames=st.lists(st.binary(min_size=1, max_size=200), min_size=1, max_size=3), cut=st.integers(0, 100))
 def test_compressed_files_are_whole_or_an_error(suffix: str, frames: list[bytes], cut: int) -> None:
     stored = b"".join(map(COMPRESS[suffix], frames))

@@ -116,7 +116,7 @@ print(int(tokens.tokens(0, len(tokens)).sum()), len(tokens.document_bounds))
     assert done.stdout.split() == [str(whole.tokens(0, len(whole)).sum()), str(len(whole.document_bounds))]
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.data())
 def test_any_manifest_is_read_or_refused(copy: Path, changes: st.DataObject) -> None:
     original = (copy / "manifest.json").read_bytes()

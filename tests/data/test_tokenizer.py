@@ -59,7 +59,7 @@ def _file(folder: Path, content: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", LOSSLESS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=TEXTS | st.sampled_from(TRAPS))
 def test_nothing_is_lost(every: Kinds, kind: str, text: str) -> None:
     tokenizer = every[kind]

@@ -13,7 +13,7 @@ from tostlm.model import IGNORE, LM, ModelConfig, count_parameters, create_lm, t
 
 
 @shapes
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(cuts=st.sets(st.integers(1, 49), max_size=4))
 def test_pieces_equal_the_whole(config: ModelConfig, cuts: set[int]) -> None:
     lm, tokens = create_lm(config, seed=0), tokens_of(config, 2, 50)

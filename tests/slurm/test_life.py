@@ -222,3 +222,12 @@ def test_a_controller_that_is_away_is_waited_for(job: Job) -> None:
     job.wait_for(job.gone)
     assert "error" not in job.log()
     assert "has finished its run" in job.log()
+
+
+@pytest.mark.slow
+def test_before_its_time_limit_it_saves_and_starts_again(job: Job) -> None:
+    job.submit("train.steps=100000", "train.save_every_steps=50000", "--time", "2:00", "--warning-seconds", "30")
+    job.wait_for(lambda: len(job.events("started")) == 2, 240)
+    assert ends(job) == [EXIT_REQUEUE]
+    assert job.events("started")[1]["step"] == job.events("ended")[0]["step"] > 0
+    assert "(SIGUSR1)" in job.log()

@@ -185,7 +185,10 @@ def test_a_run_is_evaluated_timed_and_converted(job: Job, trained: dict[str, Run
     }
     for kind, arguments in verbs.items():
         assert "its log is" in succeed(job.command("submit", kind, *arguments, "--gpus-per-node", "0"))
+    by_hand = ["sbatch", "--output=/dev/null", f"--chdir={ROOT}", str(ROOT / "slurm" / "eval.sbatch"), *verbs["eval"]]
+    job.cluster.ask(*by_hand, "--out", str(run.dir / "by-hand"))
     job.wait_for(job.gone)
+    assert (run.dir / "by-hand" / "perplexity.json").exists()
     said = "\n".join(path.read_text() for path in (run.dir / "slurm" / "logs").iterdir())
     assert (run.dir / "perplexity.json").exists(), said
     assert (run.dir / "hf" / "config.json").exists(), said

@@ -27,7 +27,7 @@ def test_equals_the_reference_over_several_blocks() -> None:
     assert_same(outcome(tssa, inputs), outcome(tssa_reference, inputs), tolerance=1e-8)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data(), T=st.integers(2, 90), seed=st.integers(0, 9))
 def test_pieces_equal_the_whole(data: st.DataObject, T: int, seed: int) -> None:
     cuts = sorted(data.draw(st.sets(st.integers(1, T - 1), max_size=5)))

@@ -171,7 +171,7 @@ def _script(
 ) -> str:
     record = Record(run.run_dir.absolute())
     configs = [Record(point.run_dir.absolute()).folder / CONFIG for point in points]
-    array = len(configs) > 1 or points[0].run_dir != run.run_dir
+    array = points[0].run_dir != run.run_dir
     options = [
         f"--job-name={job_name(run.run_dir)}",
         *resources.options(),
