@@ -13,11 +13,13 @@ from pathlib import Path
 
 PACKAGES = ["slurmctld", "slurmd", "slurm-client", "munge", "slurm-wlm-basic-plugins", "iproute2", "shellcheck"]
 COMMANDS = ["sbatch", "squeue", "scontrol", "scancel", "sinfo", "srun"]
+SLURMD_PORT = 6818
 GPUS = 2  # that each node says it has
 CONFIG = """\
 ClusterName=tests
 SlurmctldHost=head(10.77.0.1)
 SlurmUser=root
+SlurmdPort={port}
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
@@ -114,7 +116,7 @@ class Cluster:
             f"NodeName={name} NodeAddr={address} CPUs=8 RealMemory=16000 Gres=gpu:{GPUS} State=UNKNOWN"
             for name, address in self._addresses.items()
         ]
-        slurm = CONFIG.format(folder=self.folder) + "\n".join(machines) + "\n"
+        slurm = CONFIG.format(folder=self.folder, port=SLURMD_PORT) + "\n".join(machines) + "\n"
         (self.folder / "slurm.conf").write_text(slurm)
         (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu/gpu[0-{GPUS - 1}]\n")
         hosts = {"localhost": "127.0.0.1", "head": "10.77.0.1", **self._addresses}
@@ -150,6 +152,10 @@ class Cluster:
             ["link", "set", cable, "master", "cluster", "up"],
         ):
             subprocess.run(["nsenter", f"--target={self._head.pid}", "--net", "ip", *command], check=True)
+        # A node that comes back soon is idle for the controller before its slurmd answers.
+        call = ["nsenter", f"--target={self._head.pid}", "--net", "bash", "-c"]
+        answers = [*call, f": </dev/tcp/{self._addresses[node]}/{SLURMD_PORT}"]
+        self._wait(lambda: subprocess.run(answers, capture_output=True).returncode == 0)
 
     def crash(self, node: str) -> None:
         """All of a node's processes die at once."""
