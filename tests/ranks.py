@@ -1,7 +1,6 @@
 """Functions that run on several gloo processes at once."""
 
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,8 @@ import torch.distributed as dist
 
 from tests.warm import processes
 from tostlm.launch import Ranks
+from tostlm.launch.local import places
 from tostlm.train.engine import join_ranks
-
-
-def places(world: int) -> list[dict[str, str]]:
-    """The environments that tell `world` ranks here who they are."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
 
 
 def on_ranks(world: int, function: Callable[[int, int], Any], folder: Path) -> list[Any]:

@@ -1,6 +1,5 @@
 """The command line, forked from a process that has imported everything: imports are most of a short run's time."""
 
-import ctypes
 import multiprocessing
 import os
 import shutil
@@ -100,8 +99,7 @@ def _child(
     files: tuple[Path, Path],
 ) -> None:
     os.setsid()
-    PR_SET_PDEATHSIG = 1  # prctl(2): end with the server, which ends with pytest
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    tostlm.launch.local.end_with_the_parent(signal.SIGKILL)  # the server, which ends with pytest
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
     tostlm.launch.local.Popen = Rank  # type: ignore[misc]
     torch.set_num_threads(1)

@@ -81,7 +81,12 @@ def checkpoint_folder(run_dir: Path, step: int) -> Path:
 def step_folders(run_dir: Path) -> list[Path]:
     """The folders of a run that are named as checkpoints are, whole or not, oldest first."""
     found = [path for path in (run_dir / "checkpoints").glob("step-*") if STEP.match(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name, for where its content may be going away."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

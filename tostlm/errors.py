@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-USERS_MISTAKE = 2
+DEFECT, USERS_MISTAKE = 1, 2
 EXIT_REQUEUE = 75  # stopped on request with everything saved: the same command goes on
 EXIT_LOST_RANK = 76  # a rank died or hung: the same command goes on from the newest checkpoint
 

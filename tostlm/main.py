@@ -9,7 +9,7 @@ import sys
 import traceback
 
 from tostlm.cli import app
-from tostlm.errors import EXIT_LOST_RANK, USERS_MISTAKE, UserError, is_lost_peer, reason_of
+from tostlm.errors import DEFECT, EXIT_LOST_RANK, USERS_MISTAKE, UserError, is_lost_peer, reason_of
 from tostlm.launch import OUTCOME, leave
 
 MENDABLE = (  # limits of a disk, and paths that cannot be written
@@ -68,4 +68,4 @@ def _fail(message: str) -> int:
 
 def _defect() -> int:
     traceback.print_exc()
-    return 1
+    return DEFECT

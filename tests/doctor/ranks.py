@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-from tests.ranks import places
 from tests.warm import Program
+from tostlm.launch.local import places
 
 
 class Ranks:

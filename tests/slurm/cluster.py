@@ -9,7 +9,11 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from signal import SIGKILL
+
+from tostlm.launch.local import end_with_the_parent
 
 PACKAGES = ["slurmctld", "slurmd", "slurm-client", "munge", "slurm-wlm-basic-plugins", "iproute2", "shellcheck"]
 COMMANDS = ["sbatch", "squeue", "scontrol", "scancel", "sinfo", "srun"]
@@ -81,6 +85,15 @@ def _path() -> str:
     return f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
+def wait_until(happened: Callable[[], object], told: Callable[[], str], seconds: float = 120) -> float:
+    """The seconds until something has happened; `told` is shown where it does not."""
+    start = time.monotonic()
+    while not happened():
+        assert time.monotonic() - start < seconds, told()
+        time.sleep(0.05)
+    return time.monotonic() - start
+
+
 class Cluster:
     """Of nodes node1, node2, ...; `environment` is that of a login node, whose commands reach the controller."""
 
@@ -126,7 +139,14 @@ class Cluster:
         spaces = ["unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-child"]
         command = [*inside, *spaces, "bash", str(Path(__file__).parent / script), *arguments]
         with (self.folder / f"{name}.out").open("ab") as log:
-            machine = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+            machine = subprocess.Popen(
+                command,
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=partial(end_with_the_parent, SIGKILL),
+            )
         self._machines[name] = machine
         return machine
 
@@ -192,9 +212,5 @@ class Cluster:
         for name in reversed(list(self._machines)):
             self.crash(name)
 
-    def _wait(self, ready: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 60
-        while not ready():
-            if time.monotonic() > deadline:
-                raise RuntimeError("\n".join(path.read_text() for path in self.folder.glob("*.out")))
-            time.sleep(0.05)
+    def _wait(self, ready: Callable[[], object]) -> None:
+        wait_until(ready, lambda: "\n".join(path.read_text() for path in self.folder.glob("*.out")), 60)

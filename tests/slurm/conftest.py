@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,10 @@ from typing import Any
 import pytest
 
 from tests.conftest import Run, succeed
-from tests.slurm.cluster import Cluster, install
+from tests.slurm.cluster import Cluster, install, wait_until
 from tests.warm import Program
 
 NODES = 3
-
-
-def wait_until(happened: Callable[[], object], told: Callable[[], str], seconds: float = 120) -> float:
-    """The seconds until something has happened; `told` is shown where it does not."""
-    start = time.monotonic()
-    while not happened():
-        assert time.monotonic() - start < seconds, told()
-        time.sleep(0.05)
-    return time.monotonic() - start
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import ROOT, Run, succeed
-from tests.slurm.cluster import Cluster
-from tests.slurm.conftest import Job, tostlm_of_the_nodes, wait_until
+from tests.slurm.cluster import Cluster, wait_until
+from tests.slurm.conftest import Job, tostlm_of_the_nodes
 from tostlm.checkpoint import checkpoints, read_progress
 from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE
 

@@ -9,8 +9,7 @@ import pytest
 
 from tests.conftest import ROOT, succeed, tostlm
 from tests.data.test_prepare import content
-from tests.slurm.cluster import Cluster
-from tests.slurm.conftest import wait_until
+from tests.slurm.cluster import Cluster, wait_until
 from tostlm.data import Tokenizer
 
 pytestmark = pytest.mark.alone

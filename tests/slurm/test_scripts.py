@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -26,8 +27,8 @@ def test_there_is_one_for_each_verb_that_is_submitted() -> None:
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_it_ends_in_its_command_with_all_that_it_was_given(path: str) -> None:
-    text = (ROOT / "slurm" / path).read_text()
+def test_it_ends_in_its_command_with_all_that_it_was_given(path: Path) -> None:
+    text = path.read_text()
     last = text.splitlines()[-1]
     assert last.startswith(f'exec {COMMANDS[path.stem]} "$@"')
     assert tostlm(*COMMANDS[path.stem].split()[1:], "--help").returncode == 0

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.ranks import places
 from tostlm.checkpoint import Progress, checkpoint_folder, checkpoints, read_progress, read_state
 from tostlm.config import RunConfig, load_config
 from tostlm.data import common_tokenizer
 from tostlm.launch import Ranks, ranks_from_environment
+from tostlm.launch.local import places
 from tostlm.model import LM, create_lm
 from tostlm.train.checkpoint import PARTIAL, REMOVED, Saver
 from tostlm.train.engine import join_ranks, start_engine

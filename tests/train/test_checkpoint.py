@@ -14,12 +14,12 @@ import safetensors.torch
 import torch
 
 from tests.conftest import ROOT, Run, fail, succeed
-from tests.ranks import places
 from tests.train.test_faults import harm
 from tests.warm import Program
 from tostlm.checkpoint import Progress, checkpoint_folder, checkpoints, load, read_progress
 from tostlm.config import dump_config
 from tostlm.errors import UserError
+from tostlm.launch.local import places
 from tostlm.train.checkpoint import partial_of, to_remove
 from tostlm.train.resume import newest_good
 from tostlm.train.state_files import FILE_BYTES, pack, write_file

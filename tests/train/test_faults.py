@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from tests.conftest import Run, fail, succeed
-from tests.ranks import places
 from tests.warm import Program
 from tostlm.checkpoint import checkpoints, load, read_progress
 from tostlm.errors import EXIT_REQUEUE
+from tostlm.launch.local import places
 from tostlm.train import loop, start
 from tostlm.train.engine import Step
 

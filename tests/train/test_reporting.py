@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import struct
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wandb.proto import wandb_internal_pb2
 
 from tests.conftest import Run, succeed
+from tests.train.test_training import wait_for_a_checkpoint
 from tostlm.checkpoint import checkpoints, load, read_progress
 from tostlm.train.feed import Rows, training_loader
 from tostlm.tssa import tssa
@@ -43,9 +43,7 @@ class Reported:
     def __init__(self, run: Run) -> None:
         self.run = run
         program = run.start(*EVERYTHING, "train.steps=100000", nproc=2, WANDB_MODE="offline")
-        deadline = time.monotonic() + 120
-        while not checkpoints(run.dir) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        wait_for_a_checkpoint(run)
         os.kill(program.children()[0], signal.SIGKILL)
         program.end(60)
         self.before = lines(run, "train")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Run, succeed
-from tostlm.checkpoint import checkpoints, read_progress
+from tostlm.checkpoint import checkpoints, read_progress, step_of
 from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE
 
 KILLS = 20
@@ -29,7 +29,7 @@ def test_killed_twenty_times(data: Path, tmp_path: Path) -> None:
     for _ in range(KILLS):
         before = read_progress(checkpoints(run.dir)[-1]).step if checkpoints(run.dir) else 0
         program = run.start(*OVERRIDES, steps, nproc=2)
-        while program.running() and (not checkpoints(run.dir) or newest_step(run) < before + 10):
+        while program.running() and (not checkpoints(run.dir) or step_of(checkpoints(run.dir)[-1]) < before + 10):
             time.sleep(0.01)
         time.sleep(chance.uniform(0, 0.3))  # in a step, an evaluation or a save
         ranks = program.children()
@@ -43,13 +43,8 @@ def test_killed_twenty_times(data: Path, tmp_path: Path) -> None:
         assert "Traceback" not in ended.stderr
         while any(Path(f"/proc/{rank}").exists() for rank in ranks):  # those of a killed launcher save and end
             time.sleep(0.1)
-        done.append((victim, newest_step(run)))
+        done.append((victim, step_of(checkpoints(run.dir)[-1])))
     succeed(run.train(*OVERRIDES, steps, nproc=2))
     print(done)
     for kind, key in (("train", "loss"), ("train", "grad_norm"), ("heldout", "loss")):
         assert run.metrics(kind, key) == calm.metrics(kind, key)
-
-
-def newest_step(run: Run) -> int:
-    """Of the newest checkpoint, as its name has it: it may be going away."""
-    return int(checkpoints(run.dir)[-1].name.removeprefix("step-"))

@@ -5,19 +5,18 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import Run, succeed
-from tests.ranks import places
 from tests.train.test_training import wait_for_a_checkpoint
 from tests.warm import Program
-from tostlm.checkpoint import checkpoints
+from tostlm.checkpoint import checkpoints, step_of
 from tostlm.data import Loader
 from tostlm.errors import EXIT_LOST_RANK
+from tostlm.launch.local import places
 from tostlm.train.heartbeat import FAILED, PARTED, Heartbeat, culprits, read_heartbeats
 
 pytestmark = pytest.mark.alone
@@ -82,11 +81,8 @@ class Job:
 
 
 @pytest.fixture
-def job(run: Run) -> Iterator[Job]:
-    job = Job(run)
-    yield job
-    if job.program.running():
-        job.program.send_signal(signal.SIGKILL)
+def job(run: Run) -> Job:
+    return Job(run)
 
 
 def stick() -> None:
@@ -101,7 +97,7 @@ def stick() -> None:
 
 
 def goes_on(run: Run) -> None:
-    reached = int(checkpoints(run.dir)[-1].name.removeprefix("step-"))
+    reached = step_of(checkpoints(run.dir)[-1])
     succeed(run.train(f"train.steps={reached + 2}", nproc=2))
     assert list(run.metrics("train")) == list(range(1, reached + 3))
     assert not (run.dir / "heartbeats").exists()

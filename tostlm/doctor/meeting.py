@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from tostlm.errors import UserError, reason_of
+from tostlm.errors import USERS_MISTAKE, UserError, reason_of
 from tostlm.launch import Ranks
 
 END = "end"
@@ -186,7 +186,7 @@ class Meeting:
 
 def _rank_0_is_silent(ranks: Ranks, where: str) -> BaseException:
     if ranks.rank > 1:  # one says it
-        return SystemExit(2)
+        return SystemExit(USERS_MISTAKE)
     return UserError(f"rank 0 does not answer {where}; see what became of it, and that its port can be reached")
 
 

@@ -44,9 +44,11 @@ def run_local(arguments: Sequence[str], processes: int) -> int:
         sys.exit(128 + number)
 
     try:
-        for environment in _environments(processes):
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+        for place in places(processes):
             command = [sys.executable, "-m", "tostlm", *arguments]
-            children.append(Popen(command, env=environment, preexec_fn=_end_with_the_launcher))
+            environment = {**threads, **os.environ, **place}
+            children.append(Popen(command, env=environment, preexec_fn=end_with_the_parent))
         with _handled({signal.SIGTERM: hand_on, signal.SIGUSR1: hand_on, signal.SIGHUP: end_at_once}):
             return _wait(children, asked)
     finally:
@@ -99,34 +101,20 @@ def _verdict(first: Codes, last: Codes, asked: Sequence[int]) -> int:
     return EXIT_LOST_RANK
 
 
-def _end_with_the_launcher() -> None:
-    """Have Linux end this rank when its launcher is killed, which then cannot do so itself."""
+def end_with_the_parent(number: int = signal.SIGTERM) -> None:
+    """Have Linux send this process a signal when the one that started it is killed, which then cannot do so itself."""
     PR_SET_PDEATHSIG = 1  # prctl(2)
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
-def _environments(processes: int) -> list[dict[str, str]]:
-    port = _free_port()
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    return [
-        {
-            "OMP_NUM_THREADS": str(threads),
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        for rank in range(processes)
-    ]
-
-
-def _free_port() -> int:
+def places(processes: int) -> list[dict[str, str]]:
+    """The environments that tell ranks on this machine who they are."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
 def _end(children: Children) -> None:

@@ -90,6 +90,19 @@ def submit_script(script: Path, site: Path | None, *options: str) -> str:
     return job
 
 
+def submit_after(jobs: Sequence[str], script: Path, site: Path | None, *options: str) -> str:
+    """Submit a script that comes after jobs submitted before; where Slurm refuses it, they are cancelled too.
+
+    Raises:
+        UserError: Slurm refuses it.
+    """
+    try:
+        return submit_script(script, site, *options)
+    except UserError:  # all, or nothing
+        slurm("scancel", *jobs)
+        raise
+
+
 def queued(jobs: Iterable[str]) -> list[Queued]:
     """Those of some jobs that wait or run; of an array its parts."""
     lines = slurm("squeue", "--me", "--all", "--noheader", "--array", "--format=%i|%T|%r|%N").splitlines()

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
-from tostlm.errors import EXIT_REQUEUE, USERS_MISTAKE
+from tostlm.errors import DEFECT, EXIT_REQUEUE, USERS_MISTAKE
 from tostlm.slurm.record import End
 
-DEFECT = 1
 STARTS = {EXIT_REQUEUE: 3, DEFECT: 2}  # that may end so before the run has saved a new step
 STARTS_OF_LOST_RANKS = 6  # a rank that dies or hangs is most often its node's fault, and nodes come back
 BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 10, 600

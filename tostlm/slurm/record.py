@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tostlm.checkpoint import checkpoints
+from tostlm.checkpoint import checkpoints, step_of
 from tostlm.errors import EXIT_LOST_RANK
 
 FOLDER, LOGS, JOBS = "slurm", "logs", "jobs.jsonl"
@@ -91,4 +91,4 @@ class Record:
     def step(self) -> int:
         """Of the newest checkpoint."""
         found = checkpoints(self.run_dir)
-        return int(found[-1].name.rpartition("-")[2]) if found else 0
+        return step_of(found[-1]) if found else 0

@@ -35,13 +35,18 @@ class Resources:
             raise UserError(f"--nodes {self.nodes} must be a number, or the fewest and the most, as in 2-4")
         return int(parts[0]), int(parts[-1])
 
+    @property
+    def ranged(self) -> bool:
+        """Whether the number of nodes is left to Slurm."""
+        fewest, most = self.fewest_and_most_nodes()
+        return fewest < most
+
     def options(self) -> list[str]:
         """As sbatch takes them."""
-        fewest, most = self.fewest_and_most_nodes()
-        if fewest == most:
+        if self.ranged:  # told of tasks, Slurm would take the fewest nodes that hold those of the fewest
+            ranks: dict[str, int | None] = {"mincpus": self.ranks_per_node * (self.cpus_per_rank or 1)}
+        else:
             ranks = {"ntasks-per-node": self.ranks_per_node, "cpus-per-task": self.cpus_per_rank}
-        else:  # told of tasks, Slurm would take the fewest nodes that hold those of the fewest
-            ranks = {"mincpus": self.ranks_per_node * (self.cpus_per_rank or 1)}
         named = {
             "nodes": self.nodes,
             **ranks,
@@ -57,8 +62,7 @@ class Resources:
 
     def settings(self) -> list[str]:
         """What the script itself sets, of a range of nodes."""
-        fewest, most = self.fewest_and_most_nodes()
-        return [f"export SLURM_CPUS_PER_TASK={self.cpus_per_rank}"] if fewest < most and self.cpus_per_rank else []
+        return [f"export SLURM_CPUS_PER_TASK={self.cpus_per_rank}"] if self.ranged and self.cpus_per_rank else []
 
 
 def batch_script(made_by: str, options: Sequence[str], site: Path | None, commands: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from tostlm.data import common_tokenizer
 from tostlm.doctor.plan import memory_bytes
 from tostlm.errors import UserError
 from tostlm.files import locked, require_writable, write_atomically
-from tostlm.slurm.commands import queued, slurm, submit_script
+from tostlm.slurm.commands import queued, submit_after, submit_script
 from tostlm.slurm.job import Then
 from tostlm.slurm.record import CODE, CONFIG, SCRIPT, SITE, SUBMITTED, Record
 from tostlm.slurm.script import Resources, batch_script
@@ -61,9 +61,10 @@ def pretrain(
     run = load_config(config_file, overrides)
     if sweep and (course.chain > 1 or course.until_done):
         raise UserError("--sweep makes one array; its jobs go on by themselves, without --chain and --until-done")
-    points = _points(config_file, overrides, run.run_dir, sweep)
+    points = _points(config_file, overrides, run.run_dir, sweep) if sweep else [run]
+    memory_gib = gpu_memory_gib(site)
     for point in points:
-        check(point, resources, gpu_memory_gib(site))
+        check(point, resources, memory_gib)
     record = Record(run.run_dir)
     if not sweep and record.step() >= run.train.steps:
         return f"{run.run_dir}: finished at step {record.step()}; raise train.steps to go on"
@@ -84,17 +85,9 @@ def pretrain(
         for index, point in enumerate(points if sweep else ()):
             Record(point.run_dir).add(SUBMITTED, f"{jobs[0]}_{index}")
         for _ in range(course.chain - 1):
-            jobs.append(_submit_after(jobs, record.folder / SCRIPT, own_site))
+            jobs.append(submit_after(jobs, record.folder / SCRIPT, own_site, "--dependency=singleton"))
             record.add(SUBMITTED, jobs[-1], after=jobs[-2])
     return _told(run.run_dir, jobs, course, len(points) if sweep else 0)
-
-
-def _submit_after(jobs: Sequence[str], script: Path, site: Path | None) -> str:
-    try:
-        return submit_script(script, site, "--dependency=singleton")
-    except UserError:  # all of a chain, or nothing
-        slurm("scancel", *jobs)
-        raise
 
 
 def check(config: RunConfig, resources: Resources, memory_gib: float | None) -> None:
@@ -160,8 +153,6 @@ def _points(config_file: Path, overrides: Sequence[str], run_dir: Path, sweep: S
         if not equals or not all(values.split(",")):
             raise UserError(f"--sweep {axis} must be a key and its values, as in optimizer.lr=1e-3,3e-4")
         axes.append([f"{key}={value}" for value in values.split(",")])
-    if not axes:
-        return [load_config(config_file, overrides)]
     points = list(itertools.product(*axes))
     return [load_config(config_file, [*overrides, *point, f"run_dir={run_dir / ','.join(point)}"]) for point in points]
 
@@ -190,8 +181,7 @@ def _script(
     else:
         before = []
         job.append(shlex.quote(str(configs[0])))
-    fewest, most = resources.fewest_and_most_nodes()
-    job += [f"--ranks-per-node {resources.ranks_per_node}"] * (fewest < most)
+    job += [f"--ranks-per-node {resources.ranks_per_node}"] * resources.ranged
     job += [f"--then {course.then}"] * (course.then is not Then.REQUEUE) + ["--doctor"] * course.doctor
     own_site = record.folder / SITE if site else None
     return batch_script("tostlm submit pretrain", options, own_site, [*resources.settings(), *before, " ".join(job)])

@@ -11,7 +11,7 @@ from tostlm.checkpoint import resolve
 from tostlm.config import load_config
 from tostlm.errors import UserError
 from tostlm.files import require_writable
-from tostlm.slurm.commands import slurm, submit_script
+from tostlm.slurm.commands import submit_after, submit_script
 from tostlm.slurm.record import LOGS, SITE, SUBMITTED, Record
 from tostlm.slurm.script import Resources, batch_script
 from tostlm.slurm.submit import keep
@@ -38,11 +38,8 @@ def submit_task(kind: str, arguments: Sequence[str], resources: Resources, site:
     record.add(SUBMITTED, job, verb=VERBS[kind])
     told = f"job {job}: tostlm {VERBS[kind]}; its log is {record.logs}/{job}{'_N' if rest else ''}.log"
     for script in rest:
-        try:
-            waiting = submit_script(script, own_site, f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes")
-        except UserError:
-            slurm("scancel", job)
-            raise
+        when_it_ended_well = (f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes")
+        waiting = submit_after([job], script, own_site, *when_it_ended_well)
         record.add(SUBMITTED, waiting, verb="prepare --merge")
         told += f"\njob {waiting}: tostlm prepare --merge, when job {job} has ended well"
     return told

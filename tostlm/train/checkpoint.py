@@ -31,7 +31,7 @@ from tostlm.checkpoint import (
 )
 from tostlm.config import RunConfig, dump_config
 from tostlm.data import Tokenizer, read_manifest
-from tostlm.errors import UserError
+from tostlm.errors import USERS_MISTAKE, UserError
 from tostlm.files import sync_folder, write_atomically
 from tostlm.launch import Ranks
 from tostlm.train.engine_state import gather_state, loss_scale, optimizer_steps, state_keys, state_numels, whole_weights
@@ -97,7 +97,7 @@ class Saver:
         if trouble is None:
             return
         if self._ranks.rank:
-            raise SystemExit(2)
+            raise SystemExit(USERS_MISTAKE)
         shutil.rmtree(partial_of(folder), ignore_errors=True)
         raise UserError(
             f"checkpoint {folder} cannot be written: {trouble}; make room and run the command again, it resumes from "

@@ -22,7 +22,7 @@ from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from torch import Tensor
 
 from tostlm.config import RunConfig, batches
-from tostlm.errors import UserError
+from tostlm.errors import USERS_MISTAKE, UserError
 from tostlm.launch import Ranks
 from tostlm.model import LM, parameter_groups
 from tostlm.train.carry import Carry
@@ -141,7 +141,7 @@ def _offload(config: RunConfig, what: str) -> dict[str, Any]:
 def _refuse(message: str, ranks: Ranks) -> NoReturn:
     """End all ranks, which all come here, with one message."""
     if ranks.rank:
-        raise SystemExit(2) from None
+        raise SystemExit(USERS_MISTAKE) from None
     raise UserError(message) from None
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from tostlm.checkpoint import CONFIG
 from tostlm.config import RunConfig, batches, dump_config, matrix_dtype
 from tostlm.data import common_tokenizer, verify
-from tostlm.errors import UserError
+from tostlm.errors import USERS_MISTAKE, UserError
 from tostlm.files import lock_for_life, require_writable, write_atomically
 from tostlm.launch import Ranks
 from tostlm.model import best_device, device_name, multiplies_in
@@ -32,7 +32,7 @@ def agree(decide: Callable[[], T], ranks: Ranks) -> T:
     finally:
         dist.broadcast_object_list(decision, src=0)
     if decision[0] is None:
-        raise SystemExit(2)
+        raise SystemExit(USERS_MISTAKE)
     return decision[0][0]
 
 
