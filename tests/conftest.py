@@ -13,7 +13,7 @@ import yaml
 
 from tests.warm import Program, end_all
 from tostlm.config import RunConfig, load_config
-from tostlm.data import Settings, Tokenizer, prepare, train_tokenizer
+from tostlm.data import PreparationSettings, Tokenizer, prepare, train_tokenizer
 
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
@@ -56,7 +56,7 @@ def tokenizer(speeches: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def data(corpus: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("data") / "prepared"
-    prepare(Settings(sources=(str(corpus),), heldout_fraction=0.2), tokenizer, out)
+    prepare(PreparationSettings(sources=(str(corpus),), heldout_fraction=0.2), tokenizer, out)
     return out
 
 
@@ -66,7 +66,9 @@ def digits(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("digits")
     texts = [" ".join(map(str, range(1000 * n, 1000 * (n + 1)))) for n in range(20)]
     (folder / "digits.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    prepare(Settings(sources=(str(folder / "digits.jsonl"),), heldout_fraction=0.2), tokenizer, folder / "digits")
+    prepare(
+        PreparationSettings(sources=(str(folder / "digits.jsonl"),), heldout_fraction=0.2), tokenizer, folder / "digits"
+    )
     return folder / "digits"
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests import kinds
 from tests.conftest import VOCAB, Run, fail, succeed, tostlm
+from tests.data.tokenizers import tokenizer_kinds
 from tostlm.checkpoint import checkpoints
 from tostlm.data import Tokenizer, read_manifest, verify
-from tostlm.data.plan import read_plan
+from tostlm.data.preparation.plan import read_plan
 
 VERBS = [
     *("quickstart", "config", "tokenizer", "prepare", "data", "doctor", "train", "eval", "generate", "bench"),
@@ -88,9 +88,9 @@ def test_from_text_to_shards(corpus: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["tokenizer.model", "tokenizer.json"])
 def test_the_way_with_a_tokenizer_made_elsewhere(corpus: Path, speeches: list[str], tmp_path: Path, kind: str) -> None:
     if kind == "tokenizer.model":
-        (tmp_path / "source").write_bytes(kinds.mistral_like(speeches, VOCAB))
+        (tmp_path / "source").write_bytes(tokenizer_kinds.mistral_like(speeches, VOCAB))
     else:
-        kinds.byte_level(speeches, ["<s>", "</s>"], VOCAB - 2).save(str(tmp_path / "source"))
+        tokenizer_kinds.byte_level(speeches, ["<s>", "</s>"], VOCAB - 2).save(str(tmp_path / "source"))
     imported, data = str(tmp_path / "imported"), tmp_path / "data"
     succeed(tostlm("tokenizer", "import", str(tmp_path / "source"), "--out", imported))
     command = ["prepare", "--source", str(corpus), "--tokenizer", imported, "--heldout-fraction", "0.2"]

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, Run, fail, succeed, tostlm
-from tostlm.config import DEEPSPEED_KEYS, batches, dump_config, load_config
+from tostlm.config import DEEPSPEED_KEYS, batch_plan, dump_config, load_config
 from tostlm.errors import UserError
 from tostlm.model import count_parameters
 from tostlm.train.engine import deepspeed_dict
@@ -157,9 +157,9 @@ def test_the_sets_and_stages_of_a_run(run: Run, data: Path) -> None:
 
 
 def test_batches_are_shared_out(run: Run) -> None:
-    assert batches(run.config(), 2) == (8, 2, 2)
+    assert batch_plan(run.config(), 2) == (8, 2, 2)
     with pytest.raises(UserError, match=r"512 does not divide into 3 ranks x train.micro_batch_tokens 128; try .*=384"):
-        batches(run.config(), 3)
+        batch_plan(run.config(), 3)
 
 
 def test_deepspeed_keys_pass_through_unchanged(run: Run) -> None:

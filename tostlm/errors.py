@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-DEFECT, USERS_MISTAKE = 1, 2
+EXIT_BUG, EXIT_USER_ERROR = 1, 2
 EXIT_REQUEUE = 75  # stopped on request with everything saved: the same command goes on
 EXIT_LOST_RANK = 76  # a rank died or hung: the same command goes on from the newest checkpoint
 
@@ -23,7 +23,7 @@ class UserError(Exception):
     """
 
 
-def reason_of(error: BaseException) -> str:
+def error_summary(error: BaseException) -> str:
     """An exception's message in one line, or its kind where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -9,26 +9,26 @@ import sys
 import traceback
 
 from tostlm.cli import app
-from tostlm.errors import DEFECT, EXIT_LOST_RANK, USERS_MISTAKE, UserError, is_lost_peer, reason_of
-from tostlm.launch import OUTCOME, leave
+from tostlm.errors import EXIT_BUG, EXIT_LOST_RANK, EXIT_USER_ERROR, UserError, error_summary, is_lost_peer
+from tostlm.launch import EXIT_REPORT, exit_rank
 
 MENDABLE = (  # limits of a disk, and paths that cannot be written
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM),
     *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
 )
-INTERRUPTED = 128 + signal.SIGINT
+EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
 def main() -> None:
     """Run a command; a user's mistake is one line and exit code 2, an interruption 130, a lost rank 76."""
     code = _run()
     if _is_rank():
-        leave(code)
+        exit_rank(code)
     sys.exit(code)
 
 
 def _is_rank() -> bool:
-    return "RANK" in os.environ or OUTCOME in os.environ  # or on its way to become one
+    return "RANK" in os.environ or EXIT_REPORT in os.environ  # or on its way to become one
 
 
 def _run() -> int:
@@ -46,13 +46,13 @@ def _run() -> int:
             return EXIT_LOST_RANK
         if not isinstance(error, MemoryError) and "allocate" not in str(error) and "out of memory" not in str(error):
             return _defect()
-        return _fail(f"out of memory ({reason_of(error)}); use a smaller model, context or micro-batch")
+        return _fail(f"out of memory ({error_summary(error)}); use a smaller model, context or micro-batch")
     except SystemExit as ending:  # typer's own; it turns an interruption into one
-        if ending.code == INTERRUPTED and "RANK" not in os.environ:  # of a rank its launcher says it
+        if ending.code == EXIT_INTERRUPTED and "RANK" not in os.environ:  # of a rank its launcher says it
             print("\ntostlm: interrupted; the same command goes on from what is finished", file=sys.stderr)
         code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
         if _is_rank():
-            leave(code, silent=code == USERS_MISTAKE)  # which rank 0 has found for all, and says
+            exit_rank(code, silent=code == EXIT_USER_ERROR)  # which rank 0 has found for all, and says
         return code
     except Exception:
         return _defect()
@@ -63,9 +63,9 @@ def _fail(message: str) -> int:
     rank = os.environ.get("RANK", "0")
     of_rank = "" if rank == "0" else f" on rank {rank}"
     print(f"tostlm: error{of_rank}: {message}", file=sys.stderr)
-    return USERS_MISTAKE
+    return EXIT_USER_ERROR
 
 
 def _defect() -> int:
     traceback.print_exc()
-    return DEFECT
+    return EXIT_BUG

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tostlm.checkpoint import checkpoint_folder, load
+from tostlm.checkpoint import checkpoint_folder, load_checkpoint
 from tostlm.config import RunConfig, load_config
 from tostlm.data import MANIFEST
 from tostlm.files import write_atomically
@@ -20,7 +20,7 @@ BENCH_CONTEXTS = (512, 2048, 8192)
 PROMPT = "Fellow citizens of the Senate and House of Representatives:"
 
 
-class Step(NamedTuple):
+class PipelineStep(NamedTuple):
     """A piece of the way; it is finished when its output is there, which appears whole or not at all."""
 
     name: str
@@ -56,18 +56,22 @@ def quickstart(configs: Path, processes: int) -> None:
 
 def _steps(
     tost_file: Path, gpt2_file: Path, tost: RunConfig, gpt2: RunConfig, prepared: Path, processes: int
-) -> Sequence[Step]:
+) -> Sequence[PipelineStep]:
     root = prepared.parent
     tokenizer, exported = root / "tokenizer.model", root / "hf"
     return (
-        Step("tokenizer", tokenizer, lambda: _train_tokenizer(tost, tokenizer)),
-        Step("token shards", prepared / MANIFEST, lambda: _prepare(tokenizer, prepared)),
-        Step("train ToST", checkpoint_folder(tost.run_dir, tost.train.steps), lambda: _train(tost_file, processes)),
-        Step("train GPT-2", checkpoint_folder(gpt2.run_dir, gpt2.train.steps), lambda: _train(gpt2_file, processes)),
-        Step("perplexity by context", root / "perplexity.txt", lambda: _perplexity(tost, gpt2, root)),
-        Step("tokens a second", root / "throughput.txt", lambda: _throughput(tost_file, gpt2_file, root)),
-        Step("Hugging Face export", exported, lambda: _export(tost, exported)),
-        Step("sample", root / "sample.txt", lambda: _sample(exported, root / "sample.txt")),
+        PipelineStep("tokenizer", tokenizer, lambda: _train_tokenizer(tost, tokenizer)),
+        PipelineStep("token shards", prepared / MANIFEST, lambda: _prepare(tokenizer, prepared)),
+        PipelineStep(
+            "train ToST", checkpoint_folder(tost.run_dir, tost.train.steps), lambda: _train(tost_file, processes)
+        ),
+        PipelineStep(
+            "train GPT-2", checkpoint_folder(gpt2.run_dir, gpt2.train.steps), lambda: _train(gpt2_file, processes)
+        ),
+        PipelineStep("perplexity by context", root / "perplexity.txt", lambda: _perplexity(tost, gpt2, root)),
+        PipelineStep("tokens a second", root / "throughput.txt", lambda: _throughput(tost_file, gpt2_file, root)),
+        PipelineStep("Hugging Face export", exported, lambda: _export(tost, exported)),
+        PipelineStep("sample", root / "sample.txt", lambda: _sample(exported, root / "sample.txt")),
     )
 
 
@@ -78,9 +82,9 @@ def _train_tokenizer(config: RunConfig, out: Path) -> None:
 
 
 def _prepare(tokenizer: Path, out: Path) -> None:
-    from tostlm.data import Settings, Tokenizer, prepare
+    from tostlm.data import PreparationSettings, Tokenizer, prepare
 
-    settings = Settings(sources=(SOURCE,), heldout_fraction=HELDOUT_FRACTION)
+    settings = PreparationSettings(sources=(SOURCE,), heldout_fraction=HELDOUT_FRACTION)
     manifest = prepare(settings, Tokenizer.load(tokenizer), out)
     assert manifest is not None
     for name, split in manifest.splits.items():
@@ -110,7 +114,7 @@ def _throughput(tost_file: Path, gpt2_file: Path, root: Path) -> None:
 def _export(config: RunConfig, out: Path) -> None:
     from tostlm.convert import export_hf
 
-    export_hf(load(config.run_dir), out)
+    export_hf(load_checkpoint(config.run_dir), out)
 
 
 def _sample(exported: Path, out: Path) -> None:

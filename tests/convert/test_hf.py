@@ -12,9 +12,9 @@ import pytest
 import torch
 import transformers
 
-from tests import kinds
 from tests.conftest import ROOT, Run, fail, succeed, tostlm
-from tostlm.checkpoint import Checkpoint, load
+from tests.data.tokenizers import tokenizer_kinds
+from tostlm.checkpoint import Checkpoint, load_checkpoint
 from tostlm.convert import export_hf, hf
 from tostlm.data import Tokenizer, import_tokenizer
 from tostlm.errors import UserError
@@ -76,7 +76,7 @@ def assert_same_model(found: dict, checkpoint: Checkpoint, tokens: list[int]) ->
 def test_transformers_alone_computes_the_same(
     trained: dict[str, Run], exported: dict[str, Path], tmp_path: Path, mixer: str, kind: str
 ) -> None:
-    checkpoint, tokens = load(trained[mixer].dir), list(range(3, 53))
+    checkpoint, tokens = load_checkpoint(trained[mixer].dir), list(range(3, 53))
     found = downstream(sys.executable, exported[mixer], tokens, tmp_path)
     assert found["class"] == kind
     assert_same_model(found, checkpoint, tokens)
@@ -94,7 +94,7 @@ def test_in_an_environment_with_torch_and_transformers_alone(
     assert not {"tostlm", "sentencepiece", "deepspeed"} & set(installed.split())
     for mixer, folder in exported.items():
         tokens = list(range(3, 53))
-        assert_same_model(downstream(python, folder, tokens, tmp_path), load(trained[mixer].dir), tokens)
+        assert_same_model(downstream(python, folder, tokens, tmp_path), load_checkpoint(trained[mixer].dir), tokens)
 
 
 def test_generation_runs_on_a_state_of_constant_size(exported: dict[str, Path]) -> None:
@@ -156,14 +156,14 @@ def test_tokenizers_made_elsewhere_are_exported(
     trained: dict[str, Run], speeches: list[str], tmp_path: Path, kind: str
 ) -> None:
     content = {
-        "mistral": lambda: kinds.mistral_like(speeches),
-        "gpt2": lambda: kinds.ranks_file(kinds.gpt2_ranks()),
-        "byte-level": lambda: kinds.byte_level(speeches, ["<s>", "</s>"]).to_str().encode(),
-        "metaspace": lambda: kinds.metaspace(speeches).to_str().encode(),
+        "mistral": lambda: tokenizer_kinds.mistral_like(speeches),
+        "gpt2": lambda: tokenizer_kinds.ranks_file(tokenizer_kinds.gpt2_ranks()),
+        "byte-level": lambda: tokenizer_kinds.byte_level(speeches, ["<s>", "</s>"]).to_str().encode(),
+        "metaspace": lambda: tokenizer_kinds.metaspace(speeches).to_str().encode(),
     }[kind]()
     (tmp_path / "source").write_bytes(content)
     tokenizer = import_tokenizer(tmp_path / "source")
-    checkpoint = load(trained["tssa"].dir)
+    checkpoint = load_checkpoint(trained["tssa"].dir)
     shape = dataclasses.replace(checkpoint.config.model, vocab_size=tokenizer.vocab_size)
     export_hf(checkpoint._replace(lm=create_lm(shape, 0).eval(), tokenizer=tokenizer), tmp_path / "hf")
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
@@ -192,7 +192,7 @@ def test_the_tokenizer_is_named_in_the_config(exported: dict[str, Path], tokeniz
 
 def test_every_parameter_of_gpt2_is_carried_over(trained: dict[str, Run], exported: dict[str, Path]) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(exported["softmax"])
-    block = load(trained["softmax"].dir).lm.blocks[1]
+    block = load_checkpoint(trained["softmax"].dir).lm.blocks[1]
     expected = block.scale_mlp[:, None] * block.mlp.out_proj.weight
     torch.testing.assert_close(model.transformer.h[1].mlp.c_proj.weight.t(), expected)
     assert model.lm_head.weight is model.transformer.wte.weight
@@ -200,7 +200,7 @@ def test_every_parameter_of_gpt2_is_carried_over(trained: dict[str, Run], export
 
 
 def test_hybrids_and_bf16(trained: dict[str, Run], tmp_path: Path) -> None:
-    checkpoint = load(trained["tssa"].dir)
+    checkpoint = load_checkpoint(trained["tssa"].dir)
     shape = dataclasses.replace(checkpoint.config.model, mixers=("tssa", "softmax"), positions=64)
     lm = create_lm(shape, 0).to(torch.bfloat16).eval()
     export_hf(checkpoint._replace(lm=lm), tmp_path / "hybrid")
@@ -208,7 +208,7 @@ def test_hybrids_and_bf16(trained: dict[str, Run], tmp_path: Path) -> None:
     tokens = torch.arange(3, 53)[None]
     assert model.dtype == torch.bfloat16
     torch.testing.assert_close(model(tokens).logits, lm(tokens)[0])
-    gpt2 = load(trained["softmax"].dir)
+    gpt2 = load_checkpoint(trained["softmax"].dir)
     export_hf(gpt2._replace(lm=gpt2.lm.to(torch.bfloat16)), tmp_path / "gpt2")
 
 
@@ -224,14 +224,14 @@ def test_a_wrong_export_is_not_published(
     monkeypatch.setattr(hf, "_write", damage)
     for mixer in ("tssa", "softmax"):
         with pytest.raises(UserError, match=r"differ from the checkpoint's by .* nothing was published"):
-            export_hf(load(trained[mixer].dir), tmp_path / "out")
+            export_hf(load_checkpoint(trained[mixer].dir), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_tokenizer_that_is_no_bpe_is_not_exported(
     trained: dict[str, Run], speeches: list[str], tmp_path: Path
 ) -> None:
-    unigram = kinds.sentencepiece_model(
+    unigram = tokenizer_kinds.sentencepiece_model(
         speeches,
         vocab_size=500,
         normalization_rule_name="identity",
@@ -239,7 +239,7 @@ def test_a_tokenizer_that_is_no_bpe_is_not_exported(
         remove_extra_whitespaces=False,
         add_dummy_prefix=False,
     )
-    checkpoint = load(trained["tssa"].dir)
+    checkpoint = load_checkpoint(trained["tssa"].dir)
     with pytest.raises(UserError, match="only BPE tokenizers"):
         export_hf(checkpoint._replace(tokenizer=Tokenizer.from_bytes(unigram)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -247,7 +247,7 @@ def test_a_tokenizer_that_is_no_bpe_is_not_exported(
 
 def test_an_export_leaves_its_neighbours_alone(trained: dict[str, Run], tmp_path: Path) -> None:
     (tmp_path / "hf_partial").mkdir()
-    export_hf(load(trained["tssa"].dir), tmp_path / "hf")
+    export_hf(load_checkpoint(trained["tssa"].dir), tmp_path / "hf")
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "hf_partial"}
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tostlm.data import HELDOUT, TRAIN, Settings, Tokenizer, TokenSet, load_tokenizer, prepare, verify
+from tostlm.data import TRAIN, VALIDATION, PreparationSettings, Tokenizer, TokenSet, load_tokenizer, prepare, verify
 from tostlm.data.shards import dtype_for
 from tostlm.errors import UserError
 
@@ -34,14 +34,18 @@ def copy(data: Path, tmp_path: Path) -> Path:
 
 
 def test_every_document_is_in_one_split(data: Path, speeches: list[str]) -> None:
-    train, heldout = texts_of(data, TRAIN), texts_of(data, HELDOUT)
+    train, heldout = texts_of(data, TRAIN), texts_of(data, VALIDATION)
     assert sorted(train + heldout) == sorted(speeches)
     assert len(heldout) > 3
     assert not set(train) & set(heldout)
 
 
 def test_shard_sizes_change_nothing(data: Path, corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    prepare(Settings(sources=(str(corpus),), heldout_fraction=0.2, shard_tokens=7000), tokenizer, tmp_path / "small")
+    prepare(
+        PreparationSettings(sources=(str(corpus),), heldout_fraction=0.2, shard_tokens=7000),
+        tokenizer,
+        tmp_path / "small",
+    )
     whole, small = TokenSet(data, TRAIN), TokenSet(tmp_path / "small", TRAIN)
     assert len(small.split.shards) > 5
     assert np.array_equal(whole.tokens(0, len(whole)), small.tokens(0, len(small)))
@@ -97,13 +101,13 @@ def test_an_unfinished_folder_is_no_data(tmp_path: Path) -> None:
 
 
 def test_more_shards_than_files_may_be_open(corpus: Path, tokenizer: Tokenizer, data: Path, tmp_path: Path) -> None:
-    one_a_document = Settings(sources=(str(corpus),), heldout_fraction=0.2, shard_tokens=1)
+    one_a_document = PreparationSettings(sources=(str(corpus),), heldout_fraction=0.2, shard_tokens=1)
     prepare(one_a_document, tokenizer, tmp_path / "many", workers=1)
     code = f"""
 import resource
 from pathlib import Path
 from tostlm.data import TRAIN, TokenSet
-from tostlm.data import token_set
+from tostlm.data.loading import token_set
 few = {len(TokenSet(tmp_path / "many", TRAIN).split.shards)} - 20
 token_set.OPEN_SHARDS = 4
 resource.setrlimit(resource.RLIMIT_NOFILE, (few, few))

@@ -14,7 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import fail, succeed, tostlm
-from tostlm.data import HELDOUT, TRAIN, Settings, Tokenizer, TokenSet, load_tokenizer, prepare, read_manifest, show
+from tostlm.data import (
+    TRAIN,
+    VALIDATION,
+    PreparationSettings,
+    Tokenizer,
+    TokenSet,
+    load_tokenizer,
+    prepare,
+    read_manifest,
+    show,
+)
 from tostlm.data.shards import ShardWriter, Split
 from tostlm.data.show import CHARACTERS, Lengths, document_lengths
 from tostlm.errors import UserError
@@ -30,7 +40,7 @@ def lengths_of(folder: Path, split: str) -> np.ndarray:
 def shards(corpus: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The speeches in many shards."""
     out = tmp_path_factory.mktemp("shards") / "prepared"
-    prepare(Settings(sources=(str(corpus),), heldout_fraction=0.2, shard_tokens=7000), tokenizer, out)
+    prepare(PreparationSettings(sources=(str(corpus),), heldout_fraction=0.2, shard_tokens=7000), tokenizer, out)
     return out
 
 
@@ -81,7 +91,7 @@ def test_samples_are_documents_chosen_by_the_seed(shards: Path, speeches: list[s
 
 def test_text_cannot_steer_the_terminal(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "\x1b[2Jfour-byte \U0001f642" + "\U0001f642" * 400}))
-    prepare(Settings(sources=(str(tmp_path / "a.jsonl"),), heldout_fraction=0), tokenizer, tmp_path / "out")
+    prepare(PreparationSettings(sources=(str(tmp_path / "a.jsonl"),), heldout_fraction=0), tokenizer, tmp_path / "out")
     printed = "\n".join(show(tmp_path / "out", 1, 0, tmp_path / "x.png"))
     assert "    \\x1b[2Jfour-byte \U0001f642" in printed
     assert printed.count("\U0001f642") == CHARACTERS - len("\x1b[2Jfour-byte ")
@@ -138,7 +148,7 @@ def test_without_matplotlib_statistics_come_first(data: Path, tmp_path: Path, mo
     with pytest.raises(UserError, match=r"pip install 'tostlm\[eval\]'"):
         for paragraph in show(data, 1, 0, tmp_path / "x.png"):
             printed.append(paragraph)
-    assert [paragraph.split(":")[0] for paragraph in printed if " tokens of " in paragraph] == [TRAIN, HELDOUT]
+    assert [paragraph.split(":")[0] for paragraph in printed if " tokens of " in paragraph] == [TRAIN, VALIDATION]
     assert not (tmp_path / "x.png").exists()
 
 

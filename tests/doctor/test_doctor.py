@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.conftest import Run, fail, succeed, tostlm
-from tests.doctor.ranks import Ranks
+from tests.doctor.rank_processes import RankInfo
 
 pytestmark = pytest.mark.alone
 
@@ -73,7 +73,7 @@ def test_all_that_is_wrong_is_said_at_once(run: Run, tmp_path: Path, data: Path)
 def test_a_rank_that_is_wrong_in_every_way(run: Run, tmp_path: Path) -> None:
     """Its matrix products are a thousandth too large, its DeepSpeed is another, its clock is ahead."""
     out = tmp_path / "doctor.json"
-    with Ranks(str(run.file), "--out", str(out), sick=1, how=fall_sick) as ranks:
+    with RankInfo(str(run.file), "--out", str(out), sick=1, how=fall_sick) as ranks:
         code, printed, stderr = ranks.end()
         assert (code, len(stderr.splitlines())) == (2, 1), stderr
         assert ranks.end(1) == (0, "", "")
@@ -91,7 +91,7 @@ def test_a_rank_that_is_wrong_in_every_way(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_slow_rank(run: Run) -> None:
-    with Ranks(str(run.file)) as ranks:
+    with RankInfo(str(run.file)) as ranks:
         ranks.wait_for("config")
         with ranks.slowed(1, share=0.05):
             line = ranks.wait_for("gemm")
@@ -103,7 +103,7 @@ def test_a_slow_rank(run: Run) -> None:
 
 def test_a_rank_that_stops(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "doctor.json"
-    with Ranks(str(run.file), "--timeout-seconds", "6", "--out", str(out)) as ranks:
+    with RankInfo(str(run.file), "--timeout-seconds", "6", "--out", str(out)) as ranks:
         ranks.wait_for("config")
         ranks.programs[1].send_signal(signal.SIGSTOP)
         code, printed, stderr = ranks.end()
@@ -117,7 +117,7 @@ def test_a_rank_that_stops(run: Run, tmp_path: Path) -> None:
 def test_a_rank_that_stops_among_collectives(run: Run) -> None:
     """All wait for it in vain; the one that does not say so is at fault."""
     arguments = [str(run.file), "train.batch_tokens=384", "--timeout-seconds", "6"]
-    with Ranks(*arguments, world=3, sick=2, how=stop_in_a_collective) as ranks:
+    with RankInfo(*arguments, world_size=3, sick=2, how=stop_in_a_collective) as ranks:
         code, _, stderr = ranks.end()
         assert ranks.end(1) == (0, "", "")
     assert code == 2
@@ -126,7 +126,10 @@ def test_a_rank_that_stops_among_collectives(run: Run) -> None:
 
 def test_ranks_that_never_come(run: Run) -> None:
     timeout = ("--timeout-seconds", "2")
-    with Ranks(str(run.file), *timeout, world=3, only=0) as first, Ranks(str(run.file), *timeout, only=1) as second:
+    with (
+        RankInfo(str(run.file), *timeout, world_size=3, only=0) as first,
+        RankInfo(str(run.file), *timeout, only=1) as second,
+    ):
         code, _, stderr = first.end()
         assert (code, len(stderr.splitlines())) == (2, 1)
         assert "rank(s) 1, 2 of 3 did not arrive within 2 s" in stderr

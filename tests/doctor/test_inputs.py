@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Run
-from tostlm.checkpoint import COMPLETE, PROGRESS, Progress, checkpoint_folder
+from tostlm.checkpoint.layout import COMPLETE, PROGRESS, TrainState, checkpoint_folder
 from tostlm.data import Tokenizer, train_tokenizer
 from tostlm.doctor import disk, inputs
 from tostlm.doctor.finding import FAIL, OK
@@ -57,7 +57,7 @@ def save(run: Run, tokenizer: Tokenizer) -> Path:
     folder = checkpoint_folder(run.dir, 3)
     folder.mkdir(parents=True)
     (folder / tokenizer.file_name).write_bytes(tokenizer.content)
-    (folder / PROGRESS).write_text(json.dumps(Progress(step=3)._asdict()))
+    (folder / PROGRESS).write_text(json.dumps(TrainState(step=3)._asdict()))
     (folder / COMPLETE).touch()
     return folder
 

@@ -156,7 +156,12 @@ def test_a_slow_answer_is_no_skew() -> None:
     [
         ([], [CPU] * 2, OK, "8 sequences a step, 2 passes of a rank; fp32, ZeRO stage 1"),
         ([], [CPU] * 3, FAIL, "does not divide into 3 ranks"),
-        (["train.context_ranks=4"], [CPU] * 2, FAIL, "2 ranks are no whole groups of train.context_ranks 4"),
+        (
+            ["train.context_parallel_size=4"],
+            [CPU] * 2,
+            FAIL,
+            "2 ranks are no whole groups of train.context_parallel_size 4",
+        ),
         (["deepspeed.bf16.enabled=true"], [gpu(0), gpu(1, suits=False)], FAIL, "bf16, which rank 1 on a cannot"),
         (
             ["deepspeed.fp16.enabled=true"],

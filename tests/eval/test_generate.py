@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from tests.conftest import Run, fail, succeed, tostlm
-from tostlm.checkpoint import load
+from tostlm.checkpoint import load_checkpoint
 from tostlm.eval import generate
 
 
 @pytest.mark.parametrize("mixer", ["tssa", "softmax"])
 def test_steps_equal_reading_again(trained: dict[str, Run], mixer: str) -> None:
-    checkpoint = load(trained[mixer].dir)
+    checkpoint = load_checkpoint(trained[mixer].dir)
     prompt = [checkpoint.tokenizer.eos_id, *checkpoint.tokenizer.encode("Fellow citizens")]
     written = list(
         itertools.islice(generate(checkpoint.lm, prompt, checkpoint.tokenizer.vocab_size, temperature=0), 20)
@@ -25,7 +25,7 @@ def test_steps_equal_reading_again(trained: dict[str, Run], mixer: str) -> None:
 
 
 def test_sampling_is_seeded_and_top_k_narrows_it(trained: dict[str, Run]) -> None:
-    lm = load(trained["tssa"].dir).lm
+    lm = load_checkpoint(trained["tssa"].dir).lm
 
     def text(**options: float) -> list[int]:
         return list(itertools.islice(generate(lm, [1], 512, **options), 30))
@@ -35,7 +35,7 @@ def test_sampling_is_seeded_and_top_k_narrows_it(trained: dict[str, Run]) -> Non
 
 
 def test_rows_beyond_the_tokenizer_are_never_written(trained: dict[str, Run]) -> None:
-    lm = load(trained["tssa"].dir).lm
+    lm = load_checkpoint(trained["tssa"].dir).lm
     assert set(itertools.islice(generate(lm, [1], 7, temperature=5.0), 100)) <= set(range(7))
 
 

@@ -12,8 +12,8 @@ import torch
 from torch.nn import functional as F
 
 from tests.conftest import Run, fail, succeed, tostlm
-from tostlm.checkpoint import load
-from tostlm.data import HELDOUT, TokenSet
+from tostlm.checkpoint import load_checkpoint
+from tostlm.data import VALIDATION, TokenSet
 from tostlm.errors import UserError
 from tostlm.eval import choose_targets, score_contexts
 
@@ -22,7 +22,7 @@ CONTEXTS = [16, 64, 512]
 
 @pytest.fixture(scope="module")
 def tokens(data: Path) -> TokenSet:
-    return TokenSet(data, HELDOUT)
+    return TokenSet(data, VALIDATION)
 
 
 def test_targets_have_the_longest_context_in_their_document(tokens: TokenSet) -> None:
@@ -39,7 +39,7 @@ def test_targets_have_the_longest_context_in_their_document(tokens: TokenSet) ->
 
 
 def test_scores_are_what_a_plain_loop_finds(trained: dict[str, Run], tokens: TokenSet) -> None:
-    checkpoint = load(trained["tssa"].dir)
+    checkpoint = load_checkpoint(trained["tssa"].dir)
     targets = choose_targets(tokens, CONTEXTS, windows=5)
     scores = list(score_contexts(checkpoint, tokens, targets, CONTEXTS))
     assert [score.context for score in scores] == CONTEXTS
@@ -58,7 +58,7 @@ def test_scores_are_what_a_plain_loop_finds(trained: dict[str, Run], tokens: Tok
 
 def test_gpt2_stops_at_its_positions(trained: dict[str, Run], tokens: TokenSet) -> None:
     targets = choose_targets(tokens, CONTEXTS, windows=5)
-    scores = score_contexts(load(trained["softmax"].dir), tokens, targets, CONTEXTS)
+    scores = score_contexts(load_checkpoint(trained["softmax"].dir), tokens, targets, CONTEXTS)
     assert [score.context for score in scores] == [16, 64]
 
 
@@ -99,7 +99,7 @@ def test_mistakes(trained: dict[str, Run], tmp_path: Path) -> None:
     fail(tostlm("eval", "perplexity", tssa, "--contexts", "16,x"), "--contexts '16,x' must be whole numbers")
     fail(tostlm("eval", "perplexity", softmax, "--contexts", "128,256"), "has 64 positions, fewer than the shortest")
     fail(tostlm("eval", "perplexity", tssa, "--out", "/proc/no"), "cannot write in /proc/no")
-    cut = Path(shutil.copytree(load(trained["tssa"].dir).path, tmp_path / "cut"))
+    cut = Path(shutil.copytree(load_checkpoint(trained["tssa"].dir).path, tmp_path / "cut"))
     os.truncate(cut / "weights.safetensors", 3000)
     fail(tostlm("eval", "perplexity", str(cut)), "weights.safetensors does not fit its config")
     (cut / "tokenizer.model").unlink()
@@ -114,10 +114,10 @@ def test_a_moved_run_reports_where_it_is(trained: dict[str, Run], tmp_path: Path
 
 
 def test_another_tokenizer(trained: dict[str, Run], corpus: Path, speeches: list[str], tmp_path: Path) -> None:
-    from tostlm.data import Settings, prepare, train_tokenizer
+    from tostlm.data import PreparationSettings, prepare, train_tokenizer
 
     other = train_tokenizer(speeches, 500, tmp_path / "other.model")
-    prepare(Settings(sources=(str(corpus),), heldout_fraction=0.2), other, tmp_path / "other")
+    prepare(PreparationSettings(sources=(str(corpus),), heldout_fraction=0.2), other, tmp_path / "other")
     run = str(trained["tssa"].dir)
     fail(
         tostlm("eval", "perplexity", run, "--data", str(tmp_path / "other"), "--out", str(tmp_path / "out")),

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.model.common import double, shapes, tokens_of
-from tests.ranks import on_ranks
+from tests.processes import on_ranks
 from tostlm.model import LM, ModelConfig, create_lm
 
 
@@ -30,7 +30,7 @@ def outcome(lm: LM, rank: int = 0, group: dist.ProcessGroup | None = None) -> li
 def test_recomputation_changes_nothing(config: ModelConfig, every: int) -> None:
     lm = double(config)
     expected = outcome(lm)
-    lm.recompute_every = every
+    lm.activation_checkpointing_every = every
     for found, wanted in zip(outcome(lm), expected, strict=True):
         assert torch.equal(found, wanted)
 
@@ -56,7 +56,7 @@ def test_recomputation_keeps_a_blocks_input_alone() -> None:
     lm = create_lm(ModelConfig(8, 32, 2, 40, positions=None), 0)
     kept = {}
     for every in (None, 2, 1):
-        lm.recompute_every = every
+        lm.activation_checkpointing_every = every
         kept[every] = bytes_kept(lm)
     a_block = (kept[None] - kept[1]) / 8
     assert a_block > 8 * 4 * 64 * 32 * 4  # at least eight residual streams
@@ -64,11 +64,11 @@ def test_recomputation_keeps_a_blocks_input_alone() -> None:
     assert kept[1] < 0.2 * kept[None]
 
 
-def recomputed_on_rank(rank: int, world: int) -> list[list[Tensor]]:
+def recomputed_on_rank(rank: int, world_size: int) -> list[list[Tensor]]:
     lm = double(ModelConfig(3, 24, 2, 40, positions=64, mixers=("tssa", "softmax"), layer_scale=0.5))
     found = []
     for every in (None, 1):
-        lm.recompute_every = every
+        lm.activation_checkpointing_every = every
         found.append([x.contiguous() for x in outcome(lm, rank, dist.group.WORLD)])
     return found
 

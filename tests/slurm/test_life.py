@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.conftest import ROOT, Run, succeed
 from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.conftest import Job, tostlm_of_the_nodes
-from tostlm.checkpoint import checkpoints, read_progress
+from tostlm.checkpoint import checkpoints, read_train_state
 from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE
 
 pytestmark = pytest.mark.alone
@@ -33,7 +33,7 @@ def assert_whole(run: Run, steps: int) -> None:
     events = EventAccumulator(str(run.dir / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, steps + 1))
-    assert read_progress(checkpoints(run.dir)[-1]).step == steps
+    assert read_train_state(checkpoints(run.dir)[-1]).step == steps
 
 
 def test_the_cluster_is_up_in_seconds(machines: Cluster) -> None:
@@ -51,7 +51,7 @@ def test_the_quickstart_model_by_hand(cluster: Cluster, tmp_path: Path, data: Pa
     assert done.returncode == 0, done.stderr
     log = tmp_path / f"{done.stdout.strip()}.log"
     wait_until(lambda: not cluster.ask("squeue", "-h"), lambda: log.read_text())
-    progress = read_progress(checkpoints(run_dir)[-1])
+    progress = read_train_state(checkpoints(run_dir)[-1])
     assert (progress.step, progress.world_size) == (3, 2), log.read_text()
     assert "step 3/3" in log.read_text()
     assert (run_dir / "slurm" / "logs" / f"{done.stdout.strip()}-rank-1.log").exists()
@@ -136,13 +136,13 @@ def test_a_range_of_nodes_takes_what_there_is(job: Job) -> None:
     job.wait_for(lambda: job.steps() > 8)
     assert job.events("started")[0]["nodes"] == "node[1-3]"
     assert "uses 2 of its 3 nodes" in job.log()
-    assert read_progress(checkpoints(job.run.dir)[-1]).world_size == 2
+    assert read_train_state(checkpoints(job.run.dir)[-1]).world_size == 2
     for node in ("node2", "node3"):
         job.cluster.crash(node)
     job.wait_for(lambda: job.events("started")[-1]["nodes"] == "node1")
     resumed = job.events("started")[-1]["step"]
     assert resumed >= 5
-    job.wait_for(lambda: checkpoints(job.run.dir) and read_progress(checkpoints(job.run.dir)[-1]).world_size == 1)
+    job.wait_for(lambda: checkpoints(job.run.dir) and read_train_state(checkpoints(job.run.dir)[-1]).world_size == 1)
     assert max(job.run.metrics("train")) > resumed
 
 
@@ -193,7 +193,7 @@ def test_until_done_each_job_queues_the_next(job: Job) -> None:
     assert sorted(cancelled) == [f"job {second} is cancelled", f"job {third} is cancelled"]
     job.wait_for(job.gone)
 
-    steps = read_progress(checkpoints(job.run.dir)[-1]).step + 1
+    steps = read_train_state(checkpoints(job.run.dir)[-1]).step + 1
     job.submit(f"train.steps={steps}", "--until-done")
     job.wait_for(job.gone)
     assert job.events("ended")[-1]["code"] == 0

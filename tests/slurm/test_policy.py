@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tostlm.slurm.history import ENDED, STARTED, SUBMITTED, End, JobHistory
 from tostlm.slurm.policy import Decision, decide
-from tostlm.slurm.record import ENDED, STARTED, SUBMITTED, End, Record
 
 
 def ends(*codes_and_steps: tuple[int, int]) -> Decision:
@@ -46,7 +46,7 @@ def test_lost_ranks_are_tried_again_later_and_later() -> None:
 
 
 def test_a_start_that_its_node_took_with_it_is_a_lost_rank(tmp_path: Path) -> None:
-    record = Record(tmp_path)
+    record = JobHistory(tmp_path)
     record.add(STARTED, "7", step=0)
     record.add(STARTED, "8", step=0)
     record.add(ENDED, "8", code=75, step=3)
@@ -59,7 +59,7 @@ def test_a_start_that_its_node_took_with_it_is_a_lost_rank(tmp_path: Path) -> No
 
 def test_a_chain_is_judged_as_one_job(tmp_path: Path) -> None:
     """Else each of its jobs would have a history of its own, and one that cannot come further would go on for ever."""
-    record = Record(tmp_path)
+    record = JobHistory(tmp_path)
     record.add(SUBMITTED, "1")
     for job in ("2", "3"):
         record.add(SUBMITTED, job, after=str(int(job) - 1))
@@ -70,7 +70,7 @@ def test_a_chain_is_judged_as_one_job(tmp_path: Path) -> None:
 
 
 def test_a_torn_line_is_passed_over(tmp_path: Path) -> None:
-    record = Record(tmp_path)
+    record = JobHistory(tmp_path)
     record.add(STARTED, "7", step=0)
     with (record.folder / "jobs.jsonl").open("a") as file:
         file.write('{"what": "en\n')

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, succeed, tostlm
-from tests.data.test_prepare import content
+from tests.data.preparation.test_prepare import content
 from tests.slurm.cluster import Cluster, wait_until
 from tostlm.data import Tokenizer
 

@@ -9,12 +9,12 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, Run, fail, succeed, tostlm
-from tests.data.test_prepare import content
+from tests.data.preparation.test_prepare import content
 from tests.slurm.conftest import Job
 from tostlm.checkpoint import checkpoints
 from tostlm.data import Tokenizer
 from tostlm.files import locked
-from tostlm.launch.ranks import first_node
+from tostlm.launch.environment import first_node
 
 pytestmark = pytest.mark.alone
 
@@ -49,7 +49,10 @@ def test_a_range_of_nodes_is_not_told_of_tasks(run: Run) -> None:
         (["--nodes", "3"], ["train.batch_tokens 512 does not divide into 3 ranks"]),
         (["--nodes", "2-3"], ["into 3 ranks"]),
         (["--nodes", "2", "--gpus-per-node", "3"], ["into 6 ranks"]),
-        (["--nodes", "2", "train.context_ranks=4"], ["2 ranks are no whole groups of train.context_ranks 4"]),
+        (
+            ["--nodes", "2", "train.context_parallel_size=4"],
+            ["2 ranks are no whole groups of train.context_parallel_size 4"],
+        ),
         (["--nodes", "x"], ["--nodes x must be a number, or the fewest and the most"]),
         (["--nodes", "4-2"], ["--nodes 4-2 must be"]),
         (["data.path=nowhere"], ["nowhere holds no prepared data"]),

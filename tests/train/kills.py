@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tostlm.checkpoint import Progress, checkpoint_folder, checkpoints, read_progress, read_state
+from tostlm.checkpoint.deepspeed_state import KINDS, restore_state
+from tostlm.checkpoint.layout import TrainState, checkpoint_folder, checkpoints, read_state, read_train_state
+from tostlm.checkpoint.load import latest_valid_checkpoint, resume
+from tostlm.checkpoint.save import PARTIAL, REMOVED, CheckpointSaver
 from tostlm.config import RunConfig, load_config
 from tostlm.data import common_tokenizer
-from tostlm.launch import Ranks, ranks_from_environment
-from tostlm.launch.local import places
+from tostlm.launch import RankInfo, rank_from_environment
+from tostlm.launch.local import rank_env
 from tostlm.model import LM, create_lm
-from tostlm.train.checkpoint import PARTIAL, REMOVED, Saver
-from tostlm.train.engine import join_ranks, start_engine
-from tostlm.train.engine_state import KINDS, restore_state
-from tostlm.train.resume import newest_good, resume
+from tostlm.train.engine import init_distributed, start_engine
 
 WORLD = 2
 LONGEST_SECONDS = 0.1  # from the beginning of a save to the kill
@@ -39,26 +39,26 @@ def expected(config: RunConfig, step: int) -> Iterator[tuple[str, Tensor]]:
             yield f"{name}/{kind}", torch.full(shape, step + number / 64 + KINDS.index(kind) / 4)
 
 
-def save_for_ever(config: RunConfig, ranks: Ranks, start: int) -> None:
-    join_ranks(ranks)
+def save_for_ever(config: RunConfig, ranks: RankInfo, start: int) -> None:
+    init_distributed(ranks)
     engine: Any = start_engine(config, create_lm(config.model, config.seed), ranks)
     if start:
         assert resume(engine, checkpoint_folder(config.run_dir, start)).step == start
-    with Saver(config, common_tokenizer(config.data.folders), ranks, lambda: None) as saver:
+    with CheckpointSaver(config, common_tokenizer(config.data.folders), ranks, lambda: None) as saver:
         for step in range(start + 1, sys.maxsize):
             restore_state(engine, expected(config, step), step)
-            saver.save(engine, Progress(step=step), {})
+            saver.save(engine, TrainState(step=step), {})
 
 
 def start_ranks(config: RunConfig, start: int) -> list[int]:
     """Fork the ranks, which spares them the imports, into one process group; returns their process ids."""
     ranks: list[int] = []
-    for place in places(WORLD):
+    for place in rank_env(WORLD):
         process = os.fork()
         if process == 0:
             os.setpgid(0, ranks[0] if ranks else 0)
             os.environ.update(place)
-            own = ranks_from_environment(place)
+            own = rank_from_environment(place)
             assert own is not None
             save_for_ever(config, own, start)
         ranks.append(process)
@@ -83,10 +83,10 @@ def main(file: Path, kills: int) -> None:
 
         for counted, kind in (("interrupted", PARTIAL), ("removed", REMOVED)):
             found[counted] += any(folder.glob(f"{kind}*"))
-        newest = newest_good(config)
+        newest = latest_valid_checkpoint(config)
         assert newest is not None
         assert newest == checkpoints(config.run_dir)[-1], "a checkpoint that was published is not whole"
-        start = read_progress(newest).step
+        start = read_train_state(newest).step
         expectation = dict(expected(config, start))
         for key, tensor in read_state(newest, expectation):
             assert tensor.equal(expectation[key]), (newest, key)

@@ -9,10 +9,10 @@ from tests.conftest import Run, succeed
 from tostlm.checkpoint import checkpoints
 from tostlm.errors import UserError
 from tostlm.model import create_lm
-from tostlm.train.feed import Rows, training_loader
+from tostlm.train.batches import Batch, training_loader
 
 CARRY = [
-    "data.carry_state=true",
+    "data.stateful=true",
     "data.reset_at_documents=true",
     "model.halflife_tokens=null",
     "model.layer_scale=20.0",
@@ -25,7 +25,7 @@ def test_the_losses_are_those_of_the_documents_read_whole(run: Run) -> None:
     succeed(run.train(*CARRY, *still))
     config = run.config(*CARRY, *still)
     lm, loader = create_lm(config.model, config.seed), training_loader(config)
-    windows = [Rows.of(loader.batch(step, 0, 1)) for step in range(6)]
+    windows = [Batch.of(loader.batch(step, 0, 1)) for step in range(6)]
     logits, _ = lm(
         torch.cat([rows.inputs for rows in windows], 1), reset=torch.cat([rows.resets for rows in windows], 1)
     )
@@ -55,7 +55,7 @@ def test_ranks_that_share_their_rows_remember_the_same(run: Run) -> None:
     succeed(run.train(*CARRY))
     losses = run.metrics("train")
     shutil.rmtree(checkpoints(run.dir)[-1])
-    succeed(run.train(*CARRY, "train.context_ranks=2", nproc=2))
+    succeed(run.train(*CARRY, "train.context_parallel_size=2", nproc=2))
     assert run.metrics("train") == pytest.approx(losses, abs=1e-4)
 
 
@@ -68,7 +68,7 @@ def test_ranks_that_share_their_rows_remember_the_same(run: Run) -> None:
     ],
 )
 def test_what_does_not_go_together(run: Run, overrides: list[str], words: list[str]) -> None:
-    with pytest.raises(UserError, match=r"data\.carry_state") as error:
+    with pytest.raises(UserError, match=r"data\.stateful") as error:
         run.config(*CARRY, *overrides)
     for word in words:
         assert word in str(error.value)

@@ -9,14 +9,14 @@ import torch
 from tests.conftest import Run, fail, succeed
 from tests.train.test_training import REPORTED, options
 from tostlm.checkpoint import checkpoints
-from tostlm.config import batches
+from tostlm.config import batch_plan
 from tostlm.errors import UserError
 from tostlm.model import LM
+from tostlm.train.batches import Batch, training_loader
 from tostlm.train.engine import deepspeed_dict, prepare_blocks
-from tostlm.train.feed import Rows, training_loader
 
 HYBRID = ["model.mixers=[tssa,softmax]", "model.positions=64", "data.reset_at_documents=true"]
-SPLIT = [*HYBRID, "train.context_ranks=2"]
+SPLIT = [*HYBRID, "train.context_parallel_size=2"]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_which_blocks_are_recomputed(run: Run) -> None:
     """Nothing else shows it: the numbers are the same bit for bit."""
     lm = LM(run.config().model)
     prepare_blocks(lm, run.config("train.activation_checkpointing_every=2"))
-    assert lm.recompute_every == 2
+    assert lm.activation_checkpointing_every == 2
 
 
 @SLOW
@@ -79,16 +79,16 @@ def test_several_groups_of_ranks_resume_exactly(run: Run) -> None:
 
 def test_pieces_of_a_batch(run: Run) -> None:
     batch = training_loader(run.config("data.reset_at_documents=true")).batch(0, 0, 1)
-    pieces = [Rows.of(batch, piece, 4) for piece in range(4)]
+    pieces = [Batch.of(batch, piece, 4) for piece in range(4)]
     assert {rows.inputs.shape[1] for rows in pieces} == {16}
-    for whole, *parts in zip(Rows.of(batch)[:3], *(piece[:3] for piece in pieces), strict=True):
+    for whole, *parts in zip(Batch.of(batch)[:3], *(piece[:3] for piece in pieces), strict=True):
         assert torch.equal(torch.cat(parts, 1), whole)
 
 
 def test_batches_of_groups(run: Run) -> None:
     """A pass of a group holds the tokens of all its ranks; DeepSpeed's own sum counts each rank's sequences."""
-    config = run.config("train.context_ranks=4", "train.micro_batch_tokens=32")
-    assert batches(config, 8) == (8, 2, 2)
+    config = run.config("train.context_parallel_size=4", "train.micro_batch_tokens=32")
+    assert batch_plan(config, 8) == (8, 2, 2)
     derived = deepspeed_dict(config, 8)
     assert derived["train_batch_size"] == 32
     assert derived["train_micro_batch_size_per_gpu"] * derived["gradient_accumulation_steps"] * 8 == 32
@@ -97,10 +97,14 @@ def test_batches_of_groups(run: Run) -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["train.context_ranks=3"], "a context of 64 tokens does not split over train.context_ranks 3; try 63"),
         (
-            [*HYBRID, "train.context_ranks=4"],
-            "model.heads 2 do not split over train.context_ranks 4, as softmax layers need; try train.context_ranks=2",
+            ["train.context_parallel_size=3"],
+            "a context of 64 tokens does not split over train.context_parallel_size 3; try 63",
+        ),
+        (
+            [*HYBRID, "train.context_parallel_size=4"],
+            "model.heads 2 do not split over train.context_parallel_size 4, as softmax layers need; try "
+            "train.context_parallel_size=2",
         ),
     ],
 )
@@ -110,5 +114,8 @@ def test_what_does_not_split(run: Run, overrides: list[str], words: str) -> None
 
 
 def test_ranks_that_make_no_whole_groups(run: Run) -> None:
-    line = fail(run.train("train.context_ranks=2", nproc=3), "3 ranks are no whole groups of train.context_ranks 2")
+    line = fail(
+        run.train("train.context_parallel_size=2", nproc=3),
+        "3 ranks are no whole groups of train.context_parallel_size 2",
+    )
     assert "start a multiple of it" in line

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from tests.conftest import Run
-from tests.ranks import on_ranks
+from tests.processes import on_ranks
 from tests.train.test_training import options
-from tostlm.launch import Ranks
+from tostlm.checkpoint.deepspeed_state import whole_weights
+from tostlm.launch import RankInfo
 from tostlm.model import create_lm
-from tostlm.train.carry import Carry
-from tostlm.train.engine import Step, start_engine, train_step
-from tostlm.train.engine_state import whole_weights
-from tostlm.train.feed import Rows, training_loader
+from tostlm.train.batches import Batch, training_loader
+from tostlm.train.carry import RecurrentState
+from tostlm.train.engine import StepResult, start_engine, train_step
 
 ACCUMULATE = "data_types.grad_accum_dtype=fp32"
 CASES = [(stage, bf16, ()) for stage in (0, 1, 2, 3) for bf16 in ("false", "true")]
@@ -41,19 +41,19 @@ def spoilt(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]
     return lambda module, arguments, output: (change(output[0]), output[1])
 
 
-def on_rank(run: Run, rank: int, world: int) -> list[dict[str, Any]]:
-    return [bad_among_good(run, Ranks(rank, rank, world), *case) for case in CASES]
+def on_rank(run: Run, rank: int, world_size: int) -> list[dict[str, Any]]:
+    return [bad_among_good(run, RankInfo(rank, rank, world_size), *case) for case in CASES]
 
 
-def bad_among_good(run: Run, ranks: Ranks, stage: int, bf16: str, more: tuple[str, ...]) -> dict[str, Any]:
+def bad_among_good(run: Run, ranks: RankInfo, stage: int, bf16: str, more: tuple[str, ...]) -> dict[str, Any]:
     config = run.config(*options(stage, bf16), *more)
     loader = training_loader(config)
     engine = start_engine(config, create_lm(config.model, config.seed), ranks)
 
-    carry = Carry(config, engine.gradient_accumulation_steps(), ranks)
+    carry = RecurrentState(config, engine.gradient_accumulation_steps(), ranks)
 
-    def step(number: int, is_bad: Callable[[float], bool] = lambda loss: False) -> Step:
-        rows = Rows.of(loader.batch(number, ranks.rank, ranks.world))
+    def step(number: int, is_bad: Callable[[float], bool] = lambda loss: False) -> StepResult:
+        rows = Batch.of(loader.batch(number, ranks.rank, ranks.world_size))
         return train_step(engine, rows, 1e-3, is_bad, False, carry, lambda name: nullcontext())
 
     def weights() -> dict[str, torch.Tensor]:

@@ -14,18 +14,18 @@ import pytest
 
 from tests.conftest import Run, fail, succeed
 from tests.warm import Program
-from tostlm.checkpoint import checkpoints, load, read_progress
+from tostlm.checkpoint import checkpoints, load_checkpoint, read_train_state
 from tostlm.errors import EXIT_REQUEUE
-from tostlm.launch.local import places
+from tostlm.launch.local import rank_env
 from tostlm.train import loop, start
-from tostlm.train.engine import Step
+from tostlm.train.engine import StepResult
 
 
 def harm(number: int, fault: Callable[[Any], Any]) -> None:
     """Have `fault(engine)` happen to this process in step `number`; what it returns is taken away after the step."""
     steps, train_step = count(1), loop.train_step
 
-    def faulty(engine: Any, *arguments: Any) -> Step:
+    def faulty(engine: Any, *arguments: Any) -> StepResult:
         hook = fault(engine) if next(steps) == number else None
         step = train_step(engine, *arguments)
         if hook is not None:
@@ -49,7 +49,7 @@ def lost_weights(engine: Any) -> None:
 
 def train_with(fault: Callable[[Any], Any], number: int, run: Run, *overrides: str) -> subprocess.CompletedProcess[str]:
     """Train on one rank that step `number` of this process goes wrong in."""
-    (place,) = places(1)
+    (place,) = rank_env(1)
     return Program("train", str(run.file), *overrides, before=partial(harm, number, fault), **place).end()
 
 
@@ -60,12 +60,12 @@ def events(run: Run) -> list[dict[str, object]]:
 
 def test_a_step_without_a_finite_loss_is_skipped(run: Run) -> None:
     output = succeed(train_with(nan_loss, 4, run))
-    assert read_progress(checkpoints(run.dir)[-1])[:2] == (6, 6)
-    assert read_progress(checkpoints(run.dir)[-1]).skipped_steps == 1
+    assert read_train_state(checkpoints(run.dir)[-1])[:2] == (6, 6)
+    assert read_train_state(checkpoints(run.dir)[-1]).skipped_steps == 1
     assert [(event["step"], event["what"]) for event in events(run)] == [(4, "skipped")]
     assert "skipped" in output
     assert run.metrics("train", "skipped_steps") == {1: 0, 2: 0, 3: 0, 4: 1, 5: 1, 6: 1}
-    assert all(p.isfinite().all() for p in load(run.dir).lm.parameters())
+    assert all(p.isfinite().all() for p in load_checkpoint(run.dir).lm.parameters())
 
 
 BACK = ("train.bad_steps_before_rollback=2", "train.save_every_steps=2", "train.steps=8")
@@ -73,7 +73,7 @@ BACK = ("train.bad_steps_before_rollback=2", "train.save_every_steps=2", "train.
 
 def test_a_run_that_has_gone_bad_goes_back_and_leaves_the_data_out(run: Run) -> None:
     succeed(train_with(lost_weights, 5, run, *BACK))
-    progress = read_progress(checkpoints(run.dir)[-1])
+    progress = read_train_state(checkpoints(run.dir)[-1])
     assert (progress.step, progress.data_step) == (8, 10)  # steps 5 and 6 of the data were left out
     assert (progress.skipped_steps, progress.rollbacks) == (2, 1)
     assert list(run.metrics("train")) == list(range(1, 9))
@@ -83,7 +83,7 @@ def test_a_run_that_has_gone_bad_goes_back_and_leaves_the_data_out(run: Run) -> 
         (4, "went back"),
     ]
     assert all(math.isfinite(loss) for loss in run.metrics("train").values())
-    assert all(p.isfinite().all() for p in load(run.dir).lm.parameters())
+    assert all(p.isfinite().all() for p in load_checkpoint(run.dir).lm.parameters())
     # What follows is what a run does that is told to leave these data out.
     losses = run.metrics("train")
     for path in checkpoints(run.dir)[2:]:
@@ -91,7 +91,7 @@ def test_a_run_that_has_gone_bad_goes_back_and_leaves_the_data_out(run: Run) -> 
             file.rmdir() if file.is_dir() else file.unlink()
         path.rmdir()
     newest = checkpoints(run.dir)[-1]
-    assert read_progress(newest).step == 4
+    assert read_train_state(newest).step == 4
     succeed(train_with(lost_weights, 1, run, *BACK))  # the first two steps after step 4, again
     assert run.metrics("train") == losses
 
@@ -130,7 +130,7 @@ def test_asked_to_stop_it_saves_the_step_it_is_at(run: Run, number: signal.Signa
     ended = program.end(60)
     assert (ended.returncode, ended.stderr) == (EXIT_REQUEUE, "")
     (saved,) = checkpoints(run.dir)
-    step = read_progress(saved).step
+    step = read_train_state(saved).step
     assert f"stopped after step {step} of 100000 ({number.name}" in ended.stdout
     assert max(run.metrics("train")) == step  # nothing done is lost
     succeed(run.train(f"train.steps={step + 2}", nproc=2))
@@ -145,11 +145,11 @@ def test_the_time_it_was_given(run: Run) -> None:
 
 
 def without_bf16() -> None:
-    start.multiplies_in = lambda device, dtype: False
+    start.supports_matmul = lambda device, dtype: False
 
 
 def test_bf16_on_a_device_without_it(run: Run) -> None:
-    (place,) = places(1)
+    (place,) = rank_env(1)
     bf16 = ["train", str(run.file), "deepspeed.bf16.enabled=true"]
     result = Program(*bf16, before=without_bf16, **place).end()
     fail(result, "precision is bf16, which", "cannot multiply in; train in another")

@@ -9,12 +9,12 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import Run
-from tostlm.launch import Ranks
+from tostlm.launch import RankInfo
 from tostlm.model import training_flops_per_token
 from tostlm.train import metrics
 from tostlm.train.metrics import Metrics
 
-ALONE = Ranks(0, 0, 1)
+ALONE = RankInfo(0, 0, 1)
 RATES = {"decay": 1e-3, "no_decay": 2e-3}
 
 
@@ -46,7 +46,7 @@ def run(run: Run) -> Run:
 
 
 def test_what_a_step_is_worth(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    with Metrics(run.config(), 0, Ranks(0, 0, 4)) as record:
+    with Metrics(run.config(), 0, RankInfo(0, 0, 4)) as record:
         for _ in range(2):
             with record.clock.phase("forward"):
                 pass
@@ -86,7 +86,7 @@ def test_mfu_is_of_the_operations_of_the_mixer(run: Run, mixer: str, monkeypatch
     """Of the peak of all devices. TSSA costs the same at any context, softmax C more for each token more."""
     monkeypatch.setattr(metrics, "_peak_flops", lambda: 1e12)
     config = run.config(f"model.mixers=[{mixer}]")
-    with Metrics(config, 0, Ranks(0, 0, 4)) as record:
+    with Metrics(config, 0, RankInfo(0, 0, 4)) as record:
         report(record, 1, context=64)
         report(record, 2, context=64_000)
     short, long = (line["mfu"] * 4e12 / line["tokens_per_second"] for line in lines(run))
@@ -171,7 +171,7 @@ def test_a_resumed_record_forgets_what_came_after_its_checkpoint(run: Run) -> No
 
 
 def test_other_ranks_are_mute(run: Run) -> None:
-    with Metrics(run.config(), 0, Ranks(1, 1, 2)) as record:
+    with Metrics(run.config(), 0, RankInfo(1, 1, 2)) as record:
         report(record, 1)
         record.heldout(1, 2.0)
         record.statistics(1, {"entropy/0": 0.5})

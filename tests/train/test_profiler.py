@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from tests.conftest import Run
-from tostlm.launch import Ranks
-from tostlm.train.profiler import Trace, _without_its_chatter
+from tostlm.launch import RankInfo
+from tostlm.train.profiler import StepProfiler, _without_its_chatter
 from tostlm.tssa import tssa
 
 
 def trace(run: Run, steps: Iterable[int], rank: int = 0) -> None:
     run.dir.mkdir(exist_ok=True)
-    with Trace(run.config("train.profile_steps=[3,4]"), Ranks(rank, rank, 2)) as tracer:
+    with StepProfiler(run.config("train.profile_steps=[3,4]"), RankInfo(rank, rank, 2)) as tracer:
         for step in steps:
             with tracer.step(step):
                 w = torch.randn(1, 40, 8, requires_grad=True)

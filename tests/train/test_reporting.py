@@ -15,8 +15,8 @@ from wandb.proto import wandb_internal_pb2
 
 from tests.conftest import Run, succeed
 from tests.train.test_training import wait_for_a_checkpoint
-from tostlm.checkpoint import checkpoints, load, read_progress
-from tostlm.train.feed import Rows, training_loader
+from tostlm.checkpoint import checkpoints, load_checkpoint, read_train_state
+from tostlm.train.batches import Batch, training_loader
 from tostlm.tssa import tssa
 
 EVERYTHING = [
@@ -47,7 +47,7 @@ class Reported:
         os.kill(program.children()[0], signal.SIGKILL)
         program.end(60)
         self.before = lines(run, "train")
-        self.resumed_from = read_progress(checkpoints(run.dir)[-1]).step
+        self.resumed_from = read_train_state(checkpoints(run.dir)[-1]).step
         self.steps = self.resumed_from + 2
         with (run.dir / "metrics.jsonl").open("a") as file:
             file.write('{"kind": "train", "st')  # torn, as a machine that loses power leaves it
@@ -104,8 +104,8 @@ def test_the_trace_is_of_the_steps_asked_for(reported: Reported) -> None:
 @torch.no_grad()
 def test_the_statistics_are_the_operators(reported: Reported) -> None:
     """Of the last step's first rows, with the weights after it, in one process."""
-    lm, config = load(reported.run.dir).lm, load(reported.run.dir).config
-    rows = Rows.of(training_loader(config).batch(reported.steps - 1, 0, 1)).split(4)[0]
+    lm, config = load_checkpoint(reported.run.dir).lm, load_checkpoint(reported.run.dir).config
+    rows = Batch.of(training_loader(config).batch(reported.steps - 1, 0, 1)).split(4)[0]
     projected = {}
     for layer in (0, 2):
         lm.blocks[layer].mixer.in_proj.register_forward_hook(

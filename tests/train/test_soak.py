@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Run, succeed
-from tostlm.checkpoint import checkpoints, read_progress, step_of
+from tostlm.checkpoint import checkpoints, read_train_state, step_of
 from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE
 
 KILLS = 20
@@ -27,7 +27,7 @@ def test_killed_twenty_times(data: Path, tmp_path: Path) -> None:
     run, chance = Run(tmp_path, data), random.Random(0)
     done = []
     for _ in range(KILLS):
-        before = read_progress(checkpoints(run.dir)[-1]).step if checkpoints(run.dir) else 0
+        before = read_train_state(checkpoints(run.dir)[-1]).step if checkpoints(run.dir) else 0
         program = run.start(*OVERRIDES, steps, nproc=2)
         while program.running() and (not checkpoints(run.dir) or step_of(checkpoints(run.dir)[-1]) < before + 10):
             time.sleep(0.01)

@@ -14,11 +14,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import Run, fail, succeed, tostlm
-from tostlm.checkpoint import checkpoints, load, read_progress
-from tostlm.data import Settings, Tokenizer, prepare
+from tostlm.checkpoint import checkpoints, load_checkpoint, read_train_state
+from tostlm.checkpoint.load import check_resumable
+from tostlm.data import PreparationSettings, Tokenizer, prepare
 from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE, UserError
 from tostlm.model import create_lm
-from tostlm.train.resume import check_resumable
 from tostlm.train.start import check_run
 
 TOLERANCE = {"false": 1e-4, "true": 2e-2}  # of a loss, without and with bf16
@@ -54,7 +54,7 @@ def assert_alike(run: Run, single: Run, tolerance: float) -> None:
     if tolerance == TOLERANCE["false"]:
         norms = single.metrics("train", "grad_norm")
         assert run.metrics("train", "grad_norm") == pytest.approx(norms, rel=10 * tolerance)
-    ours, theirs = (dict(load(r.dir).lm.named_parameters()) for r in (run, single))
+    ours, theirs = (dict(load_checkpoint(r.dir).lm.named_parameters()) for r in (run, single))
     assert ours.keys() == theirs.keys()
     for name, parameter in ours.items():
         difference = (parameter.float() - theirs[name]).norm() / theirs[name].norm().clamp_min(1e-3)
@@ -74,7 +74,7 @@ def test_every_stage_trains_alike_and_resumes_exactly(run: Run, single: Run, sta
     shutil.rmtree(checkpoints(run.dir)[-1])
     succeed(run.train(*options(stage, bf16), nproc=2))
     assert {key: run.metrics(kind, key) for kind, key in REPORTED} == before
-    progress = read_progress(checkpoints(run.dir)[-1])
+    progress = read_train_state(checkpoints(run.dir)[-1])
     assert (progress.step, progress.world_size) == (6, 2)
 
 
@@ -83,7 +83,7 @@ def test_autocast_trains_alike(run: Run, single: Run) -> None:
     autocast = ["deepspeed.torch_autocast.enabled=true", "deepspeed.torch_autocast.dtype=bfloat16"]
     succeed(run.train(*options(1), *autocast, nproc=2))
     assert_alike(run, single, TOLERANCE["true"])
-    assert load(run.dir).lm.embed.weight.dtype == torch.float32
+    assert load_checkpoint(run.dir).lm.embed.weight.dtype == torch.float32
     assert run.metrics("train") != single.metrics("train")
 
 
@@ -119,13 +119,13 @@ def test_what_a_run_leaves_behind(trained: dict[str, Run]) -> None:
 
 def test_the_weights_are_the_trained_ones(trained: dict[str, Run]) -> None:
     """The portable weights of the end give the held-out loss that training reported."""
-    from tostlm.train.feed import Rows, heldout_loader
+    from tostlm.train.batches import Batch, validation_loader
 
     run = trained["tssa"]
-    checkpoint = load(run.dir)
+    checkpoint = load_checkpoint(run.dir)
     assert not (checkpoint.lm.embed.weight == create_lm(checkpoint.config.model, 0).embed.weight).all()
-    loader = heldout_loader(checkpoint.config, world=1)
-    losses = [float(Rows.of(loader.batch(index, 0, 1)).loss(checkpoint.lm)[0]) for index in range(4)]
+    loader = validation_loader(checkpoint.config, world_size=1)
+    losses = [float(Batch.of(loader.batch(index, 0, 1)).loss(checkpoint.lm)[0]) for index in range(4)]
     assert sum(losses) / 4 == pytest.approx(run.metrics("heldout")[6], abs=1e-5)
 
 
@@ -145,7 +145,7 @@ def test_an_interrupted_run_goes_on(run: Run) -> None:
     assert ended.returncode == 130
     assert ended.stderr.strip().splitlines() == ["tostlm: interrupted; the same command goes on from what is finished"]
 
-    reached = read_progress(checkpoints(run.dir)[-1]).step
+    reached = read_train_state(checkpoints(run.dir)[-1]).step
     succeed(run.train(f"train.steps={reached + 2}", nproc=2))
     assert list(run.metrics("train")) == list(range(1, reached + 3))
 
@@ -190,7 +190,7 @@ def test_a_checkpoint_of_other_data(
 ) -> None:
     run = trained["tssa"]
     other = tmp_path / "other"
-    prepare(Settings(sources=(str(corpus),), heldout_fraction=0.3), tokenizer, other)
+    prepare(PreparationSettings(sources=(str(corpus),), heldout_fraction=0.3), tokenizer, other)
     fail(run.train("train.steps=8", f"data.path={other}"), f"was trained on other data than {other} holds")
 
 
@@ -288,4 +288,4 @@ def test_torchrun_is_a_launcher(run: Run) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tostlm"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, "train", str(run.file)], check=True, capture_output=True, timeout=120, env=environment)
-    assert read_progress(checkpoints(run.dir)[-1]).world_size == 2
+    assert read_train_state(checkpoints(run.dir)[-1]).world_size == 2

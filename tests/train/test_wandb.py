@@ -9,7 +9,7 @@ import wandb
 
 from tests.conftest import Run, fail, tostlm
 from tostlm.errors import UserError
-from tostlm.launch import Ranks
+from tostlm.launch import RankInfo
 from tostlm.train import wandb as door
 from tostlm.train.loop import check_run
 from tostlm.train.metrics import Metrics
@@ -41,7 +41,7 @@ def test_a_service_that_does_not_answer_is_logged(
     try:
         with caplog.at_level(logging.WARNING, "tostlm"):
             door.check_wandb(config)
-            with Metrics(config, 0, Ranks(0, 0, 1)) as record:
+            with Metrics(config, 0, RankInfo(0, 0, 1)) as record:
                 record.heldout(1, 2.0)
     finally:
         wandb.teardown()

@@ -16,7 +16,7 @@ from tests.warm import Program
 from tostlm.checkpoint import checkpoints, step_of
 from tostlm.data import Loader
 from tostlm.errors import EXIT_LOST_RANK
-from tostlm.launch.local import places
+from tostlm.launch.local import rank_env
 from tostlm.train.heartbeat import FAILED, PARTED, Heartbeat, culprits, read_heartbeats
 
 pytestmark = pytest.mark.alone
@@ -31,8 +31,8 @@ def beat(
     return Heartbeat(rank, "node", "boot", 100 + rank, "1", step, "forward", place, 20, beats, quiet, last_word)
 
 
-def verdict(earlier: list[Heartbeat], later: list[Heartbeat], world: int = 3) -> list[int]:
-    return culprits({b.rank: b for b in earlier}, {b.rank: b for b in later}, world, LIMIT)
+def verdict(earlier: list[Heartbeat], later: list[Heartbeat], world_size: int = 3) -> list[int]:
+    return culprits({b.rank: b for b in earlier}, {b.rank: b for b in later}, world_size, LIMIT)
 
 
 EARLIER = [beat(0), beat(1), beat(2)]
@@ -138,7 +138,7 @@ def test_a_killed_rank_is_named_at_once(job: Job) -> None:
 def test_a_rank_stuck_in_python_is_named_though_its_watcher_lives(run: Run) -> None:
     """Without a launcher of ours, both ranks end by themselves. A start longer than the timeout is no hang."""
     arguments = ["train", str(run.file), "train.hang_timeout_seconds=8", "train.save_every_steps=100"]
-    healthy, sick = places(2)
+    healthy, sick = rank_env(2)
     ranks = [Program(*arguments, **healthy), Program(*arguments, before=stick, **sick)]
     ended = [rank.end(120) for rank in ranks]
     assert [rank.returncode for rank in ended] == [EXIT_LOST_RANK] * 2, ended

@@ -219,7 +219,7 @@ def test_under_autocast_and_activation_checkpointing() -> None:
     assert (y.dtype, state.energy.dtype) == (torch.bfloat16, torch.float64)
 
 
-@pytest.mark.parametrize("name", ["torch", "oracle"])
+@pytest.mark.parametrize("name", ["torch", "reference"])
 def test_the_environment_names_the_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = draw(T=40, options=("rho", "state"))
     expected = outcome(tssa_reference, inputs)
@@ -229,7 +229,7 @@ def test_the_environment_names_the_backend(name: str, monkeypatch: pytest.Monkey
 
 def test_a_backend_that_cannot_serve_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOSTLM_TSSA_BACKEND", "fortran")
-    with pytest.raises(ValueError, match="fortran is no backend; use triton, cpp, torch or oracle"):
+    with pytest.raises(ValueError, match="fortran is no backend; use triton, cpp, torch or reference"):
         tssa(*draw())
 
 

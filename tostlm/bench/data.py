@@ -13,9 +13,19 @@ from typing import Any, NamedTuple
 
 import sentencepiece
 
-from tostlm.data import TRAIN, Loader, Settings, Stage, Tokenizer, TokenSet, documents, first_bytes, prepare
-from tostlm.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from tostlm.data import (
+    TRAIN,
+    ContextStage,
+    Loader,
+    PreparationSettings,
+    Tokenizer,
+    TokenSet,
+    documents,
+    first_bytes,
+    prepare,
+)
 from tostlm.data.shards import ShardWriter, content_hash
+from tostlm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 
 RANK_TOKENS_PER_SECOND = 10_000  # what the loader's share of a step is stated for
 LOADED_TOKENS = 1 << 20
@@ -47,7 +57,7 @@ def bench_data(
         folder = Path(temporary)
         with (folder / "text.jsonl").open("w") as file:
             file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-        settings = Settings(sources=(str(folder / "text.jsonl"),), part_bytes=1 << 40, heldout_fraction=0)
+        settings = PreparationSettings(sources=(str(folder / "text.jsonl"),), part_bytes=1 << 40, heldout_fraction=0)
         encode = _library_encode(tokenizer, workers)
         for repeat in range(repeats):
             encoded, took = _timed(encode, texts)
@@ -88,7 +98,7 @@ def _load(folder: Path, context: int) -> float:
     tokens = TokenSet(folder, TRAIN)
     context = min(context, len(tokens) - 1)
     sequences = max(1, LOADED_TOKENS // context // 8)
-    loader = Loader([(tokens, 1.0)], [Stage(0, context, sequences)], seed=0, reset_at=tokens.manifest.eos_id)
+    loader = Loader([(tokens, 1.0)], [ContextStage(0, context, sequences)], seed=0, reset_at=tokens.manifest.eos_id)
     start = time.perf_counter()
     for step in range(8):
         loader.batch(step, 0, 1)

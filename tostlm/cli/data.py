@@ -136,7 +136,7 @@ def prepare(
         on_error=on_error,
     )
     settings = checked(
-        data.Settings,
+        data.PreparationSettings,
         sources=sources,
         selection=selection,
         heldout_fraction=heldout_fraction,
@@ -159,12 +159,12 @@ def prepare(
 
 
 def report(out: Path, manifest: Manifest) -> None:
-    from tostlm.data import told
+    from tostlm.data import format_counts
 
     for name, split in manifest.splits.items():
         print(f"{out}: {name} {split.tokens:,} tokens of {split.documents:,} documents, {split.text_bytes:,} bytes")
     if any(manifest.dropped.values()):
-        print(f"{out}: dropped {told(manifest.dropped)}; {out}/dropped.jsonl names the first")
+        print(f"{out}: dropped {format_counts(manifest.dropped)}; {out}/dropped.jsonl names the first")
 
 
 def checked(kind: type[Model], **values: Any) -> Model:

@@ -15,7 +15,7 @@ from tostlm.cli.app import CheckpointPath, ConfigFile, Overrides, Threads, app, 
 from tostlm.errors import UserError
 
 if TYPE_CHECKING:
-    from tostlm.launch import Ranks
+    from tostlm.launch import RankInfo
 
 Processes = Annotated[int | None, typer.Option(min=1, help="processes on this machine; default: one a GPU, or one")]
 
@@ -57,10 +57,10 @@ def train(
 
     Under torchrun or a Slurm step the ranks come from there; otherwise --nproc processes are started here.
     """
-    from tostlm.config import batches, load_config
+    from tostlm.config import batch_plan, load_config
 
     run = load_config(config, overrides or [])
-    ranks = _this_rank(["train", str(config), *(overrides or [])], nproc, lambda processes: batches(run, processes))
+    ranks = _this_rank(["train", str(config), *(overrides or [])], nproc, lambda processes: batch_plan(run, processes))
     if ranks.rank == 0:
         logging.basicConfig(stream=sys.stdout, format="%(message)s")
         logging.getLogger("tostlm").setLevel(logging.INFO)
@@ -178,12 +178,12 @@ def convert(
     out: Annotated[Path, typer.Argument(metavar="DIR", help="the folder to write")],
 ) -> None:
     """Convert a checkpoint to a Hugging Face folder that computes the same logits."""
-    from tostlm.checkpoint import load
+    from tostlm.checkpoint import load_checkpoint
     from tostlm.convert import export_hf
 
     if to != "hf":
         raise UserError(f"--to {to} is not known; use --to hf")
-    export_hf(load(checkpoint), out)
+    export_hf(load_checkpoint(checkpoint), out)
     print(f"{out}: loads with transformers.AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)")
 
 
@@ -199,15 +199,15 @@ def _numbers(text: str, option: str) -> list[int]:
 
 def _this_rank(
     arguments: list[str], nproc: int | None, check: Callable[[int], object] = lambda processes: None
-) -> Ranks:
+) -> RankInfo:
     """This process's place in its run. Without a launcher it becomes one: `check`s the number of ranks and starts them.
 
     Raises:
         UserError: both a launcher and --nproc say how many ranks there are.
     """
-    from tostlm.launch import export_rendezvous, ranks_from_environment, run_local
+    from tostlm.launch import export_rendezvous, rank_from_environment, run_local
 
-    ranks = ranks_from_environment(os.environ)
+    ranks = rank_from_environment(os.environ)
     if ranks is None:
         import torch
 
@@ -215,6 +215,8 @@ def _this_rank(
         check(processes)
         raise typer.Exit(run_local(arguments, processes))
     if nproc is not None:
-        raise UserError(f"--nproc {nproc} is for machines without a launcher; here one has started {ranks.world} ranks")
+        raise UserError(
+            f"--nproc {nproc} is for machines without a launcher; here one has started {ranks.world_size} ranks"
+        )
     export_rendezvous(ranks)
     return ranks

@@ -62,7 +62,7 @@ def pretrain(
     resources = _resources(nodes, gpus_per_node, ranks_per_node, cpus_per_rank, time, partition, account, qos, sbatch)
     if chain > 1 and until_done:
         raise UserError(f"--chain {chain} and --until-done both say how the run goes on; give one")
-    course = slurm.Course(chain, until_done, doctor, warning_seconds)
+    course = slurm.RestartPolicy(chain, until_done, doctor, warning_seconds)
     print(slurm.pretrain(config, overrides or [], resources, course, sweep or [], _site(site), dry_run))
 
 
@@ -106,9 +106,9 @@ def job(
     """Be the batch script of a pretraining job: start its ranks, and see to what comes after."""
     from tostlm import slurm
 
-    if then not in list(slurm.Then):
-        raise UserError(f"--then {then} is not known; use {', '.join(slurm.Then)}")
-    raise typer.Exit(slurm.run_job(config, overrides or [], slurm.Then(then), doctor, ranks_per_node))
+    if then not in list(slurm.OnStop):
+        raise UserError(f"--then {then} is not known; use {', '.join(slurm.OnStop)}")
+    raise typer.Exit(slurm.run_job(config, overrides or [], slurm.OnStop(then), doctor, ranks_per_node))
 
 
 @submit_app.command()

@@ -65,7 +65,7 @@ class BlendedSet(Section):
     weight: Annotated[float, pydantic.Field(gt=0)]
 
 
-class Stage(Section):
+class CurriculumStage(Section):
     """The context before step `until_step`."""
 
     until_step: Positive
@@ -80,8 +80,8 @@ class DataConfig(Section):
     context_tokens: Positive
     reset_at_documents: bool = False  # forget at every document end that is read
     within_documents: bool = False  # windows of one document each, of documents that long
-    carry_state: bool = False  # rows read their documents on from step to step; the model remembers across windows
-    curriculum: tuple[Stage, ...] = ()  # earlier stages, before context_tokens takes over
+    stateful: bool = False  # rows read their documents on from step to step; the model remembers across windows
+    curriculum: tuple[CurriculumStage, ...] = ()  # earlier stages, before context_tokens takes over
     verify_checksums: bool = True  # read every shard once before training
 
     @property
@@ -186,11 +186,11 @@ class RunConfig(Section):
         return self
 
     def _whole_contexts(self) -> None:
-        group = self.train.context_ranks
+        group = self.train.context_parallel_size
         for _, context in self.data.stages:
             if context % group:
                 raise ValueError(
-                    f"a context of {context} tokens does not split over train.context_ranks {group}; "
+                    f"a context of {context} tokens does not split over train.context_parallel_size {group}; "
                     f"try {_nearest_multiple(context, group)}"
                 )
         unit = math.lcm(*(context for _, context in self.data.stages))
@@ -205,23 +205,23 @@ class RunConfig(Section):
                     )
 
     def _heads_split(self) -> None:
-        heads, group = self.model.heads, self.train.context_ranks
+        heads, group = self.model.heads, self.train.context_parallel_size
         if "softmax" in self.model.mixers and heads % group:
             raise ValueError(
-                f"model.heads {heads} do not split over train.context_ranks {group}, as softmax layers need; "
-                f"try train.context_ranks={math.gcd(heads, group)}"
+                f"model.heads {heads} do not split over train.context_parallel_size {group}, as softmax layers need; "
+                f"try train.context_parallel_size={math.gcd(heads, group)}"
             )
 
     def _carried_state_fits(self) -> None:
-        if not self.data.carry_state:
+        if not self.data.stateful:
             return
         if set(self.model.mixers) != {"tssa"} or self.model.positions is not None:
             raise ValueError(
-                "data.carry_state needs a memory that does not grow: model.mixers [tssa] and model.positions null"
+                "data.stateful needs a memory that does not grow: model.mixers [tssa] and model.positions null"
             )
         if not self.data.reset_at_documents or self.data.within_documents or self.data.curriculum:
             raise ValueError(
-                "data.carry_state goes with data.reset_at_documents true, and without within_documents or curriculum"
+                "data.stateful goes with data.reset_at_documents true, and without within_documents or curriculum"
             )
 
     @property
@@ -243,7 +243,7 @@ class RunConfig(Section):
         return f"autocast {autocast.get('dtype', 'bfloat16')}" if autocast.get("enabled") else "fp32"
 
 
-def matrix_dtype(config: RunConfig) -> torch.dtype:
+def matmul_dtype(config: RunConfig) -> torch.dtype:
     """What a run multiplies matrices in."""
     name = config.precision.removeprefix("autocast ").removeprefix("torch.")
     return {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16}.get(
@@ -251,24 +251,24 @@ def matrix_dtype(config: RunConfig) -> torch.dtype:
     )
 
 
-class Batches(NamedTuple):
+class BatchPlan(NamedTuple):
     """How one step's tokens are shared out, at contexts of `data.context_tokens`."""
 
     sequences: int  # a step, over all ranks
-    micro_sequences: int  # a forward and backward pass of one group of `train.context_ranks` ranks
+    micro_sequences: int  # a forward and backward pass of one group of `train.context_parallel_size` ranks
     accumulation: int  # passes of one rank a step
 
 
-def batches(config: RunConfig, world_size: int) -> Batches:
+def batch_plan(config: RunConfig, world_size: int) -> BatchPlan:
     """How `world_size` ranks share a step.
 
     Raises:
         UserError: the ranks are no whole groups, or the step does not divide into that many equal shares.
     """
-    train, group = config.train, config.train.context_ranks
+    train, group = config.train, config.train.context_parallel_size
     if world_size % group:
         raise UserError(
-            f"{world_size} ranks are no whole groups of train.context_ranks {group}; start a multiple of it"
+            f"{world_size} ranks are no whole groups of train.context_parallel_size {group}; start a multiple of it"
         )
     per_pass = world_size * train.micro_batch_tokens
     if train.batch_tokens % per_pass:
@@ -278,7 +278,7 @@ def batches(config: RunConfig, world_size: int) -> Batches:
             f"try train.batch_tokens={_nearest_multiple(train.batch_tokens, per_pass)}"
         )
     context = config.data.context_tokens
-    return Batches(
+    return BatchPlan(
         train.batch_tokens // context,
         train.micro_batch_tokens * group // context,
         train.batch_tokens // per_pass,

@@ -22,7 +22,7 @@ class TrainConfig(Section):
     steps: Positive
     batch_tokens: Positive  # a step, over all ranks
     micro_batch_tokens: Positive  # a forward and backward pass of one rank
-    context_ranks: Positive = 1  # that one sequence is split over, neighbours in rank
+    context_parallel_size: Positive = 1  # that one sequence is split over, neighbours in rank
     activation_checkpointing_every: Positive | None = None  # every n-th block is computed again in the backward pass
     compile: bool = False  # torch.compile each block
 

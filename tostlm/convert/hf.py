@@ -20,7 +20,7 @@ from tostlm.convert.configuration_tost import TostConfig
 from tostlm.convert.gpt2 import is_gpt2, to_gpt2
 from tostlm.convert.modeling_tost import TostForCausalLM
 from tostlm.convert.tokenizer import save_tokenizer
-from tostlm.data.tokenizer import SPACE
+from tostlm.data.tokenizers.base import SPACE
 from tostlm.errors import UserError
 from tostlm.files import require_writable
 
@@ -32,16 +32,16 @@ MODULES = (
     "tostlm.model.lm",
     "tostlm.model.loss",
     "tostlm.model.mixers",
-    "tostlm.model.ranks",
+    "tostlm.parallel",
     "tostlm.tssa",
     "tostlm.tssa.backend",
     "tostlm.tssa.chunked",
     "tostlm.tssa.dispatch",
     "tostlm.tssa.operator",
-    "tostlm.tssa.ranks",
+    "tostlm.tssa.context_parallel",
     "tostlm.tssa.reference",
     "tostlm.tssa.state",
-    "tostlm.tssa.stats",
+    "tostlm.tssa.statistics",
 )
 INTERNAL_IMPORT = re.compile(r"^from (tostlm[\w.]*) import", re.MULTILINE)
 PROBE_TEXT = (

@@ -9,9 +9,9 @@ import tokenizers
 from tokenizers import decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from tostlm.data.fast_tokenizer import FastTokenizer, parse
-from tostlm.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from tostlm.data.tokenizer import SPACE, Tokenizer
+from tostlm.data.tokenizers.base import SPACE, Tokenizer
+from tostlm.data.tokenizers.fast import FastTokenizer, parse
+from tostlm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, positions: int | None, folder: Path) -> None:

@@ -1,34 +1,35 @@
 """Text to tokens to batches."""
 
-from tostlm.data.loader import Batch, Loader, Stage, common_tokenizer
-from tostlm.data.merge import merge, told
-from tostlm.data.plan import Settings
-from tostlm.data.prepare import Task, parse_task, prepare
-from tostlm.data.selection import Selection, documents
-from tostlm.data.shards import HELDOUT, MANIFEST, TRAIN, Manifest, load_tokenizer, read_manifest
+from tostlm.data.loading.loader import ContextStage, Loader, NumpyBatch, common_tokenizer
+from tostlm.data.loading.token_set import TokenSet, shard_files, verify
+from tostlm.data.preparation.merge import format_counts, merge
+from tostlm.data.preparation.plan import PreparationSettings
+from tostlm.data.preparation.prepare import TaskShard, parse_task, prepare
+from tostlm.data.preparation.selection import Selection, documents
+from tostlm.data.preparation.token_import import import_tokens
+from tostlm.data.shards import MANIFEST, TRAIN, VALIDATION, Manifest, load_tokenizer, read_manifest
 from tostlm.data.show import show
-from tostlm.data.token_import import import_tokens
-from tostlm.data.token_set import TokenSet, shard_files, verify
-from tostlm.data.tokenizer import Tokenizer
-from tostlm.data.tokenizer_import import import_tokenizer
-from tostlm.data.tokenizer_training import first_bytes, train_tokenizer
+from tostlm.data.tokenizers.base import Tokenizer
+from tostlm.data.tokenizers.importing import import_tokenizer
+from tostlm.data.tokenizers.training import first_bytes, train_tokenizer
 
 __all__ = [
-    "HELDOUT",
     "MANIFEST",
     "TRAIN",
-    "Batch",
+    "VALIDATION",
+    "ContextStage",
     "Loader",
     "Manifest",
+    "NumpyBatch",
+    "PreparationSettings",
     "Selection",
-    "Settings",
-    "Stage",
-    "Task",
+    "TaskShard",
     "TokenSet",
     "Tokenizer",
     "common_tokenizer",
     "documents",
     "first_bytes",
+    "format_counts",
     "import_tokenizer",
     "import_tokens",
     "load_tokenizer",
@@ -38,7 +39,6 @@ __all__ = [
     "read_manifest",
     "shard_files",
     "show",
-    "told",
     "train_tokenizer",
     "verify",
 ]

@@ -23,13 +23,13 @@ from typing import Annotated, Any, BinaryIO, Literal
 import numpy as np
 import pydantic
 
-from tostlm.data.tokenizer import Tokenizer
+from tostlm.data.tokenizers.base import Tokenizer
 from tostlm.errors import UserError
 from tostlm.files import sha256_of, write_atomically
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
-TRAIN, HELDOUT = "train", "heldout"
+TRAIN, VALIDATION = "train", "heldout"
 SUFFIXES = ("bin", "ends", "hashes")
 HASH_BYTES = 16
 
@@ -37,11 +37,11 @@ HASH_BYTES = 16
 Count = Annotated[int, pydantic.Field(ge=0)]
 
 
-class Record(pydantic.BaseModel):
+class FrozenModel(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
 
 
-class Shard(Record):
+class Shard(FrozenModel):
     """One group of files NAME.bin, NAME.ends, NAME.hashes."""
 
     name: Annotated[str, pydantic.Field(pattern=r"^\w+-\d{5,}$")]  # SPLIT-NNNNN
@@ -51,7 +51,7 @@ class Shard(Record):
     sha256: dict[str, str]  # of each file, by suffix
 
 
-class Split(Record):
+class Split(FrozenModel):
     tokens: Count
     documents: Count
     text_bytes: Count
@@ -73,7 +73,7 @@ class Split(Record):
         )
 
 
-class Manifest(Record):
+class Manifest(FrozenModel):
     schema_version: int
     dtype: Literal["<u2", "<u4"]
     tokenizer_sha256: str

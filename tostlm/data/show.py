@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tostlm.data.loading.token_set import TokenSet
 from tostlm.data.shards import Manifest, Split, load_tokenizer, read_manifest
-from tostlm.data.token_set import TokenSet
 from tostlm.errors import UserError
 from tostlm.files import require_file_writable, write_atomically
 

@@ -9,20 +9,20 @@ import torch
 import torch.distributed as dist
 
 from tostlm.doctor.finding import NAMED, OK, WARN, Finding, named
-from tostlm.launch import Ranks
+from tostlm.launch import RankInfo
 
 PINGS = 8
 SKEW_SECONDS = 1.0  # more, and logs of several hosts cannot be put in order, nor files by their times
 
 
-def measure(ranks: Ranks) -> list[tuple[float, float]]:
+def measure(ranks: RankInfo) -> list[tuple[float, float]]:
     """On rank 0: of each rank, what its clock is ahead, and how wrong that may be, in seconds; nothing elsewhere.
 
     The offset is the remote time less the middle of the shortest round trip, wrong by half of it at most (Cristian
     1989).
     """
     if ranks.rank == 0:
-        return [(0.0, 0.0), *(_offset(rank) for rank in range(1, ranks.world))]
+        return [(0.0, 0.0), *(_offset(rank) for rank in range(1, ranks.world_size))]
     stamp = torch.zeros(1, dtype=torch.float64)
     for _ in range(PINGS):
         dist.recv(stamp, 0)

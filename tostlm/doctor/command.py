@@ -8,13 +8,13 @@ from pathlib import Path
 from tostlm.config import RunConfig
 from tostlm.doctor.examine import examine, measures
 from tostlm.doctor.finding import complaint, report
-from tostlm.doctor.meeting import Meeting
+from tostlm.doctor.meeting import Coordinator
 from tostlm.errors import UserError
 from tostlm.files import require_file_writable, write_atomically
-from tostlm.launch import Ranks
+from tostlm.launch import RankInfo
 
 
-def doctor(config: RunConfig, ranks: Ranks, timeout_seconds: float, out: Path | None) -> None:
+def doctor(config: RunConfig, ranks: RankInfo, timeout_seconds: float, out: Path | None) -> None:
     """Examine what a run of this config on these ranks would meet; every rank calls it.
 
     Rank 0 prints a line a check as it is made, and writes them to `out` as JSON too.
@@ -24,7 +24,7 @@ def doctor(config: RunConfig, ranks: Ranks, timeout_seconds: float, out: Path | 
     """
     if out and ranks.rank == 0:
         require_file_writable(out)
-    meeting = Meeting(ranks, timeout_seconds)
+    meeting = Coordinator(ranks, timeout_seconds)
     if ranks.rank:
         meeting.serve(measures(config, meeting))
         return

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from tostlm.doctor.finding import FAIL, OK, WARN, Finding, minority, named, unfit
-from tostlm.model import best_device, device_name, multiplies_in
+from tostlm.model import best_device, device_name, supports_matmul
 
 
 class Device(NamedTuple):
@@ -27,7 +27,7 @@ class Device(NamedTuple):
 def measure(dtype: torch.dtype) -> Device:
     """This rank's device, the current one where there are several, for a run that multiplies in `dtype`."""
     device = best_device()
-    suits = multiplies_in(device, dtype)
+    suits = supports_matmul(device, dtype)
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         identity, visible = str(properties.uuid), torch.cuda.device_count()

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tostlm.config import RunConfig, matrix_dtype
+from tostlm.config import RunConfig, matmul_dtype
 from tostlm.doctor import clocks, devices, disk, gemm, inputs, plan, traffic, versions
 from tostlm.doctor.finding import FAIL, Finding, named, unfit
-from tostlm.doctor.meeting import Answer, Meeting, Silence
+from tostlm.doctor.meeting import Answer, Coordinator, RankTimeout
 from tostlm.errors import UserError
 
 ROUNDS = 3  # of a measurement in which something fails: what passes once was disturbed before
 
 
-def measures(config: RunConfig, meeting: Meeting) -> dict[str, Callable[[], Any]]:
+def measures(config: RunConfig, meeting: Coordinator) -> dict[str, Callable[[], Any]]:
     """What this rank does when it is asked; what is of a host is done by one rank there, the others answer nothing."""
     ranks = meeting.ranks
 
@@ -23,8 +23,8 @@ def measures(config: RunConfig, meeting: Meeting) -> dict[str, Callable[[], Any]
 
     return {
         "versions": lambda: versions.measure(config),
-        "devices": lambda: devices.measure(matrix_dtype(config)),
-        "gemm": lambda: gemm.measure(matrix_dtype(config)),
+        "devices": lambda: devices.measure(matmul_dtype(config)),
+        "gemm": lambda: gemm.measure(matmul_dtype(config)),
         "disk": of_host(disk.measure),
         "data": of_host(inputs.measure),
         "connect": meeting.connect_group,
@@ -34,7 +34,7 @@ def measures(config: RunConfig, meeting: Meeting) -> dict[str, Callable[[], Any]
     }
 
 
-class Ended(Exception):
+class ExaminationAborted(Exception):
     """Nothing more can be asked, for this reason."""
 
     def __init__(self, finding: Finding) -> None:
@@ -42,19 +42,19 @@ class Ended(Exception):
         self.finding = finding
 
 
-def examine(config: RunConfig, meeting: Meeting) -> Iterator[Finding]:
+def examine(config: RunConfig, meeting: Coordinator) -> Iterator[Finding]:
     """On rank 0: one finding after another. What all ranks do together comes last, as a failure there ends it."""
     known = measures(config, meeting)
     try:
         _gather(meeting)
         yield from _alone(config, meeting, known)
         yield from _together(config, meeting, known)
-    except Ended as ended:
+    except ExaminationAborted as ended:
         yield ended.finding
     meeting.end()
 
 
-def _alone(config: RunConfig, meeting: Meeting, known: Mapping[str, Callable[[], Any]]) -> Iterator[Finding]:
+def _alone(config: RunConfig, meeting: Coordinator, known: Mapping[str, Callable[[], Any]]) -> Iterator[Finding]:
     hosts = meeting.hosts
     yield versions.judge(_ask(meeting, "versions", known), hosts)
     found = [devices.Device(*value) for value in _ask(meeting, "devices", known)]
@@ -77,11 +77,11 @@ def _alone(config: RunConfig, meeting: Meeting, known: Mapping[str, Callable[[],
         yield inputs.resumption(config)
 
 
-def _together(config: RunConfig, meeting: Meeting, known: Mapping[str, Callable[[], Any]]) -> Iterator[Finding]:
+def _together(config: RunConfig, meeting: Coordinator, known: Mapping[str, Callable[[], Any]]) -> Iterator[Finding]:
     hosts = meeting.hosts
     _ask(meeting, "connect", known)
     yield traffic.judge_sums([traffic.Sums(*value) for value in _ask(meeting, "all-reduce", known)], hosts)
-    if meeting.ranks.world > 1:
+    if meeting.ranks.world_size > 1:
         yield from _rounds(
             lambda: [traffic.Link(*value) for value in _ask(meeting, "ring", known)],
             traffic.best_link,
@@ -104,17 +104,17 @@ def _rounds(
             return findings
 
 
-def _gather(meeting: Meeting) -> None:
+def _gather(meeting: Coordinator) -> None:
     try:
         meeting.gather()
-    except Silence as silence:
+    except RankTimeout as silence:
         ranks = ", ".join(map(str, silence.ranks))
-        why = f"rank(s) {ranks} of {meeting.ranks.world} did not arrive within {meeting.timeout_seconds:g} s"
+        why = f"rank(s) {ranks} of {meeting.ranks.world_size} did not arrive within {meeting.timeout_seconds:g} s"
         way_out = "see whether they started and reach rank 0's address, or exclude their hosts"
-        raise Ended(Finding("ranks", FAIL, why, way_out, silence.ranks)) from None
+        raise ExaminationAborted(Finding("ranks", FAIL, why, way_out, silence.ranks)) from None
 
 
-def _ask(meeting: Meeting, question: str, known: Mapping[str, Callable[[], Any]]) -> list[Any]:
+def _ask(meeting: Coordinator, question: str, known: Mapping[str, Callable[[], Any]]) -> list[Any]:
     """What all ranks measured.
 
     Raises:
@@ -123,14 +123,14 @@ def _ask(meeting: Meeting, question: str, known: Mapping[str, Callable[[], Any]]
     hosts = meeting.hosts
     try:
         answers: list[Answer] = meeting.ask(question, known)
-    except Silence as silence:
+    except RankTimeout as silence:
         why = f"no answer within {meeting.timeout_seconds:g} s"
-        raise Ended(unfit(question, silence.ranks, hosts, why)) from None
+        raise ExaminationAborted(unfit(question, silence.ranks, hosts, why)) from None
     failed = [rank for rank, answer in enumerate(answers) if answer.error]
     if not failed:
         return [answer.value for answer in answers]
     why = answers[failed[0]].error
     if len(failed) < len(answers):
-        raise Ended(unfit(question, failed, hosts, why))
+        raise ExaminationAborted(unfit(question, failed, hosts, why))
     way_out = "see that all hosts reach each other by the network interface that they use"
-    raise Ended(Finding(question, FAIL, f"{named(failed, hosts)}: {why}", way_out))
+    raise ExaminationAborted(Finding(question, FAIL, f"{named(failed, hosts)}: {why}", way_out))

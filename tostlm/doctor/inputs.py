@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tostlm.checkpoint import checkpoints, read_progress
+from tostlm.checkpoint import checkpoints, read_train_state
 from tostlm.config import RunConfig
-from tostlm.data import HELDOUT, TRAIN, Tokenizer, TokenSet, common_tokenizer, read_manifest, shard_files, verify
+from tostlm.data import TRAIN, VALIDATION, Tokenizer, TokenSet, common_tokenizer, read_manifest, shard_files, verify
 from tostlm.doctor.finding import FAIL, OK, Finding, amount, minority, unfit
 from tostlm.errors import UserError
 
@@ -33,7 +33,7 @@ def measure(config: RunConfig, rank: int) -> Data:
         contents = " ".join(read_manifest(folder).content_sha256[:12] for folder in folders)
         checked, total = 0, 0
         for folder in folders:
-            for split in (TRAIN, HELDOUT):
+            for split in (TRAIN, VALIDATION):
                 TokenSet(folder, split)
             sizes = {name: (folder / name).stat().st_size for name in shard_files(read_manifest(folder))}
             chosen = _sample(sizes, SAMPLE_BYTES // len(folders), rank)
@@ -83,7 +83,7 @@ def resumption(config: RunConfig) -> Finding:
         return Finding("resume", OK, f"no checkpoint in {config.run_dir}: the run starts at step 0")
     newest: Path = found[-1]
     try:
-        step = read_progress(newest).step
+        step = read_train_state(newest).step
         theirs = Tokenizer.of_folder(newest).sha256
         ours = common_tokenizer(config.data.folders).sha256
     except UserError as error:

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from tostlm.errors import USERS_MISTAKE, UserError, reason_of
-from tostlm.launch import Ranks
+from tostlm.errors import EXIT_USER_ERROR, UserError, error_summary
+from tostlm.launch import RankInfo
 
 END = "end"
 GRACE_SECONDS = 5.0  # for an answer to travel
@@ -36,7 +36,7 @@ class Answer(NamedTuple):
     stuck: bool = False
 
 
-class Silence(Exception):
+class RankTimeout(Exception):
     """Ranks that did not answer in time."""
 
     def __init__(self, ranks: Sequence[int]) -> None:
@@ -44,7 +44,7 @@ class Silence(Exception):
         self.ranks = tuple(ranks)
 
 
-class Meeting:
+class Coordinator:
     """This rank's end of the conversation.
 
     Attributes:
@@ -54,9 +54,9 @@ class Meeting:
         UserError: rank 0 is not to be found.
     """
 
-    def __init__(self, ranks: Ranks, timeout_seconds: float) -> None:
+    def __init__(self, ranks: RankInfo, timeout_seconds: float) -> None:
         self.ranks, self.timeout_seconds = ranks, timeout_seconds
-        self.hosts = [""] * ranks.world
+        self.hosts = [""] * ranks.world_size
         self._hand = self._free_hand()
         self._asked, self._silent = 0, set[int]()
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -87,11 +87,11 @@ class Meeting:
         """
         self._store.set("here/0", _host())
         missing = self._missing("here", time.monotonic() + self.timeout_seconds)
-        for rank in set(range(self.ranks.world)) - set(missing):
+        for rank in set(range(self.ranks.world_size)) - set(missing):
             self.hosts[rank] = self._store.get(f"here/{rank}").decode()
         self._store.set("hosts", json.dumps(self.hosts))
         if missing:
-            raise Silence(missing)
+            raise RankTimeout(missing)
 
     def ask(self, question: str, measures: Mapping[str, Callable[[], Any]]) -> list[Answer]:
         """On rank 0: the answers of all ranks, which work on them at the same time.
@@ -105,8 +105,8 @@ class Meeting:
         self._answer(measures[question])
         missing = self._missing(f"answer/{self._asked}", deadline)
         if missing:
-            raise Silence(missing)
-        texts = [self._store.get(f"answer/{self._asked}/{rank}") for rank in range(self.ranks.world)]
+            raise RankTimeout(missing)
+        texts = [self._store.get(f"answer/{self._asked}/{rank}") for rank in range(self.ranks.world_size)]
         return [Answer(*json.loads(text)) for text in texts]
 
     def end(self) -> None:
@@ -143,7 +143,7 @@ class Meeting:
 
     def _missing(self, prefix: str, deadline: float) -> list[int]:
         """The ranks whose keys are not there at the deadline; who was silent before is not waited for."""
-        keys = {rank: f"{prefix}/{rank}" for rank in range(self.ranks.world) if rank not in self._silent}
+        keys = {rank: f"{prefix}/{rank}" for rank in range(self.ranks.world_size) if rank not in self._silent}
         while not self._store.check(list(keys.values())):
             if time.monotonic() > deadline:
                 self._silent = {rank for rank, key in keys.items() if not self._store.check([key])}
@@ -160,7 +160,7 @@ class Meeting:
         try:
             return Answer(doing.result())
         except MENDABLE as error:
-            return Answer(None, reason_of(error))
+            return Answer(None, error_summary(error))
 
     def _free_hand(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(1, "answer", _choose_device, (self.ranks.local_rank,))
@@ -179,14 +179,14 @@ class Meeting:
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
             store=dist.PrefixStore("group", self._store.clone()),
             rank=self.ranks.rank,
-            world_size=self.ranks.world,
+            world_size=self.ranks.world_size,
             timeout=timedelta(seconds=3 * self.timeout_seconds),  # its end is ours to tell
         )
 
 
-def _rank_0_is_silent(ranks: Ranks, where: str) -> BaseException:
+def _rank_0_is_silent(ranks: RankInfo, where: str) -> BaseException:
     if ranks.rank > 1:  # one says it
-        return SystemExit(USERS_MISTAKE)
+        return SystemExit(EXIT_USER_ERROR)
     return UserError(f"rank 0 does not answer {where}; see what became of it, and that its port can be reached")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from tostlm.config import RunConfig, batches
+from tostlm.config import RunConfig, batch_plan
 from tostlm.doctor.devices import Device
 from tostlm.doctor.finding import FAIL, OK, WARN, Finding, amount, named
 from tostlm.errors import UserError
@@ -22,7 +22,7 @@ def weight_bytes(config: RunConfig) -> int:
     return parameters(config) * (2 if config.precision in ("bf16", "fp16") else 4)
 
 
-def memory_bytes(config: RunConfig, world: int) -> float:
+def memory_bytes(config: RunConfig, world_size: int) -> float:
     """What the model takes of a rank between steps: weights, gradients, and AdamW's fp32 moments and weights.
 
     ZeRO shares out the optimizer from stage 1, the gradients from 2, the weights from 3 (Rajbhandari et al. 2020,
@@ -30,15 +30,15 @@ def memory_bytes(config: RunConfig, world: int) -> float:
     """
     count, weights, stage = parameters(config), weight_bytes(config), config.zero_stage
     optimizer = count * (8 if weights == 4 * count else 12)
-    shares = [world if stage >= first else 1 for first in (3, 2, 1)]
+    shares = [world_size if stage >= first else 1 for first in (3, 2, 1)]
     return sum(part / share for part, share in zip((weights, weights, optimizer), shares, strict=True))
 
 
 def judge(config: RunConfig, devices: Sequence[Device], hosts: Sequence[str]) -> Finding:
     """Whether these ranks can run the config."""
-    world = len(devices)
+    world_size = len(devices)
     try:
-        shares = batches(config, world)
+        shares = batch_plan(config, world_size)
     except UserError as error:
         return Finding("config", FAIL, str(error))
     unable = [rank for rank, device in enumerate(devices) if not device.suits]
@@ -51,7 +51,7 @@ def judge(config: RunConfig, devices: Sequence[Device], hosts: Sequence[str]) ->
     )
     if any(key.startswith("offload_") for key in config.deepspeed.get("zero_optimization", {})):
         return Finding("config", OK, measured)
-    on_host, need = Counter(hosts), memory_bytes(config, world)
+    on_host, need = Counter(hosts), memory_bytes(config, world_size)
     has = min(
         device.memory_bytes / (on_host[host] if device.kind == "cpu" else 1)
         for device, host in zip(devices, hosts, strict=True)

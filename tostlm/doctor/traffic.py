@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tostlm.doctor.finding import FAIL, NAMED, OK, Finding, amount, unfit
-from tostlm.launch import Ranks
+from tostlm.launch import RankInfo
 from tostlm.model import best_device
 
 SIZES = {"cpu": (1 << 12, 1 << 20, 1 << 24), "cuda": (1 << 12, 1 << 20, 1 << 24, 1 << 28)}  # bytes of a sum
@@ -37,13 +37,13 @@ class Link(NamedTuple):
     bytes_per_second: float
 
 
-def measure_sums(ranks: Ranks) -> Sums:
+def measure_sums(ranks: RankInfo) -> Sums:
     """All-reduce integers, which fp32 adds up exactly in any order."""
     device = best_device()
     exact, seconds = True, []
     for size in SIZES[device.type]:
         ramp = torch.arange(size // 4, device=device).remainder(1024).float()
-        expected = ranks.world * ramp + ranks.world * (ranks.world - 1) / 2
+        expected = ranks.world_size * ramp + ranks.world_size * (ranks.world_size - 1) / 2
         times = []
         for _ in range(REPEATS):
             own = ramp + ranks.rank
@@ -53,11 +53,11 @@ def measure_sums(ranks: Ranks) -> Sums:
     return Sums(exact, tuple(seconds))
 
 
-def measure_link(ranks: Ranks) -> Link:
+def measure_link(ranks: RankInfo) -> Link:
     """Send to the next rank and receive from the one before, all around the ring at once."""
     device = best_device()
     size = MESSAGE[device.type]
-    after, before = (ranks.rank + 1) % ranks.world, (ranks.rank - 1) % ranks.world
+    after, before = (ranks.rank + 1) % ranks.world_size, (ranks.rank - 1) % ranks.world_size
     out, received = (_message(sender, size, device) for sender in (ranks.rank, before))
     expected, exact, times = received.clone(), True, []
     for _ in range(REPEATS):

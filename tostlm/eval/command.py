@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from tostlm.checkpoint import load, run_folder
-from tostlm.data import HELDOUT, TokenSet
+from tostlm.checkpoint import load_checkpoint, run_folder
+from tostlm.data import VALIDATION, TokenSet
 from tostlm.errors import UserError
 from tostlm.eval.generate import generate
 from tostlm.eval.perplexity import choose_targets, score_contexts
@@ -24,8 +24,8 @@ def perplexity(
     Raises:
         UserError: a checkpoint, the data or the contexts do not go together.
     """
-    checkpoints = [load(path, best_device()) for path in paths]
-    tokens = TokenSet(data or checkpoints[0].config.data.sets[0][0], HELDOUT)
+    checkpoints = [load_checkpoint(path, best_device()) for path in paths]
+    tokens = TokenSet(data or checkpoints[0].config.data.sets[0][0], VALIDATION)
     folders = [run_folder(checkpoint.path) for checkpoint in checkpoints]
     out = out or folders[0]
     require_writable(out)
@@ -51,7 +51,7 @@ def write_text(path: Path, prompt: str, tokens: int, temperature: float, top_k: 
     Raises:
         UserError: there is no checkpoint, or the prompt and the text are longer than the model's positions.
     """
-    checkpoint = load(path, best_device())
+    checkpoint = load_checkpoint(path, best_device())
     try:
         prompt.encode()
     except UnicodeEncodeError:

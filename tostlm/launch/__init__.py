@@ -1,7 +1,7 @@
 """Starting and ending the processes of a run."""
 
+from tostlm.launch.environment import RankInfo, export_rendezvous, rank_from_environment
+from tostlm.launch.exit_report import EXIT_REPORT, exit_rank
 from tostlm.launch.local import run_local
-from tostlm.launch.outcome import OUTCOME, leave
-from tostlm.launch.ranks import Ranks, export_rendezvous, ranks_from_environment
 
-__all__ = ["OUTCOME", "Ranks", "export_rendezvous", "leave", "ranks_from_environment", "run_local"]
+__all__ = ["EXIT_REPORT", "RankInfo", "exit_rank", "export_rendezvous", "rank_from_environment", "run_local"]

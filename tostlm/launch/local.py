@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from subprocess import Popen, TimeoutExpired
 from types import FrameType
 
-from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE, USERS_MISTAKE
+from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE, EXIT_USER_ERROR
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 2.0  # in which ranks that have lost one name it
@@ -45,7 +45,7 @@ def run_local(arguments: Sequence[str], processes: int) -> int:
 
     try:
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
-        for place in places(processes):
+        for place in rank_env(processes):
             command = [sys.executable, "-m", "tostlm", *arguments]
             environment = {**threads, **os.environ, **place}
             children.append(Popen(command, env=environment, preexec_fn=end_with_the_parent))
@@ -90,7 +90,7 @@ def _verdict(first: Codes, last: Codes, asked: Sequence[int]) -> int:
     """
     rank, code = min(
         ((rank, code) for rank, code in enumerate(first) if code and _failed(code)),
-        key=lambda ended: (ended[1] > 0, ended[1] != USERS_MISTAKE, ended[1] == EXIT_LOST_RANK),
+        key=lambda ended: (ended[1] > 0, ended[1] != EXIT_USER_ERROR, ended[1] == EXIT_LOST_RANK),
     )
     if code > 0:
         return code
@@ -108,7 +108,7 @@ def end_with_the_parent(number: int = signal.SIGTERM) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
-def places(processes: int) -> list[dict[str, str]]:
+def rank_env(processes: int) -> list[dict[str, str]]:
     """The environments that tell ranks on this machine who they are."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

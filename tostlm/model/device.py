@@ -22,7 +22,7 @@ def device_name(device: torch.device) -> str:
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
 
 
-def multiplies_in(device: torch.device, dtype: torch.dtype) -> bool:
+def supports_matmul(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a device has the means to multiply matrices in a dtype: torch would emulate bf16, slowly."""
     if device.type == "cuda":
         return dtype != torch.bfloat16 or torch.cuda.is_bf16_supported(including_emulation=False)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tostlm.model.config import ModelConfig
 from tostlm.model.loss import mean_cross_entropy
-from tostlm.model.mixers import TSSA, MixerState, Place, SoftmaxAttention
+from tostlm.model.mixers import TSSA, MixerState, SequencePositions, SoftmaxAttention
 
 
 class LMState(NamedTuple):
@@ -52,7 +52,7 @@ class Block(nn.Module):
         self.mlp = MLP(config.width)
         self.scale_mlp = nn.Parameter(torch.empty(config.width))
 
-    def forward(self, x: Tensor, place: Place, state: MixerState | None) -> tuple[Tensor, MixerState]:
+    def forward(self, x: Tensor, place: SequencePositions, state: MixerState | None) -> tuple[Tensor, MixerState]:
         y, state = self.mixer(self.norm_mixer(x), place, state)
         x = x + self.scale_mixer * y
         return x + self.scale_mlp * self.mlp(self.norm_mlp(x)), state
@@ -83,8 +83,8 @@ class LM(nn.Module):
     rank keeps its heads. Gradients are this rank's share: summed over the ranks they are those of the ranks' summed
     losses.
 
-    With `recompute_every` set to n, every n-th block keeps its input alone for the backward pass, and is computed again
-    there.
+    With `activation_checkpointing_every` set to n, every n-th block keeps its input alone for the backward pass, and
+    is computed again there.
 
     Raises:
         ValueError: the context, or with resets a document in it, outgrows `config.positions`; `reset` is of another
@@ -94,7 +94,7 @@ class LM(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.recompute_every: int | None = None
+        self.activation_checkpointing_every: int | None = None
         self.embed = nn.Embedding(config.vocab_size, config.width)  # the output projection too
         self.positions = nn.Embedding(config.positions, config.width) if config.positions else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
@@ -124,7 +124,7 @@ class LM(nn.Module):
         if reset is not None and reset.shape != tokens.shape:
             raise ValueError(f"reset has shape {tuple(reset.shape)}; it must be the tokens', {tuple(tokens.shape)}")
         past, document = (state.tokens, state.document) if state else (0, None)
-        place = Place.of(tokens, past, document, reset, "softmax" in self.config.mixers, group)
+        place = SequencePositions.of(tokens, past, document, reset, "softmax" in self.config.mixers, group)
         self._check_length(place)
         x = self.embed(tokens)
         if self.positions is not None:
@@ -132,14 +132,14 @@ class LM(nn.Module):
         layers = []
         for layer, block in enumerate(self.blocks):
             before = state.layers[layer] if state else None
-            if self.recompute_every and (layer + 1) % self.recompute_every == 0:
+            if self.activation_checkpointing_every and (layer + 1) % self.activation_checkpointing_every == 0:
                 x, after = checkpoint(block, x, place, before, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, after = block(x, place, before)
             layers.append(after)
         return self.norm(x), LMState(place.end, tuple(layers), place.last)
 
-    def _check_length(self, place: Place) -> None:
+    def _check_length(self, place: SequencePositions) -> None:
         limit = self.config.positions
         if limit is None or place.end <= limit:  # documents are no longer than the context, whatever they are
             return

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tostlm.model.config import ModelConfig
-from tostlm.model.ranks import all_heads, all_tokens
-from tostlm.tssa import State, Stats, tssa
-from tostlm.tssa.ranks import all_gather, tssa_over_ranks
+from tostlm.parallel import all_gather, heads_to_sequence, sequence_to_heads
+from tostlm.tssa import State, Statistics, tssa
+from tostlm.tssa.context_parallel import tssa_over_ranks
 
 
-class Place(NamedTuple):
+class SequencePositions(NamedTuple):
     """Where the tokens of a call stand: in the context, whose tokens are numbered from 0, and in its documents.
 
     A document goes from one reset to the next; nothing before its first token has any influence on it.
@@ -39,7 +39,7 @@ class Place(NamedTuple):
         reset: Tensor | None,
         softmax: bool,
         group: dist.ProcessGroup | None = None,
-    ) -> Place:
+    ) -> SequencePositions:
         """The place of tokens [B, T] after `past` others, the sequences being in documents that began at [B, 1]."""
         T, device = tokens.shape[1], tokens.device
         rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
@@ -75,7 +75,7 @@ class Place(NamedTuple):
 
 
 def _mask(past: int, end: int, firsts: Tensor | None, device: torch.device) -> Tensor | None:
-    """`Place.mask` of tokens `past` to `end`, whose documents' first ones are numbered [B, S] or [B, 1]."""
+    """`SequencePositions.mask` of tokens `past` to `end`, whose documents' first ones are numbered [B, S] or [B, 1]."""
     if firsts is None and (past == 0 or end - past == 1):
         return None
     mask = torch.ones(end - past, end, dtype=torch.bool, device=device).tril(past)
@@ -101,16 +101,16 @@ class TSSA(nn.Module):
         self.bias = nn.Parameter(torch.empty(config.positions, config.heads)) if config.positions else None
         self.halflife_tokens = config.halflife_tokens
 
-    def forward(self, x: Tensor, place: Place, state: State | None) -> tuple[Tensor, State]:
+    def forward(self, x: Tensor, place: SequencePositions, state: State | None) -> tuple[Tensor, State]:
         operands = self._operands(x, place, state)
         y, state = tssa(*operands) if place.group is None else tssa_over_ranks(*operands, place.group)
         return self.out_proj(y), state
 
-    def statistics(self, x: Tensor, place: Place, state: State | None) -> Stats:
+    def statistics(self, x: Tensor, place: SequencePositions, state: State | None) -> Statistics:
         """What the operator does in a forward pass, in numbers; of this rank's tokens alone where ranks share them."""
         return tssa(*self._operands(x, place, state), return_stats=True)[2]
 
-    def _operands(self, x: Tensor, place: Place, state: State | None) -> Operands:
+    def _operands(self, x: Tensor, place: SequencePositions, state: State | None) -> Operands:
         w = self.in_proj(x)
         bias = None if self.bias is None else place.rows(self.bias)
         rho = None
@@ -148,20 +148,20 @@ class SoftmaxAttention(nn.Module):
         self.in_proj = nn.Linear(config.width, 3 * config.width, bias=False)
         self.out_proj = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, place: Place, state: KVState | None) -> tuple[Tensor, KVState]:
+    def forward(self, x: Tensor, place: SequencePositions, state: KVState | None) -> tuple[Tensor, KVState]:
         B, T, C = x.shape
         q, k, v = (
             part.view(B, T, self.heads, C // self.heads).transpose(1, 2)  # [B, H, T, D]
             for part in self.in_proj(x).split(C, dim=-1)
         )
         if place.group is not None:
-            q, k, v = all_tokens(torch.stack([q, k, v]), place.group)
+            q, k, v = heads_to_sequence(torch.stack([q, k, v]), place.group)
         if state is not None:
             k, v = torch.cat([state.keys, k], dim=2), torch.cat([state.values, v], dim=2)
         is_causal = place.mask is None and q.shape[2] > 1  # a single token sees all there is
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=place.mask, is_causal=is_causal)
         if place.group is not None:
-            y = all_heads(y, place.group)
+            y = sequence_to_heads(y, place.group)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, C)), KVState(k, v)
 
 

@@ -8,18 +8,18 @@ from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 
-from tostlm.config import RunConfig, batches, load_config
+from tostlm.config import RunConfig, batch_plan, load_config
 from tostlm.errors import EXIT_REQUEUE, UserError
 from tostlm.files import require_writable
 from tostlm.slurm.commands import queued, requeue, slurm, submit_script
+from tostlm.slurm.history import CANCELLED, ENDED, SAID, SCRIPT, SITE, STARTED, SUBMITTED, JobHistory
 from tostlm.slurm.policy import decide
-from tostlm.slurm.record import CANCELLED, ENDED, SAID, SCRIPT, SITE, STARTED, SUBMITTED, Record
-from tostlm.slurm.step import Ended, Steps
+from tostlm.slurm.step import StepExit, Steps
 
 UNDER_WAY = ("RUNNING", "SIGNALING", "SUSPENDED")
 
 
-class Then(StrEnum):
+class OnStop(StrEnum):
     """What follows a job that was asked to stop, as Slurm does before the time limit."""
 
     REQUEUE = "requeue"  # the same job, again
@@ -28,7 +28,7 @@ class Then(StrEnum):
 
 
 def run_job(
-    config_file: Path, overrides: Sequence[str], then: Then, doctor: bool, ranks_per_node: int | None = None
+    config_file: Path, overrides: Sequence[str], then: OnStop, doctor: bool, ranks_per_node: int | None = None
 ) -> int:
     """Train until the run is finished or its job has to end; returns the job's exit code.
 
@@ -43,10 +43,10 @@ def run_job(
     if job.is_over():
         return 0
     job.start()
-    if then is Then.SUCCESSOR and not job.waiting():
+    if then is OnStop.SUCCESSOR and not job.waiting():
         job.queue_successor()
     arguments = [str(config_file), *overrides]
-    ended = steps.examine(arguments) if doctor else Ended(0)
+    ended = steps.examine(arguments) if doctor else StepExit(0)
     if ended.code == 0:
         ended = steps.train(arguments)
     job.end(ended)
@@ -68,7 +68,7 @@ class Job:
         self.id = os.environ["SLURM_JOB_ID"]
         if "SLURM_ARRAY_JOB_ID" in os.environ:
             self.id = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-        self.record, self._config = Record(config.run_dir), config
+        self.record, self._config = JobHistory(config.run_dir), config
 
     def layout(self, ranks_per_node: int | None) -> list[str]:
         """What srun is to be told of nodes and tasks."""
@@ -77,7 +77,7 @@ class Job:
         given = int(os.environ["SLURM_NNODES"])
         for nodes in range(given, 0, -1):
             with suppress(UserError):
-                batches(self._config, nodes * ranks_per_node)
+                batch_plan(self._config, nodes * ranks_per_node)
                 break
         if nodes < given:
             self._say(
@@ -103,12 +103,12 @@ class Job:
         log = str(Path("/proc/self/fd/1").readlink())
         self.record.add(STARTED, self.id, step=self.record.step(), nodes=os.environ["SLURM_JOB_NODELIST"], log=log)
 
-    def end(self, ended: Ended) -> None:
+    def end(self, ended: StepExit) -> None:
         """Write down how this start of the job ended."""
         facts = {"code": ended.code, "rank": ended.rank, "exclude": list(ended.exclude)}
         self.record.add(ENDED, self.id, step=self.record.step(), **facts)
 
-    def go_on(self, ended: Ended, then: Then) -> int:
+    def go_on(self, ended: StepExit, then: OnStop) -> int:
         """See to what comes after this start; returns the job's exit code."""
         decision = decide(self.record.ends(self.id))
         state = next((found.state for found in queued([self.id])), "gone")
@@ -125,7 +125,7 @@ class Job:
             self._say(f"job {self.id} {over}")
             return ended.code
         waiting = self.waiting()
-        if then is not Then.REQUEUE and (waiting or ended.code == EXIT_REQUEUE):
+        if then is not OnStop.REQUEUE and (waiting or ended.code == EXIT_REQUEUE):
             self._say(f"job {self.id} ends: {decision.why}" + "".join(f" as job {other}" for other in waiting[:1]))
             return 0
         later = f" in {decision.delay_seconds:.0f} s" if decision.delay_seconds else ""

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
-from tostlm.errors import DEFECT, EXIT_REQUEUE, USERS_MISTAKE
-from tostlm.slurm.record import End
+from tostlm.errors import EXIT_BUG, EXIT_REQUEUE, EXIT_USER_ERROR
+from tostlm.slurm.history import End
 
-STARTS = {EXIT_REQUEUE: 3, DEFECT: 2}  # that may end so before the run has saved a new step
+STARTS = {EXIT_REQUEUE: 3, EXIT_BUG: 2}  # that may end so before the run has saved a new step
 STARTS_OF_LOST_RANKS = 6  # a rank that dies or hangs is most often its node's fault, and nodes come back
 BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 10, 600
 
@@ -27,15 +27,15 @@ def decide(ends: Sequence[End]) -> Decision:
     code, step = ends[-1]
     if code == 0:
         return Decision(False, 0, "finished")
-    if code == USERS_MISTAKE:
+    if code == EXIT_USER_ERROR:
         return Decision(False, 0, "what its log says has to be mended first")
     here = list(takewhile(lambda end: end.step == step and end.code != 0, reversed(ends)))
     if code == EXIT_REQUEUE:
         here = list(takewhile(lambda end: end.code == EXIT_REQUEUE, here))
         what = "was stopped as asked"
     else:
-        here = [end for end in here if (end.code == DEFECT if code == DEFECT else end.code != EXIT_REQUEUE)]
-        what = "failed with a defect" if code == DEFECT else "lost a rank"
+        here = [end for end in here if (end.code == EXIT_BUG if code == EXIT_BUG else end.code != EXIT_REQUEUE)]
+        what = "failed with a defect" if code == EXIT_BUG else "lost a rank"
     allowed = STARTS.get(code, STARTS_OF_LOST_RANKS)
     if len(here) >= allowed:
         return Decision(False, 0, f"it {what}, and none of its last {len(here)} starts came beyond step {step}")

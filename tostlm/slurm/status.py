@@ -12,7 +12,7 @@ from tostlm.checkpoint import CONFIG, checkpoints
 from tostlm.config import load_config
 from tostlm.errors import EXIT_REQUEUE, UserError
 from tostlm.slurm.commands import Queued, queued, slurm
-from tostlm.slurm.record import CANCELLED, ENDED, SAID, STARTED, Event, Record
+from tostlm.slurm.history import CANCELLED, ENDED, SAID, STARTED, Event, JobHistory
 
 TAIL_BYTES, TAIL_LINES = 1 << 16, 8
 
@@ -23,7 +23,7 @@ def status(run_dir: Path) -> str:
     Raises:
         UserError: no job of this run was ever submitted, or Slurm has no answer.
     """
-    record = Record(run_dir)
+    record = JobHistory(run_dir)
     events = record.events()
     if not events:
         raise UserError(f"{run_dir} has had no job; start one with `tostlm submit pretrain`")
@@ -35,7 +35,7 @@ def status(run_dir: Path) -> str:
     return "\n".join(f"{name:<12}{text}" for name, text in {**lines, **failure}.items())
 
 
-def _jobs(record: Record, alive: list[Queued]) -> str:
+def _jobs(record: JobHistory, alive: list[Queued]) -> str:
     def one(job: Queued) -> str:
         where = f" on {job.nodes}" if job.nodes else f" ({job.reason})" if job.reason != "None" else ""
         starts = sum(event["what"] == STARTED for event in record.events(job.job))
@@ -84,7 +84,7 @@ def _parsed(line: str) -> dict[str, Any] | None:
     return report if report.get("kind") == "train" else None
 
 
-def _failure(record: Record, events: list[Event]) -> dict[str, str]:
+def _failure(record: JobHistory, events: list[Event]) -> dict[str, str]:
     """The last words of the rank that ended badly, where the newest start did."""
     ended = next((event for event in reversed(events) if event["what"] in (ENDED, CANCELLED)), None)
     if ended is None or ended["what"] == CANCELLED or ended["code"] in (0, EXIT_REQUEUE):
@@ -119,10 +119,10 @@ def cancel(run_dir: Path, now: bool) -> str:
     Raises:
         UserError: none waits or runs.
     """
-    runs = [Path(run) for event in Record(run_dir).events() for run in event.get("runs", ())]
+    runs = [Path(run) for event in JobHistory(run_dir).events() for run in event.get("runs", ())]
     told = []
     for folder in dict.fromkeys(runs) or [run_dir]:
-        record = Record(folder)
+        record = JobHistory(folder)
         for job in queued(record.jobs()):
             record.add(CANCELLED, job.job)
             saves = job.state == "RUNNING" and not now

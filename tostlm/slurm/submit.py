@@ -15,20 +15,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import tostlm
-from tostlm.config import RunConfig, batches, dump_config, load_config
+from tostlm.config import RunConfig, batch_plan, dump_config, load_config
 from tostlm.data import common_tokenizer
 from tostlm.doctor.plan import memory_bytes
 from tostlm.errors import UserError
 from tostlm.files import locked, require_writable, write_atomically
 from tostlm.slurm.commands import queued, submit_after, submit_script
-from tostlm.slurm.job import Then
-from tostlm.slurm.record import CODE, CONFIG, SCRIPT, SITE, SUBMITTED, Record
+from tostlm.slurm.history import CODE, CONFIG, SCRIPT, SITE, SUBMITTED, JobHistory
+from tostlm.slurm.job import OnStop
 from tostlm.slurm.script import Resources, batch_script
 
 GIB = 1 << 30
 
 
-class Course(NamedTuple):
+class RestartPolicy(NamedTuple):
     """How a pretraining job goes on, and what it does first."""
 
     chain: int = 1  # jobs in a row
@@ -37,17 +37,17 @@ class Course(NamedTuple):
     warning_seconds: int = 120  # before its time limit a job is asked to stop
 
     @property
-    def then(self) -> Then:
+    def then(self) -> OnStop:
         if self.until_done:
-            return Then.SUCCESSOR
-        return Then.END if self.chain > 1 else Then.REQUEUE
+            return OnStop.SUCCESSOR
+        return OnStop.END if self.chain > 1 else OnStop.REQUEUE
 
 
 def pretrain(
     config_file: Path,
     overrides: Sequence[str],
     resources: Resources,
-    course: Course,
+    course: RestartPolicy,
     sweep: Sequence[str] = (),
     site: Path | None = None,
     dry_run: bool = False,
@@ -65,7 +65,7 @@ def pretrain(
     memory_gib = gpu_memory_gib(site)
     for point in points:
         check(point, resources, memory_gib)
-    record = Record(run.run_dir)
+    record = JobHistory(run.run_dir)
     if not sweep and record.step() >= run.train.steps:
         return f"{run.run_dir}: finished at step {record.step()}; raise train.steps to go on"
     script = _script(run, points, resources, course, site)
@@ -76,14 +76,14 @@ def pretrain(
         for folder in {record.run_dir, *(point.run_dir for point in points)}:
             require_idle(folder)
         for point in points:
-            folder = Record(point.run_dir).folder
+            folder = JobHistory(point.run_dir).folder
             require_writable(folder)
             write_atomically(folder / CONFIG, dump_config(point))
         own_site = keep(record, {SCRIPT: script}, site)
         jobs = [submit_script(record.folder / SCRIPT, own_site)]
         record.add(SUBMITTED, jobs[0], runs=[str(point.run_dir.absolute()) for point in points if sweep])
         for index, point in enumerate(points if sweep else ()):
-            Record(point.run_dir).add(SUBMITTED, f"{jobs[0]}_{index}")
+            JobHistory(point.run_dir).add(SUBMITTED, f"{jobs[0]}_{index}")
         for _ in range(course.chain - 1):
             jobs.append(submit_after(jobs, record.folder / SCRIPT, own_site, "--dependency=singleton"))
             record.add(SUBMITTED, jobs[-1], after=jobs[-2])
@@ -98,9 +98,9 @@ def check(config: RunConfig, resources: Resources, memory_gib: float | None) -> 
             not fit the model, or the model does not fit a GPU.
     """
     for nodes in resources.fewest_and_most_nodes():
-        world = nodes * resources.ranks_per_node
-        batches(config, world)
-        _fits(config, world, memory_gib)
+        world_size = nodes * resources.ranks_per_node
+        batch_plan(config, world_size)
+        _fits(config, world_size, memory_gib)
     common_tokenizer(config.data.folders, config.model.vocab_size)
 
 
@@ -120,11 +120,11 @@ def gpu_memory_gib(site: Path | None) -> float | None:
         raise UserError(f"TOSTLM_GPU_MEMORY_GIB={told} must be a number of GiB, as 80") from None
 
 
-def _fits(config: RunConfig, world: int, memory_gib: float | None) -> None:
-    need = memory_bytes(config, world) / GIB
+def _fits(config: RunConfig, world_size: int, memory_gib: float | None) -> None:
+    need = memory_bytes(config, world_size) / GIB
     if memory_gib is not None and need > memory_gib:
         raise UserError(
-            f"model and optimizer take {need:.3g} GiB a rank on {world} ranks, above TOSTLM_GPU_MEMORY_GIB="
+            f"model and optimizer take {need:.3g} GiB a rank on {world_size} ranks, above TOSTLM_GPU_MEMORY_GIB="
             f"{memory_gib:g}; raise deepspeed.zero_optimization.stage, ask for more GPUs or offload the optimizer"
         )
 
@@ -135,7 +135,7 @@ def require_idle(run_dir: Path) -> None:
     Raises:
         UserError: one of its jobs waits or runs, or somebody trains in its folder without Slurm.
     """
-    if alive := queued(Record(run_dir).jobs()):
+    if alive := queued(JobHistory(run_dir).jobs()):
         raise UserError(
             f"{run_dir} is under way as job {alive[0].job} ({alive[0].state}); see `tostlm submit status {run_dir}`, "
             f"or end it first: `tostlm submit cancel {run_dir}`"
@@ -158,10 +158,10 @@ def _points(config_file: Path, overrides: Sequence[str], run_dir: Path, sweep: S
 
 
 def _script(
-    run: RunConfig, points: Sequence[RunConfig], resources: Resources, course: Course, site: Path | None
+    run: RunConfig, points: Sequence[RunConfig], resources: Resources, course: RestartPolicy, site: Path | None
 ) -> str:
-    record = Record(run.run_dir.absolute())
-    configs = [Record(point.run_dir.absolute()).folder / CONFIG for point in points]
+    record = JobHistory(run.run_dir.absolute())
+    configs = [JobHistory(point.run_dir.absolute()).folder / CONFIG for point in points]
     array = points[0].run_dir != run.run_dir
     options = [
         f"--job-name={job_name(run.run_dir)}",
@@ -182,7 +182,7 @@ def _script(
         before = []
         job.append(shlex.quote(str(configs[0])))
     job += [f"--ranks-per-node {resources.ranks_per_node}"] * resources.ranged
-    job += [f"--then {course.then}"] * (course.then is not Then.REQUEUE) + ["--doctor"] * course.doctor
+    job += [f"--then {course.then}"] * (course.then is not OnStop.REQUEUE) + ["--doctor"] * course.doctor
     own_site = record.folder / SITE if site else None
     return batch_script("tostlm submit pretrain", options, own_site, [*resources.settings(), *before, " ".join(job)])
 
@@ -192,7 +192,7 @@ def job_name(run_dir: Path) -> str:
     return f"{run_dir.name}-{hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:6]}"
 
 
-def keep(record: Record, scripts: Mapping[str, str], site: Path | None) -> Path | None:
+def keep(record: JobHistory, scripts: Mapping[str, str], site: Path | None) -> Path | None:
     """Write down what is about to be submitted: scripts, the site's settings, the code; returns the settings' copy."""
     for name, script in scripts.items():
         write_atomically(record.folder / name, script)
@@ -221,7 +221,7 @@ def code_version() -> str:
     return "\n".join([*lines, "\n# packages", *sorted(packages, key=str.lower)]) + "\n"
 
 
-def _told(run_dir: Path, jobs: Sequence[str], course: Course, runs: int) -> str:
+def _told(run_dir: Path, jobs: Sequence[str], course: RestartPolicy, runs: int) -> str:
     if runs:
         follows = f"an array of {runs} runs, each in a folder of {run_dir}; each is started again until it is finished"
     elif course.until_done:

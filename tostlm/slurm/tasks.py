@@ -12,7 +12,7 @@ from tostlm.config import load_config
 from tostlm.errors import UserError
 from tostlm.files import require_writable
 from tostlm.slurm.commands import submit_after, submit_script
-from tostlm.slurm.record import LOGS, SITE, SUBMITTED, Record
+from tostlm.slurm.history import LOGS, SITE, SUBMITTED, JobHistory
 from tostlm.slurm.script import Resources, batch_script
 from tostlm.slurm.submit import keep
 
@@ -27,7 +27,7 @@ def submit_task(kind: str, arguments: Sequence[str], resources: Resources, site:
     Raises:
         UserError: what the verb reads is not there, its folder cannot be written, or Slurm refuses.
     """
-    record = Record(_folder(kind, arguments))
+    record = JobHistory(_folder(kind, arguments))
     scripts = _scripts(kind, arguments, resources, record, site)
     if dry_run:
         return "\n".join(scripts.values()).rstrip()
@@ -66,7 +66,7 @@ def _out(arguments: Sequence[str]) -> str:
 
 
 def _scripts(
-    kind: str, arguments: Sequence[str], resources: Resources, record: Record, site: Path | None
+    kind: str, arguments: Sequence[str], resources: Resources, record: JobHistory, site: Path | None
 ) -> dict[str, str]:
     """The scripts by their file's name, in the order they run."""
     folder, made_by = record.folder.absolute(), f"tostlm submit {kind}"

@@ -9,20 +9,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tostlm.config import RunConfig
-from tostlm.launch import Ranks
+from tostlm.launch import RankInfo
 from tostlm.model import LMState
 from tostlm.tssa import State
 
 
-class Carry:
+class RecurrentState:
     """The states of this rank's rows, in the `parts` that its passes are made of.
 
-    There is none before the first window, and never one without data.carry_state. Ranks that share their sequences
+    There is none before the first window, and never one without data.stateful. Ranks that share their sequences
     hold the same.
     """
 
-    def __init__(self, config: RunConfig, parts: int, ranks: Ranks) -> None:
-        self._on, self._pieces, self._ranks = config.data.carry_state, config.train.context_ranks, ranks
+    def __init__(self, config: RunConfig, parts: int, ranks: RankInfo) -> None:
+        self._on, self._pieces, self._ranks = config.data.stateful, config.train.context_parallel_size, ranks
         self._states: list[LMState | None] = [None] * parts
 
     def __getitem__(self, part: int) -> LMState | None:
@@ -46,7 +46,7 @@ class Carry:
         for layer, parts in enumerate(zip(*(state.layers for state in states), strict=True)):
             for name, sums in zip(State._fields, zip(*parts, strict=True), strict=True):
                 own = torch.cat(sums)
-                every = [torch.empty_like(own) for _ in range(self._ranks.world)]
+                every = [torch.empty_like(own) for _ in range(self._ranks.world_size)]
                 dist.all_gather(every, own)
                 whole[f"{layer}/{name}"] = torch.cat(every[:: self._pieces]).cpu()
         return whole
@@ -56,7 +56,7 @@ class Carry:
         self.forget()
         if not whole:
             return
-        groups, group = self._ranks.world // self._pieces, self._ranks.rank // self._pieces
+        groups, group = self._ranks.world_size // self._pieces, self._ranks.rank // self._pieces
         own = {name: sums.chunk(groups)[group].to(device).chunk(len(self._states)) for name, sums in whole.items()}
         layers = len(whole) // len(State._fields)
         for part in range(len(self._states)):

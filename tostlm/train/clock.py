@@ -14,7 +14,7 @@ from torch.profiler import record_function
 OTHER = "other"  # what is in no phase
 
 
-class Clock:
+class PhaseTimers:
     """Splits the time between reports into phases: all of it, and none of it twice.
 
     A phase inside another interrupts it. On a GPU the moments are events in its stream, read once they have passed, so
@@ -53,7 +53,7 @@ class Clock:
         self._count()
 
     def _now(self) -> Any:
-        moment = torch.cuda.Event(enable_timing=True) if self._on_cuda else Moment()
+        moment = torch.cuda.Event(enable_timing=True) if self._on_cuda else CpuEvent()
         moment.record()
         return moment
 
@@ -65,7 +65,7 @@ class Clock:
             self._seconds[name] += self.last[name]
 
 
-class Moment:
+class CpuEvent:
     """A moment of the processor, in the words of `torch.cuda.Event`."""
 
     def record(self) -> None:
@@ -77,5 +77,5 @@ class Moment:
     def synchronize(self) -> None:
         pass
 
-    def elapsed_time(self, end: Moment) -> float:
+    def elapsed_time(self, end: CpuEvent) -> float:
         return 1000 * (end._seconds - self._seconds)

@@ -21,12 +21,12 @@ from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from torch import Tensor
 
-from tostlm.config import RunConfig, batches
-from tostlm.errors import USERS_MISTAKE, UserError
-from tostlm.launch import Ranks
+from tostlm.config import RunConfig, batch_plan
+from tostlm.errors import EXIT_USER_ERROR, UserError
+from tostlm.launch import RankInfo
 from tostlm.model import LM, parameter_groups
-from tostlm.train.carry import Carry
-from tostlm.train.feed import Rows
+from tostlm.train.batches import Batch
+from tostlm.train.carry import RecurrentState
 
 Phase = Callable[[str], AbstractContextManager[None]]  # around a part of a step, by its name
 
@@ -40,19 +40,19 @@ warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scat
 
 def deepspeed_dict(config: RunConfig, world_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration: its own block as it is, and the batch sizes derived from tokens."""
-    shares = batches(config, world_size)
+    shares = batch_plan(config, world_size)
     # A group that splits sequences over its ranks reads the same ones on each: DeepSpeed counts them once a rank, and
     # asks for micro-batch x accumulation x ranks.
     return {
         **config.deepspeed,
-        "train_batch_size": shares.sequences * config.train.context_ranks,
+        "train_batch_size": shares.sequences * config.train.context_parallel_size,
         "train_micro_batch_size_per_gpu": shares.micro_sequences,
         "gradient_accumulation_steps": shares.accumulation,
         "steps_per_print": config.deepspeed.get("steps_per_print", config.train.steps + 1),
     }
 
 
-def join_ranks(ranks: Ranks) -> torch.device:
+def init_distributed(ranks: RankInfo) -> torch.device:
     """Meet the other ranks; returns this rank's device."""
     if torch.cuda.is_available():  # a launcher may show each rank its own GPU alone
         own = ranks.local_rank % torch.cuda.device_count()
@@ -66,17 +66,17 @@ def join_ranks(ranks: Ranks) -> torch.device:
     return torch.device(deepspeed.get_accelerator().current_device_name())
 
 
-def context_group(context_ranks: int) -> dist.ProcessGroup | None:
-    """The `context_ranks` neighbouring ranks that share their sequences, this one among them; every rank must call.
+def context_group(context_parallel_size: int) -> dist.ProcessGroup | None:
+    """The neighbouring ranks that share their sequences, this one among them; every rank must call.
 
     DeepSpeed averages gradients over all ranks, whatever they share: that is right here too. A rank's backward pass
     gives its parameters' share in the losses of its whole group, so the ranks' shares add up to the gradient of the sum
     of all ranks' losses, and the loss of a step is their mean.
     """
-    return dist.new_subgroups(context_ranks)[0] if context_ranks > 1 else None
+    return dist.new_subgroups(context_parallel_size)[0] if context_parallel_size > 1 else None
 
 
-def start_engine(config: RunConfig, lm: LM, ranks: Ranks) -> Any:
+def start_engine(config: RunConfig, lm: LM, ranks: RankInfo) -> Any:
     """A DeepSpeed engine around the model and AdamW.
 
     Raises:
@@ -90,12 +90,12 @@ def start_engine(config: RunConfig, lm: LM, ranks: Ranks) -> Any:
         engine, *_ = deepspeed.initialize(
             model=lm,
             optimizer=optimizer,
-            config=deepspeed_dict(config, ranks.world),
+            config=deepspeed_dict(config, ranks.world_size),
             dist_init_required=False,
         )
     except (ValueError, TypeError, AssertionError, RuntimeError, DeepSpeedConfigError, ZeRORuntimeException) as error:
         _refuse(f"DeepSpeed refuses the deepspeed block: {_complaint(error)}", ranks)
-    engine.guard = Guard(engine, optimizer)
+    engine.guard = StepGuard(engine, optimizer)
     for state in optimizer.state.values():
         # At stage 0 in low precision DeepSpeed makes the optimizer's state by a step on zero gradients, which Adam's
         # bias correction would count.
@@ -105,7 +105,7 @@ def start_engine(config: RunConfig, lm: LM, ranks: Ranks) -> Any:
 
 def prepare_blocks(lm: LM, config: RunConfig) -> None:
     """Have the blocks computed again in the backward pass, and compiled, as the config says."""
-    lm.recompute_every = config.train.activation_checkpointing_every
+    lm.activation_checkpointing_every = config.train.activation_checkpointing_every
     if config.train.compile:
         for block in lm.blocks:
             block.compile()
@@ -138,10 +138,10 @@ def _offload(config: RunConfig, what: str) -> dict[str, Any]:
     return block if isinstance(block, dict) else {}
 
 
-def _refuse(message: str, ranks: Ranks) -> NoReturn:
+def _refuse(message: str, ranks: RankInfo) -> NoReturn:
     """End all ranks, which all come here, with one message."""
     if ranks.rank:
-        raise SystemExit(USERS_MISTAKE) from None
+        raise SystemExit(EXIT_USER_ERROR) from None
     raise UserError(message) from None
 
 
@@ -151,7 +151,7 @@ def _complaint(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-class Guard:
+class StepGuard:
     """Stands before the optimizer's update, and keeps that of a bad step from being made.
 
     DeepSpeed's optimizers know the whole gradient's norm when they come to the update; some refuse one that is no
@@ -174,7 +174,7 @@ def _is_number(grad_norm: Tensor | float | None) -> bool:
     return grad_norm is None or 0 <= float(grad_norm) < math.inf
 
 
-class Step(NamedTuple):
+class StepResult(NamedTuple):
     """What one step was like."""
 
     loss: float  # mean over all ranks' tokens, in nats
@@ -186,13 +186,13 @@ class Step(NamedTuple):
 
 def train_step(
     engine: Any,
-    rows: Rows,
+    rows: Batch,
     lr: float,
     is_bad: Callable[[float], bool],
     stop: bool,
-    carry: Carry,
+    carry: RecurrentState,
     phase: Phase,
-) -> Step:
+) -> StepResult:
     """One update from this rank's share of a step, unless the step is bad: by its loss, or by its gradient's norm.
 
     A state that is carried on is forgotten where the update is not made.
@@ -212,14 +212,14 @@ def train_step(
         with phase("backward"):
             engine.backward(loss)
     with phase("step"):
-        mean, stop = of_all_ranks(torch.stack(losses).mean(), stop)
+        mean, stop = all_reduce_mean(torch.stack(losses).mean(), stop)
         step = _update(engine, mean, is_bad(mean), stop)
     if step.skipped:
         carry.forget()
     return step
 
 
-def _update(engine: Any, loss: float, bad: bool, stop: bool) -> Step:
+def _update(engine: Any, loss: float, bad: bool, stop: bool) -> StepResult:
     """Take the step that the gradients are ready for, unless it is bad."""
     norm: Tensor | float | None = _unreported_grad_norm(engine)
     engine.guard.closed, engine.guard.refused = bad or not _is_number(norm), True  # unless DeepSpeed comes to it
@@ -229,10 +229,10 @@ def _update(engine: Any, loss: float, bad: bool, stop: bool) -> Step:
         norm = engine.get_global_grad_norm()
     if norm is not None:
         norm = float(norm) if _is_number(norm) else math.inf
-    return Step(loss, norm, bad or (skipped and not engine.fp16_enabled()), skipped, stop)
+    return StepResult(loss, norm, bad or (skipped and not engine.fp16_enabled()), skipped, stop)
 
 
-def of_all_ranks(loss: Tensor, stop: bool = False) -> tuple[float, bool]:
+def all_reduce_mean(loss: Tensor, stop: bool = False) -> tuple[float, bool]:
     """The mean of the ranks' losses, and whether any of them was asked to stop: the same on every rank."""
     sums = torch.stack([loss.double(), torch.tensor(float(stop), dtype=torch.float64, device=loss.device)])
     dist.all_reduce(sums)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from tostlm.config import TrainConfig
 
 
-class Health:
+class SpikeDetector:
     """Judges every step's loss before its update, and counts the bad steps in a row.
 
     Args:
@@ -21,7 +21,7 @@ class Health:
         self._zscore, self._limit = train.spike_zscore, train.bad_steps_before_rollback
         self._good = deque(good, maxlen=train.spike_window_steps if train.spike_zscore else 0)
         self._bad_in_a_row = 0
-        self.fruitless = False  # the run has gone back, and no step since was good
+        self.rollback_failed = False  # the run has gone back, and no step since was good
 
     @property
     def good(self) -> tuple[float, ...]:
@@ -40,12 +40,12 @@ class Health:
     def count(self, loss: float, bad: bool) -> bool:
         """Take note of a step that is done; whether too many have been bad in a row."""
         if not bad:
-            self._bad_in_a_row, self.fruitless = 0, False
+            self._bad_in_a_row, self.rollback_failed = 0, False
             self._good.append(loss)
             return False
         self._bad_in_a_row += 1
         return self._bad_in_a_row >= self._limit
 
-    def went_back(self) -> None:
+    def rolled_back(self) -> None:
         """Take note that the run goes on from an older step."""
-        self._bad_in_a_row, self.fruitless = 0, True
+        self._bad_in_a_row, self.rollback_failed = 0, True

@@ -53,10 +53,10 @@ def write_heartbeat(folder: Path, beat: Heartbeat) -> None:
     write_atomically(heartbeat_file(folder, beat.rank), json.dumps(beat._asdict()), durable=False)
 
 
-def read_heartbeats(folder: Path, world: int) -> dict[int, Heartbeat]:
+def read_heartbeats(folder: Path, world_size: int) -> dict[int, Heartbeat]:
     """Of every rank that has one."""
     beats = {}
-    for rank in range(world):
+    for rank in range(world_size):
         try:
             beats[rank] = Heartbeat(**json.loads(heartbeat_file(folder, rank).read_text()))
         except (OSError, ValueError, TypeError):  # not started, ended, or a file system that is no more
@@ -72,16 +72,16 @@ def stack_file(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:05d}.txt"
 
 
-def frozen(earlier: Beats, later: Beats, world: int) -> list[int]:
+def frozen(earlier: Beats, later: Beats, world_size: int) -> list[int]:
     """The ranks whose watching threads did not beat between two looks: stopped, dead, or on a lost node."""
     return [
         rank
-        for rank in range(world)
+        for rank in range(world_size)
         if rank not in later or (rank in earlier and earlier[rank].beats == later[rank].beats)
     ]
 
 
-def culprits(earlier: Beats, later: Beats, world: int, limit: float) -> list[int]:
+def culprits(earlier: Beats, later: Beats, world_size: int, limit: float) -> list[int]:
     """The ranks that hold all others up, by two looks at all heartbeats; none while any main thread moves.
 
     A rank that does not beat is to blame before one that does; of those that all beat, the ones furthest behind.
@@ -89,7 +89,7 @@ def culprits(earlier: Beats, later: Beats, world: int, limit: float) -> list[int
     Args:
         limit: seconds without a beat of its main thread in which a rank may still be moving.
     """
-    still = frozen(earlier, later, world)
+    still = frozen(earlier, later, world_size)
     beating = [beat for rank, beat in later.items() if rank not in still]
     if any(beat.quiet_seconds < limit for beat in beating):
         return []

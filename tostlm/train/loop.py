@@ -11,29 +11,37 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tostlm.checkpoint import Progress, read_carry, read_progress
+from tostlm.checkpoint.layout import TrainState, read_carry, read_train_state
+from tostlm.checkpoint.load import resume
+from tostlm.checkpoint.save import CheckpointSaver
 from tostlm.config import RunConfig
 from tostlm.data import common_tokenizer
 from tostlm.errors import EXIT_REQUEUE
-from tostlm.launch import Ranks
+from tostlm.launch import RankInfo
 from tostlm.model import create_lm
-from tostlm.train.carry import Carry
-from tostlm.train.checkpoint import Saver
-from tostlm.train.engine import Phase, context_group, join_ranks, learning_rates, of_all_ranks, start_engine, train_step
-from tostlm.train.feed import Rows, feed, heldout_loader, training_loader
-from tostlm.train.health import Health
+from tostlm.train.batches import Batch, prefetch, training_loader, validation_loader
+from tostlm.train.carry import RecurrentState
+from tostlm.train.engine import (
+    Phase,
+    all_reduce_mean,
+    context_group,
+    init_distributed,
+    learning_rates,
+    start_engine,
+    train_step,
+)
+from tostlm.train.health import SpikeDetector
 from tostlm.train.metrics import Metrics
-from tostlm.train.profiler import Trace
-from tostlm.train.resume import resume
-from tostlm.train.rollback import go_back
+from tostlm.train.profiler import StepProfiler
+from tostlm.train.rollback import roll_back
 from tostlm.train.schedule import learning_rate
-from tostlm.train.start import agree, check_run
+from tostlm.train.start import broadcast_from_rank0, check_run
 from tostlm.train.statistics import layer_statistics
 from tostlm.train.stop import StopRequest
 from tostlm.train.watchdog import Watchdog
 
 
-def train(config: RunConfig, ranks: Ranks) -> None:
+def train(config: RunConfig, ranks: RankInfo) -> None:
     """Train from the newest good checkpoint of the run's folder, or from the start, to the last step.
 
     Every rank calls it.
@@ -42,9 +50,9 @@ def train(config: RunConfig, ranks: Ranks) -> None:
         UserError: the data, the folder or the checkpoint does not fit the config, or the run went bad too often.
         SystemExit: with `EXIT_REQUEUE`, all being saved, where a rank was asked to stop before the last step.
     """
-    device = join_ranks(ranks)
-    newest = agree(lambda: check_run(config, ranks.world), ranks)
-    done = read_progress(newest).step if newest is not None else 0
+    device = init_distributed(ranks)
+    newest = broadcast_from_rank0(lambda: check_run(config, ranks.world_size), ranks)
+    done = read_train_state(newest).step if newest is not None else 0
     if done >= config.train.steps:
         if ranks.rank == 0:
             print(f"{config.run_dir}: finished at step {done}; raise train.steps to go on")
@@ -61,15 +69,15 @@ def train(config: RunConfig, ranks: Ranks) -> None:
 
 
 def go_on(
-    config: RunConfig, ranks: Ranks, device: torch.device, newest: Path | None, stop: StopRequest, watchdog: Watchdog
+    config: RunConfig, ranks: RankInfo, device: torch.device, newest: Path | None, stop: StopRequest, watchdog: Watchdog
 ) -> int:
     """Train from a checkpoint, or from the start, to the last step or a request to stop; returns the steps done."""
     settings, steps = config.train, config.train.steps
     tokenizer = common_tokenizer(config.data.folders)
-    loader, heldout = training_loader(config), heldout_loader(config, ranks.world)
+    loader, heldout = training_loader(config), validation_loader(config, ranks.world_size)
     engine, carry, progress = begin(config, ranks, device, newest)
-    group = context_group(settings.context_ranks)
-    health = Health(settings, progress.good_losses)
+    group = context_group(settings.context_parallel_size)
+    health = SpikeDetector(settings, progress.good_losses)
     heldout_passes = range(heldout.steps_within(settings.eval_tokens))
     stopping = False
 
@@ -78,9 +86,9 @@ def go_on(
 
     with (
         Metrics(config, progress.step, ranks) as metrics,
-        Trace(config, ranks) as trace,
-        Saver(config, tokenizer, ranks, watchdog.waiting) as saver,
-        closing(feed(loader, range(progress.data_step, sys.maxsize), ranks, device, group)) as rows_ahead,
+        StepProfiler(config, ranks) as trace,
+        CheckpointSaver(config, tokenizer, ranks, watchdog.waiting) as saver,
+        closing(prefetch(loader, range(progress.data_step, sys.maxsize), ranks, device, group)) as rows_ahead,
     ):
 
         @contextmanager
@@ -101,8 +109,8 @@ def go_on(
                 metrics.event(progress.step, "skipped", loss=update.loss, grad_norm=update.grad_norm)
             if health.count(update.loss, update.bad):
                 saver.finish()
-                progress = go_back(engine, config, progress, ranks, health.fruitless)
-                health.went_back()
+                progress = roll_back(engine, config, progress, ranks, health.rollback_failed)
+                health.rolled_back()
                 metrics.rewind(progress.step)
                 metrics.event(progress.step, "went back", rollbacks=progress.rollbacks)
                 continue
@@ -115,8 +123,8 @@ def go_on(
                 with phase("statistics"):
                     metrics.statistics(progress.step, layer_statistics(engine, rows))
             if due(settings.eval_every_steps):
-                loss = evaluate(engine, feed(heldout, heldout_passes, ranks, device, group), phase)
-                progress = progress._replace(heldout_loss=loss)
+                loss = evaluate(engine, prefetch(heldout, heldout_passes, ranks, device, group), phase)
+                progress = progress._replace(validation_loss=loss)
                 metrics.heldout(progress.step, loss)
             if (due(settings.save_every_steps) or stopping) and (not update.bad or progress.step == steps):
                 with phase("save"):
@@ -126,19 +134,21 @@ def go_on(
     return progress.step
 
 
-def begin(config: RunConfig, ranks: Ranks, device: torch.device, newest: Path | None) -> tuple[Any, Carry, Progress]:
+def begin(
+    config: RunConfig, ranks: RankInfo, device: torch.device, newest: Path | None
+) -> tuple[Any, RecurrentState, TrainState]:
     """The engine, what is carried from step to step, and how far the run is, as the checkpoint has them."""
     engine = start_engine(config, create_lm(config.model, config.seed), ranks)
-    carry = Carry(config, engine.gradient_accumulation_steps(), ranks)
+    carry = RecurrentState(config, engine.gradient_accumulation_steps(), ranks)
     if newest is None:
-        return engine, carry, Progress()
+        return engine, carry, TrainState()
     progress = resume(engine, newest)
     carry.restore(read_carry(newest), device)
     return engine, carry, progress
 
 
 @torch.no_grad()
-def evaluate(engine: Any, heldout: Iterable[Rows], phase: Phase) -> float:
+def evaluate(engine: Any, heldout: Iterable[Batch], phase: Phase) -> float:
     """The mean loss in nats on held-out rows of every rank: the same number on all of them."""
     engine.eval()
     losses = []
@@ -146,4 +156,4 @@ def evaluate(engine: Any, heldout: Iterable[Rows], phase: Phase) -> float:
         with phase("eval"):
             losses.append(rows.loss(engine)[0])
     engine.train()
-    return of_all_ranks(torch.stack(losses).mean())[0]
+    return all_reduce_mean(torch.stack(losses).mean())[0]

@@ -13,10 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tostlm.config import RunConfig
-from tostlm.launch import Ranks
+from tostlm.launch import RankInfo
 from tostlm.model import best_device, training_flops_per_token
-from tostlm.train.clock import Clock
-from tostlm.train.record import Record
+from tostlm.train.clock import PhaseTimers
+from tostlm.train.record import MetricsWriter
 
 # Dense bf16 operations a second, from the vendors' data sheets.
 PEAK_FLOPS = {
@@ -37,11 +37,11 @@ class Metrics:
     statistics. Seconds and memory are rank 0's.
     """
 
-    def __init__(self, config: RunConfig, start_step: int, ranks: Ranks) -> None:
-        self._config, self._world_size = config, ranks.world
+    def __init__(self, config: RunConfig, start_step: int, ranks: RankInfo) -> None:
+        self._config, self._world_size = config, ranks.world_size
         self._mute = ranks.rank != 0
         if not self._mute:
-            self._record = Record(config, start_step)
+            self._record = MetricsWriter(config, start_step)
             self._bar = tqdm(
                 total=config.train.steps,
                 initial=start_step,
@@ -51,7 +51,7 @@ class Metrics:
             )
             self._on_bar: dict[str, str] = {}
         self._reported_step = start_step
-        self.clock = Clock(best_device())
+        self.clock = PhaseTimers(best_device())
 
     def __enter__(self) -> Metrics:
         return self

@@ -14,16 +14,16 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from tostlm.config import RunConfig
-from tostlm.launch import Ranks
+from tostlm.launch import RankInfo
 
 
-class Trace:
+class StepProfiler:
     """Traces `train.profile_steps` on rank 0, once a process, into `run_dir/trace/`; other steps cost nothing.
 
     Steps that a run does not come by, as it ends before them or goes on after them, are not traced.
     """
 
-    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+    def __init__(self, config: RunConfig, ranks: RankInfo) -> None:
         self._folder = config.run_dir / "trace"
         self._wanted = range(0)
         if config.train.profile_steps is not None and ranks.rank == 0:
@@ -32,7 +32,7 @@ class Trace:
         self._steps: list[int] = []
         self._profile: profile | None = None
 
-    def __enter__(self) -> Trace:
+    def __enter__(self) -> StepProfiler:
         return self
 
     def __exit__(

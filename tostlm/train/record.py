@@ -17,7 +17,7 @@ from tostlm.train.wandb import WandbRun
 EVENT = "event"
 
 
-class Record:
+class MetricsWriter:
     """What a run writes down, each step once. A number that is not finite is null in metrics.jsonl, and nowhere else.
 
     Opening or rewinding it to a step forgets what was written beyond, but for the events.

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from tostlm.model.mixers import TSSA
-from tostlm.train.feed import Rows
+from tostlm.train.batches import Batch
 
 
 @torch.no_grad()
-def layer_statistics(engine: Any, rows: Rows) -> dict[str, float]:
+def layer_statistics(engine: Any, rows: Batch) -> dict[str, float]:
     """Each TSSA layer's membership entropy and mean gate over its heads, as `entropy/LAYER` and `gate/LAYER`.
 
-    They are of this rank's first micro-batch of `rows`, and what they mean is in `tostlm.tssa.Stats`. Every rank must
-    call, for at ZeRO stage 3 a forward pass needs them all.
+    They are of this rank's first micro-batch of `rows`, and what they mean is in `tostlm.tssa.Statistics`. Every rank
+    must call, for at ZeRO stage 3 a forward pass needs them all.
     """
     found: dict[str, Tensor] = {}
 

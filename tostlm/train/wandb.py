@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tostlm.config import RunConfig
-from tostlm.errors import UserError, reason_of
+from tostlm.errors import UserError, error_summary
 from tostlm.files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class WandbRun:
             yield
         except Exception as error:  # whatever its service, its network or its own processes do
             self._run = None
-            log.warning("the run goes on without Weights & Biases: %s", reason_of(error))
+            log.warning("the run goes on without Weights & Biases: %s", error_summary(error))
 
 
 def _id_of(run_dir: Path) -> str:

@@ -23,9 +23,9 @@ from types import TracebackType
 from typing import NamedTuple, NoReturn
 
 from tostlm.config import RunConfig
-from tostlm.errors import EXIT_LOST_RANK, is_lost_peer, reason_of
+from tostlm.errors import EXIT_LOST_RANK, error_summary, is_lost_peer
 from tostlm.files import write_atomically
-from tostlm.launch import Ranks, leave
+from tostlm.launch import RankInfo, exit_rank
 from tostlm.train.heartbeat import (
     FAILED,
     HUNG,
@@ -76,8 +76,8 @@ class Watchdog:
     at the same places of the program. An error that only tells of a lost peer does not leave it; all others do.
     """
 
-    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
-        self._rank, self._world = ranks.rank, ranks.world
+    def __init__(self, config: RunConfig, ranks: RankInfo) -> None:
+        self._rank, self._world = ranks.rank, ranks.world_size
         self._timeout = float(config.train.hang_timeout_seconds)
         self._interval = min(10.0, max(0.2, self._timeout / 10))
         self._run_dir, self._folder = config.run_dir, heartbeats_folder(config)
@@ -202,7 +202,7 @@ class Watchdog:
                 told.touch()
         else:
             self._wait_until(told.exists, 3 * self._interval)
-        leave(EXIT_LOST_RANK)
+        exit_rank(EXIT_LOST_RANK)
 
     def _is_first(self) -> bool:
         try:
@@ -279,8 +279,8 @@ class Watchdog:
         if self._rank == speaker and gone:
             _print(f"{_names(gone, now)} ended without a word in step {self._main.step}; {GO_ON}")
         elif self._rank == speaker and not spoken_for:
-            _print(f"{now[self._rank].who} lost its connection to the other ranks ({reason_of(error)}); {GO_ON}")
-        leave(EXIT_LOST_RANK)
+            _print(f"{now[self._rank].who} lost its connection to the other ranks ({error_summary(error)}); {GO_ON}")
+        exit_rank(EXIT_LOST_RANK)
 
 
 def _names(ranks: Sequence[int], beats: Beats) -> str:

@@ -8,13 +8,13 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from tostlm.tssa.dispatch import ORACLE, VARIABLE, choose
+from tostlm.tssa.dispatch import REFERENCE, VARIABLE, choose
 from tostlm.tssa.operator import forward as differentiable_forward
 from tostlm.tssa.reference import tssa_reference
 from tostlm.tssa.state import State
-from tostlm.tssa.stats import Stats, statistics
+from tostlm.tssa.statistics import Statistics, statistics
 
-__all__ = ["State", "Stats", "tssa", "tssa_reference"]
+__all__ = ["State", "Statistics", "tssa", "tssa_reference"]
 
 
 @overload
@@ -40,7 +40,7 @@ def tssa(
     state: State | None = None,
     *,
     return_stats: Literal[True],
-) -> tuple[Tensor, State, Stats]: ...
+) -> tuple[Tensor, State, Statistics]: ...
 
 
 def tssa(
@@ -52,7 +52,7 @@ def tssa(
     state: State | None = None,
     *,
     return_stats: bool = False,
-) -> tuple[Tensor, State] | tuple[Tensor, State, Stats]:
+) -> tuple[Tensor, State] | tuple[Tensor, State, Statistics]:
     """Mix tokens causally by their running second moments.
 
     Args:
@@ -63,7 +63,7 @@ def tssa(
         rho: [H] in (0, 1], how much of every running sum a token leaves; None is 1, the paper's operator.
         reset: [B, T] bool, True where a document begins: the sums start again from zero there.
         state: what the tokens before left; None is the beginning of a document.
-        return_stats: also return `Stats`, the call's memberships, gates and horizons in numbers.
+        return_stats: also return `Statistics`, the call's memberships, gates and horizons in numbers.
 
     Returns:
         y [B, T, C] in w's dtype, and the state after the last token. Calls on consecutive pieces of a sequence, each
@@ -75,9 +75,9 @@ def tssa(
     Source: Token Statistics Transformer, arXiv 2412.17810; docs/tssa.md has the forward and backward equations.
     """
     _check(w, temp, bias, rho, reset, state)
-    if os.environ.get(VARIABLE) == ORACLE:
+    if os.environ.get(VARIABLE) == REFERENCE:
         if return_stats:
-            raise ValueError(f"the {ORACLE} backend has no statistics; unset {VARIABLE}")
+            raise ValueError(f"the {REFERENCE} backend has no statistics; unset {VARIABLE}")
         y, state = tssa_reference(w, temp, bias, rho, reset, state)
         return y.to(w.dtype), state
     B, _, C = w.shape

@@ -27,7 +27,7 @@ class Forward(NamedTuple):
     starts_weighted: Tensor  # [B, N, C]
 
 
-class Adjoints(NamedTuple):
+class Grads(NamedTuple):
     """Gradients with respect to the inputs; the bias's is D dn."""
 
     dw: Tensor  # [B, T, C] in w's dtype
@@ -56,4 +56,4 @@ class Backend:
     saved_states: Callable[[int], int]  # N for T tokens
     starts_dtype: torch.dtype  # of the saved states, for inputs narrower than fp64
     forward: Callable[..., Forward]
-    backward: Callable[..., Adjoints]
+    backward: Callable[..., Grads]

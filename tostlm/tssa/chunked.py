@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tostlm.tssa.backend import Adjoints, Backend, Forward
+from tostlm.tssa.backend import Backend, Forward, Grads
 from tostlm.tssa.reference import EPS, EPS_MASS
 
 CHUNK = 32  # tokens in the inner, row-by-row scan
@@ -85,7 +85,7 @@ def backward(
     starts_mass: Tensor,
     starts_weighted: Tensor,
     want_rho: bool,
-) -> Adjoints:
+) -> Grads:
     """See `Backend`."""
     B, T, C = w.shape
     H = temp.shape[0]
@@ -149,7 +149,7 @@ def backward(
             d_rho += per_token.sum((0, 1))
 
     before = S.reshape(B, C).clone(), Cm.reshape(B, H).clone(), M.reshape(B, C).clone()
-    return Adjoints(dw, d_temp, dn, d_rho, *before)
+    return Grads(dw, d_temp, dn, d_rho, *before)
 
 
 def decays(rho: Tensor | None, reset: Tensor | None, B: int, T: int, H: int, dtype: torch.dtype) -> Tensor | None:

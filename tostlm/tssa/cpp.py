@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tostlm.tssa.backend import Adjoints, Backend, Forward
+from tostlm.tssa.backend import Backend, Forward, Grads
 from tostlm.tssa.reference import EPS, EPS_MASS
 
 CHUNK = 64  # tokens whose sums are fp32, and which stay in the cache between passes
@@ -100,7 +100,7 @@ def backward(
     starts_mass: Tensor,
     starts_weighted: Tensor,
     want_rho: bool,
-) -> Adjoints:
+) -> Grads:
     """See `Backend`. The bias is not needed: n has it."""
     B, _, C = w.shape
     H = temp.shape[0]
@@ -123,7 +123,7 @@ def backward(
         d_rho.data_ptr() if want_rho else None,
         *[x.data_ptr() for x in before],
     )
-    return Adjoints(dw, d_temp.sum(0).float(), dn, d_rho.sum(0).float(), *before)
+    return Grads(dw, d_temp.sum(0).float(), dn, d_rho.sum(0).float(), *before)
 
 
 def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:

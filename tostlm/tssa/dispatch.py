@@ -15,7 +15,7 @@ from tostlm.tssa.chunked import BACKEND as TORCH
 
 VARIABLE = "TOSTLM_TSSA_BACKEND"
 COMPILED = {"triton": "cuda", "cpp": "cpu"}  # the device each is for; an exported model is without them
-ORACLE = "oracle"
+REFERENCE = "reference"
 
 _log = logging.getLogger("tostlm")
 
@@ -32,7 +32,7 @@ def choose(w: Tensor, heads: int) -> Backend:
 @functools.cache
 def _choose(name: str, device: str, dtype: torch.dtype, head_width: int) -> Backend:
     if name not in ("", "torch", *COMPILED):
-        raise ValueError(f"{VARIABLE}={name} is no backend; use {', '.join(COMPILED)}, torch or {ORACLE}")
+        raise ValueError(f"{VARIABLE}={name} is no backend; use {', '.join(COMPILED)}, torch or {REFERENCE}")
     for candidate in [name] if name else [own for own, kind in COMPILED.items() if kind == device]:
         backend = TORCH if candidate == "torch" else _load(candidate)
         if backend is not None and backend.serves(device, dtype, head_width):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tostlm.tssa.backend import Adjoints
+from tostlm.tssa.backend import Grads
 from tostlm.tssa.dispatch import choose
 
 # Its own names for every copy of this module: an exported model brings one, and two of them may be loaded at once.
@@ -126,7 +126,7 @@ def _backward(ctx: Any, dy: Tensor | None, *d_state: Tensor | None) -> tuple[Ten
         for d, shape in zip(d_state[:3], ctx.state_shapes, strict=True)
     ]
     want_rho = rho is not None and ctx.needs_input_grad[3]
-    found = Adjoints(*backward(dy, *arriving, w, temp, bias, rho, reset, *saved, want_rho))
+    found = Grads(*backward(dy, *arriving, w, temp, bias, rho, reset, *saved, want_rho))
     d_bias = None
     if bias is not None and ctx.needs_input_grad[2]:
         D = w.shape[-1] // temp.shape[0]

@@ -1,4 +1,4 @@
-"""Causal TSSA on NVIDIA GPUs: the backend over the kernels of `triton_kernels` and `triton_adjoints`.
+"""Causal TSSA on NVIDIA GPUs: the backend over the kernels of `triton_forward` and `triton_backward`.
 
 Shapes: B sequences, T tokens, C channels = H heads x D, N chunks. Importing this needs triton (`pip install
 tostlm[triton]`). With TRITON_INTERPRET=1 it serves the CPU too, for tests: slow, but by the same kernels.
@@ -14,8 +14,8 @@ import torch
 import triton
 from torch import Tensor
 
-from tostlm.tssa import triton_adjoints, triton_kernels
-from tostlm.tssa.backend import Adjoints, Backend, Forward
+from tostlm.tssa import triton_backward, triton_forward
+from tostlm.tssa.backend import Backend, Forward, Grads
 from tostlm.tssa.state import State
 
 CHUNK = 32  # tokens; the tiles of 64 do not fit the registers of the backward pass
@@ -130,7 +130,7 @@ class _Chain(NamedTuple):
         B, N, H = self.sums.mass.shape
         D = self.sums.energy.shape[2] // H
         programs = triton.cdiv(D, CARRY_CHANNELS) + (mass[0] is not None)
-        triton_kernels.carry_kernel[(B * H, programs)](
+        triton_forward.carry_kernel[(B * H, programs)](
             *channels, *mass, self.products, N, H, D, WIDTH=CARRY_CHANNELS, STEP=CARRY_CHUNKS,
             DECAYS=self.products is not None, REVERSE=self.reverse, num_warps=4,
         )  # fmt: skip
@@ -167,7 +167,7 @@ def forward(
 def _one_token(call: _Call, bias: Tensor | None, bias_stride: int, before: State, result: Forward) -> None:
     H, D = call.heads, call.head_width
     HP, DP = triton.next_power_of_2(H), triton.next_power_of_2(D)
-    triton_kernels.one_token_kernel[(call.w.shape[0],)](
+    triton_forward.one_token_kernel[(call.w.shape[0],)](
         call.w, call.temp, bias, bias_stride, call.rho, call.reset, *before, *result,
         H, HP, D, DP, num_warps=_warps(HP * DP),
     )  # fmt: skip
@@ -178,15 +178,15 @@ def _chunks(call: _Call, bias: Tensor | None, bias_stride: int, before: State, r
     after = State(result.energy, result.mass, result.weighted)
     products = call.per_head(torch.float64) if call.decays else None
     chain = _Chain(call.states(), starts, before, after, products, reverse=False)
-    call.over_heads(triton_kernels.energy_sums_kernel, sums=chain.sums.energy, products=products)
+    call.over_heads(triton_forward.energy_sums_kernel, sums=chain.sums.energy, products=products)
     chain.carry_energy()
     call.over_chunks(
-        triton_kernels.memberships_kernel, bias=bias, bias_stride=bias_stride, starts_energy=starts.energy,
+        triton_forward.memberships_kernel, bias=bias, bias_stride=bias_stride, starts_energy=starts.energy,
         Pi=result.Pi, n=result.n, sums_weighted=chain.sums.weighted, sums_mass=chain.sums.mass,
     )  # fmt: skip
     chain.carry_weighted_and_mass()
     call.over_heads(
-        triton_kernels.outputs_kernel, y=result.y, Pi=result.Pi,
+        triton_forward.outputs_kernel, y=result.y, Pi=result.Pi,
         starts_weighted=starts.weighted, starts_mass=starts.mass,
     )  # fmt: skip
 
@@ -207,7 +207,7 @@ def backward(
     starts_mass: Tensor,
     starts_weighted: Tensor,
     want_rho: bool,
-) -> Adjoints:
+) -> Grads:
     """See `Backend`."""
     B, T, _ = w.shape
     call = _Call.of(w, temp, rho, reset)
@@ -216,7 +216,7 @@ def backward(
     dw, dn = torch.empty_like(call.w), torch.empty_like(n)
     d_temp, d_rho = torch.zeros_like(call.temp), torch.zeros_like(call.temp)
     if B * T == 0:
-        return Adjoints(dw, d_temp, dn, d_rho, *(x.clone() for x in after))
+        return Grads(dw, d_temp, dn, d_rho, *(x.clone() for x in after))
     temp_sums, rho_sums = call.per_head(), call.per_head() if want_rho else None
     starts = State(starts_energy, starts_mass, starts_weighted)
     with torch.cuda.device_of(w):
@@ -228,7 +228,7 @@ def backward(
         for d, start in zip(before, starts, strict=True):  # the first token's share
             total += (d * start[:, 0]).view(B, call.heads, -1).sum((0, 2))
         d_rho += total / call.rho
-    return Adjoints(dw, d_temp, dn, d_rho, *before)
+    return Grads(dw, d_temp, dn, d_rho, *before)
 
 
 def _chunks_back(
@@ -249,18 +249,18 @@ def _chunks_back(
     chain = _Chain(call.states(), call.states(), after, before, products, reverse=True)
     sums, arriving = chain.sums, chain.incoming
     call.over_heads(
-        triton_adjoints.gate_adjoint_sums_kernel, dy=dy, Pi=Pi, starts_weighted=starts.weighted,
+        triton_backward.gate_adjoint_sums_kernel, dy=dy, Pi=Pi, starts_weighted=starts.weighted,
         starts_mass=starts.mass, sums_weighted=sums.weighted, sums_mass=sums.mass, products=products,
     )  # fmt: skip
     chain.carry_weighted_and_mass()
     call.over_chunks(
-        triton_adjoints.membership_adjoints_kernel, dy=dy, Pi=Pi, n=n, starts_energy=starts.energy,
+        triton_backward.membership_adjoints_kernel, dy=dy, Pi=Pi, n=n, starts_energy=starts.energy,
         starts_weighted=starts.weighted, starts_mass=starts.mass, arriving_weighted=arriving.weighted,
         arriving_mass=arriving.mass, dn=dn, temp_sums=temp_sums, sums_energy=sums.energy,
     )  # fmt: skip
     chain.carry_energy()
     call.over_heads(
-        triton_adjoints.input_adjoints_kernel, dy=dy, Pi=Pi, dn=dn, starts_energy=starts.energy,
+        triton_backward.input_adjoints_kernel, dy=dy, Pi=Pi, dn=dn, starts_energy=starts.energy,
         starts_weighted=starts.weighted, starts_mass=starts.mass, arriving_energy=arriving.energy,
         arriving_weighted=arriving.weighted, arriving_mass=arriving.mass, dw=dw, rho_sums=rho_sums,
     )  # fmt: skip

@@ -1,0 +1,221 @@
+"""Elastic checkpoints: state of real engines written at one ZeRO stage and number of ranks, read at another."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import torch
+from torch import Tensor
+
+from tests.conftest import Run
+from tests.train.engines import CARRY, KEPT_STEP, LAST_STEP, Job, run_jobs
+from tostlm.checkpoint.deepspeed_state import KINDS
+from tostlm.checkpoint.layout import checkpoint_folder, load_checkpoint, read_carry, read_train_state
+
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}  # of a loss
+ENGINES = [(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
+ENGINES += [(1, "bf16 with fp32 gradients"), *((stage, "fp16") for stage in (1, 2, 3))]
+
+
+def options(stage: int, precision: str) -> list[str]:
+    keys = {
+        "fp32": [],
+        "bf16": ["bf16.enabled=true"],
+        "bf16 with fp32 gradients": ["bf16.enabled=true", "data_types.grad_accum_dtype=fp32"],
+        "fp16": ["fp16.enabled=true", "fp16.initial_scale_power=20"],  # overflows once before KEPT_STEP
+    }[precision]
+    # Some of a model's parameters then stay whole, and some do not.
+    threshold = ["zero_optimization.stage3_param_persistence_threshold=100"] if stage == 3 else []
+    return [f"deepspeed.{key}" for key in [f"zero_optimization.stage={stage}", *keys, *threshold]]
+
+
+def other(stage: int, precision: str, shift: int) -> tuple[int, str]:
+    """Another stage that DeepSpeed has for a precision; its fp16 at stage 0 clips in its own way."""
+    if precision == "fp16":
+        return (stage - 1 + shift) % 3 + 1, precision
+    return (stage + shift) % 4, precision.partition(" ")[0]
+
+
+def tensors_of(run_dir: Path) -> dict[str, Tensor]:
+    found = {}
+    for path in sorted((checkpoint_folder(run_dir, KEPT_STEP) / "state").iterdir()):
+        with safetensors.safe_open(path, "pt") as file:
+            found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return found
+
+
+def bits(tensors: dict[str, Tensor]) -> dict[str, bytes]:
+    return {key: tensor.numpy().tobytes() for key, tensor in tensors.items()}
+
+
+class Matrix:
+    """Every engine of ENGINES trained on two ranks, then resumed by others from what it saved."""
+
+    def __init__(self, run: Run, folder: Path) -> None:
+        self.run, self.folder = run, folder
+        self.results: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        self.trained = self.do(2, 0, lambda name: None)
+        for world_size, shift in ((2, 0), (1, 1), (4, 2)):
+            self.results[world_size, shift] = self.do(world_size, shift, lambda name: str(folder / name))
+
+    def do(self, world_size: int, shift: int, origin: Callable[[str], str | None]) -> list[dict[str, Any]]:
+        jobs = []
+        for stage, precision in ENGINES:
+            name = f"{stage} {precision}"
+            engine = other(stage, precision, shift) if shift else (stage, precision)
+            run_dir = self.resumed(name, world_size, shift) if origin(name) else self.folder / name
+            jobs.append(Job(str(self.run.file), [*options(*engine), f"run_dir={run_dir}"], origin(name)))
+        return run_jobs(world_size, jobs, self.folder / f"jobs-{world_size}-{shift}")
+
+    def resumed(self, name: str, world_size: int, shift: int) -> Path:
+        return self.folder / f"{name} on {world_size} shifted {shift}"
+
+
+@pytest.fixture(scope="module")
+def matrix(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Matrix:
+    folder = tmp_path_factory.mktemp("matrix")
+    return Matrix(Run(folder, data), folder)
+
+
+@pytest.mark.parametrize("number", range(len(ENGINES)), ids=[f"{precision} {stage}" for stage, precision in ENGINES])
+class TestEveryEngine:
+    def test_resumes_exactly_where_nothing_changes(self, matrix: Matrix, number: int) -> None:
+        expected = matrix.trained[number]["losses"]
+        assert list(expected) == list(range(1, LAST_STEP + 1))
+        resumed = matrix.results[2, 0][number]["losses"]
+        assert resumed == {step: expected[step] for step in resumed}
+        assert len(resumed) == LAST_STEP - KEPT_STEP
+
+    @pytest.mark.parametrize(("world_size", "shift"), [(1, 1), (4, 2)])
+    def test_resumes_at_other_ranks_and_another_stage(
+        self, matrix: Matrix, number: int, world_size: int, shift: int
+    ) -> None:
+        expected, resumed = matrix.trained[number]["losses"], matrix.results[world_size, shift][number]["losses"]
+        precision = ENGINES[number][1].partition(" ")[0]
+        if precision == "fp16":  # whether a later gradient overflows hangs on how the ranks add up
+            resumed = {KEPT_STEP + 1: resumed[KEPT_STEP + 1]}
+        tolerance = TOLERANCE[precision]
+        assert resumed == pytest.approx({step: expected[step] for step in resumed}, abs=tolerance)
+
+    @pytest.mark.parametrize(("world_size", "shift"), [(2, 0), (1, 1), (4, 2)])
+    def test_holds_what_was_written(self, matrix: Matrix, number: int, world_size: int, shift: int) -> None:
+        stage, precision = ENGINES[number]
+        name = f"{stage} {precision}"
+        written = tensors_of(matrix.folder / name)
+        assert bits(tensors_of(matrix.resumed(name, world_size, shift))) == bits(written)
+        facts = matrix.results[world_size, shift][number]
+        progress = read_train_state(checkpoint_folder(matrix.folder / name, KEPT_STEP))
+        assert (progress.step, progress.world_size, progress.zero_stage) == (KEPT_STEP, 2, stage)
+        assert facts["weights_unlike_masters"] == []
+        assert facts["adam_steps"] == [progress.optimizer_steps]
+        assert facts["shared_counts"] == 0
+        assert facts["weight_decays"] == [0.1, 0.0]
+        assert facts["loss_scale"] == progress.loss_scale
+
+    def test_is_saved_whole_in_fp32(self, matrix: Matrix, number: int) -> None:
+        stage, precision = ENGINES[number]
+        folder = checkpoint_folder(matrix.folder / f"{stage} {precision}", KEPT_STEP)
+        found, lm = tensors_of(matrix.folder / f"{stage} {precision}"), load_checkpoint(folder).lm
+        shapes = {f"{name}/{kind}": p.shape for name, p in lm.named_parameters() for kind in KINDS}
+        assert {key: tensor.shape for key, tensor in found.items()} == shapes
+        assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+        dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(precision, torch.bfloat16)
+        for name, parameter in lm.named_parameters():
+            assert parameter.dtype == dtype
+            assert parameter.equal(found[f"{name}/weight"].to(dtype))
+        if dtype != torch.float32:
+            assert not found["embed.weight/weight"].equal(lm.embed.weight.float())
+        assert found["embed.weight/exp_avg_sq"].count_nonzero() > 0
+
+
+def test_an_overflow_is_remembered_and_is_no_update(matrix: Matrix) -> None:
+    for stage in (1, 2, 3):
+        progress = read_train_state(checkpoint_folder(matrix.folder / f"{stage} fp16", KEPT_STEP))
+        assert progress.optimizer_steps == KEPT_STEP - 1
+        assert progress.loss_scale is not None
+        assert progress.loss_scale["cur_iter"] == KEPT_STEP
+        assert progress.loss_scale["last_overflow_iter"] in (1, 2)
+        assert progress.loss_scale["cur_hysteresis"] == 1  # of 2: the next overflow halves the scale
+
+
+def test_without_its_file_of_weights_a_model_is_its_masters(matrix: Matrix) -> None:
+    folder = checkpoint_folder(matrix.folder / "2 bf16", KEPT_STEP)
+    before = load_checkpoint(folder).lm.state_dict()
+    (folder / "weights.safetensors").rename(folder / "elsewhere")
+    after = load_checkpoint(folder).lm.state_dict()
+    (folder / "elsewhere").rename(folder / "weights.safetensors")
+    assert after.keys() == before.keys()
+    assert all(after[name].dtype == torch.bfloat16 and after[name].equal(before[name]) for name in before)
+
+
+def test_what_a_run_carries_is_kept(run: Run, tmp_path: Path) -> None:
+    overrides = [
+        *options(1, "fp32"),
+        "data.stateful=true",
+        "data.reset_at_documents=true",
+        "train.save_weights=false",
+    ]
+    run_jobs(1, [Job(str(run.file), overrides)], tmp_path / "jobs")
+    folder = checkpoint_folder(run.dir, KEPT_STEP)
+    carried = read_carry(folder)
+    assert carried.keys() == CARRY.keys()
+    assert all(carried[name].equal(CARRY[name]) for name in CARRY)
+    assert not (folder / "weights.safetensors").exists()
+    assert "carry.safetensors" in json.loads((folder / "COMPLETE").read_text())
+
+
+@pytest.mark.slow
+def test_optimizer_and_parameters_offloaded(run: Run, tmp_path: Path) -> None:
+    """Slow where DeepSpeed has to compile its Adam."""
+    cpu = "deepspeed.zero_optimization.offload_{}.device=cpu"
+    engines = {
+        "0": options(0, "fp32"),
+        **{f"{stage} optimizer": [*options(stage, "fp32"), cpu.format("optimizer")] for stage in (1, 2, 3)},
+        "3 both": [*options(3, "fp32"), cpu.format("optimizer"), cpu.format("param")],
+        "3 bf16": [*options(3, "bf16"), cpu.format("optimizer"), cpu.format("param")],
+    }
+
+    def job(name: str, run_dir: str, origin: str | None = None) -> Job:
+        return Job(str(run.file), [*engines[name], f"run_dir={tmp_path}/{run_dir}"], origin and f"{tmp_path}/{origin}")
+
+    trained = run_jobs(2, [job(name, name) for name in engines], tmp_path / "jobs")
+    names = [name for name in engines if name != "0"]
+    same = run_jobs(2, [job(name, f"{name} again", name) for name in names], tmp_path / "jobs")
+    onward = run_jobs(2, [job(name, f"{name} after 0", "0") for name in names if "bf16" not in name], tmp_path / "jobs")
+    back = run_jobs(1, [job("0", f"0 after {name}", name) for name in names if "bf16" not in name], tmp_path / "jobs")
+    plain = trained[0]["losses"]
+    for name, before, after in zip(names, trained[1:], same, strict=True):
+        assert before["losses"] == pytest.approx(plain, abs=TOLERANCE["bf16" if "bf16" in name else "fp32"]), name
+        assert after["losses"] == {step: before["losses"][step] for step in after["losses"]}, name
+        assert bits(tensors_of(tmp_path / f"{name} again")) == bits(tensors_of(tmp_path / name)), name
+    for result in [*same, *onward, *back]:
+        assert (result["weights_unlike_masters"], result["adam_steps"]) == ([], [KEPT_STEP])
+    for result in [*onward, *back]:
+        assert result["losses"] == pytest.approx({step: plain[step] for step in result["losses"]}, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_stage_from_every_stage(data: Path, tmp_path: Path, precision: str) -> None:
+    run = Run(tmp_path, data)
+    origins = [(stage, world_size) for stage in range(4) for world_size in (1, 2, 4)]
+    expected = {}
+    for world_size in (1, 2, 4):
+        jobs = [
+            Job(str(run.file), [*options(stage, precision), f"run_dir={tmp_path}/{stage}-{world_size}"])
+            for stage in range(4)
+        ]
+        for stage, result in enumerate(run_jobs(world_size, jobs, tmp_path / "jobs")):
+            expected[stage, world_size] = result["losses"]
+    for world_size in (1, 2, 4):
+        pairs = [(origin, stage) for origin in origins for stage in range(4)]
+        jobs = [
+            Job(str(run.file), [*options(stage, precision), f"run_dir={tmp_path}/last"], f"{tmp_path}/{a}-{b}")
+            for (a, b), stage in pairs
+        ]
+        for (origin, stage), result in zip(pairs, run_jobs(world_size, jobs, tmp_path / "jobs"), strict=True):
+            losses = {step: expected[origin][step] for step in result["losses"]}
+            assert result["losses"] == pytest.approx(losses, abs=TOLERANCE[precision]), (origin, stage, world_size)

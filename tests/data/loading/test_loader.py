@@ -1,0 +1,279 @@
+"""The order of samples is a pure function: no sample twice or missing, whoever reads it."""
+
+import time
+import tracemalloc
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tostlm.data import (
+    TRAIN,
+    ContextStage,
+    Loader,
+    PreparationSettings,
+    TokenSet,
+    common_tokenizer,
+    prepare,
+    train_tokenizer,
+)
+from tostlm.data.loading.windows import DocumentWindows
+from tostlm.errors import UserError
+
+CONTEXT = 64
+
+
+@pytest.fixture(scope="module")
+def tokens(data: Path) -> TokenSet:
+    return TokenSet(data, TRAIN)
+
+
+def loader_of(tokens: TokenSet, sequences: int, seed: int = 0, context: int = CONTEXT, **options: object) -> Loader:
+    return Loader([(tokens, 1.0)], [ContextStage(0, context, sequences)], seed, **options)
+
+
+def in_order(rows: np.ndarray) -> np.ndarray:
+    return rows[np.lexsort(rows.T)]
+
+
+def test_an_epoch_reads_every_window_once(tokens: TokenSet) -> None:
+    loader = loader_of(tokens, sequences=1, seed=3)
+    count = (len(tokens) - 1) // CONTEXT
+    rows = np.concatenate([loader.batch(step, 0, 1).inputs for step in range(count)])
+    windows = tokens.tokens(0, count * CONTEXT).reshape(-1, CONTEXT)
+    assert not np.array_equal(rows, windows)
+    assert np.array_equal(in_order(rows), in_order(windows))
+
+
+def test_targets_are_the_next_tokens(tokens: TokenSet) -> None:
+    inputs, targets, resets = loader_of(tokens, 8).batch(5, 0, 1)
+    assert inputs.shape == targets.shape == (8, CONTEXT)
+    assert inputs.dtype == targets.dtype == np.int64
+    assert np.array_equal(inputs[:, 1:], targets[:, :-1])
+    assert resets is None
+
+
+def test_the_end_before_a_document_resets(tokens: TokenSet) -> None:
+    end = tokens.manifest.eos_id
+    inputs, _, resets = loader_of(tokens, 1024, reset_at=end).batch(0, 0, 1)
+    assert resets is not None
+    assert resets.dtype == bool
+    assert resets.any()
+    assert np.array_equal(resets, inputs == end)
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_any_number_of_ranks_shares_the_same_samples(tokens: TokenSet, world_size: int) -> None:
+    loader = loader_of(tokens, 8)
+    for step in (0, 7, 1000):
+        shares = [loader.batch(step, rank, world_size).inputs for rank in range(world_size)]
+        assert np.array_equal(np.concatenate(shares), loader.batch(step, 0, 1).inputs)
+
+
+def test_seeds_and_epochs_differ(tokens: TokenSet) -> None:
+    first = loader_of(tokens, 8).batch(3, 0, 1).inputs
+    assert np.array_equal(first, loader_of(tokens, 8).batch(3, 0, 1).inputs)
+    assert not np.array_equal(first, loader_of(tokens, 8, seed=1).batch(3, 0, 1).inputs)
+    one, count = loader_of(tokens, 1), (len(tokens) - 1) // CONTEXT
+    assert not np.array_equal(one.batch(0, 0, 1).inputs, one.batch(count, 0, 1).inputs)
+    assert one.epochs(count) == {"prepared": 1.0}
+    assert one.epochs(count // 2)["prepared"] == pytest.approx(0.5, abs=1 / count)
+
+
+def test_rows_that_read_on(tokens: TokenSet) -> None:
+    end, S = tokens.manifest.eos_id, 8
+    loader = loader_of(tokens, S, reset_at=end, stateful=True)
+    count = (len(tokens) - 1) // CONTEXT
+    steps = [loader.batch(step, 0, 1) for step in range(count + 1)]
+    windows = {
+        row.tobytes(): number for number, row in enumerate(tokens.tokens(0, count * CONTEXT).reshape(-1, CONTEXT))
+    }
+    numbers = np.array([[windows[row.tobytes()] for row in inputs] for inputs, _, _ in steps])  # [steps, S]
+    assert (np.diff(numbers, axis=0) % count == 1).all()  # each row goes on where it was
+    assert set(numbers[: -(-count // S)].flat) == set(range(count))  # an epoch of all rows reads everything
+    for (inputs, _, resets), row_numbers in zip(steps, numbers, strict=True):
+        expected = inputs == end
+        expected[row_numbers == 0, 0] = True  # the end of a set is no context of its beginning
+        assert np.array_equal(resets, expected)
+    shares = [loader.batch(5, rank, 4).inputs for rank in range(4)]
+    assert np.array_equal(np.concatenate(shares), steps[5].inputs)
+    assert loader.epochs(count) == {"prepared": float(S)}
+
+
+def test_rows_that_read_on_are_shared_by_weight(tokens: TokenSet, digits: Path) -> None:
+    sets = [(tokens, 2.9), (TokenSet(digits, TRAIN), 1.1)]
+    stages = [ContextStage(0, CONTEXT, 8)]
+    inputs = Loader(sets, stages, 0, reset_at=tokens.manifest.eos_id, stateful=True).batch(0, 0, 1).inputs
+    speeches = tokens.tokens(0, len(tokens) // CONTEXT * CONTEXT).reshape(-1, CONTEXT)
+    known = {row.tobytes() for row in speeches}
+    assert [row.tobytes() in known for row in inputs] == [True] * 6 + [False] * 2
+    with pytest.raises(UserError, match=r"the weight 0\.01 of .* is less than one row of a step's 8"):
+        Loader([(tokens, 1.0), (TokenSet(digits, TRAIN), 0.01)], stages, 0, stateful=True)
+
+
+def test_too_few_tokens(tokens: TokenSet) -> None:
+    with pytest.raises(UserError, match="fewer than one window of 10000000"):
+        loader_of(tokens, 1, context=10_000_000)
+
+
+STAGES = [ContextStage(0, 16, 32), ContextStage(10, 32, 16), ContextStage(30, CONTEXT, 8)]
+
+
+def test_a_stage_begins_at_its_step(tokens: TokenSet) -> None:
+    loader = Loader([(tokens, 1.0)], STAGES, seed=0)
+    shapes = {step: loader.batch(step, 0, 1).inputs.shape for step in (0, 9, 10, 29, 30, 10**8)}
+    assert shapes == {0: (32, 16), 9: (32, 16), 10: (16, 32), 29: (16, 32), 30: (8, 64), 10**8: (8, 64)}
+
+
+def test_a_stage_is_its_own_permutation(tokens: TokenSet) -> None:
+    count = (len(tokens) - 1) // 32
+    loader = Loader([(tokens, 1.0)], [ContextStage(0, 32, 1), ContextStage(7, 32, 1)], seed=0)
+    rows = np.concatenate([loader.batch(step, 0, 1).inputs for step in range(7, 7 + count)])
+    assert np.array_equal(in_order(rows), in_order(tokens.tokens(0, count * 32).reshape(-1, 32)))
+    assert not np.array_equal(rows[:7], np.concatenate([loader.batch(step, 0, 1).inputs for step in range(7)]))
+
+
+def test_epochs_add_up_over_stages(tokens: TokenSet) -> None:
+    loader = Loader([(tokens, 1.0)], STAGES, seed=0)
+    counts = [(len(tokens) - 1) // stage.context for stage in STAGES]
+    for step, steps in ((5, (5, 0, 0)), (10, (10, 0, 0)), (100, (10, 20, 70))):
+        read = sum(s * stage.sequences / n for s, stage, n in zip(steps, STAGES, counts, strict=True))
+        assert loader.epochs(step)["prepared"] == pytest.approx(read)
+
+
+def test_a_stage_reads_only_documents_as_long_as_its_context(tokens: TokenSet) -> None:
+    loader = Loader([(tokens, 1.0)], [ContextStage(0, 64, 8), ContextStage(5, 2500, 1)], seed=0, within_documents=True)
+    windows = DocumentWindows(tokens, 2500)
+    expected = np.stack([windows.row(number)[:-1] for number in range(windows.count)])
+    rows = np.concatenate([loader.batch(step, 0, 1).inputs for step in range(5, 5 + windows.count)])
+    assert np.array_equal(in_order(rows), in_order(expected))
+
+
+@pytest.fixture(scope="module")
+def numbers(digits: Path) -> TokenSet:
+    return TokenSet(digits, TRAIN)
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_a_blend_has_exactly_its_proportions(tokens: TokenSet, numbers: TokenSet, world_size: int) -> None:
+    loader = Loader([(tokens, 0.7), (numbers, 0.3)], [ContextStage(0, CONTEXT, 20)], seed=1)
+    known = {row.tobytes() for row in numbers.tokens(0, len(numbers) // 64 * 64).reshape(-1, 64)}
+    for step in range(5):  # of two cycles each
+        rows = np.concatenate([loader.batch(step, rank, world_size).inputs for rank in range(world_size)])
+        assert [sum(row.tobytes() in known for row in cycle) for cycle in (rows[:10], rows[10:])] == [3, 3]
+
+
+def test_every_set_of_a_blend_has_its_epochs(tokens: TokenSet, numbers: TokenSet) -> None:
+    count = (len(numbers) - 1) // CONTEXT
+    loader = Loader([(tokens, 1), (numbers, 2)], [ContextStage(0, CONTEXT, 3)], seed=1)
+    ours = {row.tobytes() for row in tokens.tokens(0, len(tokens) // 64 * 64).reshape(-1, 64)}
+    rows = [row.tobytes() for step in range(count) for row in loader.batch(step, 0, 1).inputs]
+    first, both = (Counter(row for row in part if row not in ours) for part in (rows[: count // 2 * 3], rows))
+    assert set(first.values()) == {1}
+    assert set(both.values()) == {2}
+    assert len(both) == count
+    read = loader.epochs(50)
+    assert read["digits"] == pytest.approx(100 / count)
+    assert read["prepared"] == pytest.approx(50 / ((len(tokens) - 1) // CONTEXT))
+
+
+def test_evaluation_reads_no_set_twice(tokens: TokenSet, numbers: TokenSet) -> None:
+    count = (len(numbers) - 1) // CONTEXT
+    loader = Loader([(tokens, 1), (numbers, 1)], [ContextStage(0, CONTEXT, 4)], seed=0)
+    assert loader.steps_within(16 * CONTEXT) == 4
+    assert loader.steps_within(1) == 1
+    assert loader.steps_within(10**12) == min(count, (len(tokens) - 1) // CONTEXT) * 2 // 4
+
+
+def test_a_weight_too_small_to_be_read(tokens: TokenSet, numbers: TokenSet) -> None:
+    with pytest.raises(UserError, match=r"the weight 1e-09 of .*digits is less than one sample in 1000000; raise it"):
+        Loader([(tokens, 1.0), (numbers, 1e-9)], [ContextStage(0, CONTEXT, 1)], seed=0)
+
+
+def test_a_blend_of_two_tokenizers(data: Path, corpus: Path, speeches: list[str], tmp_path: Path) -> None:
+    other = train_tokenizer(speeches, 400, tmp_path / "other.model")
+    prepare(PreparationSettings(sources=(str(corpus),), heldout_fraction=0.2), other, tmp_path / "other")
+    with pytest.raises(UserError, match=rf"{data} and {tmp_path}/other were prepared with different tokenizers"):
+        common_tokenizer([data, data, tmp_path / "other"])
+
+
+# A run of 1,024 ranks over 10^11 windows, on tokens that are computed: each is its own number.
+LONG = 1024
+WINDOWS = 10**11
+RANKS = 1024
+SEQUENCES = 2 * RANKS  # a step
+WORLDS = [1, 2, 64, 512, RANKS]
+
+
+class Numbers:
+    """As many tokens as the windows need, held nowhere."""
+
+    def __init__(self, name: str) -> None:
+        self.folder = Path(name)
+
+    def __len__(self) -> int:
+        return WINDOWS * LONG + 1
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        assert 0 <= start < stop <= len(self)
+        return np.arange(start, stop)
+
+    def shard_bounds(self) -> Iterator[np.ndarray]:
+        yield np.array([[0, len(self)]])
+
+
+@pytest.fixture(scope="module")
+def vast() -> Loader:
+    return Loader([(Numbers("web"), 1.0)], [ContextStage(0, LONG, SEQUENCES)], seed=11)
+
+
+def windows(loader: Loader, step: int, world_size: int) -> list[int]:
+    """The numbers of the windows all ranks read at a step, in their order."""
+    first = np.concatenate([loader.batch(step, rank, world_size).inputs[:, 0] for rank in range(world_size)])
+    assert not (first % LONG).any()
+    return (first // LONG).tolist()
+
+
+@pytest.mark.parametrize("step", [0, 12_345, 10**8])
+def test_a_step_is_the_same_on_any_number_of_ranks(vast: Loader, step: int) -> None:
+    alone = windows(vast, step, 1)
+    assert len(set(alone)) == SEQUENCES
+    for world_size in WORLDS:
+        assert windows(vast, step, world_size) == alone
+
+
+def test_changing_the_number_of_ranks_repeats_and_skips_nothing(vast: Loader) -> None:
+    last = WINDOWS // SEQUENCES - 2  # in the epoch
+    for start in (0, last - len(WORLDS)):
+        changing = [windows(vast, start + place, world_size) for place, world_size in enumerate(WORLDS)]
+        steady = [windows(vast, start + place, RANKS) for place in range(len(WORLDS))]
+        assert changing == steady
+        read = [number for step in changing for number in step]
+        assert len(set(read)) == len(read) == SEQUENCES * len(WORLDS)
+
+
+def test_an_epoch_ends_and_another_order_begins(vast: Loader) -> None:
+    assert vast.epochs(10**8)["web"] == pytest.approx(2.048)
+    assert windows(vast, 0, RANKS) != windows(vast, WINDOWS // SEQUENCES, RANKS)
+
+
+@pytest.mark.parametrize("within_documents", [False, True])
+def test_a_seek_takes_no_time_and_no_memory(within_documents: bool) -> None:
+    """A blend with a curriculum too; what is measured are the batch and the bytes held after."""
+    tracemalloc.start()
+    sets = [(Numbers("web"), 0.7), (Numbers("books"), 1 / 3)]
+    stages = [ContextStage(0, 256, 4 * SEQUENCES), ContextStage(10**6, LONG, SEQUENCES)]
+    loader = Loader(sets, stages, seed=0, within_documents=within_documents)
+    seconds = []
+    for step in (0, 10**6, 10**8):
+        start = time.perf_counter()
+        for rank in range(0, RANKS, 64):
+            assert len(loader.batch(step, rank, RANKS).inputs) in (2, 8)
+        seconds.append(time.perf_counter() - start)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert max(seconds) < 2  # of 16 ranks' batches, whose first and last take as long
+    assert held < 200_000
+    assert peak < 1_000_000

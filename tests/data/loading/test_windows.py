@@ -1,0 +1,75 @@
+"""Windows are cut where they may be, every one of them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tostlm.data import TRAIN, PreparationSettings, Tokenizer, TokenSet, import_tokens, prepare
+from tostlm.data.loading.windows import DocumentWindows, StreamWindows
+from tostlm.errors import UserError
+
+
+@pytest.fixture(params=[100_000_000, 7000], ids=["one shard", "many shards"])
+def tokens(request: pytest.FixtureRequest, corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> TokenSet:
+    settings = PreparationSettings(sources=(str(corpus),), heldout_fraction=0.2, shard_tokens=request.param)
+    prepare(settings, tokenizer, tmp_path / "out")
+    return TokenSet(tmp_path / "out", TRAIN)
+
+
+def rows(windows: StreamWindows | DocumentWindows) -> np.ndarray:
+    return np.stack([windows.row(number) for number in range(windows.count)])
+
+
+def within_documents(tokens: TokenSet, context: int) -> np.ndarray:
+    """Document by document, each with the end before it."""
+    found = []
+    for first, stop in tokens.document_bounds.tolist():
+        start = max(0, first - 1)
+        while start + context + 1 <= stop:
+            found.append(tokens.tokens(start, start + context + 1))
+            start += context
+    return np.stack(found)
+
+
+@pytest.mark.parametrize("context", [64, 1000])
+def test_windows_of_the_stream(tokens: TokenSet, context: int) -> None:
+    found = rows(StreamWindows(tokens, context))
+    assert np.array_equal(found[:, :-1].ravel(), tokens.tokens(0, len(found) * context))
+    assert np.array_equal(found[:, 1:].ravel(), tokens.tokens(1, len(found) * context + 1))
+    assert len(tokens) - 1 - len(found) * context < context
+
+
+@pytest.mark.parametrize("context", [16, 64, 1000, 2500])
+def test_windows_within_documents(tokens: TokenSet, context: int) -> None:
+    found = rows(DocumentWindows(tokens, context))
+    assert np.array_equal(found, within_documents(tokens, context))
+    ends = found == tokens.manifest.eos_id
+    assert ends[:, 0].any()  # before a document
+    assert not ends[:, 1:-1].any()
+
+
+def test_the_longest_document_alone(tokens: TokenSet) -> None:
+    lengths = np.diff(tokens.document_bounds)[:, 0]
+    windows = DocumentWindows(tokens, int(lengths.max()))
+    assert windows.count == (lengths == lengths.max()).sum()
+    with pytest.raises(UserError) as error:
+        DocumentWindows(tokens, int(lengths.max()) + 1)
+    assert "no document of the train split of" in str(error.value)
+    assert f"a window of {lengths.max() + 1} tokens (the longest has {lengths.max()}, its end" in str(error.value)
+
+
+def test_a_window_of_a_million_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Of three documents two are long enough; one of them is found across the files of a shard each."""
+    context = 1 << 20
+    lengths = (1_500_000, 200_000, context)
+    texts = [np.random.default_rng(length).integers(2, tokenizer.vocab_size, length) for length in lengths]
+    ids = np.concatenate([np.append(text, tokenizer.eos_id) for text in texts])
+    ids.astype("<u2").tofile(tmp_path / "train.bin")
+    import_tokens(
+        "nanogpt", [tmp_path / "train.bin"], [], tokenizer, tmp_path / "out", heldout_fraction=0, shard_tokens=1_000_000
+    )
+    windows = DocumentWindows(TokenSet(tmp_path / "out", TRAIN), context)
+    assert windows.count == 2
+    assert np.array_equal(windows.row(0), ids[: context + 1])
+    assert np.array_equal(windows.row(1), ids[1_700_001 : 1_700_001 + context + 1])

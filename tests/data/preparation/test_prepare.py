@@ -1,0 +1,282 @@
+"""The same shards however the work is shared out or interrupted, and nothing finished is lost."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import fail, succeed, tostlm
+from tests.data.test_shards import texts_of
+from tostlm.data import (
+    VALIDATION,
+    PreparationSettings,
+    Selection,
+    TaskShard,
+    Tokenizer,
+    load_tokenizer,
+    merge,
+    parse_task,
+    prepare,
+    read_manifest,
+    train_tokenizer,
+    verify,
+)
+from tostlm.data.preparation.plan import PART, part_folder
+from tostlm.errors import UserError
+
+
+@pytest.fixture
+def crawl(speeches: list[str], tmp_path: Path) -> Path:
+    """Files of several kinds; every third text stands twice, far apart."""
+    folder = tmp_path / "crawl"
+    folder.mkdir()
+    rows = [json.dumps({"text": text, "n": n}) + "\n" for n, text in enumerate([*speeches, *speeches[::3]])]
+    for n in range(4):
+        (folder / f"{n}.jsonl").write_text("".join(rows[n::4]))
+    (folder / "last.txt").write_text(speeches[1])
+    return folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every byte of a prepared folder, but for the command that made it."""
+    found = {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+    manifest = json.loads(found.pop("manifest.json"))
+    manifest.pop("command")
+    return {**found, "manifest": json.dumps(manifest).encode()}
+
+
+def all_texts(folder: Path) -> list[str]:
+    splits = read_manifest(folder).splits
+    return [text for name, split in splits.items() if split.documents for text in texts_of(folder, name)]
+
+
+def made_of(crawl: Path, **options: object) -> PreparationSettings:
+    return PreparationSettings(
+        sources=(str(crawl),), heldout_fraction=0.2, shard_tokens=7000, part_bytes=60_000, **options
+    )
+
+
+@pytest.mark.parametrize("dedup", [False, True])
+def test_workers_and_tasks_change_nothing(crawl: Path, tokenizer: Tokenizer, tmp_path: Path, dedup: bool) -> None:
+    settings = made_of(crawl, dedup=dedup)
+    for workers in (1, 3):
+        prepare(settings, tokenizer, tmp_path / f"w{workers}", workers=workers)
+    for first in (2, 0, 1):
+        assert prepare(settings, tokenizer, tmp_path / "tasks", workers=2, task=TaskShard(first, 3)) is None
+    merge(tmp_path / "tasks")
+    whole = content(tmp_path / "w1")
+    assert len([name for name in whole if name.endswith(".bin")]) > 5
+    assert content(tmp_path / "w3") == content(tmp_path / "tasks") == whole
+    identities = {read_manifest(tmp_path / name).content_sha256 for name in ("w1", "w3", "tasks")}
+    assert len(identities) == 1
+    assert not (tmp_path / "tasks" / "parts").exists()
+    list(verify(tmp_path / "tasks"))
+
+
+def test_the_first_of_equal_documents_is_kept(
+    crawl: Path, speeches: list[str], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    prepare(made_of(crawl), tokenizer, tmp_path / "all", workers=1)
+    manifest = prepare(made_of(crawl, dedup=True), tokenizer, tmp_path / "once", workers=1)
+    before = all_texts(tmp_path / "all")
+    after = all_texts(tmp_path / "once")
+    assert after == list(dict.fromkeys(before))
+    assert sorted(after) == sorted(speeches)
+    assert manifest.dropped == {"duplicate": 21}
+    text_bytes = sum(split.text_bytes for split in manifest.splits.values())
+    assert text_bytes == sum(len(text.encode()) for text in speeches)
+    list(verify(tmp_path / "once"))
+
+
+def test_documents_of_an_earlier_run_are_left_out(
+    crawl: Path, speeches: list[str], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    (tmp_path / "old.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in speeches[:40]))
+    prepare(PreparationSettings(sources=(str(tmp_path / "old.jsonl"),)), tokenizer, tmp_path / "old")
+    for dedup, expected in ((False, sorted([*speeches[40:], *speeches[42::3]])), (True, sorted(speeches[40:]))):
+        settings = made_of(crawl, dedup=dedup, dedup_against=(tmp_path / "old",))
+        out = tmp_path / f"new-{dedup}"
+        prepare(settings, tokenizer, out, workers=1)
+        assert sorted(all_texts(out)) == expected
+
+
+def test_a_killed_preparation_redoes_its_unfinished_part_alone(
+    crawl: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    (tmp_path / "t.model").write_bytes(tokenizer.content)
+    command = ["prepare", "--source", str(crawl), "--tokenizer", str(tmp_path / "t.model"), "--part-bytes", "60000"]
+    command += ["--shard-tokens", "7000", "--heldout-fraction", "0.2", "--workers", "1"]
+    succeed(tostlm(*command, "--out", str(tmp_path / "whole")))
+    out = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "-m", "tostlm", *command, "--out", str(out)])
+    deadline = time.monotonic() + 60
+    while not part_folder(out, 1).exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = {path: path.stat().st_mtime_ns for path in (out / "parts").glob(f"0*/{PART}")}
+    assert len(finished) > 1
+    assert not (out / "manifest.json").exists()
+    fail(tostlm("prepare", "--merge", "--out", str(out)), "are not finished", "run `tostlm prepare` again")
+    plan = json.loads((out / "plan.json").read_text())
+    assert len(finished) < len(plan["parts"])
+    shutil.rmtree(part_folder(out, 0))  # as if it had been lost; the others' files stay as they are
+    kept = {path: mtime for path, mtime in finished.items() if path.exists()}
+    prepare(
+        made_of(crawl), tokenizer, out, workers=1, task=TaskShard(0, 1)
+    )  # every part, without the merge that would clear them
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    merge(out)
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_an_interrupted_merge_is_done_again(
+    crawl: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = made_of(crawl, dedup=True)
+    prepare(settings, tokenizer, tmp_path / "whole", workers=1)
+    prepare(settings, tokenizer, tmp_path / "out", workers=1, task=TaskShard(0, 1))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["tostlm.data.preparation.merge"], "write_manifest", full)
+        with pytest.raises(OSError, match="No space left"):
+            merge(tmp_path / "out")
+    merge(tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_what_is_finished_stays_when_a_record_is_bad(
+    crawl: Path, tokenizer: Tokenizer, tmp_path: Path, speeches: list[str]
+) -> None:
+    with (crawl / "3.jsonl").open("ab") as file:
+        file.write(b'{"text": "\xff"}\n' + json.dumps({"text": "after"}).encode() + b"\n")
+    for workers in (1, 2):
+        with pytest.raises(UserError, match=r"3\.jsonl, record \d+.*: is no UTF-8.*--on-error skip"):
+            prepare(made_of(crawl), tokenizer, tmp_path / "out", workers=workers)
+    assert part_folder(tmp_path / "out", 0).exists()
+    manifest = prepare(made_of(crawl, selection=Selection(on_error="skip")), tokenizer, tmp_path / "out", workers=2)
+    assert manifest.dropped == {"invalid UTF-8": 1}
+    report = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
+    assert [(line["reason"], "3.jsonl" in line["document"]) for line in report] == [("invalid UTF-8", True)]
+    assert "after" in all_texts(tmp_path / "out")
+
+
+def test_a_killed_worker(crawl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The parent says so, ends the others, and the next call goes on."""
+    (tmp_path / "t.model").write_bytes(tokenizer.content)
+    command = ["prepare", "--source", str(crawl), "--tokenizer", str(tmp_path / "t.model"), "--part-bytes", "9000"]
+    command += ["--workers", "2", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tostlm", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 60
+    while not part_folder(tmp_path / "out", 0).exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    worker = next(
+        pid for pid in children.read_text().split() if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()
+    )
+    os.kill(int(worker), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "a worker ended with code -9" in errors
+    assert len(errors.strip().splitlines()) == 1
+    succeed(tostlm(*command))
+    list(verify(tmp_path / "out"))
+
+
+def test_another_tokenizer_or_setting_is_refused(
+    crawl: Path, speeches: list[str], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    prepare(made_of(crawl), tokenizer, out, workers=1, task=TaskShard(0, 2))
+    other = train_tokenizer(speeches, 400, tmp_path / "other.model")
+    with pytest.raises(UserError, match="was begun with another tokenizer"):
+        prepare(made_of(crawl), other, out)
+    with pytest.raises(UserError, match="was begun with min_characters=1, not 5"):
+        prepare(made_of(crawl, selection=Selection(min_characters=5)), tokenizer, out)
+    prepare(made_of(crawl), tokenizer, out, workers=1, task=TaskShard(1, 2))
+    path = part_folder(out, 1) / PART
+    path.write_text(path.read_text().replace(tokenizer.sha256, other.sha256))
+    with pytest.raises(UserError, match=r"part 1 of \S+ was made with another tokenizer"):
+        merge(out)
+
+
+def test_prepared_data_is_not_overwritten(data: Path, corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(data, tmp_path / "copy"))
+    before = content(copy)
+    with pytest.raises(UserError, match="is prepared already"):
+        prepare(PreparationSettings(sources=(str(corpus),)), tokenizer, copy)
+    assert content(copy) == before
+    (copy / "manifest.json").unlink()
+    with pytest.raises(UserError, match="exists and is no prepared data"):
+        prepare(PreparationSettings(sources=(str(corpus),)), tokenizer, copy)
+
+
+def test_a_document_is_held_out_by_its_text_alone(
+    data: Path, speeches: list[str], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    (tmp_path / "again.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in speeches[::-1]))
+    settings = PreparationSettings(sources=(str(tmp_path / "again.jsonl"),), heldout_fraction=0.2)
+    prepare(settings, tokenizer, tmp_path / "again")
+    assert set(texts_of(tmp_path / "again", VALIDATION)) == set(texts_of(data, VALIDATION))
+
+
+def test_nothing_is_left(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' * 10)
+    with pytest.raises(UserError, match=r"no document of \S+ is left; dropped: 10 below 5 characters"):
+        prepare(
+            PreparationSettings(sources=(str(tmp_path / "a.jsonl"),), selection=Selection(min_characters=5)),
+            tokenizer,
+            tmp_path / "out",
+        )
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(UserError, match="holds no text"):
+        prepare(PreparationSettings(sources=(str(tmp_path / "a.jsonl"),)), tokenizer, tmp_path / "other")
+
+
+def test_the_command_line(crawl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "t.model").write_bytes(tokenizer.content)
+    begin = [
+        "prepare",
+        "--source",
+        str(crawl),
+        "--tokenizer",
+        str(tmp_path / "t.model"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    fail(tostlm(*begin[:3], "--out", "x"), "prepare needs --source and --tokenizer")
+    fail(tostlm(*begin, "--on-error", "ignore"), "--on-error 'ignore'", "'fail' or 'skip'")
+    fail(tostlm(*begin, "--heldout-fraction", "1"), "--heldout-fraction 1.0", "less than 1")
+    fail(tostlm(*begin, "--keep", "n"), "condition 'n' is not COLUMN RELATION VALUE")
+    fail(tostlm(*begin, "--dedup-against", "nowhere"), "nowhere holds no prepared data")
+    fail(tostlm(*begin, "--task", "3/3"), "--task 3/3 must be INDEX/NUMBER")
+    fail(tostlm(*begin, "--id-column", "url"), "has no column 'url', only text, n")
+    shutil.rmtree(tmp_path / "out")
+    (crawl / "last.txt").unlink()
+    format_counts = succeed(tostlm(*begin, "--keep", "n<10", "--id-column", "n", "--dedup", "--heldout-fraction", "0"))
+    assert "of 10 documents" in format_counts
+    assert "dropped 70 not n<10" in format_counts
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.command.startswith("tostlm prepare --source")
+    assert manifest.settings["selection"]["keep"] == ["n<10"]
+    assert "(12)" in (tmp_path / "out" / "dropped.jsonl").read_text()
+    assert load_tokenizer(tmp_path / "out").sha256 == tokenizer.sha256
+
+
+def test_tasks() -> None:
+    assert parse_task("2/8") == TaskShard(2, 8)
+    for text in ("", "1", "8/8", "-1/3", "a/b"):
+        with pytest.raises(UserError, match="must be INDEX/NUMBER"):
+            parse_task(text)

@@ -1,0 +1,125 @@
+"""Records come out whatever the pieces are, and a bad one costs itself alone."""
+
+import bz2
+import gzip
+import io
+import itertools
+import json
+import lzma
+from pathlib import Path
+
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tostlm.data.preparation.readers import Reader, RecordError, decompressed, lines_of_range, parse, split_lines
+from tostlm.data.preparation.sources import WorkUnit, parts_of
+
+LINES = st.lists(st.binary(max_size=12).map(lambda line: line.replace(b"\n", b"")), max_size=20)
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
+
+
+def records(path: Path, *, largest: int = 1000, **part: object) -> list[object]:
+    made = WorkUnit(bytes=path.stat().st_size, files=(str(path),), **part)
+    return [row if isinstance(row, RecordError) else row["text"] for _, row in Reader(made, ["text"], largest)]
+
+
+def reasons(found: list[object]) -> list[object]:
+    return [row.reason if isinstance(row, RecordError) else row for row in found]
+
+
+@given(lines=LINES, cuts=st.lists(st.integers(0, 250), max_size=6), largest=st.integers(0, 12))
+def test_lines_do_not_depend_on_the_pieces(lines: list[bytes], cuts: list[int], largest: int) -> None:
+    content = b"\n".join(lines)
+    edges = [0, *sorted(cuts), len(content)]
+    pieces = [content[a:b] for a, b in itertools.pairwise(edges)]
+    whole = content.split(b"\n")
+    expected = [line if len(line) <= largest else None for line in whole[:-1]]
+    expected += [whole[-1] if len(whole[-1]) <= largest else None] if whole[-1] else []
+    assert list(split_lines(pieces, largest)) == expected
+
+
+@settings(max_examples=300)
+@given(lines=LINES, cuts=st.lists(st.integers(0, 250), max_size=6), ended=st.booleans())
+def test_every_line_is_in_one_range(lines: list[bytes], cuts: list[int], ended: bool) -> None:
+    content = b"\n".join(lines) + b"\n" * ended
+    edges = sorted({0, len(content), *(cut for cut in cuts if cut < len(content))})
+    read = [piece for r in itertools.pairwise(edges) for piece in lines_of_range(io.BytesIO(content), *r)]
+    assert b"".join(read) == content
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@settings(max_examples=40)
+@given(frames=st.lists(st.binary(min_size=1, max_size=200), min_size=1, max_size=3), cut=st.integers(0, 100))
+def test_compressed_files_are_whole_or_an_error(suffix: str, frames: list[bytes], cut: int) -> None:
+    stored = b"".join(map(COMPRESS[suffix], frames))
+
+    def read(content: bytes) -> bytes:
+        return b"".join(decompressed(io.BytesIO(content), f"a.jsonl{suffix}"))
+
+    assert read(stored) == b"".join(frames)  # several frames in a file, as parallel compressors write them
+    last = len(COMPRESS[suffix](frames[-1]))
+    if suffix and 0 < cut < last:
+        with pytest.raises((OSError, EOFError, lzma.LZMAError, zstandard.ZstdError)):
+            read(stored[:-cut])
+
+
+@settings(max_examples=300)
+@given(line=st.binary(max_size=40) | st.text(max_size=20).map(str.encode) | st.from_regex(rb'\A\{"text": .{0,20}\}\Z'))
+def test_any_line_is_a_row_or_a_reason(line: bytes) -> None:
+    assert isinstance(parse(line), dict | RecordError)
+
+
+@given(text=st.text())
+def test_every_text_comes_through_json(text: str) -> None:
+    assert parse(json.dumps({"text": text}).encode()) == {"text": text}
+
+
+def test_a_bad_record_costs_itself_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    good = b'{"text": "good"}\n'
+    bad = [b'{"text": "\xff"}\n', b"{\n", b"[1]\n", b'{"text": "' + b"x" * 2000 + b'"}\n', b"[" * 5000 + b"\n"]
+    path.write_bytes(b"\xef\xbb\xbf" + good + b"\n  \n" + good.join(bad) + good)
+    assert reasons(records(path, largest=5000)) == [
+        "good",
+        *("invalid UTF-8", "good", "unreadable record", "good", "unreadable record", "good"),
+        *("x" * 2000, "good", "unreadable record", "good"),
+    ]
+    assert reasons(records(path, largest=1000))[7:9] == ["record too large", "good"]
+
+
+def test_text_files(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeff\u00fcber\n\nline\r\n".encode())
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"\xff"))
+    (tmp_path / "c.txt").write_bytes(b"x" * 2000)
+    found = [records(tmp_path / name)[0] for name in ("a.txt", "b.txt.gz", "c.txt")]
+    assert reasons(found) == ["\u00fcber\n\nline\r\n", "invalid UTF-8", "record too large"]
+
+
+def test_invalid_utf8_in_parquet(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    binary = pyarrow.array([b"one", b"\xff\xfe", b"three"], pyarrow.binary())
+    table = pyarrow.table({"text": pyarrow.Array.from_buffers(pyarrow.string(), 3, binary.buffers())})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert reasons(records(tmp_path / "a.parquet")) == ["one", "invalid UTF-8", "three"]
+
+
+@pytest.mark.parametrize("size", [40, 100, 1000, 10**6])
+def test_parts_hold_every_record_once(tmp_path: Path, size: int) -> None:
+    texts = [f"{n} " * (n % 17) + "end" for n in range(200)]
+    half = len(texts) // 2
+    for name, part in (("a.jsonl", texts[:half]), ("b.jsonl", texts[half:])):
+        (tmp_path / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+    (tmp_path / "empty.jsonl").touch()
+    parts = parts_of([str(tmp_path)], size)
+    assert (len(parts) > 2) == (size < 10**4)
+    assert sum(part.bytes for part in parts) == sum(path.stat().st_size for path in tmp_path.iterdir())
+    read = []
+    for part in parts:
+        reader = Reader(part, ["text"], 1000)
+        read += [row["text"] for _, row in reader]
+        assert part.byte_range or reader.bytes_read == part.bytes
+    assert read == texts

@@ -1,0 +1,107 @@
+"""What is kept and what is dropped, and that nothing is dropped in silence."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tostlm.data.preparation.readers import RecordError, SourceRecord
+from tostlm.data.preparation.selection import Selection, Selector, condition, documents
+from tostlm.errors import UserError
+
+ROWS = [
+    {"text": "one", "id": "a", "language": "en", "score": 0.9, "meta": {"source": "web", "deep": {"er": 1}}},
+    {"text": "", "id": "b", "language": "en", "score": 0.9, "meta": {"source": None, "deep": {"er": None}}},
+    {"text": "a longer text", "id": "c", "language": "de", "score": 0.5, "meta": {"source": None, "deep": {"er": 1}}},
+    {"text": "three", "id": "d", "language": None, "score": 0.8, "meta": {"source": None, "deep": {"er": 0}}},
+    {"text": "four", "id": "e", "language": "fr", "score": 1, "meta": {"source": 3, "deep": {"er": 2}}},
+]
+
+
+def select(*rows: object, **options: object) -> tuple[list[str], dict[str, int], Selector]:
+    selector = Selector(Selection(**options))
+    found = [document.text for document in selector.documents(SourceRecord(str(n), row) for n, row in enumerate(rows))]
+    return found, dict(selector.dropped), selector
+
+
+@pytest.mark.parametrize(
+    ("rule", "kept"),
+    [
+        ("language=en", ["one"]),
+        ("language = en,fr", ["one", "four"]),
+        ("language!=en", ["a longer text", "four"]),
+        ("language!=en,de", ["four"]),
+        ("score>=0.9", ["one", "four"]),
+        ("score>0.9", ["four"]),
+        ("score<=0.5", ["a longer text"]),
+        ("score<0.9", ["a longer text", "three"]),
+        ("score=1", ["four"]),
+        ("id>=c", ["a longer text", "three", "four"]),
+        ("score=en", []),
+        ("language>=3", []),
+        ("meta.source=web", ["one"]),
+        ("meta.deep.er>1", ["four"]),
+    ],
+)
+def test_conditions(rule: str, kept: list[str]) -> None:
+    found, dropped, _ = select(*ROWS, keep=(rule,))
+    assert found == kept
+    assert dropped.get(f"not {rule}", 0) == 4 - len(kept)
+    assert dropped["empty"] == 1
+
+
+def test_lengths_and_several_reasons() -> None:
+    found, dropped, selector = select(
+        *ROWS, min_characters=4, max_characters=6, keep=("score>=0.8", "language!=fr"), id_column="id"
+    )
+    assert found == []
+    assert dropped == {
+        "empty": 1,
+        "below 4 characters": 1,
+        "above 6 characters": 1,
+        "not language!=fr": 2,
+    }
+    assert selector.read == 5
+    assert selector.examples[0] == ("below 4 characters", "0 (a)", "")
+
+
+PROBLEMS = [
+    (RecordError("unreadable record", "is no JSON: x"), "unreadable record"),
+    ({"body": "x"}, "no such column"),
+    ({"text": None}, "no text"),
+    ({"text": 3}, "no text"),
+    ({"text": b"bytes"}, "no text"),
+    ({"text": "\ud800"}, "invalid UTF-8"),
+    ({"text": "\u00fc" * 51}, "record too large"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason"), PROBLEMS)
+def test_bad_records_fail_or_are_counted(row: object, reason: str) -> None:
+    good = {"text": "good"}
+    with pytest.raises(UserError, match=r"^1: .*--on-error skip"):
+        select(good, row, good, max_document_bytes=100)
+    found, dropped, selector = select(good, row, good, max_document_bytes=100, on_error="skip")
+    assert found == ["good", "good"]
+    assert dropped == {reason: 1}
+    assert selector.examples[0][:2] == (reason, "1")
+
+
+@given(st.lists(st.sampled_from([row for row, _ in PROBLEMS] + ROWS), max_size=30))
+def test_every_record_is_kept_or_counted(rows: list[object]) -> None:
+    found, dropped, selector = select(*rows, on_error="skip", max_document_bytes=100)
+    assert len(found) + sum(dropped.values()) == len(rows) == selector.read
+
+
+@pytest.mark.parametrize("rule", ["", "language", "=en", "score>=", ">3"])
+def test_no_condition(rule: str) -> None:
+    with pytest.raises(UserError, match="is not COLUMN RELATION VALUE"):
+        condition(rule)
+
+
+def test_the_column_that_is_missing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x", "url": "y"}) + "\n")
+    with pytest.raises(UserError, match="has no column 'score', only text, url"):
+        list(documents([str(tmp_path)], Selection(keep=("score>1",))))

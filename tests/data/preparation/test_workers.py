@@ -1,0 +1,36 @@
+"""What is seen of a preparation while it goes on."""
+
+import pytest
+
+from tostlm.data.preparation import workers
+from tostlm.data.preparation.plan import PreparationPlan, PreparationSettings
+from tostlm.data.preparation.sources import WorkUnit
+from tostlm.data.preparation.workers import ProgressBar, WorkDone
+
+
+def plan_of(*sizes: int | None) -> PreparationPlan:
+    parts = tuple(WorkUnit(bytes=size, files=("a.jsonl",)) for size in sizes)
+    return PreparationPlan(
+        command="", settings=PreparationSettings(sources=("a.jsonl",)), tokenizer_sha256="", parts=parts
+    )
+
+
+def test_a_line_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(workers, "SILENCE_SECONDS", 0)
+    clock = iter([0.0, 2.0, 2.0, 2.0, 2.0, 8.0])
+    monkeypatch.setattr(workers.time, "monotonic", lambda: next(clock))
+    progress = ProgressBar(plan_of(3_000_000, 1_000_000, 500), [0, 1])
+    progress.add(WorkDone(source_bytes=1_000_000, documents=1000, tokens=250_000, text_bytes=900_000))
+    said = capsys.readouterr()
+    assert said.out == "prepare: 1,000 documents, 250,000 tokens, 0.5 MB/s, 2 s, 25%, 6 s left\n"
+    assert not said.err
+    progress.close()
+    assert capsys.readouterr().out == "prepare: 1,000 documents, 250,000 tokens, 0.1 MB/s, 8 s\n"
+
+
+def test_a_hub_does_not_say_how_much_is_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(workers, "SILENCE_SECONDS", -1)
+    ProgressBar(plan_of(None), [0]).add(WorkDone(documents=1, tokens=2, text_bytes=3))
+    assert "left" not in capsys.readouterr().out

@@ -1,0 +1,27 @@
+"""Checkpoints: what they hold, saving and loading them."""
+
+from tostlm.checkpoint.layout import (
+    CONFIG,
+    Checkpoint,
+    TrainState,
+    checkpoint_folder,
+    checkpoints,
+    load_checkpoint,
+    read_train_state,
+    resolve,
+    run_folder,
+    step_of,
+)
+
+__all__ = [
+    "CONFIG",
+    "Checkpoint",
+    "TrainState",
+    "checkpoint_folder",
+    "checkpoints",
+    "load_checkpoint",
+    "read_train_state",
+    "resolve",
+    "run_folder",
+    "step_of",
+]
