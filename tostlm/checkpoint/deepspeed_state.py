@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import deepspeed
 import torch
@@ -16,8 +16,43 @@ import torch.distributed as dist
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor
 
+from tostlm.model import LM
+
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # DeepSpeed's names
+
+
+class DeepSpeedOptimizer(Protocol):
+    """What every optimizer around which DeepSpeed builds an engine has, whatever the ZeRO stage."""
+
+    param_groups: list[dict[str, Any]]
+
+
+class DeepSpeedEngine(Protocol):
+    """The part of `deepspeed.DeepSpeedEngine` that tostlm uses; DeepSpeed itself has no type annotations."""
+
+    module: LM
+    optimizer: DeepSpeedOptimizer
+    basic_optimizer: torch.optim.Optimizer  # AdamW itself, which `optimizer` wraps under ZeRO
+    device: torch.device
+    global_steps: int
+    global_samples: int
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+    def backward(self, loss: Tensor) -> Any: ...
+    def step(self) -> Any: ...
+    def train(self, mode: bool = True) -> Any: ...
+    def eval(self) -> Any: ...
+    def destroy(self) -> None: ...
+
+    def train_batch_size(self) -> int: ...
+    def gradient_accumulation_steps(self) -> int: ...
+    def get_global_grad_norm(self) -> Tensor | float | None: ...
+    def fp16_enabled(self) -> bool: ...
+    def bfloat16_enabled(self) -> bool: ...
+    def zero_optimization(self) -> bool: ...
+    def zero_optimization_stage(self) -> int: ...
+    def zero_optimization_partition_weights(self) -> bool: ...
 
 
 class Fragment(NamedTuple):
