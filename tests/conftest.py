@@ -85,13 +85,12 @@ class Run:
             # that a difference in rounding shows (docs/tssa.md).
             "seed": 1,
             "model": {
-                "layers": 2,
+                "depth": 2,
                 "width": 32,
                 "heads": 2,
                 "vocab_size": VOCAB,
                 "positions": None if tssa else 64,
-                "mixers": [mixer],
-                **({"halflife_tokens": [4, 64]} if tssa else {}),
+                "layers": [{"mixer": mixer, **({"halflife_tokens": [4, 64]} if tssa else {})}],
                 "layer_scale": 0.5,
             },
             "data": {"path": str(data), "context_tokens": 64},

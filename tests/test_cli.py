@@ -57,7 +57,7 @@ def test_numbers_out_of_range(arguments: list[str]) -> None:
 
 
 def test_out_of_memory_is_said(run: Run) -> None:
-    fail(run.train("model.layers=2000", "model.width=65536"), "out of memory", "use a smaller model")
+    fail(run.train("model.depth=2000", "model.width=65536"), "out of memory", "use a smaller model")
 
 
 def test_outputs_are_checked_before_the_work(corpus: Path, tmp_path: Path) -> None:

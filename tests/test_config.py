@@ -56,13 +56,13 @@ def test_the_authors_recipe(size: str) -> None:
 def test_dump_reads_back(run: Run, tmp_path: Path) -> None:
     config = run.config(
         "optimizer.lr=3e-3",
-        "model.layers=5",
+        "model.depth=5",
         blend("{path: a, weight: 3}, {path: b, weight: 0.1}"),
         curriculum((2, 32)),
     )
     (tmp_path / "dumped.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "dumped.yaml") == config
-    assert (config.optimizer.lr, config.model.layers) == (3e-3, 5)
+    assert (config.optimizer.lr, config.model.depth) == (3e-3, 5)
 
 
 def test_overrides_make_missing_parents(run: Run) -> None:
@@ -79,7 +79,18 @@ def test_overrides_make_missing_parents(run: Run) -> None:
         ("train.steps=true", "train.steps=True: input should be a valid integer"),
         ("train.steps=0", "train.steps=0: input should be greater than or equal to 1"),
         ("train.steps=null", "train.steps=None"),
-        ("model.mixers=[gru]", "model.mixers.0='gru': input should be 'tssa' or 'softmax'"),
+        (
+            "model.layers=[{mixer: sofmax}]",
+            "'sofmax' is no mixer; use softmax, tssa; the nearest is softmax",
+        ),
+        ("model.layers=[{mixr: tssa}]", "model.layers.0.mixer is missing; name one of softmax, tssa"),
+        ("model.layers=[]", "model: layers is empty"),
+        (
+            "model.layers.0.halflife=3",
+            "model.layers.0.halflife is an unknown key; the nearest is model.layers.halflife_tokens",
+        ),
+        ("model.layers.0.halflife_tokens=[0,5]", "model.layers.0: halflife_tokens [0.0, 5.0] must be positive"),
+        ("model.layers.1.mixer=tssa", "override 'model.layers.1.mixer=tssa': 1 must be an index of a list of 1"),
         ("model.heads=3", "model: width 32 does not divide into 3 heads"),
         ("train.batch_tokens=1000", "train.batch_tokens 1000 does not divide into contexts of 64 tokens; try 1024"),
         ("optimizer.schedule=wsd", "decay_steps goes with schedule wsd"),

@@ -30,7 +30,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "configs").mkdir()
     for name in ("quickstart.yaml", "quickstart-gpt2.yaml"):
         content = yaml.safe_load((ROOT / "configs" / name).read_text())
-        content["model"] |= {"layers": 1, "width": 32, "heads": 2, "vocab_size": 1024}
+        content["model"] |= {"depth": 1, "width": 32, "heads": 2, "vocab_size": 1024}
         content["train"] |= {"steps": 4, "save_every_steps": 2, "eval_tokens": 4096}
         (folder / "configs" / name).write_text(yaml.safe_dump(content))
     return folder

@@ -60,7 +60,7 @@ def test_every_verb_is_shown() -> None:
 def test_the_table_of_configs() -> None:
     for path in (ROOT / "configs").glob("*.yaml"):
         config = yaml.safe_load(path.read_text())
-        shape = " x ".join(str(config["model"][key]) for key in ("layers", "width", "heads"))
+        shape = " x ".join(str(config["model"][key]) for key in ("depth", "width", "heads"))
         row = next(line for line in README.splitlines() if line.startswith(f"| `{path.stem}` |"))
         assert shape in row
         size = count_parameters(load_config(path).model) / 1e6

@@ -118,7 +118,7 @@ def _export(config: RunConfig, out: Path) -> None:
 
 
 def _sample(exported: Path, out: Path) -> None:
-    from tostlm.convert.sample import sample
+    from tostlm.convert import sample
 
     text = sample(exported, PROMPT, tokens=80)
     print(text)

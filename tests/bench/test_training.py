@@ -15,11 +15,11 @@ def test_every_model_at_every_context(monkeypatch) -> None:
 
     def record(lm, precision: str, sequences: int, context: int) -> float:
         assert precision == "autocast bfloat16"
-        passes.append((lm.config.mixers[0], lm.config.positions, sequences, context))
+        passes.append((lm.config.layers[0].mixer, lm.config.positions, sequences, context))
         return 0.5
 
     monkeypatch.setattr("tostlm.bench.training._time_pass", record)
-    small = ["model.layers=1", "model.width=8", "model.heads=1", "model.vocab_size=32"]
+    small = ["model.depth=1", "model.width=8", "model.heads=1", "model.vocab_size=32"]
     names = {"tost": "quickstart", "gpt2": "gpt2-base"}
     autocast = ["deepspeed.torch_autocast.enabled=true", "deepspeed.torch_autocast.dtype=bfloat16"]
     runs = {name: load_config(ROOT / "configs" / f"{file}.yaml", small + autocast) for name, file in names.items()}

@@ -14,6 +14,7 @@ import transformers
 
 from tests.conftest import ROOT, Run, fail, succeed, tostlm
 from tests.data.tokenizers import tokenizer_kinds
+from tests.model.common import SOFTMAX, TSSA
 from tostlm.checkpoint import Checkpoint, load_checkpoint
 from tostlm.convert import export_hf, hf
 from tostlm.data import Tokenizer, import_tokenizer
@@ -201,7 +202,7 @@ def test_every_parameter_of_gpt2_is_carried_over(trained: dict[str, Run], export
 
 def test_hybrids_and_bf16(trained: dict[str, Run], tmp_path: Path) -> None:
     checkpoint = load_checkpoint(trained["tssa"].dir)
-    shape = dataclasses.replace(checkpoint.config.model, mixers=("tssa", "softmax"), positions=64)
+    shape = dataclasses.replace(checkpoint.config.model, layers=TSSA + SOFTMAX, positions=64)
     lm = create_lm(shape, 0).to(torch.bfloat16).eval()
     export_hf(checkpoint._replace(lm=lm), tmp_path / "hybrid")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid", trust_remote_code=True, dtype="auto")

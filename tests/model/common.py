@@ -4,14 +4,18 @@ import pytest
 import torch
 
 from tostlm.model import LM, ModelConfig, create_lm
+from tostlm.model.mixers.softmax import SoftmaxOptions
+from tostlm.model.mixers.tssa import TSSAOptions
+
+TSSA, SOFTMAX = (TSSAOptions(),), (SoftmaxOptions(),)  # layer plans
 
 SHAPES = {
-    "tost": ModelConfig(2, 24, 3, 40, positions=64, layer_scale=0.5),
+    "tost": ModelConfig(2, 24, 3, 40, positions=64, layers=TSSA, layer_scale=0.5),
     "tost, forgetting, no positions": ModelConfig(
-        2, 24, 3, 40, positions=None, halflife_tokens=(4, 64), layer_scale=0.5
+        2, 24, 3, 40, positions=None, layers=(TSSAOptions(halflife_tokens=(4, 64)),), layer_scale=0.5
     ),
-    "gpt2": ModelConfig(2, 24, 3, 40, positions=64, mixers=("softmax",), layer_scale=0.5),
-    "hybrid": ModelConfig(3, 24, 3, 40, positions=64, mixers=("tssa", "softmax"), layer_scale=0.5),
+    "gpt2": ModelConfig(2, 24, 3, 40, positions=64, layers=SOFTMAX, layer_scale=0.5),
+    "hybrid": ModelConfig(3, 24, 3, 40, positions=64, layers=TSSA + SOFTMAX, layer_scale=0.5),
 }
 shapes = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
 

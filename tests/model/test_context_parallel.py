@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.model.common import SHAPES, double, tokens_of
+from tests.model.common import SHAPES, SOFTMAX, double, tokens_of
 from tests.processes import Sent, on_ranks
 from tostlm.model import LMState, create_lm
 
@@ -46,7 +46,7 @@ def outcome(name: str, with_resets: bool, rank: int, group: dist.ProcessGroup | 
         "losses": torch.stack(losses).detach(),
         "gradients": [gradient.contiguous() for gradient in gradients],
         "tokens": state.tokens,
-        "document": state.document,
+        "document": state.document_start,
         "layers": [[x.detach() for x in layer] for layer in state.layers],
     }
 
@@ -56,7 +56,7 @@ def bytes_sent(context: int, rank: int, world_size: int, sent: Sent) -> tuple[in
     config = replace(CONFIGS["tost"], positions=context)
     lm, piece = create_lm(config, 0), tokens_of(config, SEQUENCES, context // world_size, seed=rank)
     sent.bytes = 0
-    loss, _ = lm(piece, targets=piece, reset=piece == 0, group=dist.group.WORLD)
+    loss, _ = lm(piece, targets=piece, document_start_mask=piece == 0, group=dist.group.WORLD)
     forward = sent.bytes
     loss.backward()
     return forward, sent.bytes - forward
@@ -70,7 +70,7 @@ def refusal(name: str, reset_at: int, rank: int, world_size: int) -> str:
     reset[0, reset_at] = True
     own = slice(80 * rank // world_size, 80 * (rank + 1) // world_size)
     try:
-        lm(tokens_of(config, 1, 80)[:, own], reset=reset[:, own], group=dist.group.WORLD)
+        lm(tokens_of(config, 1, 80)[:, own], document_start_mask=reset[:, own], group=dist.group.WORLD)
     except ValueError as error:
         return str(error)
     return ""
@@ -98,10 +98,10 @@ def test_ranks_equal_the_whole(world_size: int, tmp_path: Path) -> None:
             assert own["tokens"] == expected["tokens"]
             same(own["document"], expected["document"])
             for layer, (theirs, whole) in enumerate(zip(own["layers"], expected["layers"], strict=True)):
-                softmax = CONFIGS[name].mixer(layer) == "softmax"
+                softmax = CONFIGS[name].layer_plan[layer] in SOFTMAX
                 same(theirs, [x.chunk(world_size, dim=1)[rank] if softmax else x for x in whole])
 
-    layers, C, H = CONFIGS["tost"].layers, CONFIGS["tost"].width, CONFIGS["tost"].heads
+    layers, C, H = CONFIGS["tost"].depth, CONFIGS["tost"].width, CONFIGS["tost"].heads
     sums = layers * (C + H + C + 2 * H) * 8 * SEQUENCES
     for results in found:
         too_long = "a document of 70 tokens is longer than the model's 64 positions"

@@ -32,7 +32,7 @@ def in_pieces(lm: LM, tokens: Tensor, reset: Tensor, cuts: list[int]) -> tuple[T
     for start, stop in itertools.pairwise([0, *cuts, tokens.shape[1]]):
         own = reset[:, start:stop]
         # A call without a reset may leave the argument out: the state knows of the earlier ones.
-        logits, state = lm(tokens[:, start:stop], state, reset=own if own.any() else None)
+        logits, state = lm(tokens[:, start:stop], state, document_start_mask=own if own.any() else None)
         pieces.append(logits)
     return torch.cat(pieces, 1), state
 
@@ -52,7 +52,7 @@ def test_packed_documents_cost_and_teach_what_they_do_alone(config: ModelConfig,
         for x, y in zip(tokens[row].split(lengths), targets[row].split(lengths), strict=True):
             alone = alone + lm(x[None], targets=y[None])[0] * len(x) / tokens.numel()
     expected = loss_and_gradients(lm, alone)
-    packed, _ = lm(tokens, targets=targets, reset=reset)
+    packed, _ = lm(tokens, targets=targets, document_start_mask=reset)
     for found, wanted in zip(loss_and_gradients(lm, packed), expected, strict=True):
         assert_same(found, wanted)
 
@@ -61,7 +61,7 @@ def test_packed_documents_cost_and_teach_what_they_do_alone(config: ModelConfig,
 def test_without_resets_documents_read_one_another(config: ModelConfig) -> None:
     """The control: were resets ignored, the test above would fail."""
     lm, tokens = double(config), tokens_of(config, 3, 60)
-    packed, _ = lm(tokens, targets=tokens, reset=resets_of(LENGTHS)[:, :60])
+    packed, _ = lm(tokens, targets=tokens, document_start_mask=resets_of(LENGTHS)[:, :60])
     joined, _ = lm(tokens, targets=tokens)
     assert abs(packed - joined) > 1e-3
 
@@ -71,9 +71,9 @@ def test_resets_nowhere_or_at_the_first_token_change_nothing(config: ModelConfig
     lm, tokens = double(config), tokens_of(config, 3, 50)
     plain, _ = lm(tokens)
     reset = torch.zeros(3, 50, dtype=torch.bool)
-    assert_same(lm(tokens, reset=reset)[0], plain)
+    assert_same(lm(tokens, document_start_mask=reset)[0], plain)
     reset[:, 0] = True
-    assert_same(lm(tokens, reset=reset)[0], plain)
+    assert_same(lm(tokens, document_start_mask=reset)[0], plain)
 
 
 @shapes
@@ -90,7 +90,7 @@ def test_pieces_equal_the_whole(config: ModelConfig, cuts: set[int], resets: lis
         reset[row, [45, *own]] = True  # no document is longer than the positions
     if at_cuts:
         reset[0, sorted(cuts)] = True
-    whole, end = lm(tokens, reset=reset)
+    whole, end = lm(tokens, document_start_mask=reset)
     pieces, state = in_pieces(lm, tokens, reset, sorted(cuts))
     assert_same(pieces, whole)
     assert_same(state, end)
@@ -99,7 +99,7 @@ def test_pieces_equal_the_whole(config: ModelConfig, cuts: set[int], resets: lis
 @shapes
 def test_single_steps_equal_the_whole(config: ModelConfig) -> None:
     lm, tokens, reset = double(config), tokens_of(config, 3, CONTEXT), resets_of(LENGTHS)
-    whole, end = lm(tokens, reset=reset)
+    whole, end = lm(tokens, document_start_mask=reset)
     steps, state = in_pieces(lm, tokens, reset, list(range(1, CONTEXT)))
     assert_same(steps, whole)
     assert_same(state, end)
@@ -108,10 +108,10 @@ def test_single_steps_equal_the_whole(config: ModelConfig) -> None:
 @shapes
 def test_states_of_chosen_sequences_know_their_documents(config: ModelConfig) -> None:
     lm, tokens, reset = double(config), tokens_of(config, 3, CONTEXT), resets_of(LENGTHS)
-    whole, _ = lm(tokens, reset=reset)
-    _, state = lm(tokens[:, :60], reset=reset[:, :60])
+    whole, _ = lm(tokens, document_start_mask=reset)
+    _, state = lm(tokens[:, :60], document_start_mask=reset[:, :60])
     rows = torch.tensor([2, 0, 0])
-    found, _ = lm(tokens[rows, 60:], state.select(rows), reset=reset[rows, 60:])
+    found, _ = lm(tokens[rows, 60:], state.select(rows), document_start_mask=reset[rows, 60:])
     assert_same(found, whole[rows, 60:])
 
 
@@ -120,11 +120,11 @@ def test_what_resets_add_to_a_state(config: ModelConfig) -> None:
     """Where each sequence's document began; nothing before the first reset, and of the same size after many."""
     lm, tokens, reset = double(config), tokens_of(config, 3, 60), resets_of(LENGTHS)[:, :60]
     _, plain = lm(tokens)
-    _, state = lm(tokens, reset=reset)
-    assert plain.document is None
-    assert state.document.flatten().tolist() == [53, 7, 33]
+    _, state = lm(tokens, document_start_mask=reset)
+    assert plain.document_start is None
+    assert state.document_start.flatten().tolist() == [53, 7, 33]
     assert state.nbytes == plain.nbytes + 3 * 8
-    assert state.document.untyped_storage().nbytes() == 3 * 8
+    assert state.document_start.untyped_storage().nbytes() == 3 * 8
 
 
 @shapes
@@ -133,19 +133,19 @@ def test_positions_bound_a_document_and_not_the_context(config: ModelConfig) -> 
     reset = torch.zeros(2, 200, dtype=torch.bool)
     reset[0, ::64] = True
     reset[1, ::50] = True
-    _, state = lm(tokens, reset=reset)
+    _, state = lm(tokens, document_start_mask=reset)
     lm(tokens[:, :14], state)
     reset[0, 128] = False
     if config.positions is None:
-        lm(tokens, reset=reset)
+        lm(tokens, document_start_mask=reset)
         return
     with pytest.raises(ValueError, match="a document of 128 tokens is longer than the model's 64 positions"):
-        lm(tokens, reset=reset)
+        lm(tokens, document_start_mask=reset)
     with pytest.raises(ValueError, match="a document of 65 tokens is longer than the model's 64 positions"):
         lm(tokens[:, :15], state)
 
 
 def test_a_reset_is_asked_of_every_token() -> None:
     lm = create_lm(SHAPES["gpt2"], 0)
-    with pytest.raises(ValueError, match=r"reset has shape \(1, 20\); it must be the tokens', \(2, 20\)"):
-        lm(tokens_of(lm.config, 2, 20), reset=torch.zeros(1, 20, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"has shape \(1, 20\); it must have the tokens' shape, \(2, 20\)"):
+        lm(tokens_of(lm.config, 2, 20), document_start_mask=torch.zeros(1, 20, dtype=torch.bool))

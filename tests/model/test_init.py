@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
+from tests.model.common import SOFTMAX, TSSA
 from tostlm.model import ModelConfig, create_lm, parameter_groups
+from tostlm.model.mixers.tssa import TSSAOptions
 
-CONFIG = ModelConfig(layers=8, width=128, heads=4, vocab_size=2000, positions=256, mixers=("tssa", "softmax"))
+CONFIG = ModelConfig(depth=8, width=128, heads=4, vocab_size=2000, positions=256, layers=TSSA + SOFTMAX)
 
 
 def test_one_seed_is_one_model() -> None:
@@ -47,11 +49,15 @@ def test_what_decays() -> None:
     ("change", "words"),
     [
         ({"width": 100, "heads": 3}, "width 100 does not divide into 3 heads"),
-        ({"layers": 0}, "layers 0 must be from 1"),
-        ({"mixers": ()}, "mixers is empty"),
-        ({"halflife_tokens": (0, 5)}, "must be positive"),
+        ({"depth": 0}, "depth 0 must be from 1"),
+        ({"layers": ()}, "layers is empty"),
     ],
 )
 def test_impossible_shapes(change: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        ModelConfig(**{"layers": 2, "width": 8, "heads": 2, "vocab_size": 9, "positions": 4, **change})
+        ModelConfig(**{"depth": 2, "layers": TSSA, "width": 8, "heads": 2, "vocab_size": 9, "positions": 4, **change})
+
+
+def test_impossible_half_lives() -> None:
+    with pytest.raises(ValueError, match="must be positive"):
+        TSSAOptions(halflife_tokens=(0, 5))

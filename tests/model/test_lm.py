@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from tests.model.common import SHAPES, shapes, tokens_of
-from tostlm.model import IGNORE, LM, ModelConfig, count_parameters, create_lm, training_flops_per_token
+from tests.model.common import SHAPES, SOFTMAX, TSSA, shapes, tokens_of
+from tostlm.model import IGNORE, LM, MixerOptions, ModelConfig, count_parameters, create_lm, training_flops_per_token
 
 
 @shapes
@@ -53,7 +53,7 @@ def test_a_tost_context_is_remembered_in_2c_plus_h_numbers_a_layer() -> None:
     config = SHAPES["tost, forgetting, no positions"]
     lm = create_lm(config, seed=0)
     sizes = {lm(tokens_of(config, 1, T))[1].nbytes for T in (1, 100, 700)}
-    assert sizes == {config.layers * (2 * config.width + config.heads) * 8}
+    assert sizes == {config.depth * (2 * config.width + config.heads) * 8}
 
 
 @shapes
@@ -107,7 +107,7 @@ def test_the_loss_makes_no_gradients_where_none_is_wanted() -> None:
 
 def test_logits_never_take_context_times_vocabulary() -> None:
     """100,000 tokens x 50,000 pieces would be 20 GB."""
-    config = ModelConfig(1, 8, 1, 50_000, positions=None)
+    config = ModelConfig(1, 8, 1, 50_000, positions=None, layers=TSSA)
     lm, tokens = create_lm(config, 0), tokens_of(config, 1, 2_000)
     largest = 0
 
@@ -147,14 +147,14 @@ def test_states_of_chosen_sequences() -> None:
 
 
 def test_flops_do_not_charge_tssa_for_the_context() -> None:
-    def at(context: int, mixer: str) -> float:
-        return training_flops_per_token(ModelConfig(12, 768, 12, 50304, 1024, (mixer,)), context)
+    def at(context: int, layers: tuple[MixerOptions, ...]) -> float:
+        return training_flops_per_token(ModelConfig(12, 768, 12, 50304, 1024, layers), context)
 
-    assert at(1024, "tssa") == at(1_000_000, "tssa")
-    assert at(4096, "softmax") - at(2048, "softmax") == 12 * 3 * 2 * 768 * 2048
-    assert at(1024, "tssa") == pytest.approx(6 * count_parameters(ModelConfig(12, 768, 12, 50304, None)), rel=0.01)
+    assert at(1024, TSSA) == at(1_000_000, TSSA)
+    assert at(4096, SOFTMAX) - at(2048, SOFTMAX) == 12 * 3 * 2 * 768 * 2048
+    assert at(1024, TSSA) == pytest.approx(6 * count_parameters(ModelConfig(12, 768, 12, 50304, None, TSSA)), rel=0.01)
 
 
 def test_a_model_on_the_meta_device_is_free() -> None:
     with torch.device("meta"):
-        assert LM(ModelConfig(100, 4096, 32, 50304, 1024)).embed.weight.is_meta
+        assert LM(ModelConfig(100, 4096, 32, 50304, 1024, TSSA)).embed.weight.is_meta

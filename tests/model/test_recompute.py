@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.model.common import double, shapes, tokens_of
+from tests.model.common import SOFTMAX, TSSA, double, shapes, tokens_of
 from tests.processes import on_ranks
 from tostlm.model import LM, ModelConfig, create_lm
 
@@ -53,7 +53,7 @@ def bytes_kept(lm: LM) -> int:
 
 
 def test_recomputation_keeps_a_blocks_input_alone() -> None:
-    lm = create_lm(ModelConfig(8, 32, 2, 40, positions=None), 0)
+    lm = create_lm(ModelConfig(8, 32, 2, 40, positions=None, layers=TSSA), 0)
     kept = {}
     for every in (None, 2, 1):
         lm.activation_checkpointing_every = every
@@ -65,7 +65,7 @@ def test_recomputation_keeps_a_blocks_input_alone() -> None:
 
 
 def recomputed_on_rank(rank: int, world_size: int) -> list[list[Tensor]]:
-    lm = double(ModelConfig(3, 24, 2, 40, positions=64, mixers=("tssa", "softmax"), layer_scale=0.5))
+    lm = double(ModelConfig(3, 24, 2, 40, positions=64, layers=TSSA + SOFTMAX, layer_scale=0.5))
     found = []
     for every in (None, 1):
         lm.activation_checkpointing_every = every

@@ -135,7 +135,7 @@ def test_a_blend_in_stages_resumes_exactly(run: Run, data: Path, digits: Path) -
 @torch.no_grad()
 def test_a_run_forgets_at_documents(run: Run) -> None:
     sizes = ["data.context_tokens=512", "train.batch_tokens=8192", "train.micro_batch_tokens=2048"]
-    overrides = ["data.reset_at_documents=true", "model.layer_scale=20.0", "model.halflife_tokens=null", *sizes]
+    overrides = ["data.reset_at_documents=true", "model.layer_scale=20.0", "model.layers=[{mixer: tssa}]", *sizes]
     succeed(run.train(*overrides, "optimizer.lr=1e-3", nproc=2))
     config = run.config(*overrides)
     lm = create_lm(config.model, config.seed)

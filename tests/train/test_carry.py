@@ -14,7 +14,7 @@ from tostlm.train.batches import Batch, training_loader
 CARRY = [
     "data.stateful=true",
     "data.reset_at_documents=true",
-    "model.halflife_tokens=null",
+    "model.layers=[{mixer: tssa}]",
     "model.layer_scale=20.0",
 ]
 
@@ -62,7 +62,7 @@ def test_ranks_that_share_their_rows_remember_the_same(run: Run) -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["model.halflife_tokens=null", "model.positions=64"], ["model.positions null"]),
+        (["model.layers=[{mixer: tssa}]", "model.positions=64"], ["model.positions null"]),
         (["data.reset_at_documents=false"], ["data.reset_at_documents true"]),
         (["data.within_documents=true"], ["without within_documents"]),
     ],

@@ -15,7 +15,7 @@ from tostlm.model import LM
 from tostlm.train.batches import Batch, training_loader
 from tostlm.train.engine import deepspeed_dict, prepare_blocks
 
-HYBRID = ["model.mixers=[tssa,softmax]", "model.positions=64", "data.reset_at_documents=true"]
+HYBRID = ["model.layers=[{mixer: tssa}, {mixer: softmax}]", "model.positions=64", "data.reset_at_documents=true"]
 SPLIT = [*HYBRID, "train.context_parallel_size=2"]
 
 

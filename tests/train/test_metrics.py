@@ -85,7 +85,7 @@ def test_what_a_step_is_worth(run: Run, capsys: pytest.CaptureFixture[str]) -> N
 def test_mfu_is_of_the_operations_of_the_mixer(run: Run, mixer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the peak of all devices. TSSA costs the same at any context, softmax C more for each token more."""
     monkeypatch.setattr(metrics, "_peak_flops", lambda: 1e12)
-    config = run.config(f"model.mixers=[{mixer}]")
+    config = run.config(f"model.layers=[{{mixer: {mixer}}}]")
     with Metrics(config, 0, RankInfo(0, 0, 4)) as record:
         report(record, 1, context=64)
         report(record, 2, context=64_000)

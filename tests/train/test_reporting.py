@@ -22,8 +22,8 @@ from tostlm.tssa import tssa
 EVERYTHING = [
     "deepspeed.zero_optimization.stage=3",
     "deepspeed.zero_optimization.stage3_param_persistence_threshold=0",
-    "model.layers=3",
-    "model.mixers=[tssa,softmax]",
+    "model.depth=3",
+    "model.layers=[{mixer: tssa, halflife_tokens: [4, 64]}, {mixer: softmax}]",
     "train.save_every_steps=5",
     "train.eval_every_steps=5",
     "train.statistics_every_steps=5",

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 import pydantic
 import yaml
 
 from tostlm.config.sections import RunConfig, nearest
 from tostlm.errors import UserError
-from tostlm.model import ModelConfig
+from tostlm.model import MIXERS
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run's YAML file; `overrides` are KEY=VALUE with dotted keys and YAML values.
+    """Read a run's YAML file; `overrides` are KEY=VALUE with dotted keys, an index for a list, and YAML values.
 
     Raises:
         UserError: the file, a key or a value is wrong.
@@ -55,15 +56,22 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     if not equals:
         raise UserError(f"override {override!r} is not KEY=VALUE, as in optimizer.lr=3e-4")
     *parents, last = key.split(".")
-    node = raw
+    node: Any = raw
     for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
+        node = node[_index(node, parent, override)] if isinstance(node, list) else node.setdefault(parent, {})
+        if not isinstance(node, dict | list):
             raise UserError(f"override {override!r}: {parent} holds a value, not keys")
+    place = _index(node, last, override) if isinstance(node, list) else last
     try:
-        node[last] = yaml.load(value, _Loader)
+        node[place] = yaml.load(value, _Loader)
     except (yaml.YAMLError, ValueError):
         raise UserError(f"override {override!r}: {value!r} is not a YAML value") from None
+
+
+def _index(node: list[Any], key: str, override: str) -> int:
+    if not (key.isdecimal() and int(key) < len(node)):
+        raise UserError(f"override {override!r}: {key} must be an index of a list of {len(node)}")
+    return int(key)
 
 
 def _validate(raw: dict[str, Any], name: str) -> RunConfig:
@@ -83,13 +91,19 @@ _UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 
 
 def _explain(problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    name = ".".join(part for part in problem["loc"] if isinstance(part, str))  # without places in lists
+    location = _without_union_tags(problem["loc"])
+    key = ".".join(str(part) for part in location)
+    name = ".".join(part for part in location if isinstance(part, str))  # without indices of lists
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] in _UNKNOWN_KEY:
         return f"{key} is an unknown key{nearest(name, _keys())}"
-    if problem["type"].startswith("missing") and isinstance(problem["loc"][-1], int):
-        return f"{key.rpartition('.')[0]} needs {problem['loc'][-1] + 1} values or more"
+    if problem["type"].startswith("missing") and isinstance(location[-1], int):
+        return f"{key.rpartition('.')[0]} needs {location[-1] + 1} values or more"
+    if problem["type"] == "union_tag_invalid":
+        tag, known = problem["ctx"]["tag"], sorted(MIXERS)
+        return f"{key}.mixer {tag!r} is no mixer; use {', '.join(known)}{nearest(tag, known)}"
+    if problem["type"] == "union_tag_not_found":
+        return f"{key}.mixer is missing; name one of {', '.join(sorted(MIXERS))}"
     if problem["type"].startswith("missing"):
         return f"{key} is missing; give it a value"
     if problem["type"] == "value_error":
@@ -97,11 +111,30 @@ def _explain(problem: Any) -> str:
     return f"{key}={problem['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _keys(model: Any = RunConfig, prefix: str = "") -> Iterator[str]:
-    fields = model.model_fields if issubclass(model, pydantic.BaseModel) else model.__dataclass_fields__
-    hints = {name: getattr(field, "annotation", None) for name, field in fields.items()}
+def _without_union_tags(location: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return pydantic's location of an error without the mixer's name that it puts after an index of the layer plan."""
+    return tuple(
+        part
+        for before, part in zip((None, *location), location, strict=False)
+        if not (isinstance(before, int) and part in MIXERS)
+    )
+
+
+def _keys(section: Any = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Yield every key of a section and of the sections in it, with dots between."""
+    hints = get_type_hints(section) if is_dataclass(section) else {}
+    hints |= {name: field.annotation for name, field in getattr(section, "model_fields", {}).items()}
     for name, hint in hints.items():
+        if get_origin(hint) is ClassVar:
+            continue
         yield prefix + name
-        for kind in (hint, *get_args(hint)):
-            if isinstance(kind, type) and (kind is ModelConfig or issubclass(kind, pydantic.BaseModel)):
-                yield from _keys(kind, f"{prefix}{name}.")
+        for kind in _sections_in(hint):
+            yield from _keys(kind, f"{prefix}{name}.")
+
+
+def _sections_in(hint: Any) -> Iterator[Any]:
+    """Yield the sections that a type hint mentions, in unions, tuples and annotations too."""
+    if is_dataclass(hint) or (isinstance(hint, type) and issubclass(hint, pydantic.BaseModel)):
+        yield hint
+    for inner in get_args(hint):
+        yield from _sections_in(inner)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Union
 
 import pydantic
 import torch
 
 from tostlm.config.training import Positive, Section, TrainConfig
 from tostlm.errors import UserError
-from tostlm.model import ModelConfig
+from tostlm.model import MIXERS, ModelConfig
 
 Share = Annotated[float, pydantic.Field(ge=0, lt=1)]
 
@@ -56,6 +57,20 @@ DEEPSPEED_KEYS = (
 
 
 DEEPSPEED_BLOCKS = ("bf16", "data_types", "fp16", "torch_autocast", "zero_optimization")
+
+
+# The options of some registered mixer, told apart by their key `mixer`.
+AnyMixerOptions: Any = Annotated[
+    Union[tuple(mixer.options_class for mixer in MIXERS.values())],  # noqa: UP007  (the members are known at run time)
+    pydantic.Field(discriminator="mixer"),
+]
+
+
+@dataclass(frozen=True)
+class RunModelConfig(ModelConfig):
+    """The model section: a `ModelConfig` whose layer plan is validated by the mixers' own options."""
+
+    layers: tuple[AnyMixerOptions, ...]
 
 
 class BlendedSet(Section):
@@ -151,7 +166,7 @@ class RunConfig(Section):
 
     run_dir: Path
     seed: Annotated[int, pydantic.Field(ge=0, lt=1 << 63)] = 0
-    model: ModelConfig
+    model: RunModelConfig
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizerConfig
@@ -171,7 +186,7 @@ class RunConfig(Section):
                 "data.context_tokens takes over there"
             )
         self._whole_contexts()
-        self._heads_split()
+        self._mixers_share_contexts()
         self._carried_state_fits()
         for key in self.deepspeed:
             if key in DERIVED_DEEPSPEED_KEYS:
@@ -204,20 +219,26 @@ class RunConfig(Section):
                         f"try {_nearest_multiple(tokens, unit // math.gcd(unit, ranks))}"
                     )
 
-    def _heads_split(self) -> None:
+    def _mixers_share_contexts(self) -> None:
         heads, group = self.model.heads, self.train.context_parallel_size
-        if "softmax" in self.model.mixers and heads % group:
-            raise ValueError(
-                f"model.heads {heads} do not split over train.context_parallel_size {group}, as softmax layers need; "
-                f"try train.context_parallel_size={math.gcd(heads, group)}"
-            )
+        for options in self.model.layers if group > 1 else ():
+            way = MIXERS[options.mixer].context_parallel
+            if way is None:
+                raise ValueError(f"{options.mixer} layers cannot share a context; set train.context_parallel_size to 1")
+            if way == "heads" and heads % group:
+                raise ValueError(
+                    f"model.heads {heads} do not split over train.context_parallel_size {group}, as {options.mixer} "
+                    f"layers need; try train.context_parallel_size={math.gcd(heads, group)}"
+                )
 
     def _carried_state_fits(self) -> None:
         if not self.data.stateful:
             return
-        if set(self.model.mixers) != {"tssa"} or self.model.positions is not None:
+        growing = [options.mixer for options in self.model.layers if not MIXERS[options.mixer].constant_state]
+        if growing or self.model.positions is not None:
             raise ValueError(
-                "data.stateful needs a memory that does not grow: model.mixers [tssa] and model.positions null"
+                "data.stateful needs a state that does not grow: model.positions null, and model.layers without "
+                f"mixers whose state does{f', such as {growing[0]}' if growing else ''}"
             )
         if not self.data.reset_at_documents or self.data.within_documents or self.data.curriculum:
             raise ValueError(

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from tostlm.model.config import ModelConfig
+from tostlm.model.mixers.base import options_from_dict
 
 
 class TostConfig(PretrainedConfig):
-    """A transformers configuration whose own keys are those of `ModelConfig`."""
+    """A transformers configuration whose own keys are those of `ModelConfig`, mixer options as dictionaries."""
 
     model_type = "tost"
-    # The names transformers and its tools read a model's size by.
+    # The names by which transformers and its tools read a model's size.
     attribute_map = {  # noqa: RUF012
         "hidden_size": "width",
-        "num_hidden_layers": "layers",
+        "num_hidden_layers": "depth",
         "num_attention_heads": "heads",
         "max_position_embeddings": "positions",
     }
@@ -29,14 +30,12 @@ class TostConfig(PretrainedConfig):
         super().__init__(**kwargs)
         self.tie_word_embeddings = False  # one parameter serves both ends: there are no two to tie
 
-    def model(self) -> ModelConfig:
-        """The model's shape."""
-        shape = {field.name: getattr(self, field.name) for field in fields(ModelConfig)}
-        pair = shape["halflife_tokens"]
-        return ModelConfig(
-            **{
-                **shape,
-                "mixers": tuple(shape["mixers"]),
-                "halflife_tokens": None if pair is None else tuple(pair),
-            }
-        )
+    @classmethod
+    def from_model(cls, config: ModelConfig, **kwargs: Any) -> TostConfig:
+        """Build the configuration of a model; `kwargs` are transformers' own keys."""
+        return cls(**{**asdict(config), "layers": [asdict(options) for options in config.layers]}, **kwargs)
+
+    def to_model(self) -> ModelConfig:
+        """Return the model's shape."""
+        values = {field.name: getattr(self, field.name) for field in fields(ModelConfig)}
+        return ModelConfig(**{**values, "layers": tuple(map(options_from_dict, self.layers))})

@@ -10,11 +10,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tostlm.model import LM
 from tostlm.model.lm import Block
+from tostlm.model.mixers.softmax import SoftmaxAttention
 
 
 def is_gpt2(lm: LM) -> bool:
-    """Whether GPT-2's architecture holds the model."""
-    return set(lm.config.mixers) == {"softmax"} and lm.config.positions is not None
+    """Return whether the model is GPT-2: softmax attention in every layer and learned positions."""
+    softmax = all(isinstance(block.mixer, SoftmaxAttention) for block in lm.blocks)
+    return softmax and lm.config.positions is not None
 
 
 def to_gpt2(lm: LM, eos_id: int) -> GPT2LMHeadModel:
@@ -26,7 +28,7 @@ def to_gpt2(lm: LM, eos_id: int) -> GPT2LMHeadModel:
         vocab_size=lm.config.vocab_size,
         n_positions=lm.config.positions,
         n_embd=lm.config.width,
-        n_layer=lm.config.layers,
+        n_layer=lm.config.depth,
         n_head=lm.config.heads,
         activation_function="gelu",
         layer_norm_epsilon=lm.norm.eps,
@@ -45,7 +47,6 @@ def to_gpt2(lm: LM, eos_id: int) -> GPT2LMHeadModel:
         "ln_f.weight": lm.norm.weight,
     }
     for layer, block in enumerate(lm.blocks):
-        assert isinstance(block, Block)
         weights |= {f"h.{layer}.{name}": value for name, value in _block(block).items()}
     state = {name: torch.zeros_like(value) for name, value in model.transformer.state_dict().items()}
     model.transformer.load_state_dict(state | weights)
@@ -53,10 +54,12 @@ def to_gpt2(lm: LM, eos_id: int) -> GPT2LMHeadModel:
 
 
 def _block(block: Block) -> dict[str, Tensor]:
+    mixer = block.mixer
+    assert isinstance(mixer, SoftmaxAttention)
     return {
         "ln_1.weight": block.norm_mixer.weight,
-        "attn.c_attn.weight": _conv1d(block.mixer.in_proj),
-        "attn.c_proj.weight": _conv1d(block.mixer.out_proj, block.scale_mixer),
+        "attn.c_attn.weight": _conv1d(mixer.in_proj),
+        "attn.c_proj.weight": _conv1d(mixer.out_proj, block.scale_mixer),
         "ln_2.weight": block.norm_mlp.weight,
         "mlp.c_fc.weight": _conv1d(block.mlp.in_proj),
         "mlp.c_proj.weight": _conv1d(block.mlp.out_proj, block.scale_mlp),

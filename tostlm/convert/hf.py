@@ -7,7 +7,6 @@ import importlib.util
 import os
 import re
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +22,9 @@ from tostlm.convert.tokenizer import save_tokenizer
 from tostlm.data.tokenizers.base import SPACE
 from tostlm.errors import UserError
 from tostlm.files import require_writable
+from tostlm.model import LM
 
-# The modules an exported ToST needs: copied as they are, but for where they import each other from.
-MODULES = (
-    "tostlm.convert.configuration_tost",
-    "tostlm.convert.modeling_tost",
-    "tostlm.model.config",
-    "tostlm.model.lm",
-    "tostlm.model.loss",
-    "tostlm.model.mixers",
-    "tostlm.parallel",
-    "tostlm.tssa",
-    "tostlm.tssa.backend",
-    "tostlm.tssa.chunked",
-    "tostlm.tssa.dispatch",
-    "tostlm.tssa.operator",
-    "tostlm.tssa.context_parallel",
-    "tostlm.tssa.reference",
-    "tostlm.tssa.state",
-    "tostlm.tssa.statistics",
-)
+MODELING = "tostlm.convert.modeling_tost"
 INTERNAL_IMPORT = re.compile(r"^from (tostlm[\w.]*) import", re.MULTILINE)
 PROBE_TEXT = (
     "A state is 2C + H numbers.\n\n\tTokens: 1776, \u201cna\u00efve\u201d, \u2581, \u6f22\u5b57 \U0001f642  end"
@@ -52,13 +34,13 @@ TOLERANCE = 1e-3  # of the logits' spread; folding LayerScale and another order 
 
 
 def export_hf(checkpoint: Checkpoint, out: Path) -> None:
-    """Write weights, config, tokenizer and, for ToST, modeling files, such that transformers alone can load them.
+    """Write a folder that transformers alone can load: weights, configuration, tokenizer and, for ToST, modeling files.
 
-    GPT-2 becomes transformers' own GPT2LMHeadModel. The folder appears at `out` whole, after its logits, whole and
-    token by token, and its token ids were compared with the checkpoint's.
+    A GPT-2 model becomes transformers' own GPT2LMHeadModel. Before the folder appears at `out`, its logits (of a whole
+    context and token by token) and its token ids are compared with the checkpoint's.
 
     Raises:
-        UserError: `out` exists, or what was written does not compute the same.
+        UserError: `out` exists, or the written model does not compute the same.
     """
     if out.exists():
         raise UserError(f"{out} exists; remove it or choose another folder")
@@ -79,8 +61,8 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
     if is_gpt2(lm):
         model = to_gpt2(lm, eos_id)
     else:
-        config = TostConfig(
-            **asdict(lm.config),
+        config = TostConfig.from_model(
+            lm.config,
             bos_token_id=eos_id,
             eos_token_id=eos_id,
             dtype=lm.embed.weight.dtype,
@@ -94,26 +76,42 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
             model = TostForCausalLM(config)
         model.lm.load_state_dict(lm.state_dict(), assign=True)
         folder.mkdir()
-        for module in MODULES:
-            (folder / f"{_flat(module)}.py").write_text(_standalone(module))
+        for name, source in _standalone_sources(lm).items():
+            (folder / f"{name}.py").write_text(source)
     model.config.tokenizer_sha256 = checkpoint.tokenizer.sha256
     model.save_pretrained(folder)
     save_tokenizer(checkpoint.tokenizer, lm.config.positions, folder)
 
 
-def _flat(module: str) -> str:
-    """Name of a module in the exported folder, which has no packages."""
-    if module.startswith("tostlm.convert."):
-        return module.removeprefix("tostlm.convert.")
-    return module.replace(".", "_")
+def _standalone_sources(lm: LM) -> dict[str, str]:
+    """Return the source of every module the model needs, by its name in the exported folder, which has no packages.
+
+    They are the project's own files, with their imports of each other made relative. The modeling file imports the
+    modules of the model's mixers, which registers them.
+    """
+    mixers = {type(block.mixer).__module__: type(block.mixer).__name__ for block in lm.blocks}
+    sources: dict[str, str] = {}
+    pending = [MODELING, *mixers]
+    while pending:
+        module = pending.pop()
+        if _flat_name(module) not in sources:
+            source = _source(module)
+            pending += INTERNAL_IMPORT.findall(source)
+            relative = INTERNAL_IMPORT.sub(lambda match: f"from .{_flat_name(match[1])} import", source)
+            sources[_flat_name(module)] = relative
+    register = [f"from .{_flat_name(module)} import {mixer} as {mixer}\n" for module, mixer in sorted(mixers.items())]
+    sources[_flat_name(MODELING)] += "\n" + "".join(register)
+    return sources
 
 
-def _standalone(module: str) -> str:
-    """A module's source, importing its siblings from the folder it is exported to."""
+def _flat_name(module: str) -> str:
+    return module.removeprefix("tostlm.convert.").replace(".", "_")
+
+
+def _source(module: str) -> str:
     spec = importlib.util.find_spec(module)
     assert spec is not None and spec.origin is not None
-    source = Path(spec.origin).read_text()
-    return INTERNAL_IMPORT.sub(lambda match: f"from .{_flat(match[1])} import", source)
+    return Path(spec.origin).read_text()
 
 
 @torch.no_grad()
@@ -155,3 +153,14 @@ def _compare(folder: Path, what: str, found: Tensor, expected: Tensor) -> None:
             f"the {what} of the model written to {folder} differ from the checkpoint's by {error:.1e} (their standard "
             f"deviation is {spread:.1e}, {TOLERANCE} of it is allowed); nothing was published"
         )
+
+
+def sample(folder: Path, prompt: str, tokens: int) -> str:
+    """Return the prompt and at most `tokens` sampled tokens after it, from an exported folder by transformers alone."""
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    torch.manual_seed(0)
+    inputs = tokenizer(tokenizer.bos_token + prompt, return_tensors="pt")
+    written = model.generate(**inputs, max_new_tokens=tokens, do_sample=True, temperature=0.8)
+    return str(tokenizer.decode(written[0], skip_special_tokens=True))

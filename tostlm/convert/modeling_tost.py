@@ -29,7 +29,7 @@ class TostForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: TostConfig) -> None:
         super().__init__(config)
-        self.lm = LM(config.model())
+        self.lm = LM(config.to_model())
         self.post_init()
 
     @classmethod

@@ -1,56 +1,76 @@
-"""The shape of a language model. A plain dataclass, so that exported models need nothing but torch."""
+"""The shape of a language model. Plain dataclasses, so that exported models need nothing but torch."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-LARGEST = 2**31 - 1  # of a dimension
-MixerName = Literal["tssa", "softmax"]
+MAX_SIZE = 2**31 - 1  # of any dimension
+
+
+@dataclass(frozen=True)
+class MixerOptions:
+    """Options of a token mixer. Each mixer in `tostlm.model.mixers` subclasses this beside its module.
+
+    Attributes:
+        mixer: the mixer's name in a config; the subclass's default is the name it is registered under.
+    """
+
+    # pydantic reads this where a config file is validated: an unknown key is an error.
+    __pydantic_config__: ClassVar[dict[str, str | bool]] = {"extra": "forbid", "allow_inf_nan": False}
+
+    mixer: str = ""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a causal LM: `layers` blocks of a token mixer and an MLP of four times the width, tied embeddings.
+    """Shape of a causal LM: `depth` blocks of a token mixer and an MLP of four times the width, tied embeddings.
 
     Attributes:
-        layers: number of blocks.
-        width: channels of the residual stream.
-        heads: heads of every mixer; they divide the width.
-        vocab_size: rows of the embedding, at least the tokenizer's pieces.
-        positions: length of the learned position table (and of TSSA's per-position membership bias), which is also
-            the longest context; None has neither and bounds the context by nothing.
-        mixers: token mixer of each layer, repeated over the layers: ["tssa"] is ToST, ["softmax"] is GPT-2,
-            anything longer a hybrid.
-        halflife_tokens: half-lives of TSSA's running sums, of the first head and of the last, geometric between;
-            None never forgets, which is the paper's operator.
+        depth: number of blocks.
+        width: channels C of the residual stream.
+        heads: heads H of every mixer; they divide the width.
+        vocab_size: rows V of the embedding, at least the tokenizer's vocabulary.
+        positions: length of the learned position table (and of TSSA's membership bias per position), which is also
+            the longest context; None has neither, and the context is unbounded.
+        layers: the layer plan: options of the mixer of each block, repeated until `depth` blocks have one.
         layer_scale: initial gain of every residual branch (LayerScale).
+
+    Raises:
+        ValueError: a size is out of range, the heads do not divide the width, or the layer plan is empty.
     """
 
-    # Unknown keys are errors where a config file is read; pydantic looks here for that.
     __pydantic_config__: ClassVar[dict[str, str | bool]] = {"extra": "forbid", "allow_inf_nan": False}
+    init_std: ClassVar[float] = 0.02  # of normally distributed weights at initialization, as GPT-2
 
-    layers: int
+    depth: int
     width: int
     heads: int
     vocab_size: int
     positions: int | None
-    mixers: tuple[MixerName, ...] = ("tssa",)
-    halflife_tokens: tuple[float, float] | None = None
+    layers: tuple[MixerOptions, ...]
     layer_scale: float = 1e-5
 
     def __post_init__(self) -> None:
-        for name in ("layers", "width", "heads", "vocab_size", "positions"):
+        for name in ("depth", "width", "heads", "vocab_size", "positions"):
             value = getattr(self, name)
-            if value is not None and not 1 <= value <= LARGEST:
-                raise ValueError(f"{name} {value} must be from 1 to {LARGEST}")
+            if value is not None and not 1 <= value <= MAX_SIZE:
+                raise ValueError(f"{name} {value} must be from 1 to {MAX_SIZE}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} does not divide into {self.heads} heads")
-        if not self.mixers:
-            raise ValueError("mixers is empty; name at least one, as in mixers: [tssa]")
-        if self.halflife_tokens is not None and min(self.halflife_tokens) <= 0:
-            raise ValueError(f"halflife_tokens {list(self.halflife_tokens)} must be positive")
+        if not self.layers:
+            raise ValueError("layers is empty; name at least one mixer, as in layers: [{mixer: tssa}]")
 
-    def mixer(self, layer: int) -> MixerName:
-        """The token mixer of layer `layer`."""
-        return self.mixers[layer % len(self.mixers)]
+    @property
+    def layer_plan(self) -> tuple[MixerOptions, ...]:
+        """Mixer options of each of the `depth` blocks."""
+        return tuple(self.layers[layer % len(self.layers)] for layer in range(self.depth))
+
+    @property
+    def residual_init_std(self) -> float:
+        """Standard deviation at initialization of projections into the residual stream, which every block has two of.
+
+        Source: GPT-2's scaling by 1/sqrt(residual layers), as in nanoGPT and the authors' release.
+        """
+        return self.init_std / math.sqrt(2 * self.depth)

@@ -1,10 +1,11 @@
-"""The causal language model: one forward for training, evaluation, prefill and one-token decoding.
+"""The causal language model: one forward pass for training, evaluation, prefill and one-token decoding.
 
 Shapes: B sequences, T tokens, C channels, V rows of the vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,82 +14,102 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tostlm.model.config import ModelConfig
+from tostlm.model.config import MixerOptions, ModelConfig
 from tostlm.model.loss import mean_cross_entropy
-from tostlm.model.mixers import TSSA, MixerState, SequencePositions, SoftmaxAttention
+from tostlm.model.mixers.base import MixerState, create_mixer, map_state
+from tostlm.model.positions import SequencePositions
 
 
 class LMState(NamedTuple):
-    """What the model remembers of a context: how many tokens it read, and each layer's memory of them.
+    """What the model remembers of a context: the number of tokens read, and the state of each layer's mixer.
 
-    `document` [B, 1] is the number of each sequence's last reset among the tokens read; None where there never was one.
+    `document_start` [B, 1] is the number of the first token of the document that each sequence is in; None where no
+    document started after token 0.
     """
 
     tokens: int
     layers: tuple[MixerState, ...]
-    document: Tensor | None = None
+    document_start: Tensor | None = None
 
     def select(self, rows: Tensor) -> LMState:
-        """The states of the sequences `rows` [B'] (beam search reorders and repeats sequences so)."""
-        document = None if self.document is None else self.document.index_select(0, rows)
-        return LMState(self.tokens, tuple(layer.select(rows) for layer in self.layers), document)
+        """Return the states of the sequences `rows` [B'], as beam search reorders and repeats them."""
+        layers = tuple(map_state(lambda x: x.index_select(0, rows), layer) for layer in self.layers)
+        document_start = None if self.document_start is None else self.document_start.index_select(0, rows)
+        return LMState(self.tokens, layers, document_start)
+
+    def detach(self) -> LMState:
+        """Return the same numbers without their autograd history, as truncated backpropagation through time needs."""
+        layers = tuple(map_state(torch.Tensor.detach, layer) for layer in self.layers)
+        return LMState(self.tokens, layers, self.document_start)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory the context takes."""
+        """Bytes of memory that the context takes."""
         layers = sum(x.nbytes for layer in self.layers for x in layer)
-        return layers if self.document is None else layers + self.document.nbytes
+        return layers if self.document_start is None else layers + self.document_start.nbytes
 
 
 class Block(nn.Module):
-    """A token mixer and an MLP, each normed before and scaled after (LayerScale), added to the residual stream."""
+    """A token mixer and an MLP, each normalized before and scaled after (LayerScale), added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, options: MixerOptions) -> None:
         super().__init__()
+        self.config = config
         self.norm_mixer = nn.LayerNorm(config.width, bias=False)
-        self.mixer = TSSA(config) if config.mixer(layer) == "tssa" else SoftmaxAttention(config)
+        self.mixer = create_mixer(config, options)
         self.scale_mixer = nn.Parameter(torch.empty(config.width))
         self.norm_mlp = nn.LayerNorm(config.width, bias=False)
-        self.mlp = MLP(config.width)
+        self.mlp = MLP(config)
         self.scale_mlp = nn.Parameter(torch.empty(config.width))
 
-    def forward(self, x: Tensor, place: SequencePositions, state: MixerState | None) -> tuple[Tensor, MixerState]:
-        y, state = self.mixer(self.norm_mixer(x), place, state)
+    def forward(self, x: Tensor, positions: SequencePositions, state: MixerState | None) -> tuple[Tensor, MixerState]:
+        y, state = self.mixer(self.norm_mixer(x), positions, state)
         x = x + self.scale_mixer * y
         return x + self.scale_mlp * self.mlp(self.norm_mlp(x)), state
 
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Initialize the parameters in place."""
+        for norm in (self.norm_mixer, self.norm_mlp):
+            norm.weight.fill_(1.0)
+        for scale in (self.scale_mixer, self.scale_mlp):
+            scale.fill_(self.config.layer_scale)
+        self.mixer.reset_parameters(generator)
+        self.mlp.reset_parameters(generator)
+
 
 class MLP(nn.Module):
-    def __init__(self, width: int) -> None:
+    """Two linear layers with a GELU between, four times as wide inside."""
+
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.in_proj = nn.Linear(width, 4 * width, bias=False)
-        self.out_proj = nn.Linear(4 * width, width, bias=False)
+        self.config = config
+        self.in_proj = nn.Linear(config.width, 4 * config.width, bias=False)
+        self.out_proj = nn.Linear(4 * config.width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out_proj(F.gelu(self.in_proj(x)))
 
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Initialize the parameters in place."""
+        self.in_proj.weight.normal_(0, self.config.init_std, generator=generator)
+        self.out_proj.weight.normal_(0, self.config.residual_init_std, generator=generator)
+
+    def flops_per_token(self) -> float:
+        """Return the floating-point operations of the forward pass per token."""
+        return 2 * 8 * self.config.width**2
+
 
 class LM(nn.Module):
-    """A causal language model of any mixer.
+    """A causal language model with a token mixer per layer.
 
-    `logits, state = lm(tokens)` reads tokens [B, T]; `lm(next_tokens, state)` goes on from there, and equals one call
-    on the whole. With `targets` [B, S] the first result is the mean cross-entropy in nats of the last S tokens'
-    predictions, those not `tostlm.model.IGNORE`, computed without holding T x V logits. `reset` [B, T] bool is True at
-    the first token of each document packed into the context: nothing before it has any influence from there on, and
-    positions start again from 0.
+    `logits, state = lm(tokens)` reads tokens [B, T]; `lm(next_tokens, state)` continues from there, and equals one call
+    on all tokens.
 
-    With `group` the context is split over a process group: every rank calls with its own consecutive tokens, targets
-    and resets, all of one shape, and gets logits, or the mean loss, of its own. `state` is the one before the first
-    rank's tokens and the result the one after the last rank's, the same on all ranks but for softmax layers, where each
-    rank keeps its heads. Gradients are this rank's share: summed over the ranks they are those of the ranks' summed
-    losses.
-
-    With `activation_checkpointing_every` set to n, every n-th block keeps its input alone for the backward pass, and
-    is computed again there.
-
-    Raises:
-        ValueError: the context, or with resets a document in it, outgrows `config.positions`; `reset` is of another
-            shape than the tokens; softmax layers' heads do not split over the ranks.
+    Attributes:
+        activation_checkpointing_every: with n, every n-th block keeps its input alone for the backward pass and is
+            computed again there; None keeps all activations.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -97,7 +118,7 @@ class LM(nn.Module):
         self.activation_checkpointing_every: int | None = None
         self.embed = nn.Embedding(config.vocab_size, config.width)  # the output projection too
         self.positions = nn.Embedding(config.positions, config.width) if config.positions else None
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.blocks: Sequence[Block] = nn.ModuleList(Block(config, options) for options in config.layer_plan)  # type: ignore[assignment]
         self.norm = nn.LayerNorm(config.width, bias=False)
 
     def forward(
@@ -105,10 +126,29 @@ class LM(nn.Module):
         tokens: Tensor,
         state: LMState | None = None,
         targets: Tensor | None = None,
-        reset: Tensor | None = None,
+        document_start_mask: Tensor | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> tuple[Tensor, LMState]:
-        x, state = self.hidden(tokens, state, reset, group)  # [B, T, C]
+        """Return logits [B, T, V], or with targets the mean loss, and the state after the tokens.
+
+        Args:
+            tokens: [B, T] int64.
+            state: the state after the tokens before these; None at the start of a context.
+            targets: [B, S] int64, S <= T: the first result is then the mean cross-entropy in nats of the predictions at
+                the last S tokens, without those whose target is `tostlm.model.IGNORE`. T x V logits are never held.
+            document_start_mask: [B, T] bool, True at the first token of each document packed into the context: from
+                there on nothing before it has any influence, and positions start again from 0.
+            group: a process group that shares the context. Every rank calls with its own consecutive tokens, targets
+                and mask, all of one shape, and gets its own logits or mean loss. `state` is the one before the first
+                rank's tokens, and the result the one after the last rank's: the same on every rank, but for mixers
+                that split their heads, whose states each rank keeps for its own heads. Gradients are this rank's share:
+                summed over the ranks they are those of the summed losses.
+
+        Raises:
+            ValueError: the context, or a document in it, is longer than `config.positions`; the mask has another shape
+                than the tokens; a mixer's heads do not split over the ranks.
+        """
+        x, state = self.hidden(tokens, state, document_start_mask, group)  # [B, T, C]
         if targets is None:
             return F.linear(x, self.embed.weight), state
         return mean_cross_entropy(x[:, -targets.shape[1] :], self.embed.weight, targets), state
@@ -117,33 +157,67 @@ class LM(nn.Module):
         self,
         tokens: Tensor,
         state: LMState | None = None,
-        reset: Tensor | None = None,
+        document_start_mask: Tensor | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> tuple[Tensor, LMState]:
-        """The normed residual stream [B, T, C] that the output projection reads, and the state after the tokens."""
-        if reset is not None and reset.shape != tokens.shape:
-            raise ValueError(f"reset has shape {tuple(reset.shape)}; it must be the tokens', {tuple(tokens.shape)}")
-        past, document = (state.tokens, state.document) if state else (0, None)
-        place = SequencePositions.of(tokens, past, document, reset, "softmax" in self.config.mixers, group)
-        self._check_length(place)
+        """Return the normalized residual stream [B, T, C], which the output projection reads, and the state.
+
+        Arguments and errors as in `forward`.
+        """
+        if document_start_mask is not None and document_start_mask.shape != tokens.shape:
+            raise ValueError(
+                f"document_start_mask has shape {tuple(document_start_mask.shape)}; it must have the tokens' shape, "
+                f"{tuple(tokens.shape)}"
+            )
+        past, document_start = (state.tokens, state.document_start) if state else (0, None)
+        with_mask = any(block.mixer.needs_attention_mask for block in self.blocks)
+        positions = SequencePositions.build(tokens, past, document_start, document_start_mask, with_mask, group)
+        self._check_length(positions)
         x = self.embed(tokens)
         if self.positions is not None:
-            x = x + self.positions(place.positions)
+            x = x + self.positions(positions.positions)
         layers = []
         for layer, block in enumerate(self.blocks):
             before = state.layers[layer] if state else None
             if self.activation_checkpointing_every and (layer + 1) % self.activation_checkpointing_every == 0:
-                x, after = checkpoint(block, x, place, before, use_reentrant=False, preserve_rng_state=False)
+                x, after = checkpoint(block, x, positions, before, use_reentrant=False, preserve_rng_state=False)
             else:
-                x, after = block(x, place, before)
+                x, after = block(x, positions, before)
             layers.append(after)
-        return self.norm(x), LMState(place.end, tuple(layers), place.last)
+        return self.norm(x), LMState(positions.end, tuple(layers), positions.last_document_start)
 
-    def _check_length(self, place: SequencePositions) -> None:
+    def _check_length(self, positions: SequencePositions) -> None:
         limit = self.config.positions
-        if limit is None or place.end <= limit:  # documents are no longer than the context, whatever they are
+        if limit is None or positions.end <= limit:  # no document is longer than the context
             return
-        length = place.longest
+        length = positions.longest_document
         if length > limit:
-            kind = "context" if place.first is None else "document"
+            kind = "context" if positions.document_start is None else "document"
             raise ValueError(f"a {kind} of {length} tokens is longer than the model's {limit} positions")
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Initialize the parameters in place, in the order of `named_parameters`."""
+        self.embed.weight.normal_(0, self.config.init_std, generator=generator)
+        if self.positions is not None:
+            self.positions.weight.normal_(0, self.config.init_std, generator=generator)
+        for block in self.blocks:
+            block.reset_parameters(generator)
+        self.norm.weight.fill_(1.0)
+
+    def state_from_tensors(self, tensors: Mapping[str, Tensor]) -> LMState:
+        """Build a state from `state_tensors`' result, or from some sequences of it."""
+        layers = [
+            block.mixer.state_class(*(tensors[f"{layer}/{field}"] for field in block.mixer.state_class._fields))
+            for layer, block in enumerate(self.blocks)
+        ]
+        return LMState(0, tuple(layers))
+
+
+def state_tensors(state: LMState) -> dict[str, Tensor]:
+    """Return the tensors [B, ...] of a state's layers by name, LAYER/FIELD, for storing them."""
+    return {
+        f"{layer}/{field}": tensor
+        for layer, fields in enumerate(state.layers)
+        for field, tensor in fields._asdict().items()
+    }

@@ -52,7 +52,7 @@ class Batch(NamedTuple):
 
     def loss(self, lm: Any, state: LMState | None = None) -> tuple[Tensor, LMState]:
         """The mean loss in nats of an LM, or of an engine around one, and the state after the whole sequences."""
-        return lm(self.inputs, state, targets=self.targets, reset=self.resets, group=self.group)
+        return lm(self.inputs, state, targets=self.targets, document_start_mask=self.resets, group=self.group)
 
     def split(self, parts: int) -> list[Batch]:
         """Equal parts of the sequences."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tostlm.model.mixers import TSSA
+from tostlm.model import Mixer
 from tostlm.train.batches import Batch
 
 
@@ -20,16 +20,15 @@ def layer_statistics(engine: Any, rows: Batch) -> dict[str, float]:
     """
     found: dict[str, Tensor] = {}
 
-    def watch(layer: int, mixer: TSSA) -> Any:
-        def note(mixer: TSSA, inputs: tuple[Any, ...], output: Any) -> None:
-            stats = mixer.statistics(*inputs)
-            found[f"entropy/{layer}"], found[f"gate/{layer}"] = stats.entropy, stats.gate.mean()
+    def watch(layer: int, mixer: Mixer) -> Any:
+        def note(mixer: Mixer, inputs: tuple[Any, ...], output: Any) -> None:
+            found.update({f"{name}/{layer}": value for name, value in mixer.statistics(*inputs).items()})
 
         # Before DeepSpeed's own hook, which lets go of the layer's parameters at stage 3.
         return mixer.register_forward_hook(note, prepend=True)
 
-    layers = enumerate(block.mixer for block in engine.module.blocks)
-    hooks = [watch(layer, mixer) for layer, mixer in layers if isinstance(mixer, TSSA)]
+    mixers = [(layer, block.mixer) for layer, block in enumerate(engine.module.blocks)]
+    hooks = [watch(layer, mixer) for layer, mixer in mixers if type(mixer).statistics is not Mixer.statistics]
     if not hooks:
         return {}
     micro = rows.split(engine.gradient_accumulation_steps())[0]

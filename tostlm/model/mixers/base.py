@@ -1,0 +1,101 @@
+"""The interface of a token mixer, and the registry that a layer plan names them by.
+
+A mixer is one module in this folder: a frozen dataclass of options, a NamedTuple state and a `Mixer` subclass. LM,
+FLOPs, initialization, context parallelism, streaming state, statistics and export ask the mixer; nothing else in the
+project tests a mixer's name. docs/extending.md builds one.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tostlm.model.config import MixerOptions, ModelConfig
+from tostlm.model.positions import SequencePositions
+
+MIXERS: dict[str, type[Mixer]] = {}  # by the name that a layer plan uses
+
+MixerState = Any  # a NamedTuple of tensors [B, ...]: what a mixer remembers of each sequence
+
+
+class Mixer(nn.Module):
+    """A causal token mixer.
+
+    Attributes:
+        options_class: its frozen dataclass of options. The default of the field `mixer` is the mixer's registered name.
+        state_class: the NamedTuple type of its state. The first dimension of every field is the batch, along which
+            states are selected, joined and split.
+        constant_state: whether the state has the same size after any number of tokens.
+        context_parallel: how ranks share a context. "sequence": each rank mixes its own tokens and every rank returns
+            the state after the last rank's. "heads": each rank mixes all tokens of its share of the heads, and keeps
+            the state of those. None: they cannot.
+        needs_attention_mask: whether `SequencePositions.attention_mask` is to be built.
+        no_weight_decay: names of its own matrices that the optimizer must not decay.
+    """
+
+    options_class: ClassVar[type[MixerOptions]]
+    state_class: ClassVar[type[Any]]
+    constant_state: ClassVar[bool]
+    context_parallel: ClassVar[Literal["sequence", "heads"] | None] = None
+    needs_attention_mask: ClassVar[bool] = False
+    no_weight_decay: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        MIXERS[cls.options_class.mixer] = cls
+
+    def __init__(self, config: ModelConfig, options: Any) -> None:
+        """Build the mixer of one block, its parameters uninitialized; `options` is an instance of `options_class`."""
+        super().__init__()
+        self.config, self.options = config, options
+
+    @abstractmethod
+    def forward(self, x: Tensor, positions: SequencePositions, state: MixerState | None) -> tuple[Tensor, MixerState]:
+        """Mix tokens causally.
+
+        Args:
+            x: [B, T, C], the normalized residual stream.
+            positions: where the tokens are in their context and documents. Nothing before a document's first token
+                (`positions.document_start_mask`) may have any influence on it.
+            state: the state after the tokens before these; None at the start of a context.
+
+        Returns:
+            [B, T, C], and the state after these tokens. Consecutive calls, each with the state of the one before,
+            equal one call on all tokens.
+        """
+
+    @abstractmethod
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Initialize the parameters in place, drawing from `generator` alone."""
+
+    @abstractmethod
+    def flops_per_token(self, context: int) -> float:
+        """Return the floating-point operations of the forward pass per token, on average over `context` tokens."""
+
+    @abstractmethod
+    def state_bytes(self, context: int) -> int:
+        """Return the bytes of one sequence's state after `context` tokens."""
+
+    def statistics(self, x: Tensor, positions: SequencePositions, state: MixerState | None) -> dict[str, Tensor]:
+        """Return scalars that describe a forward pass, by name, for the training log. By default none."""
+        return {}
+
+
+def create_mixer(config: ModelConfig, options: MixerOptions) -> Mixer:
+    """Build the mixer that options name, its parameters uninitialized."""
+    return MIXERS[options.mixer](config, options)
+
+
+def options_from_dict(entry: Mapping[str, Any]) -> MixerOptions:
+    """Build mixer options from an entry of a layer plan as JSON has it, such as {"mixer": "tssa"}."""
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    return MIXERS[entry["mixer"]].options_class(**values)
+
+
+def map_state(function: Callable[..., Tensor], *states: MixerState) -> MixerState:
+    """Apply a function to each field of states of one type, and return a state of that type."""
+    return type(states[0])(*map(function, *states))

@@ -1,0 +1,95 @@
+"""Where the tokens of a forward pass are: in the context, and in the documents packed into it.
+
+Shapes: B sequences, T tokens of this rank, S tokens of all ranks that share the context.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from tostlm.parallel import all_gather
+
+
+class SequencePositions(NamedTuple):
+    """Positions of one call's tokens, which are numbered from 0 at the start of the context.
+
+    A document reaches from one True of `document_start_mask` to the next. Nothing before its first token influences it.
+    """
+
+    start: int  # number of this rank's first token
+    end: int  # tokens of the context up to and including this call's, of all ranks
+    document_start_mask: Tensor | None  # [B, T] bool, True at the first token of a document
+    document_start: Tensor | None  # [B, T] or [B, 1], number of the first token of each token's document; None is 0
+    last_document_start: Tensor | None  # [B, 1], the same for the document that the context ends in
+    positions: Tensor  # [T] or [B, T], of each token in its document
+    attention_mask: Tensor | None  # [S, end] or [B, 1, S, end], True where softmax may attend; None is plain causal
+    group: dist.ProcessGroup | None  # the ranks that hold T consecutive tokens each, where they share the context
+
+    @classmethod
+    def build(
+        cls,
+        tokens: Tensor,
+        past: int,
+        document_start: Tensor | None,
+        document_start_mask: Tensor | None,
+        with_attention_mask: bool,
+        group: dist.ProcessGroup | None = None,
+    ) -> SequencePositions:
+        """Build the positions of a call.
+
+        Args:
+            tokens: [B, T], of this rank.
+            past: tokens of the context before this call.
+            document_start: [B, 1], number of the first token of the document each sequence is in after `past` tokens;
+                None where no document has started since token 0.
+            document_start_mask: [B, T] bool, True at the first token of each document; None where none starts.
+            with_attention_mask: whether some mixer needs `attention_mask`.
+            group: the process group that shares the context; every rank must call.
+        """
+        T, device = tokens.shape[1], tokens.device
+        rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
+        start, end = past + rank * T, past + ranks * T
+        numbers = torch.arange(start, start + T, device=device)
+        own = last = of_all_ranks = document_start
+        if document_start_mask is not None:
+            before = 0 if document_start is None else document_start
+            own = of_all_ranks = numbers.where(document_start_mask, before).cummax(1).values
+            last = own[:, -1:].clone()  # a view would keep all T alive
+            if group is not None:
+                lasts = all_gather(last, group).cummax(0).values
+                last = lasts[-1]
+                own = of_all_ranks = own.maximum(lasts[rank - 1]) if rank else own
+                if with_attention_mask:
+                    of_all_ranks = all_gather(own, group).movedim(0, 1).flatten(1)  # [B, S]
+        positions = numbers if own is None else numbers - own
+        mask = _attention_mask(past, end, of_all_ranks, device) if with_attention_mask else None
+        return cls(start, end, document_start_mask, own, last, positions, mask, group)
+
+    def lookup(self, table: Tensor) -> Tensor:
+        """Return the rows of a position table [P, K] at the tokens' positions: [T, K], or [B, T, K] with documents."""
+        if self.document_start is None:
+            return table[self.start : self.start + self.positions.shape[-1]]
+        return F.embedding(self.positions, table)
+
+    @property
+    def longest_document(self) -> int:
+        """Tokens of the longest document in this call so far, or of the context where no document ever started."""
+        if self.document_start is None:
+            return self.end
+        position = self.positions.max()
+        return int(position if self.group is None else all_gather(position, self.group).max()) + 1
+
+
+def _attention_mask(past: int, end: int, document_start: Tensor | None, device: torch.device) -> Tensor | None:
+    """Return the mask of tokens `past` to `end` whose documents start at [B, S] or [B, 1]; None where causal is all."""
+    if document_start is None and (past == 0 or end - past == 1):
+        return None
+    mask = torch.ones(end - past, end, dtype=torch.bool, device=device).tril(past)
+    if document_start is None:
+        return mask
+    return mask & (torch.arange(end, device=device) >= document_start[:, None, :, None])
