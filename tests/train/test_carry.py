@@ -27,7 +27,8 @@ def test_the_losses_are_those_of_the_documents_read_whole(run: Run) -> None:
     lm, loader = create_lm(config.model, config.seed), training_loader(config)
     windows = [Batch.of(loader.batch(step, 0, 1)) for step in range(6)]
     logits, _ = lm(
-        torch.cat([rows.inputs for rows in windows], 1), reset=torch.cat([rows.resets for rows in windows], 1)
+        torch.cat([rows.inputs for rows in windows], 1),
+        document_start_mask=torch.cat([rows.resets for rows in windows], 1),
     )
     targets = torch.cat([rows.targets for rows in windows], 1)
     losses = (

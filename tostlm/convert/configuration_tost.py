@@ -8,7 +8,6 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from tostlm.model.config import ModelConfig
-from tostlm.model.mixers.base import options_from_dict
 
 
 class TostConfig(PretrainedConfig):
@@ -34,8 +33,3 @@ class TostConfig(PretrainedConfig):
     def from_model(cls, config: ModelConfig, **kwargs: Any) -> TostConfig:
         """Build the configuration of a model; `kwargs` are transformers' own keys."""
         return cls(**{**asdict(config), "layers": [asdict(options) for options in config.layers]}, **kwargs)
-
-    def to_model(self) -> ModelConfig:
-        """Return the model's shape."""
-        values = {field.name: getattr(self, field.name) for field in fields(ModelConfig)}
-        return ModelConfig(**{**values, "layers": tuple(map(options_from_dict, self.layers))})

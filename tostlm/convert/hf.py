@@ -24,7 +24,7 @@ from tostlm.errors import UserError
 from tostlm.files import require_writable
 from tostlm.model import LM
 
-MODELING = "tostlm.convert.modeling_tost"
+CONFIGURATION, MODELING = "tostlm.convert.configuration_tost", "tostlm.convert.modeling_tost"
 INTERNAL_IMPORT = re.compile(r"^from (tostlm[\w.]*) import", re.MULTILINE)
 PROBE_TEXT = (
     "A state is 2C + H numbers.\n\n\tTokens: 1776, \u201cna\u00efve\u201d, \u2581, \u6f22\u5b57 \U0001f642  end"
@@ -86,8 +86,10 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
 def _standalone_sources(lm: LM) -> dict[str, str]:
     """Return the source of every module the model needs, by its name in the exported folder, which has no packages.
 
-    They are the project's own files, with their imports of each other made relative. The modeling file imports the
-    modules of the model's mixers, which registers them.
+    They are the project's own files, with their imports of each other made relative. The configuration's file imports
+    the modules of the model's mixers, which registers them. It is that file because transformers keeps one model class
+    for each configuration class, and tells the files of two exports apart by what they import: exports with different
+    mixers can be loaded by one process.
     """
     mixers = {type(block.mixer).__module__: type(block.mixer).__name__ for block in lm.blocks}
     sources: dict[str, str] = {}
@@ -100,7 +102,7 @@ def _standalone_sources(lm: LM) -> dict[str, str]:
             relative = INTERNAL_IMPORT.sub(lambda match: f"from .{_flat_name(match[1])} import", source)
             sources[_flat_name(module)] = relative
     register = [f"from .{_flat_name(module)} import {mixer} as {mixer}\n" for module, mixer in sorted(mixers.items())]
-    sources[_flat_name(MODELING)] += "\n" + "".join(register)
+    sources[_flat_name(CONFIGURATION)] += "\n" + "".join(register)
     return sources
 
 

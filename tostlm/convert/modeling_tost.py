@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +11,9 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tostlm.convert.configuration_tost import TostConfig
+from tostlm.model.config import ModelConfig
 from tostlm.model.lm import LM, LMState
+from tostlm.model.mixers.base import options_from_dict
 
 WAY_OUT = "run sequences of one length together, others one by one"
 
@@ -29,7 +32,7 @@ class TostForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: TostConfig) -> None:
         super().__init__(config)
-        self.lm = LM(config.to_model())
+        self.lm = LM(model_config(config))
         self.post_init()
 
     @classmethod
@@ -84,3 +87,9 @@ class TostForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _reorder_cache(self, past_key_values: LMState, beam_idx: Tensor) -> LMState:
         return past_key_values.select(beam_idx.to(self.lm.embed.weight.device))
+
+
+def model_config(config: TostConfig) -> ModelConfig:
+    """Return the shape of the model. transformers loads the configuration as a copy with mixers of its own."""
+    values = {field.name: getattr(config, field.name) for field in fields(ModelConfig)}
+    return ModelConfig(**{**values, "layers": tuple(map(options_from_dict, config.layers))})
