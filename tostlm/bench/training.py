@@ -1,4 +1,4 @@
-"""Tokens a second of a training pass, models side by side at growing contexts."""
+"""Training throughput of models side by side at growing contexts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from tostlm.config import RunConfig
 from tostlm.model import LM, ModelConfig, create_lm
 
-# What matrices are multiplied in, by a run's precision; weights and updates are not timed here.
+# dtype of matrix products by a run's precision. Weights in bf16 and optimizer updates are not timed here.
 AUTOCAST = {
     "bf16": torch.bfloat16,
     "autocast bfloat16": torch.bfloat16,
@@ -23,7 +23,7 @@ AUTOCAST = {
 
 
 class Rate(NamedTuple):
-    """Median of a model's interleaved runs at one context."""
+    """Throughput of one model at one context: the median of interleaved passes."""
 
     model: str
     context: int
@@ -37,10 +37,17 @@ def bench_training(
     repeats: int,
     device: torch.device,
 ) -> list[Rate]:
-    """Time forward and backward passes over `tokens` tokens, or one context where that is longer.
+    """Time forward and backward passes of several models.
 
-    The runs' models take turns, pass by pass, so that the machine's moods fall on all of them. Learned positions are
-    as many as the context asks for.
+    The models take turns, pass by pass, so that a change of the machine's speed meets all of them. Position tables are
+    made as long as the context.
+
+    Args:
+        runs: run configs by the name to report.
+        contexts: context lengths in tokens.
+        tokens: tokens per pass; one context where that is longer.
+        repeats: timed passes per model and context, after one that warms up.
+        device: where to run.
     """
     rates = []
     for context in contexts:
@@ -81,7 +88,7 @@ def _wait(device: torch.device) -> None:
 
 
 def table(rates: Sequence[Rate]) -> str:
-    """Tokens a second by context; from the second model on also the first one's speed over its."""
+    """Return a table of tokens per second by context, and the first model's speed divided by each other's."""
     names = list(dict.fromkeys(rate.model for rate in rates))
     found = {(rate.model, rate.context): rate.tokens_per_second for rate in rates}
     ratios = [f"{names[0]} / {name}" for name in names[1:]]

@@ -1,4 +1,4 @@
-"""A softmax-only model as transformers' own GPT2LMHeadModel."""
+"""Converting a GPT-2 model to transformers' own GPT2LMHeadModel."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ def is_gpt2(lm: LM) -> bool:
 
 
 def to_gpt2(lm: LM, eos_id: int) -> GPT2LMHeadModel:
-    """The same function of its tokens, in fp32: LayerScale is folded into the projection before it, which bf16 would
-    round; biases are zero.
+    """Return a GPT2LMHeadModel that computes the same logits, in fp32.
+
+    LayerScale is folded into the output projections, which bf16 would round; biases are zero.
     """
     lm = copy.deepcopy(lm).float()
     config = GPT2Config(
@@ -67,6 +68,6 @@ def _block(block: Block) -> dict[str, Tensor]:
 
 
 def _conv1d(linear: nn.Linear, scale: Tensor | None = None) -> Tensor:
-    """GPT-2 keeps its matrices as [in, out]."""
+    """Return a linear layer's weight as GPT-2 stores it, [in, out], with its output scaled."""
     weight = linear.weight if scale is None else scale[:, None] * linear.weight
     return weight.t()

@@ -1,4 +1,4 @@
-"""The exported model: tostlm's own LM behind the interface of transformers."""
+"""The exported model: tostlm's LM behind the interface of transformers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tostlm.model.config import ModelConfig
 from tostlm.model.lm import LM, LMState
 from tostlm.model.mixers.base import options_from_dict
 
-WAY_OUT = "run sequences of one length together, others one by one"
+UNPADDED = "run sequences of one length together, others one by one"
 
 
 class TostForCausalLM(PreTrainedModel, GenerationMixin):
-    """A causal LM for `AutoModelForCausalLM`. `past_key_values` is the LM's state: for ToST of constant size.
+    """A causal LM for `AutoModelForCausalLM`, whose `past_key_values` is the LM's state, of constant size for ToST.
 
-    Scored batches may be padded on the right, where it changes nothing before it. A state would count padding as text:
-    batches padded on the left, and generation from padded ones, are refused.
+    Batches may be padded on the right for scoring, where padding changes nothing before it. Left-padded batches, and
+    generation from padded batches, are refused, because the state would take padding for text.
     """
 
     config_class = TostConfig
@@ -40,7 +40,7 @@ class TostForCausalLM(PreTrainedModel, GenerationMixin):
         return False
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: the weights come from a checkpoint."""
+        """Leave the weights alone: they come from a checkpoint."""
 
     def get_input_embeddings(self) -> nn.Module:
         return self.lm.embed
@@ -59,9 +59,9 @@ class TostForCausalLM(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Logits [B, T, V], or of the last `logits_to_keep` tokens; loss with labels, shifted here as usual."""
+        """Return logits [B, T, V], or of the last `logits_to_keep` tokens, and with labels the loss, shifted here."""
         if attention_mask is not None and (attention_mask[:, 0] == 0).any():
-            raise ValueError(f"left-padded batches are not supported; {WAY_OUT}")
+            raise ValueError(f"left-padded batches are not supported; {UNPADDED}")
         x, state = self.lm.hidden(input_ids, past_key_values)
         logits = F.linear(x[:, -logits_to_keep:], self.lm.embed.weight)
         loss = None
@@ -73,10 +73,10 @@ class TostForCausalLM(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: LMState | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """The tokens the state has not read yet."""
+        """Return the inputs of the next step: the tokens that the state has not read yet."""
         mask = kwargs.get("attention_mask")
         if mask is not None and (mask == 0).any():
-            raise ValueError(f"generation from padded batches is not supported; {WAY_OUT}")
+            raise ValueError(f"generation from padded batches is not supported; {UNPADDED}")
         read = past_key_values.tokens if past_key_values is not None else 0
         return {
             "input_ids": input_ids[:, read:],

@@ -1,4 +1,4 @@
-"""A tokenizer as transformers reads it: a `tokenizers` file, without SentencePiece."""
+"""Writing a tokenizer as transformers reads it: a tokenizer.json, which needs no SentencePiece."""
 
 from __future__ import annotations
 
@@ -15,9 +15,15 @@ from tostlm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, positions: int | None, folder: Path) -> None:
-    """Write tokenizer.json and its configuration: the same ids for every text without the name of a special token.
+    """Write tokenizer.json and its configuration to a folder.
 
-    Written out (`<|endoftext|>`), that is the special token there, as usual in transformers.
+    Ids are the same as the tokenizer's for every text that does not spell a special token: transformers reads such a
+    text, as `<|endoftext|>`, as the special token itself.
+
+    Args:
+        tokenizer: the tokenizer to write.
+        positions: longest context of the model in tokens; None without a limit.
+        folder: where to write.
     """
     if isinstance(tokenizer, FastTokenizer):
         fast = _without_end(tokenizer)
@@ -36,12 +42,12 @@ def save_tokenizer(tokenizer: Tokenizer, positions: int | None, folder: Path) ->
 
 
 def _without_end(tokenizer: FastTokenizer) -> tokenizers.Tokenizer:
-    """Its tokenizer.json, but that nothing is appended to a text: what is generated goes on from there."""
+    """Return the tokenizer without its post-processor: no document end after a text, which generation continues."""
     return parse(json.dumps(json.loads(tokenizer.content) | {"post_processor": None}).encode())
 
 
 def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
-    """The same BPE. Its pieces hold plain spaces instead of U+2581, so that the character itself is nothing special."""
+    """Return the same BPE with plain spaces in its pieces, so that U+2581 in a text is an ordinary character."""
     vocabulary = {piece.replace(SPACE, " "): token for token, piece in enumerate(tokenizer.pieces())}
     fast = tokenizers.Tokenizer(models.BPE(vocabulary, _merges(vocabulary), byte_fallback=True))
     steps = [decoders.ByteFallback(), decoders.Fuse()]
@@ -53,7 +59,7 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokeniz
 
 
 def _merges(vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """Every pair of pieces that makes a piece, in the order BPE learned the pieces."""
+    """Return every pair of pieces that joins to a piece, in the order in which BPE learned the pieces."""
     merges = []
     for piece, token in vocabulary.items():
         pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]

@@ -1,4 +1,4 @@
-"""Text from a model, one token after another."""
+"""Generating tokens with a model, one after another."""
 
 from __future__ import annotations
 
@@ -13,12 +13,20 @@ from tostlm.model import LM
 def generate(
     lm: LM, prompt: Sequence[int], vocab_size: int, *, temperature: float = 1.0, top_k: int | None = None, seed: int = 0
 ) -> Iterator[int]:
-    """Tokens below `vocab_size` after `prompt` (at least one token), without end; temperature 0 takes the likeliest.
+    """Yield sampled tokens after a prompt, without end.
 
-    Each step reads one token and the state, so for ToST a step costs the same after any context.
+    Each step reads one token and the state, so with mixers of constant state it costs the same after any context.
+
+    Args:
+        lm: the model.
+        prompt: token ids, at least one.
+        vocab_size: only ids below it are sampled; the embedding may have more rows than the tokenizer has tokens.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: sample among the likeliest `top_k` tokens; None among all.
+        seed: of the random generator.
 
     Raises:
-        ValueError: the context outgrows the model's positions.
+        ValueError: the context becomes longer than the model's positions.
     """
     device = lm.embed.weight.device
     generator = torch.Generator(device).manual_seed(seed)

@@ -13,18 +13,18 @@ from tostlm.checkpoint import Checkpoint
 from tostlm.data import TokenSet
 from tostlm.errors import UserError
 
-PASS_TOKENS = 8192  # tokens a forward pass reads
+PASS_TOKENS = 8192  # tokens that one forward pass reads
 
 
 class Targets(NamedTuple):
-    """What is scored: in each window the tokens just before `ends`, `span` of them."""
+    """The scored tokens: in each window the `span` tokens that end before `ends`."""
 
-    ends: list[int]  # past-the-last target, as token numbers of the set
+    ends: list[int]  # index of the token after the last target, in the token set
     span: int
 
 
 class Score(NamedTuple):
-    """How well the targets were predicted from `context` tokens."""
+    """How well a model predicts the targets from `context` tokens before them."""
 
     context: int
     nats: float  # mean over the targets
@@ -33,9 +33,14 @@ class Score(NamedTuple):
 
 
 def choose_targets(tokens: TokenSet, contexts: Sequence[int], windows: int) -> Targets:
-    """Spans spread evenly over the documents that are longer than the longest context.
+    """Choose spans of targets, evenly spread over the documents that are longer than the longest context.
 
-    A span is half the shortest context, so that every target sees at least half of the context it is scored at.
+    A span is half the shortest context, so every target is predicted from at least half of the context it is scored at.
+
+    Args:
+        tokens: the tokens to choose from.
+        contexts: context lengths in tokens that will be scored.
+        windows: number of spans, or all there are if they are fewer.
 
     Raises:
         UserError: no document is long enough.
@@ -57,10 +62,10 @@ def choose_targets(tokens: TokenSet, contexts: Sequence[int], windows: int) -> T
 def score_contexts(
     checkpoint: Checkpoint, tokens: TokenSet, targets: Targets, contexts: Sequence[int]
 ) -> Iterator[Score]:
-    """Score the targets at each context the model's positions allow, shortest first.
+    """Yield the model's score on the same targets at each context, shortest first, up to the model's positions.
 
     Raises:
-        UserError: the tokens were made by another tokenizer than the model's.
+        UserError: the tokens were made with another tokenizer than the model's.
     """
     if tokens.manifest.tokenizer_sha256 != checkpoint.tokenizer.sha256:
         raise UserError(

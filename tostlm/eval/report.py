@@ -1,4 +1,4 @@
-"""Perplexity by context as a table, JSON, CSV and a plot."""
+"""Reports of perplexity by context: a table, JSON, CSV and a plot."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tostlm.files import write_atomically
 
 
 class ModelScores(NamedTuple):
-    """One model's scores, and the context its positions end at."""
+    """The scores of one model; `positions` is the longest context it can read, None without a limit."""
 
     name: str
     checkpoint: str
@@ -24,7 +24,7 @@ class ModelScores(NamedTuple):
 
 
 def write_report(models: Sequence[ModelScores], facts: Mapping[str, object], out: Path) -> None:
-    """Write perplexity.json, .csv and .png under `out`."""
+    """Write perplexity.json, perplexity.csv and perplexity.png to the folder `out`."""
     content = {
         **facts,
         "models": [{**m._asdict(), "scores": [s._asdict() for s in m.scores]} for m in models],
@@ -40,7 +40,7 @@ def write_report(models: Sequence[ModelScores], facts: Mapping[str, object], out
 
 
 def table(models: Sequence[ModelScores], contexts: Sequence[int]) -> str:
-    """Perplexity of every model at every context, and where a model's positions end."""
+    """Return a table of the perplexity of every model at every context."""
     lines = [f"{'context':>8}" + "".join(f"{model.name:>24}" for model in models)]
     for context in sorted(contexts):
         cells = []

@@ -1,4 +1,4 @@
-"""Where a model runs when nobody says where, and what that is called."""
+"""The device that a model runs on by default, its name and what it can compute in."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 
 def best_device() -> torch.device:
-    """This machine's GPU, or its CPU."""
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def device_name(device: torch.device) -> str:
-    """A device as its vendor calls it."""
+    """Return the vendor's name of a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
@@ -23,7 +23,7 @@ def device_name(device: torch.device) -> str:
 
 
 def supports_matmul(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a device has the means to multiply matrices in a dtype: torch would emulate bf16, slowly."""
+    """Return whether a device multiplies matrices in a dtype natively; torch emulates bf16 elsewhere, slowly."""
     if device.type == "cuda":
         return dtype != torch.bfloat16 or torch.cuda.is_bf16_supported(including_emulation=False)
     return dtype != torch.float16  # which DeepSpeed refuses there

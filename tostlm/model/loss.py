@@ -1,4 +1,4 @@
-"""Cross-entropy of the output projection, over a few rows of logits at a time.
+"""Cross-entropy of the output projection, computed over a few rows of logits at a time.
 
 torch.nn.functional.linear_cross_entropy does the same, but in bf16 rounds its result to bf16: a loss of 3.21 comes
 back as 3.203. Here the loss is always fp32.
@@ -12,14 +12,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORE = -100  # a target that is not scored
+IGNORE = -100  # a target that is not scored, as in torch
 CHUNK_LOGITS = 1 << 23  # logits alive at once
 
 
 def mean_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean over the scored targets of -log softmax(x weight^T)[target], in nats, fp32 or wider.
+    """Return the mean cross-entropy in nats of predicting targets by softmax(x weight^T), in fp32 or wider.
 
-    x [..., C], weight [V, C], targets [...] with `IGNORE` where nothing is scored.
+    Args:
+        x: [..., C], the normalized residual stream.
+        weight: [V, C], the output projection.
+        targets: [...] int64; `IGNORE` where nothing is scored.
     """
     scored = (targets != IGNORE).sum().clamp_min(1)
     learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
@@ -27,7 +30,7 @@ def mean_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 class _SumCrossEntropy(torch.autograd.Function):
-    """(x [N, C], weight [V, C], targets [N], learns) -> the sum; gradients are made with it, beside the logits."""
+    """The sum over targets [N] for x [N, C] and weight [V, C]; the forward pass computes the gradients beside it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, learns: bool) -> Tensor:
