@@ -11,9 +11,10 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "tostlm"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAY_IMPORT = {  # of tostlm's own packages and modules
-    "parallel": set(),
-    "tssa": {"parallel"},
-    "model": {"parallel", "tssa"},
+    "shapes": set(),
+    "parallel": {"shapes"},
+    "tssa": {"parallel", "shapes"},
+    "model": {"parallel", "shapes", "tssa"},
     "errors": set(),
     "files": {"errors"},
     "config": {"errors", "model"},

@@ -46,13 +46,11 @@ def exported(trained: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) 
 
 
 def downstream(python: str, folder: Path, tokens: list[int], cache: Path) -> dict:
-    """Run DOWNSTREAM outside of this repository, isolated from what is installed beside it."""
+    """Run DOWNSTREAM outside of this repository, without tostlm, sentencepiece and jaxtyping."""
     blocked = (
         "import sys; sys.modules['tostlm'] = None; sys.modules['sentencepiece'] = None; del sys.modules['tostlm']\n"
     )
-    guard = (
-        "class No:\n  def find_spec(self, name, *_):\n    if name.split('.')[0] == 'tostlm': raise ImportError(name)\n"
-    )
+    guard = "class No:\n  def find_spec(self, name, *_):\n    if name.split('.')[0] in ('tostlm', 'jaxtyping'): raise ImportError(name)\n"
     code = blocked + guard + "sys.meta_path.insert(0, No())\n" + DOWNSTREAM
     result = subprocess.run(
         [python, "-c", code, str(folder), json.dumps(tokens)],

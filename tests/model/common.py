@@ -12,7 +12,7 @@ TSSA, SOFTMAX = (TSSAOptions(),), (SoftmaxOptions(),)  # layer plans
 SHAPES = {
     "tost": ModelConfig(2, 24, 3, 40, positions=64, layers=TSSA, layer_scale=0.5),
     "tost, forgetting, no positions": ModelConfig(
-        2, 24, 3, 40, positions=None, layers=(TSSAOptions(halflife_tokens=(4, 64)),), layer_scale=0.5
+        2, 24, 3, 40, positions=None, layers=(TSSAOptions(halflife_tokens=(4.0, 64.0)),), layer_scale=0.5
     ),
     "gpt2": ModelConfig(2, 24, 3, 40, positions=64, layers=SOFTMAX, layer_scale=0.5),
     "hybrid": ModelConfig(3, 24, 3, 40, positions=64, layers=TSSA + SOFTMAX, layer_scale=0.5),

@@ -2,6 +2,7 @@
 
 import itertools
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -158,3 +159,11 @@ def test_flops_do_not_charge_tssa_for_the_context() -> None:
 def test_a_model_on_the_meta_device_is_free() -> None:
     with torch.device("meta"):
         assert LM(ModelConfig(100, 4096, 32, 50304, 1024, TSSA)).embed.weight.is_meta
+
+
+def test_shapes_of_public_functions_are_checked_in_tests() -> None:
+    lm = create_lm(SHAPES["tost"], 0)
+    with pytest.raises(jaxtyping.TypeCheckError):
+        lm(torch.zeros(5, dtype=torch.long))
+    with pytest.raises(jaxtyping.TypeCheckError):
+        lm(torch.zeros(2, 5))

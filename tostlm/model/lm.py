@@ -18,6 +18,7 @@ from tostlm.model.config import MixerOptions, ModelConfig
 from tostlm.model.loss import mean_cross_entropy
 from tostlm.model.mixers.base import MixerState, create_mixer, map_state
 from tostlm.model.positions import SequencePositions
+from tostlm.shapes import Float, Int
 
 
 class LMState(NamedTuple):
@@ -31,7 +32,7 @@ class LMState(NamedTuple):
     layers: tuple[MixerState, ...]
     document_start: Tensor | None = None
 
-    def select(self, rows: Tensor) -> LMState:
+    def select(self, rows: Int[Tensor, " rows"]) -> LMState:
         """Return the states of the sequences `rows` [B'], as beam search reorders and repeats them."""
         layers = tuple(map_state(lambda x: x.index_select(0, rows), layer) for layer in self.layers)
         document_start = None if self.document_start is None else self.document_start.index_select(0, rows)
@@ -98,7 +99,7 @@ class MLP(nn.Module):
 
     def flops_per_token(self) -> float:
         """Return the floating-point operations of the forward pass per token."""
-        return 2 * 8 * self.config.width**2
+        return 2.0 * 8 * self.config.width**2
 
 
 class LM(nn.Module):
@@ -123,12 +124,12 @@ class LM(nn.Module):
 
     def forward(
         self,
-        tokens: Tensor,
+        tokens: Int[Tensor, "B T"],
         state: LMState | None = None,
-        targets: Tensor | None = None,
+        targets: Int[Tensor, "B S"] | None = None,
         document_start_mask: Tensor | None = None,
         group: dist.ProcessGroup | None = None,
-    ) -> tuple[Tensor, LMState]:
+    ) -> tuple[Float[Tensor, "B T V"] | Float[Tensor, ""], LMState]:
         """Return logits [B, T, V], or with targets the mean loss, and the state after the tokens.
 
         Args:
@@ -155,11 +156,11 @@ class LM(nn.Module):
 
     def hidden(
         self,
-        tokens: Tensor,
+        tokens: Int[Tensor, "B T"],
         state: LMState | None = None,
         document_start_mask: Tensor | None = None,
         group: dist.ProcessGroup | None = None,
-    ) -> tuple[Tensor, LMState]:
+    ) -> tuple[Float[Tensor, "B T C"], LMState]:
         """Return the normalized residual stream [B, T, C], which the output projection reads, and the state.
 
         Arguments and errors as in `forward`.

@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tostlm.shapes import Float, Int
+
 IGNORE = -100  # a target that is not scored, as in torch
 CHUNK_LOGITS = 1 << 23  # logits alive at once
 
 
-def mean_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def mean_cross_entropy(
+    x: Float[Tensor, "*N C"], weight: Float[Tensor, "V C"], targets: Int[Tensor, "*N"]
+) -> Float[Tensor, ""]:
     """Return the mean cross-entropy in nats of predicting targets by softmax(x weight^T), in fp32 or wider.
 
     Args:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tostlm.parallel import all_gather
+from tostlm.shapes import Bool, Float, Int
 
 
 class SequencePositions(NamedTuple):
@@ -33,10 +34,10 @@ class SequencePositions(NamedTuple):
     @classmethod
     def build(
         cls,
-        tokens: Tensor,
+        tokens: Int[Tensor, "B T"],
         past: int,
-        document_start: Tensor | None,
-        document_start_mask: Tensor | None,
+        document_start: Int[Tensor, "B 1"] | None,
+        document_start_mask: Bool[Tensor, "B T"] | None,
         with_attention_mask: bool,
         group: dist.ProcessGroup | None = None,
     ) -> SequencePositions:
@@ -70,7 +71,7 @@ class SequencePositions(NamedTuple):
         mask = _attention_mask(past, end, of_all_ranks, device) if with_attention_mask else None
         return cls(start, end, document_start_mask, own, last, positions, mask, group)
 
-    def lookup(self, table: Tensor) -> Tensor:
+    def lookup(self, table: Float[Tensor, "P K"]) -> Float[Tensor, "*positions K"]:
         """Return the rows of a position table [P, K] at the tokens' positions: [T, K], or [B, T, K] with documents."""
         if self.document_start is None:
             return table[self.start : self.start + self.positions.shape[-1]]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tostlm.model.config import MixerOptions, ModelConfig
 from tostlm.model.positions import SequencePositions
+from tostlm.shapes import Float
 
 MIXERS: dict[str, type[Mixer]] = {}  # by the name that a layer plan uses
 
@@ -54,7 +55,9 @@ class Mixer(nn.Module):
         self.config, self.options = config, options
 
     @abstractmethod
-    def forward(self, x: Tensor, positions: SequencePositions, state: MixerState | None) -> tuple[Tensor, MixerState]:
+    def forward(
+        self, x: Float[Tensor, "B T C"], positions: SequencePositions, state: MixerState | None
+    ) -> tuple[Float[Tensor, "B T C"], MixerState]:
         """Mix tokens causally.
 
         Args:

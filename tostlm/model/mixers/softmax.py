@@ -13,6 +13,7 @@ from tostlm.model.config import MixerOptions, ModelConfig
 from tostlm.model.mixers.base import Mixer
 from tostlm.model.positions import SequencePositions
 from tostlm.parallel import heads_to_sequence, sequence_to_heads
+from tostlm.shapes import Float
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ class SoftmaxAttention(Mixer):
         self.in_proj = nn.Linear(config.width, 3 * config.width, bias=False)
         self.out_proj = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, positions: SequencePositions, state: KVState | None) -> tuple[Tensor, KVState]:
+    def forward(
+        self, x: Float[Tensor, "B T C"], positions: SequencePositions, state: KVState | None
+    ) -> tuple[Float[Tensor, "B T C"], KVState]:
         B, T, C = x.shape
         H = self.config.heads
         q, k, v = (part.view(B, T, H, C // H).transpose(1, 2) for part in self.in_proj(x).split(C, dim=-1))
@@ -68,7 +71,7 @@ class SoftmaxAttention(Mixer):
 
     def flops_per_token(self, context: int) -> float:
         C = self.config.width
-        return 2 * 4 * C * C + 4 * C * context / 2  # scores and values over half the context on average
+        return 2.0 * 4 * C * C + 4 * C * context / 2  # scores and values over half the context on average
 
     def state_bytes(self, context: int) -> int:
         return 2 * context * self.config.width * self.in_proj.weight.element_size()

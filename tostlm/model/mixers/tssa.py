@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tostlm.model.config import MixerOptions, ModelConfig
 from tostlm.model.mixers.base import Mixer
 from tostlm.model.positions import SequencePositions
+from tostlm.shapes import Float
 from tostlm.tssa import State, tssa
 from tostlm.tssa.context_parallel import tssa_over_ranks
 
@@ -55,7 +56,9 @@ class TSSA(Mixer):
         self.temp = nn.Parameter(torch.empty(config.heads))
         self.bias = nn.Parameter(torch.empty(config.positions, config.heads)) if config.positions else None
 
-    def forward(self, x: Tensor, positions: SequencePositions, state: State | None) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Float[Tensor, "B T C"], positions: SequencePositions, state: State | None
+    ) -> tuple[Float[Tensor, "B T C"], State]:
         operands = self._operands(x, positions, state)
         y, state = tssa(*operands) if positions.group is None else tssa_over_ranks(*operands, positions.group)
         return self.out_proj(y), state
@@ -70,7 +73,7 @@ class TSSA(Mixer):
 
     def flops_per_token(self, context: int) -> float:
         C = self.config.width
-        return 2 * 2 * C * C + OPERATOR_FLOPS * C
+        return 2.0 * 2 * C * C + OPERATOR_FLOPS * C
 
     def state_bytes(self, context: int) -> int:
         return 8 * (2 * self.config.width + self.config.heads)  # float64
