@@ -50,8 +50,10 @@ def downstream(python: str, folder: Path, tokens: list[int], cache: Path) -> dic
     blocked = (
         "import sys; sys.modules['tostlm'] = None; sys.modules['sentencepiece'] = None; del sys.modules['tostlm']\n"
     )
-    guard = "class No:\n  def find_spec(self, name, *_):\n"
+    guard = (
+        "class No:\n  def find_spec(self, name, *_):\n"
         "    if name.split('.')[0] in ('tostlm', 'jaxtyping'): raise ImportError(name)\n"
+    )
     code = blocked + guard + "sys.meta_path.insert(0, No())\n" + DOWNSTREAM
     result = subprocess.run(
         [python, "-c", code, str(folder), json.dumps(tokens)],
