@@ -1,7 +1,7 @@
 """Text to tokens to batches."""
 
 from tostlm.data.loading.loader import ContextStage, Loader, NumpyBatch, common_tokenizer
-from tostlm.data.loading.token_set import TokenSet, shard_files, verify
+from tostlm.data.loading.token_set import TokenSet
 from tostlm.data.preparation.merge import format_counts, merge
 from tostlm.data.preparation.plan import PreparationSettings
 from tostlm.data.preparation.prepare import TaskShard, parse_task, prepare
@@ -12,6 +12,7 @@ from tostlm.data.show import show
 from tostlm.data.tokenizers.base import Tokenizer
 from tostlm.data.tokenizers.importing import import_tokenizer
 from tostlm.data.tokenizers.training import first_bytes, train_tokenizer
+from tostlm.data.verification import shard_files, verify, verify_once
 
 __all__ = [
     "MANIFEST",
@@ -41,4 +42,5 @@ __all__ = [
     "show",
     "train_tokenizer",
     "verify",
+    "verify_once",
 ]

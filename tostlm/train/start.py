@@ -11,7 +11,7 @@ import torch.distributed as dist
 from tostlm.checkpoint import CONFIG
 from tostlm.checkpoint.load import check_resumable, latest_valid_checkpoint
 from tostlm.config import RunConfig, batch_plan, dump_config, matmul_dtype
-from tostlm.data import common_tokenizer, verify
+from tostlm.data import common_tokenizer, verify_once
 from tostlm.errors import EXIT_USER_ERROR, UserError
 from tostlm.files import lock_for_life, require_writable, write_atomically
 from tostlm.launch import RankInfo
@@ -60,7 +60,6 @@ def check_run(config: RunConfig, world_size: int) -> Path | None:
         check_resumable(config, tokenizer, newest)
     if config.data.verify_checksums:
         for folder in config.data.folders:
-            for _ in verify(folder):
-                pass
+            verify_once(folder)
     write_atomically(config.run_dir / CONFIG, dump_config(config))
     return newest

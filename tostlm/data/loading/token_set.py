@@ -1,17 +1,16 @@
-"""Reading prepared folders: their tokens as one array, and every byte to verify it."""
+"""Reading a split of a prepared folder as one long array of tokens."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from tostlm.data.shards import Manifest, load_tokenizer, read_manifest
+from tostlm.data.shards import read_manifest
 from tostlm.errors import UserError
-from tostlm.files import sha256_of
 
 OPEN_SHARDS = 64  # of a set at once: each takes a file descriptor, of which a process has few
 
@@ -88,32 +87,3 @@ class TokenSet:
     def document_bounds(self) -> np.ndarray:
         """First and past-the-last token of every document, its document end included: [documents, 2]."""
         return np.concatenate(list(self.shard_bounds()))
-
-
-def verify(folder: Path, files: Collection[str] | None = None) -> Iterator[str]:
-    """Read every byte of a prepared folder, or of some of its `shard_files`; yields the name of each found whole.
-
-    Raises:
-        UserError: a file's checksum is not the manifest's.
-    """
-    manifest = read_manifest(folder)
-    if files is None:
-        yield load_tokenizer(folder).file_name
-    for name, split in manifest.splits.items():
-        if split.tokens:
-            TokenSet(folder, name)
-    for file, expected in shard_files(manifest).items():
-        if files is None or file in files:
-            if not (folder / file).is_file() or sha256_of(folder / file) != expected:
-                raise UserError(f"shard {folder / file} is damaged: its SHA-256 is not the manifest's; prepare again")
-            yield file
-
-
-def shard_files(manifest: Manifest) -> dict[str, str]:
-    """The files of all shards, and the SHA-256 of each."""
-    return {
-        f"{shard.name}.{suffix}": sha256
-        for split in manifest.splits.values()
-        for shard in split.shards
-        for suffix, sha256 in shard.sha256.items()
-    }
