@@ -1,12 +1,13 @@
 """Configs are strict, and every mistake is one line with the way out."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from tests.conftest import ROOT, Run, fail, succeed, tostlm
-from tostlm.config import DEEPSPEED_KEYS, batch_plan, dump_config, load_config
+from tostlm.config import DEEPSPEED_KEYS, OnResume, RunConfig, Section, batch_plan, dump_config, fixed_keys, load_config
 from tostlm.errors import UserError
 from tostlm.model import count_parameters
 from tostlm.train.engine import deepspeed_dict
@@ -81,7 +82,7 @@ def test_overrides_make_missing_parents(run: Run) -> None:
         ("train.steps=null", "train.steps=None"),
         (
             "model.layers=[{mixer: sofmax}]",
-            "'sofmax' is no mixer; use softmax, tssa; the nearest is softmax",
+            "'sofmax' is not a mixer; use softmax, tssa; the nearest is softmax",
         ),
         ("model.layers=[{mixr: tssa}]", "model.layers.0.mixer is missing; name one of softmax, tssa"),
         ("model.layers=[]", "model: layers is empty"),
@@ -96,7 +97,7 @@ def test_overrides_make_missing_parents(run: Run) -> None:
         ("optimizer.schedule=wsd", "decay_steps goes with schedule wsd"),
         ("optimizer.min_lr=1", "min_lr 1.0 is above lr"),
         ("deepspeed.train_batch_size=8", "deepspeed.train_batch_size is derived; set train.batch_tokens instead"),
-        ("deepspeed.zero_optimisation=1", "is no DeepSpeed key; the nearest is zero_optimization"),
+        ("deepspeed.zero_optimisation=1", "is not a DeepSpeed key; the nearest is zero_optimization"),
         ("model.positions=32", "data.context_tokens 64 is longer than model.positions 32"),
         ("optimizer.lr=.inf", "optimizer.lr"),
         ("model.layer_scale=.nan", "model.layer_scale"),
@@ -191,3 +192,29 @@ def test_the_verb(run: Run) -> None:
     assert "# parameters       37,156" in printed
     assert "# total tokens     3,584" in printed
     fail(tostlm("config", str(run.file), "model.widht=7"), "model.widht", "model.width")
+
+
+def unmarked_keys(section: type[Section], prefix: str = "") -> list[str]:
+    """Return the keys that are neither fixed nor free on resume, nor a section or a tuple of sections."""
+    found = []
+    for name, field in section.model_fields.items():
+        marks = [mark for mark in field.metadata if isinstance(mark, OnResume)]
+        inner = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+        sections = [kind for kind in inner if issubclass(kind, Section)]
+        found += [key for kind in sections for key in unmarked_keys(kind, f"{prefix}{name}.")]
+        if len(marks) + len(sections) != 1:
+            found.append(f"{prefix}{name}")
+    return found
+
+
+def test_every_key_says_whether_a_resumed_run_may_change_it() -> None:
+    assert unmarked_keys(RunConfig) == []
+
+
+def test_the_keys_that_a_resumed_run_must_keep(run: Run) -> None:
+    config = run.config(blend("{path: a, weight: 3}, {path: b, weight: 1}"), curriculum((2, 32)))
+    assert [key for key, _ in fixed_keys(config)] == [
+        *("seed", "model", "data.blend.0.weight", "data.blend.1.weight", "data.context_tokens"),
+        *("data.reset_at_documents", "data.within_documents", "data.stateful"),
+        *("data.curriculum.0.until_step", "data.curriculum.0.context_tokens", "train.batch_tokens"),
+    ]

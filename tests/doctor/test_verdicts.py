@@ -160,7 +160,7 @@ def test_a_slow_answer_is_no_skew() -> None:
             ["train.context_parallel_size=4"],
             [CPU] * 2,
             FAIL,
-            "2 ranks are no whole groups of train.context_parallel_size 4",
+            "2 ranks do not form whole groups of train.context_parallel_size 4",
         ),
         (["deepspeed.bf16.enabled=true"], [gpu(0), gpu(1, suits=False)], FAIL, "bf16, which rank 1 on a cannot"),
         (

@@ -51,7 +51,7 @@ def test_a_range_of_nodes_is_not_told_of_tasks(run: Run) -> None:
         (["--nodes", "2", "--gpus-per-node", "3"], ["into 6 ranks"]),
         (
             ["--nodes", "2", "train.context_parallel_size=4"],
-            ["2 ranks are no whole groups of train.context_parallel_size 4"],
+            ["2 ranks do not form whole groups of train.context_parallel_size 4"],
         ),
         (["--nodes", "x"], ["--nodes x must be a number, or the fewest and the most"]),
         (["--nodes", "4-2"], ["--nodes 4-2 must be"]),

@@ -127,7 +127,7 @@ def test_a_blend_in_stages_resumes_exactly(run: Run, data: Path, digits: Path) -
     assert {(kind, key): run.metrics(kind, key) for kind, key in reported} == before
     shutil.rmtree(checkpoints(run.dir)[-1])
     weights = blend((data, 0.6), (digits, 0.4))
-    fail(run.train(*overrides, *weights, nproc=2), "has data weights=[0.7, 0.3], this run data weights=[0.6, 0.4]")
+    fail(run.train(*overrides, *weights, nproc=2), "has data.blend.0.weight=0.7, this run data.blend.0.weight=0.6")
     others = blend((digits, 0.7), (data, 0.3))
     fail(run.train(*overrides, *others, nproc=2), f"was trained on other data than {digits}, {data} hold")
 

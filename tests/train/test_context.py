@@ -116,6 +116,6 @@ def test_what_does_not_split(run: Run, overrides: list[str], words: str) -> None
 def test_ranks_that_make_no_whole_groups(run: Run) -> None:
     line = fail(
         run.train("train.context_parallel_size=2", nproc=3),
-        "3 ranks are no whole groups of train.context_parallel_size 2",
+        "3 ranks do not form whole groups of train.context_parallel_size 2",
     )
     assert "start a multiple of it" in line

@@ -24,7 +24,7 @@ from tostlm.checkpoint.layout import (
     step_folders,
 )
 from tostlm.checkpoint.save import clear_unfinished, data_sha256
-from tostlm.config import RunConfig, load_config
+from tostlm.config import RunConfig, fixed_keys, load_config
 from tostlm.data import Tokenizer
 from tostlm.errors import UserError
 from tostlm.files import sha256_of
@@ -113,30 +113,21 @@ def check_resumable(config: RunConfig, tokenizer: Tokenizer, checkpoint: Path) -
     """
     folders = ", ".join(map(str, config.data.folders))
     way_out = "choose another run_dir, or put the old value back"
-    theirs = _identity(load_config(checkpoint / CONFIG))
-    for key, value in _identity(config).items():
-        if value != theirs[key]:
-            raise UserError(f"checkpoint {checkpoint} has {key}={theirs[key]}, this run {key}={value}; {way_out}")
+    theirs, ours = _fixed_on_resume(load_config(checkpoint / CONFIG)), _fixed_on_resume(config)
+    for key in {**theirs, **ours}:
+        if (old := theirs.get(key, "unset")) != (new := ours.get(key, "unset")):
+            raise UserError(f"checkpoint {checkpoint} has {key}={old}, this run {key}={new}; {way_out}")
     if Tokenizer.of_folder(checkpoint).sha256 != tokenizer.sha256:
         raise UserError(f"checkpoint {checkpoint} was trained with another tokenizer than {folders}; {way_out}")
     if read_train_state(checkpoint).data_sha256 != data_sha256(config):
         raise UserError(f"checkpoint {checkpoint} was trained on other data than {folders} holds; {way_out}")
 
 
-def _identity(config: RunConfig) -> dict[str, Any]:
-    """What a resumed run must share with its checkpoint for its losses to continue."""
-    return {
-        **{f"model.{key}": value for key, value in asdict(config.model).items()},
-        "seed": config.seed,
-        "data weights": [weight for _, weight in config.data.sets],
-        "data.context_tokens": config.data.context_tokens,
-        "data.curriculum": [(stage.until_step, stage.context_tokens) for stage in config.data.curriculum],
-        "data.reset_at_documents": config.data.reset_at_documents,
-        "data.within_documents": config.data.within_documents,
-        "data.stateful": config.data.stateful,
-        "train.batch_tokens": config.train.batch_tokens,
-        "precision": config.precision,
-    }
+def _fixed_on_resume(config: RunConfig) -> dict[str, Any]:
+    """Return what a resumed run must share with its checkpoint, so that its losses continue."""
+    values = dict(fixed_keys(config))
+    model = {f"model.{key}": value for key, value in asdict(values.pop("model")).items()}
+    return {**model, **values, "precision": config.precision}
 
 
 def resume(engine: Any, checkpoint: Path) -> TrainState:

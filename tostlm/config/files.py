@@ -101,7 +101,7 @@ def _explain(problem: Any) -> str:
         return f"{key.rpartition('.')[0]} needs {location[-1] + 1} values or more"
     if problem["type"] == "union_tag_invalid":
         tag, known = problem["ctx"]["tag"], sorted(MIXERS)
-        return f"{key}.mixer {tag!r} is no mixer; use {', '.join(known)}{nearest(tag, known)}"
+        return f"{key}.mixer {tag!r} is not a mixer; use {', '.join(known)}{nearest(tag, known)}"
     if problem["type"] == "union_tag_not_found":
         return f"{key}.mixer is missing; name one of {', '.join(sorted(MIXERS))}"
     if problem["type"].startswith("missing"):

@@ -1,4 +1,4 @@
-"""The sections of a run's config, strict and frozen, and what is derived from them."""
+"""The sections of a run's config, and what is derived from them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,21 @@ from typing import Annotated, Any, Literal, NamedTuple, Union
 import pydantic
 import torch
 
-from tostlm.config.training import Positive, Section, TrainConfig
+from tostlm.config.fields import (
+    Fixed,
+    Free,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
 from tostlm.errors import UserError
 from tostlm.model import MIXERS, ModelConfig
 
 Share = Annotated[float, pydantic.Field(ge=0, lt=1)]
 
-# What tostlm derives from its own keys, and the key to set instead.
+# DeepSpeed keys that are derived from tostlm's own, and the key to set instead.
 DERIVED_DEEPSPEED_KEYS = {
     "train_batch_size": "train.batch_tokens",
     "train_micro_batch_size_per_gpu": "train.micro_batch_tokens",
@@ -27,7 +35,7 @@ DERIVED_DEEPSPEED_KEYS = {
     "optimizer": "optimizer",
     "scheduler": "optimizer.schedule",
 }
-# DeepSpeed takes unknown top-level keys in silence (blocks inside it check their own), so they are known here.
+# DeepSpeed ignores unknown top-level keys (its inner blocks check their own), so the known ones are listed here.
 DEEPSPEED_KEYS = (
     "aio",
     "bf16",
@@ -74,50 +82,50 @@ class RunModelConfig(ModelConfig):
 
 
 class BlendedSet(Section):
-    """A prepared folder and its share of the samples, relative to the other weights."""
+    """A prepared folder of a blend."""
 
-    path: Path
-    weight: Annotated[float, pydantic.Field(gt=0)]
+    path: Free[Path]  # a folder made by `tostlm prepare`
+    weight: Fixed[PositiveFloat]  # share of the samples, relative to the other weights
 
 
 class CurriculumStage(Section):
-    """The context before step `until_step`."""
+    """An earlier stage of a curriculum of context lengths."""
 
-    until_step: Positive
-    context_tokens: Positive
+    until_step: Fixed[PositiveInt]  # the next stage starts after this step
+    context_tokens: Fixed[PositiveInt]
 
 
 class DataConfig(Section):
-    """Which tokens a run reads, and how many at once."""
+    """The tokens a run trains on. One of `path` and `blend` is set."""
 
-    path: Path | None = None  # a folder made by `tostlm prepare`
-    blend: tuple[BlendedSet, ...] = ()  # or several, made with one tokenizer
-    context_tokens: Positive
-    reset_at_documents: bool = False  # forget at every document end that is read
-    within_documents: bool = False  # windows of one document each, of documents that long
-    stateful: bool = False  # rows read their documents on from step to step; the model remembers across windows
-    curriculum: tuple[CurriculumStage, ...] = ()  # earlier stages, before context_tokens takes over
-    verify_checksums: bool = True  # read every shard once before training
+    path: Free[Path | None] = None  # a folder made by `tostlm prepare`
+    blend: tuple[BlendedSet, ...] = ()  # several such folders, made with one tokenizer
+    context_tokens: Fixed[PositiveInt]  # tokens of a training sequence, over all stages at most
+    reset_at_documents: Fixed[bool] = False  # no influence across the documents of a sequence
+    within_documents: Fixed[bool] = False  # each sequence from one document, of documents that are long enough
+    stateful: Fixed[bool] = False  # sequences continue from step to step, and the model's state with them
+    curriculum: tuple[CurriculumStage, ...] = ()  # stages of shorter contexts before context_tokens
+    verify_checksums: Free[bool] = True  # of the shards, before training
 
     @property
     def sets(self) -> tuple[tuple[Path, float], ...]:
-        """Every prepared folder that is read, and its weight."""
+        """Every prepared folder and its weight."""
         return ((self.path, 1.0),) if self.path else tuple((part.path, part.weight) for part in self.blend)
 
     @property
     def folders(self) -> list[Path]:
-        """Every prepared folder that is read."""
+        """Every prepared folder."""
         return [folder for folder, _ in self.sets]
 
     @property
     def stages(self) -> tuple[tuple[int, int], ...]:
-        """First step and context in tokens of every stage, in order."""
+        """First step and context length in tokens of every stage, in order."""
         first_steps = (0, *(stage.until_step for stage in self.curriculum))
         contexts = (*(stage.context_tokens for stage in self.curriculum), self.context_tokens)
         return tuple(zip(first_steps, contexts, strict=True))
 
     @pydantic.model_validator(mode="after")
-    def _one_way_to_name_sets(self) -> DataConfig:
+    def _path_or_blend(self) -> DataConfig:
         if (self.path is None) == (not self.blend):
             raise ValueError("set one of path, a prepared folder, and blend, a list of {path, weight}")
         folders = [part.path for part in self.blend]
@@ -140,17 +148,55 @@ class DataConfig(Section):
         return self
 
 
-class OptimizerConfig(Section):
-    """AdamW and its learning rate."""
+class TrainConfig(Section):
+    """How a run trains, what it reports, saves and survives. Batches are in tokens."""
 
-    lr: Annotated[float, pydantic.Field(gt=0)]
-    min_lr: Annotated[float, pydantic.Field(ge=0)]
-    schedule: Literal["cosine", "wsd"] = "cosine"
-    warmup_steps: Annotated[int, pydantic.Field(ge=0)]
-    decay_steps: Positive | None = None  # of the final decay; wsd only
-    betas: tuple[Share, Share] = (0.9, 0.95)
-    eps: Annotated[float, pydantic.Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, pydantic.Field(ge=0)]
+    steps: Free[PositiveInt]
+    batch_tokens: Fixed[PositiveInt]  # per step, over all ranks
+    micro_batch_tokens: Free[PositiveInt]  # per forward and backward pass of one rank
+    context_parallel_size: Free[PositiveInt] = 1  # neighbouring ranks that share each sequence
+    activation_checkpointing_every: Free[PositiveInt | None] = None  # recompute every n-th block in the backward pass
+    compile: Free[bool] = False  # torch.compile each block
+
+    log_every_steps: Free[PositiveInt] = 10
+    statistics_every_steps: Free[PositiveInt | None] = None  # of the mixers, such as TSSA's membership entropy
+    profile_steps: Free[tuple[PositiveInt, PositiveInt] | None] = None  # first and last step of a profiler trace
+    wandb_project: Free[str | None] = None  # log to Weights & Biases, beside TensorBoard
+    eval_every_steps: Free[PositiveInt] = 1000
+    eval_tokens: Free[PositiveInt]  # held-out tokens per evaluation
+
+    save_every_steps: Free[PositiveInt] = 1000
+    save_in_background: Free[bool] = True  # write checkpoints while training continues
+    save_weights: Free[bool] = True  # also a file of the weights alone, for evaluation and conversion elsewhere
+    keep_last_checkpoints: Free[PositiveInt | None] = None  # None keeps all
+    keep_every_steps: Free[PositiveInt | None] = None  # keep the checkpoints of multiples of this too
+    keep_best_checkpoint: Free[bool] = False  # keep that of the lowest validation loss too
+
+    time_limit_minutes: Free[PositiveFloat | None] = None  # then save and exit, to be started again
+    hang_timeout_seconds: Free[PositiveInt] = 600  # the job ends within it when a rank makes no progress
+    bad_steps_before_rollback: Free[PositiveInt] = 5  # in a row; of a bad step loss or gradient are not finite
+    rollbacks_before_stop: Free[NonNegativeInt] = 3
+    spike_zscore: Free[PositiveFloat | None] = None  # standard deviations above the mean that make a loss bad
+    spike_window_steps: Free[Annotated[int, pydantic.Field(ge=2)]] = 100  # good steps of that mean and deviation
+
+    @pydantic.model_validator(mode="after")
+    def _profile_steps_in_order(self) -> TrainConfig:
+        if self.profile_steps is not None and self.profile_steps[1] < self.profile_steps[0]:
+            raise ValueError(f"profile_steps {list(self.profile_steps)} must be a first step and a last step")
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW and its learning-rate schedule."""
+
+    lr: Free[PositiveFloat]
+    min_lr: Free[NonNegativeFloat]
+    schedule: Free[Literal["cosine", "wsd"]] = "cosine"
+    warmup_steps: Free[NonNegativeInt]
+    decay_steps: Free[PositiveInt | None] = None  # steps of the final decay; with schedule wsd
+    betas: Free[tuple[Share, Share]] = (0.9, 0.95)
+    eps: Free[PositiveFloat] = 1e-8
+    weight_decay: Free[NonNegativeFloat]
 
     @pydantic.model_validator(mode="after")
     def _schedule_is_whole(self) -> OptimizerConfig:
@@ -162,15 +208,15 @@ class OptimizerConfig(Section):
 
 
 class RunConfig(Section):
-    """Everything that decides a run."""
+    """Everything that determines a run. `deepspeed` is DeepSpeed's own configuration, passed on as it is."""
 
-    run_dir: Path
-    seed: Annotated[int, pydantic.Field(ge=0, lt=1 << 63)] = 0
-    model: RunModelConfig
+    run_dir: Free[Path]
+    seed: Fixed[Annotated[int, pydantic.Field(ge=0, lt=1 << 63)]] = 0
+    model: Fixed[RunModelConfig]
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizerConfig
-    deepspeed: dict[str, Any] = pydantic.Field(default_factory=dict)
+    deepspeed: Free[dict[str, Any]] = pydantic.Field(default_factory=dict)
 
     @pydantic.model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
@@ -185,14 +231,14 @@ class RunConfig(Section):
                 f"data.curriculum until_step {last_stage} must be below train.steps {self.train.steps}; "
                 "data.context_tokens takes over there"
             )
-        self._whole_contexts()
-        self._mixers_share_contexts()
-        self._carried_state_fits()
+        self._check_divisibility()
+        self._check_context_parallelism()
+        self._check_stateful()
         for key in self.deepspeed:
             if key in DERIVED_DEEPSPEED_KEYS:
                 raise ValueError(f"deepspeed.{key} is derived; set {DERIVED_DEEPSPEED_KEYS[key]} instead")
             if key not in DEEPSPEED_KEYS:
-                raise ValueError(f"deepspeed.{key} is no DeepSpeed key{nearest(key, DEEPSPEED_KEYS)}")
+                raise ValueError(f"deepspeed.{key} is not a DeepSpeed key{nearest(key, DEEPSPEED_KEYS)}")
             if key in DEEPSPEED_BLOCKS and not isinstance(self.deepspeed[key], dict):
                 raise ValueError(f"deepspeed.{key} is {self.deepspeed[key]!r}; it must be a mapping of keys")
         clip = self.deepspeed.get("gradient_clipping", 0.0)
@@ -200,7 +246,7 @@ class RunConfig(Section):
             raise ValueError(f"deepspeed.gradient_clipping is {clip!r}; it must be a number, 0 for none")
         return self
 
-    def _whole_contexts(self) -> None:
+    def _check_divisibility(self) -> None:
         group = self.train.context_parallel_size
         for _, context in self.data.stages:
             if context % group:
@@ -219,7 +265,7 @@ class RunConfig(Section):
                         f"try {_nearest_multiple(tokens, unit // math.gcd(unit, ranks))}"
                     )
 
-    def _mixers_share_contexts(self) -> None:
+    def _check_context_parallelism(self) -> None:
         heads, group = self.model.heads, self.train.context_parallel_size
         for options in self.model.layers if group > 1 else ():
             way = MIXERS[options.mixer].context_parallel
@@ -231,7 +277,7 @@ class RunConfig(Section):
                     f"layers need; try train.context_parallel_size={math.gcd(heads, group)}"
                 )
 
-    def _carried_state_fits(self) -> None:
+    def _check_stateful(self) -> None:
         if not self.data.stateful:
             return
         growing = [options.mixer for options in self.model.layers if not MIXERS[options.mixer].constant_state]
@@ -247,16 +293,17 @@ class RunConfig(Section):
 
     @property
     def tokens(self) -> int:
-        """Tokens of the whole run."""
+        """Training tokens of the whole run."""
         return self.train.steps * self.train.batch_tokens
 
     @property
     def zero_stage(self) -> int:
+        """DeepSpeed's ZeRO stage, 0 to 3."""
         return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
 
     @property
     def precision(self) -> str:
-        """What matrices are multiplied in, and whether by casting (autocast) or by keeping the weights in it."""
+        """How matrices are multiplied: fp32, bf16 or fp16 weights, or "autocast DTYPE" with fp32 weights."""
         for dtype in ("bf16", "fp16"):
             if self.deepspeed.get(dtype, {}).get("enabled"):
                 return dtype
@@ -265,7 +312,7 @@ class RunConfig(Section):
 
 
 def matmul_dtype(config: RunConfig) -> torch.dtype:
-    """What a run multiplies matrices in."""
+    """Return the dtype of a run's matrix products."""
     name = config.precision.removeprefix("autocast ").removeprefix("torch.")
     return {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16}.get(
         name, torch.float32
@@ -273,23 +320,24 @@ def matmul_dtype(config: RunConfig) -> torch.dtype:
 
 
 class BatchPlan(NamedTuple):
-    """How one step's tokens are shared out, at contexts of `data.context_tokens`."""
+    """How the tokens of a step are divided, in sequences of `data.context_tokens`."""
 
-    sequences: int  # a step, over all ranks
-    micro_sequences: int  # a forward and backward pass of one group of `train.context_parallel_size` ranks
-    accumulation: int  # passes of one rank a step
+    sequences: int  # per step, over all ranks
+    micro_sequences: int  # per forward and backward pass of one context-parallel group
+    accumulation: int  # gradient accumulation steps: passes of one rank per step
 
 
 def batch_plan(config: RunConfig, world_size: int) -> BatchPlan:
-    """How `world_size` ranks share a step.
+    """Return how `world_size` ranks divide a step.
 
     Raises:
-        UserError: the ranks are no whole groups, or the step does not divide into that many equal shares.
+        UserError: the ranks do not form whole context-parallel groups, or the step does not divide equally.
     """
     train, group = config.train, config.train.context_parallel_size
     if world_size % group:
         raise UserError(
-            f"{world_size} ranks are no whole groups of train.context_parallel_size {group}; start a multiple of it"
+            f"{world_size} ranks do not form whole groups of train.context_parallel_size {group}; "
+            "start a multiple of it"
         )
     per_pass = world_size * train.micro_batch_tokens
     if train.batch_tokens % per_pass:
@@ -307,7 +355,7 @@ def batch_plan(config: RunConfig, world_size: int) -> BatchPlan:
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
-    """The end of a message on an unknown key: the known one most like it, if any is."""
+    """Return the end of an error message on an unknown key: the most similar known one, if there is one."""
     match = difflib.get_close_matches(key, list(known), n=1)
     return f"; the nearest is {match[0]}" if match else ""
 
