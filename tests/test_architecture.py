@@ -1,6 +1,7 @@
 """The arrows between the packages, held: who may import whom."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -76,3 +77,14 @@ def test_the_operator_and_the_models_import_torch_alone() -> None:
 def test_files_are_short_enough_to_read() -> None:
     for path in FILES:
         assert len(path.read_text().splitlines()) <= 500, path
+
+
+def test_the_stops_in_the_design_document_exist() -> None:
+    """Every FILE:NAME of docs/design.md is a name in that file, and no way has more than ten stops."""
+    text = (ROOT / "docs" / "design.md").read_text()
+    for path, name in re.findall(r"`(tostlm/[\w/]+\.py)(?::(\w+))?`", text):
+        tree = ast.parse((ROOT / path).read_text())
+        assert not name or name in {getattr(node, "name", None) for node in tree.body}, f"{path}:{name}"
+    ways = [section for section in text.split("\n## ") if section.startswith("The way of")]
+    assert len(ways) == 3
+    assert all(3 <= len(re.findall(r"^\d+\. ", way, re.MULTILINE)) <= 10 for way in ways)
