@@ -201,11 +201,12 @@ def test_every_parameter_of_gpt2_is_carried_over(trained: dict[str, Run], export
     assert all((p == 0).all() for name, p in model.named_parameters() if name.endswith("bias"))
 
 
-def test_hybrids_and_bf16(trained: dict[str, Run], tmp_path: Path) -> None:
+def test_hybrids_and_bf16(trained: dict[str, Run], exported: dict[str, Path], tmp_path: Path) -> None:
     checkpoint = load_checkpoint(trained["tssa"].dir)
     shape = dataclasses.replace(checkpoint.config.model, layers=TSSA + SOFTMAX, positions=64)
     lm = create_lm(shape, 0).to(torch.bfloat16).eval()
     export_hf(checkpoint._replace(lm=lm), tmp_path / "hybrid")
+    transformers.AutoModelForCausalLM.from_pretrained(exported["tssa"], trust_remote_code=True)  # other mixers' files
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid", trust_remote_code=True, dtype="auto")
     tokens = torch.arange(3, 53)[None]
     assert model.dtype == torch.bfloat16

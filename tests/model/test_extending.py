@@ -12,6 +12,8 @@ import pytest
 
 from tests.conftest import ROOT, Run
 from tostlm.checkpoint import checkpoints
+from tostlm.model import Mixer
+from tostlm.model.mixers.tssa import TSSAOptions
 
 MIXER = "decaying_sum"
 LAYERS = f"model.layers=[{{mixer: {MIXER}, decay: 0.8}}, {{mixer: tssa}}]"
@@ -92,3 +94,8 @@ def test_a_mixer_in_one_file(package: Path, run: Run, tmp_path: Path) -> None:
 def test_a_mixer_that_cannot_share_contexts_says_so(package: Path, run: Run) -> None:
     command = ["-m", "tostlm", "train", str(run.file), LAYERS, "train.context_parallel_size=2", "--nproc", "2"]
     assert f"{MIXER} layers cannot share a context" in python(package, *command, fails=True)
+
+
+def test_two_mixers_cannot_share_a_name() -> None:
+    with pytest.raises(TypeError, match="'tssa' is taken or empty"):
+        type("Other", (Mixer,), {"options_class": TSSAOptions})

@@ -46,7 +46,7 @@ class LMState(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the context takes."""
-        layers = sum(x.nbytes for layer in self.layers for x in layer)
+        layers = sum(int(x.nbytes) for layer in self.layers for x in layer)
         return layers if self.document_start is None else layers + self.document_start.nbytes
 
 
@@ -89,7 +89,8 @@ class MLP(nn.Module):
         self.out_proj = nn.Linear(4 * config.width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out_proj(F.gelu(self.in_proj(x)))
+        y: Tensor = self.out_proj(F.gelu(self.in_proj(x)))
+        return y
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:

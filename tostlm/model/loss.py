@@ -30,7 +30,8 @@ def mean_cross_entropy(
     """
     scored = (targets != IGNORE).sum().clamp_min(1)
     learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return _SumCrossEntropy.apply(x.flatten(0, -2), weight, targets.flatten(), learns) / scored
+    total: Tensor = _SumCrossEntropy.apply(x.flatten(0, -2), weight, targets.flatten(), learns)
+    return total / scored
 
 
 class _SumCrossEntropy(torch.autograd.Function):

@@ -47,7 +47,11 @@ class Mixer(nn.Module):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        MIXERS[cls.options_class.mixer] = cls
+        name = cls.options_class.mixer
+        taken = MIXERS.get(name)
+        if not name or (taken is not None and (taken.__module__, taken.__name__) != (cls.__module__, cls.__name__)):
+            raise TypeError(f"the options of {cls.__name__} must name a mixer of their own; {name!r} is taken or empty")
+        MIXERS[name] = cls
 
     def __init__(self, config: ModelConfig, options: Any) -> None:
         """Build the mixer of one block, its parameters uninitialized; `options` is an instance of `options_class`."""
