@@ -52,7 +52,7 @@ def _run() -> int:
             print("\ntostlm: interrupted; the same command goes on from what is finished", file=sys.stderr)
         code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
         if _is_rank():
-            exit_rank(code, silent=code == EXIT_USER_ERROR)  # which rank 0 has found for all, and says
+            exit_rank(code, silent=code in (EXIT_USER_ERROR, EXIT_LOST_RANK))  # rank 0 reports what it found for all
         return code
     except Exception:
         return _defect()

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import deepspeed.accelerator.cpu_accelerator as cpu
 import torch
 import torch.distributed as dist
+from tostlm.train.carry import RecurrentState
+from tostlm.train.schedule import learning_rate
 
 from tests.processes import on_ranks
 from tostlm.checkpoint.deepspeed_state import gather_state, loss_scale, state_numels, whole_weights
@@ -19,9 +21,7 @@ from tostlm.data import common_tokenizer
 from tostlm.launch import RankInfo
 from tostlm.model import create_lm
 from tostlm.train.batches import Batch, training_loader
-from tostlm.train.carry import RecurrentState
 from tostlm.train.engine import start_engine, train_step
-from tostlm.train.schedule import learning_rate
 
 KEPT_STEP, LAST_STEP = 3, 6  # of a job: the one it saves, and goes on from if it is to; and its end
 CARRY = {"sums": torch.arange(6, dtype=torch.float64).view(2, 3), "reset": torch.tensor([True, False])}

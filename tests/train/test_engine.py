@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tostlm.train.carry import RecurrentState
 
 from tests.conftest import Run
 from tests.processes import on_ranks
@@ -17,7 +18,6 @@ from tostlm.checkpoint.deepspeed_state import whole_weights
 from tostlm.launch import RankInfo
 from tostlm.model import create_lm
 from tostlm.train.batches import Batch, training_loader
-from tostlm.train.carry import RecurrentState
 from tostlm.train.engine import StepResult, start_engine, train_step
 
 ACCUMULATE = "data_types.grad_accum_dtype=fp32"

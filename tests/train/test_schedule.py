@@ -1,9 +1,9 @@
 """The learning rate as a function of the step."""
 
 import pytest
+from tostlm.train.schedule import learning_rate
 
 from tests.conftest import Run
-from tostlm.train.schedule import learning_rate
 
 
 def test_cosine(run: Run) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tostlm.train.heartbeat import FAILED, PARTED, Heartbeat, culprits, read_heartbeats
 
 from tests.conftest import Run, succeed
 from tests.train.test_training import wait_for_a_checkpoint
@@ -17,7 +18,6 @@ from tostlm.checkpoint import checkpoints, step_of
 from tostlm.data import Loader
 from tostlm.errors import EXIT_LOST_RANK
 from tostlm.launch.local import rank_env
-from tostlm.train.heartbeat import FAILED, PARTED, Heartbeat, culprits, read_heartbeats
 
 pytestmark = pytest.mark.alone
 

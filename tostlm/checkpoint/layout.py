@@ -56,11 +56,15 @@ class TrainState(NamedTuple):
     zero_stage: int = 0
     data_sha256: str = ""  # of what the prepared folders hold
 
-    def after(self, skipped: bool) -> TrainState:
-        """One step on."""
+    def advance(self, skipped: bool) -> TrainState:
+        """Return the state after one more step, whose update was `skipped` or not."""
         return self._replace(
             step=self.step + 1, data_step=self.data_step + 1, skipped_steps=self.skipped_steps + skipped
         )
+
+    def evaluated(self, validation_loss: float) -> TrainState:
+        """Return the state after an evaluation with this mean loss in nats."""
+        return self._replace(validation_loss=validation_loss)
 
 
 class Checkpoint(NamedTuple):

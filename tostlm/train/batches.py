@@ -1,88 +1,112 @@
-"""From a config's prepared folders to batches on the device, made while the step before them runs."""
+"""What one rank reads: batches from the prepared data, prefetched to its device, and the state carried between them.
+
+Shapes: B sequences, T tokens of each on this rank. With context parallelism the ranks of a group read the same
+sequences, and each holds T = context / group size of their tokens.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tostlm.config import RunConfig, batch_plan
-from tostlm.data import TRAIN, VALIDATION, ContextStage, Loader, NumpyBatch, TokenSet
+from tostlm.config import BatchPlan, RunConfig, batch_plan
+from tostlm.data import (
+    TRAIN,
+    VALIDATION,
+    ContextStage,
+    Loader,
+    NumpyBatch,
+    Tokenizer,
+    TokenSet,
+    common_tokenizer,
+)
 from tostlm.launch import RankInfo
-from tostlm.model import LMState
+from tostlm.model import IGNORE, LM, LMState, state_tensors
 
-AHEAD = 2  # batches
+PREFETCHED_BATCHES = 2
 
 
 class Batch(NamedTuple):
-    """A rank's `tostlm.data.NumpyBatch`, or a piece of each of its sequences, as tensors: [sequences, tokens] each."""
+    """The tensors of one rank's batch.
 
-    inputs: Tensor
-    targets: Tensor
-    resets: Tensor | None
-    group: dist.ProcessGroup | None = None  # whose ranks have the other pieces
+    With a `group`, each rank of it holds its own slice of the tokens of the same sequences.
+    """
+
+    inputs: Tensor  # int64 [B, T]
+    targets: Tensor  # int64 [B, T]: the token after each input, or IGNORE
+    document_start_mask: Tensor | None  # bool [B, T]: True where the model forgets all earlier tokens
+    group: dist.ProcessGroup | None = None
 
     @classmethod
-    def of(cls, batch: NumpyBatch, piece: int = 0, pieces: int = 1) -> Batch:
-        """The whole batch, or one of several equal pieces of each sequence's tokens."""
-        tokens = batch.inputs.shape[1] // pieces
-        own = np.s_[:, piece * tokens : (piece + 1) * tokens]
+    def from_numpy(cls, batch: NumpyBatch, group: dist.ProcessGroup | None = None) -> Batch:
+        """Return a batch as tensors; with a `group`, only this rank's slice of each sequence."""
+        if group is None:
+            return cls.from_slice(batch, 0, 1)
+        return cls.from_slice(batch, group.rank(), group.size())._replace(group=group)
 
-        def tensor(part: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(part[own]))
-
-        resets = None if batch.resets is None else tensor(batch.resets)
-        return cls(tensor(batch.inputs), tensor(batch.targets), resets)
-
-    def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """The same rows with each tensor changed."""
-        resets = None if self.resets is None else change(self.resets)
-        return Batch(change(self.inputs), change(self.targets), resets, self.group)
+    @classmethod
+    def from_slice(cls, batch: NumpyBatch, index: int, count: int) -> Batch:
+        """Return slice number `index` of `count` equal slices of every sequence's tokens."""
+        tokens = batch.inputs.shape[1] // count
+        inputs, targets, mask = (
+            None if array is None else torch.from_numpy(array[:, index * tokens : (index + 1) * tokens].copy())
+            for array in batch
+        )
+        assert inputs is not None and targets is not None
+        return cls(inputs, targets, mask)
 
     @property
     def context(self) -> int:
-        """Tokens of a whole sequence."""
+        """Tokens of a whole sequence, over all ranks of the group."""
         return self.inputs.shape[1] * (1 if self.group is None else self.group.size())
 
-    def loss(self, lm: Any, state: LMState | None = None) -> tuple[Tensor, LMState]:
-        """The mean loss in nats of an LM, or of an engine around one, and the state after the whole sequences."""
-        return lm(self.inputs, state, targets=self.targets, document_start_mask=self.resets, group=self.group)
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with `function` applied to each tensor."""
+        mask = None if self.document_start_mask is None else function(self.document_start_mask)
+        return Batch(function(self.inputs), function(self.targets), mask, self.group)
 
-    def split(self, parts: int) -> list[Batch]:
-        """Equal parts of the sequences."""
-        inputs, targets = self.inputs.chunk(parts), self.targets.chunk(parts)
-        resets = [None] * parts if self.resets is None else self.resets.chunk(parts)
-        return [Batch(*part, self.group) for part in zip(inputs, targets, resets, strict=True)]
+    def split(self, count: int) -> list[Batch]:
+        """Return `count` micro-batches of equally many sequences, in order."""
+        inputs, targets = self.inputs.chunk(count), self.targets.chunk(count)
+        masks = [None] * count if self.document_start_mask is None else self.document_start_mask.chunk(count)
+        return [Batch(*part, self.group) for part in zip(inputs, targets, masks, strict=True)]
 
 
-def training_loader(config: RunConfig) -> Loader:
-    """What the run trains on.
+class RunData(NamedTuple):
+    """Everything a run reads, opened once, and how its ranks share a batch."""
+
+    tokenizer: Tokenizer
+    training: Loader
+    validation: Loader  # one sequence a step
+    validation_sequences: int  # read by each evaluation, whatever the number of ranks
+    plan: BatchPlan
+
+
+def open_data(config: RunConfig, world_size: int) -> RunData:
+    """Open the prepared folders of a run.
 
     Raises:
-        UserError: a set is damaged or has no window of some stage.
+        UserError: the ranks cannot share the batch equally, a folder is damaged, the folders have different
+            tokenizers, or a split has no sequence of `data.context_tokens`.
     """
+    plan = batch_plan(config, world_size)
+    tokenizer = common_tokenizer(config.data.folders, config.model.vocab_size)
     tokens = config.train.batch_tokens
     stages = [ContextStage(step, context, tokens // context) for step, context in config.data.stages]
-    return _loader(config, TRAIN, stages, stateful=config.data.stateful)
+    training = _open_loader(config, TRAIN, stages, stateful=config.data.stateful)
+    validation = _open_loader(config, VALIDATION, [ContextStage(0, config.data.context_tokens, 1)], stateful=False)
+    return RunData(tokenizer, training, validation, validation.steps_within(config.train.eval_tokens), plan)
 
 
-def validation_loader(config: RunConfig, world_size: int) -> Loader:
-    """What the run is evaluated on, in batches that are one pass of each group of ranks.
-
-    Raises:
-        UserError: a set is damaged or has no window of `data.context_tokens`.
-    """
-    sequences = batch_plan(config, world_size).micro_sequences * world_size // config.train.context_parallel_size
-    return _loader(config, VALIDATION, [ContextStage(0, config.data.context_tokens, sequences)], stateful=False)
-
-
-def _loader(config: RunConfig, split: str, stages: list[ContextStage], stateful: bool) -> Loader:
+def _open_loader(config: RunConfig, split: str, stages: list[ContextStage], stateful: bool) -> Loader:
     sets = [(TokenSet(folder, split), weight) for folder, weight in config.data.sets]
     return Loader(
         sets,
@@ -94,36 +118,130 @@ def _loader(config: RunConfig, split: str, stages: list[ContextStage], stateful:
     )
 
 
-def prefetch(
-    loader: Loader, steps: range, ranks: RankInfo, device: torch.device, group: dist.ProcessGroup | None = None
-) -> Generator[Batch]:
-    """This rank's batches of `steps` on its device, made `AHEAD` of their use by a thread that ends with the iterator.
+class RankBatches:
+    """The training and validation batches of one rank, prefetched to its device.
 
-    The ranks of `group` get the same sequences, each its piece of their tokens.
-
-    Raises:
-        UserError: a shard is damaged.
+    Args:
+        group: the context-parallel group of this rank; None if every rank reads its own sequences.
     """
 
+    def __init__(
+        self, data: RunData, ranks: RankInfo, device: torch.device, group: dist.ProcessGroup | None = None
+    ) -> None:
+        size = 1 if group is None else group.size()
+        self._data, self._device, self._group = data, device, group
+        self._groups, self._group_index = ranks.world_size // size, ranks.rank // size
+
+    def training(self, first_step: int) -> Generator[Batch]:
+        """Yield the training batches from a step on, without end.
+
+        Raises:
+            UserError: a shard is damaged.
+        """
+
+        def read(step: int) -> Batch:
+            return Batch.from_numpy(self._data.training.batch(step, self._group_index, self._groups), self._group)
+
+        return prefetch(read, range(first_step, sys.maxsize), self._device)
+
+    def validation(self) -> Generator[Batch]:
+        """Yield this rank's share of the validation sequences, as micro-batches.
+
+        The sequences are the same for any number of ranks, and every rank yields equally many batches, because the
+        ranks run a forward pass together at ZeRO stage 3. Where the sequences do not divide equally, batches are
+        filled up with sequences whose targets are all IGNORE.
+
+        Raises:
+            UserError: a shard is damaged.
+        """
+        sequences, rows = self._data.validation_sequences, self._data.plan.micro_sequences
+
+        def read(index: int) -> Batch:
+            first = (index * self._groups + self._group_index) * rows
+            read = [self._data.validation.batch(min(n, sequences - 1), 0, 1) for n in range(first, first + rows)]
+            inputs, targets, masks = zip(*read, strict=True)
+            mask = None if masks[0] is None else np.concatenate(masks)
+            batch = NumpyBatch(np.concatenate(inputs), np.concatenate(targets), mask)
+            batch.targets[max(0, sequences - first) :] = IGNORE
+            return Batch.from_numpy(batch, self._group)
+
+        return prefetch(read, range(-(-sequences // (rows * self._groups))), self._device)
+
+
+def prefetch(read: Callable[[int], Batch], steps: range, device: torch.device) -> Generator[Batch]:
+    """Yield `read(step)` for each of `steps`, moved to the device.
+
+    A thread reads up to `PREFETCHED_BATCHES` ahead of their use; it ends with the generator.
+    """
     on_cuda = device.type == "cuda"
-    piece, pieces = (0, 1) if group is None else (group.rank(), group.size())
 
-    def make(step: int) -> Batch:
-        batch = loader.batch(step, ranks.rank // pieces, ranks.world_size // pieces)
-        rows = Batch.of(batch, piece, pieces)._replace(group=group)
-        return rows.each(Tensor.pin_memory) if on_cuda else rows
+    def read_pinned(step: int) -> Batch:
+        batch = read(step)
+        return batch.map(Tensor.pin_memory) if on_cuda else batch
 
-    def choose_device() -> None:  # pinning memory would otherwise start CUDA on the first device too
+    def select_device() -> None:  # pinning memory would otherwise start CUDA on the first device too
         if on_cuda:
             torch.cuda.set_device(device)
 
-    thread = ThreadPoolExecutor(1, "feed", choose_device)
+    thread = ThreadPoolExecutor(1, "prefetch", select_device)
     try:
-        made = deque(thread.submit(make, step) for step in steps[:AHEAD])
+        pending = deque(thread.submit(read_pinned, step) for step in steps[:PREFETCHED_BATCHES])
         for step in steps:
-            rows = made.popleft().result()
-            if step + AHEAD in steps:
-                made.append(thread.submit(make, step + AHEAD))
-            yield rows.each(lambda part: part.to(device, non_blocking=True))
+            batch = pending.popleft().result()
+            if step + PREFETCHED_BATCHES in steps:
+                pending.append(thread.submit(read_pinned, step + PREFETCHED_BATCHES))
+            yield batch.map(lambda tensor: tensor.to(device, non_blocking=True))
     finally:
         thread.shutdown(cancel_futures=True)
+
+
+class RecurrentState:
+    """The model's state after each sequence of a step, which the next step starts from (`data.stateful`).
+
+    Gradients stop there: this is truncated backpropagation through time. The states are held per micro-batch. There
+    are none before the first step, and never any without `data.stateful`. The ranks of a context-parallel group hold
+    the same states.
+    """
+
+    def __init__(self, config: RunConfig, micro_batches: int, ranks: RankInfo) -> None:
+        self._enabled, self._group_size, self._ranks = config.data.stateful, config.train.context_parallel_size, ranks
+        self._states: list[LMState | None] = [None] * micro_batches
+
+    def __getitem__(self, micro_batch: int) -> LMState | None:
+        return self._states[micro_batch]
+
+    def store(self, micro_batch: int, state: LMState) -> None:
+        """Store the state after a micro-batch for the next step, detached from its graph."""
+        if self._enabled:
+            # A stateful model has no position table, so the number of earlier tokens is not used.
+            self._states[micro_batch] = LMState(0, state.detach().layers)
+
+    def reset(self) -> None:
+        """Forget all states, as after a step that was skipped."""
+        self._states = [None] * len(self._states)
+
+    def gather(self) -> dict[str, Tensor]:
+        """Return the states of all sequences of all ranks, on the host, for a checkpoint. Every rank must call this.
+
+        Returns:
+            `LAYER/FIELD` -> [sequences of a step, ...], in the order of the sequences; empty if there are no states.
+        """
+        micro_batches = [state_tensors(state) for state in self._states if state is not None]
+        gathered = {}
+        for name in micro_batches[0] if micro_batches else ():
+            local = torch.cat([tensors[name] for tensors in micro_batches])
+            of_ranks = [torch.empty_like(local) for _ in range(self._ranks.world_size)]
+            dist.all_gather(of_ranks, local)
+            gathered[name] = torch.cat(of_ranks[:: self._group_size]).cpu()
+        return gathered
+
+    def restore(self, gathered: Mapping[str, Tensor], lm: LM, device: torch.device) -> None:
+        """Take this rank's sequences from the result of `gather`, which may come from another number of ranks."""
+        self.reset()
+        if not gathered:
+            return
+        groups, group = self._ranks.world_size // self._group_size, self._ranks.rank // self._group_size
+        count = len(self._states)
+        local = {name: tensor.chunk(groups)[group].to(device).chunk(count) for name, tensor in gathered.items()}
+        for index in range(count):
+            self._states[index] = lm.state_from_tensors({name: parts[index] for name, parts in local.items()})

@@ -1,4 +1,4 @@
-"""DeepSpeed as training sees it: starting the engine, one step. Its insides are in engine_state.py."""
+"""DeepSpeed as training uses it: joining the ranks, starting the engine, one step. Its state is read in checkpoint/."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 import deepspeed
 import pydantic
@@ -21,43 +21,46 @@ from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from torch import Tensor
 
-from tostlm.config import RunConfig, batch_plan
-from tostlm.errors import EXIT_USER_ERROR, UserError
+from tostlm.checkpoint.deepspeed_state import DeepSpeedEngine
+from tostlm.config import BatchPlan, RunConfig
+from tostlm.errors import EXIT_LOST_RANK, EXIT_USER_ERROR, UserError, is_lost_peer
 from tostlm.launch import RankInfo
-from tostlm.model import LM, parameter_groups
-from tostlm.train.batches import Batch
-from tostlm.train.carry import RecurrentState
+from tostlm.model import IGNORE, LM, LMState, parameter_groups
+from tostlm.train.batches import Batch, RecurrentState
 
-Phase = Callable[[str], AbstractContextManager[None]]  # around a part of a step, by its name
+T = TypeVar("T")
+Timer = Callable[[str], AbstractContextManager[None]]  # times the code inside as a phase of the given name
 
-# The ranks wait in a collective while rank 0 verifies the data, which may be hours of reading; DeepSpeed's own ten
-# minutes would end them. Once training has begun the watchdog is sooner.
+# The ranks wait in a collective while rank 0 checks the data, which may take hours of reading. DeepSpeed's default of
+# ten minutes would end them. During training the watchdog acts sooner.
 COLLECTIVE_TIMEOUT = timedelta(days=1)
 
-# DeepSpeed calls collectives by names that torch deprecates, once a collective.
+# DeepSpeed calls collectives by names that torch deprecates, which would warn at every call.
 warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor)", category=FutureWarning)
 
 
-def deepspeed_dict(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration: its own block as it is, and the batch sizes derived from tokens."""
-    shares = batch_plan(config, world_size)
-    # A group that splits sequences over its ranks reads the same ones on each: DeepSpeed counts them once a rank, and
-    # asks for micro-batch x accumulation x ranks.
-    return {
-        **config.deepspeed,
-        "train_batch_size": shares.sequences * config.train.context_parallel_size,
-        "train_micro_batch_size_per_gpu": shares.micro_sequences,
-        "gradient_accumulation_steps": shares.accumulation,
-        "steps_per_print": config.deepspeed.get("steps_per_print", config.train.steps + 1),
-    }
+class TrainingEngine(DeepSpeedEngine, Protocol):
+    """A DeepSpeed engine that `start_engine` prepared for training."""
+
+    guard: StepGuard
+
+
+class StepResult(NamedTuple):
+    """The outcome of one training step, equal on all ranks."""
+
+    loss: float  # mean over the tokens of all ranks, in nats
+    grad_norm: float | None  # of the whole gradient before clipping; None where DeepSpeed computes none
+    bad: bool  # the loss is bad, or the gradient is not finite and no loss scale explains it
+    skipped: bool  # no parameter was updated
+    stop: bool  # at least one rank was asked to stop
 
 
 def init_distributed(ranks: RankInfo) -> torch.device:
-    """Meet the other ranks; returns this rank's device."""
-    if torch.cuda.is_available():  # a launcher may show each rank its own GPU alone
-        own = ranks.local_rank % torch.cuda.device_count()
-        torch.cuda.set_device(own)
-        os.environ["LOCAL_RANK"] = str(own)  # DeepSpeed chooses by it
+    """Join the process group of the run and return this rank's device."""
+    if torch.cuda.is_available():  # a launcher may make only its own GPU visible to each rank
+        index = ranks.local_rank % torch.cuda.device_count()
+        torch.cuda.set_device(index)
+        os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed selects its device by it
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Training never calls the shared-memory all-reduce that DeepSpeed would compile for a minute at the first start.
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
@@ -66,64 +69,117 @@ def init_distributed(ranks: RankInfo) -> torch.device:
     return torch.device(deepspeed.get_accelerator().current_device_name())
 
 
-def context_group(context_parallel_size: int) -> dist.ProcessGroup | None:
-    """The neighbouring ranks that share their sequences, this one among them; every rank must call.
-
-    DeepSpeed averages gradients over all ranks, whatever they share: that is right here too. A rank's backward pass
-    gives its parameters' share in the losses of its whole group, so the ranks' shares add up to the gradient of the sum
-    of all ranks' losses, and the loss of a step is their mean.
-    """
-    return dist.new_subgroups(context_parallel_size)[0] if context_parallel_size > 1 else None
-
-
-def start_engine(config: RunConfig, lm: LM, ranks: RankInfo) -> Any:
-    """A DeepSpeed engine around the model and AdamW.
+def broadcast_from_rank0(function: Callable[[], T], ranks: RankInfo) -> T:
+    """Call `function` on rank 0 and return its result on every rank. Every rank must call this.
 
     Raises:
-        UserError: DeepSpeed refuses its block of the config, or checkpoints would not hold all of the engine's state.
+        SystemExit: on the other ranks, if `function` failed on rank 0, which raises the error itself:
+            `EXIT_USER_ERROR` if that is a UserError, else `EXIT_LOST_RANK`.
     """
-    if key := _beyond_checkpoints(config):
-        _refuse(f"{key} keeps state where checkpoints do not reach; use device: cpu there, and only that", ranks)
+    message: list[tuple[T] | int] = [EXIT_LOST_RANK]
+    if ranks.rank == 0:
+        try:
+            message = [(function(),)]
+        except BaseException as error:
+            message = [EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_LOST_RANK]
+            with suppress(RuntimeError):  # a peer that is gone does not need the message
+                dist.broadcast_object_list(message, src=0)
+            raise
+    dist.broadcast_object_list(message, src=0)
+    if isinstance(message[0], int):
+        raise SystemExit(message[0])
+    return message[0][0]
+
+
+def rank0_first(function: Callable[[], T], ranks: RankInfo) -> T:
+    """Call `function` on every rank, on rank 0 first, so that an error all ranks would raise is reported once.
+
+    Raises:
+        SystemExit: on the other ranks, if `function` failed on rank 0; see `broadcast_from_rank0`.
+    """
+    results: list[T] = []
+    broadcast_from_rank0(lambda: results.append(function()), ranks)
+    return results[0] if results else function()
+
+
+def context_parallel_group(size: int) -> dist.ProcessGroup | None:
+    """Return the group of `size` neighbouring ranks that split their sequences; None for size 1. Every rank must call.
+
+    DeepSpeed averages gradients over all ranks, whether or not they share sequences, which is right here too: a rank's
+    backward pass gives its share in the gradient of the summed losses of its whole group.
+    """
+    if size == 1:
+        return None
+    group: dist.ProcessGroup = dist.new_subgroups(size)[0]  # type: ignore[no-untyped-call]
+    return group
+
+
+def deepspeed_dict(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
+    """Return DeepSpeed's configuration: the `deepspeed` block of the config, and batch sizes derived from tokens."""
+    # DeepSpeed requires micro-batch x accumulation x ranks, and so counts a sequence once for each rank of its group.
+    return {
+        **config.deepspeed,
+        "train_batch_size": plan.sequences * config.train.context_parallel_size,
+        "train_micro_batch_size_per_gpu": plan.micro_sequences,
+        "gradient_accumulation_steps": plan.accumulation,
+        "steps_per_print": config.deepspeed.get("steps_per_print", config.train.steps + 1),
+    }
+
+
+def start_engine(config: RunConfig, lm: LM, plan: BatchPlan, ranks: RankInfo) -> TrainingEngine:
+    """Return a DeepSpeed engine around the model and AdamW.
+
+    Raises:
+        UserError: on rank 0, if DeepSpeed rejects the `deepspeed` block, or its state would be where checkpoints do
+            not reach. The other ranks raise SystemExit with `EXIT_USER_ERROR`.
+        RuntimeError: a peer was lost or memory ran out.
+    """
+    if key := _offload_beyond_checkpoints(config):
+        _reject(f"{key} keeps state where checkpoints do not reach; use device: cpu there, and only that", ranks)
     prepare_blocks(lm, config)
+    optimizer = _create_optimizer(config, lm, ranks)
     try:
-        optimizer = _adamw(config, lm)
         engine, *_ = deepspeed.initialize(
-            model=lm,
-            optimizer=optimizer,
-            config=deepspeed_dict(config, ranks.world_size),
-            dist_init_required=False,
+            model=lm, optimizer=optimizer, config=deepspeed_dict(config, plan), dist_init_required=False
         )
-    except (ValueError, TypeError, AssertionError, RuntimeError, DeepSpeedConfigError, ZeRORuntimeException) as error:
-        _refuse(f"DeepSpeed refuses the deepspeed block: {_complaint(error)}", ranks)
+    except (ValueError, TypeError, AssertionError, DeepSpeedConfigError, ZeRORuntimeException) as error:
+        if is_lost_peer(error):
+            raise
+        _reject(f"DeepSpeed rejects the deepspeed block: {_one_line(error)}", ranks)
     engine.guard = StepGuard(engine, optimizer)
     for state in optimizer.state.values():
-        # At stage 0 in low precision DeepSpeed makes the optimizer's state by a step on zero gradients, which Adam's
+        # At stage 0 in low precision DeepSpeed creates the optimizer's state by a step on zero gradients, which Adam's
         # bias correction would count.
         state["step"].zero_()
-    return engine
+    started: TrainingEngine = engine
+    return started
 
 
 def prepare_blocks(lm: LM, config: RunConfig) -> None:
-    """Have the blocks computed again in the backward pass, and compiled, as the config says."""
+    """Set up activation checkpointing and compilation of the model's blocks as the config says."""
     lm.activation_checkpointing_every = config.train.activation_checkpointing_every
     if config.train.compile:
         for block in lm.blocks:
             block.compile()
 
 
-def _adamw(config: RunConfig, lm: LM) -> torch.optim.Optimizer:
+def _create_optimizer(config: RunConfig, lm: LM, ranks: RankInfo) -> torch.optim.Optimizer:
     settings = config.optimizer
     groups = parameter_groups(lm, settings.weight_decay)
     common: dict[str, Any] = {"lr": 0.0, "betas": settings.betas, "eps": settings.eps}  # each step sets the rate
-    if _offload(config, "optimizer").get("device") == "cpu":
-        return DeepSpeedCPUAdam(groups, **common)  # which DeepSpeed compiles with g++ at the first start
-    return torch.optim.AdamW(groups, **common, fused=torch.cuda.is_available())
+    if _offload(config, "optimizer").get("device") != "cpu":
+        return torch.optim.AdamW(groups, **common, fused=torch.cuda.is_available())
+    try:
+        optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, **common)
+    except RuntimeError as error:  # DeepSpeed compiles it with g++ at the first start
+        _reject(f"offload_optimizer needs DeepSpeed's CPU Adam, which cannot be built here: {_one_line(error)}", ranks)
+    return optimizer
 
 
-def _beyond_checkpoints(config: RunConfig) -> str | None:
-    """The key, if any is set, that has DeepSpeed keep state elsewhere than engine_state.py looks."""
-    for what in ("optimizer", "param"):
-        block, key = _offload(config, what), f"deepspeed.zero_optimization.offload_{what}"
+def _offload_beyond_checkpoints(config: RunConfig) -> str | None:
+    """Return the config key, if any, that makes DeepSpeed keep state where checkpoints do not reach."""
+    for kind in ("optimizer", "param"):
+        block, key = _offload(config, kind), f"deepspeed.zero_optimization.offload_{kind}"
         if block.get("device") == "nvme":
             return f"{key}.device=nvme"
         if block.get("ratio", 1) != 1:
@@ -133,120 +189,154 @@ def _beyond_checkpoints(config: RunConfig) -> str | None:
     return None
 
 
-def _offload(config: RunConfig, what: str) -> dict[str, Any]:
-    block = config.deepspeed.get("zero_optimization", {}).get(f"offload_{what}")
+def _offload(config: RunConfig, kind: str) -> dict[str, Any]:
+    block = config.deepspeed.get("zero_optimization", {}).get(f"offload_{kind}")
     return block if isinstance(block, dict) else {}
 
 
-def _refuse(message: str, ranks: RankInfo) -> NoReturn:
-    """End all ranks, which all come here, with one message."""
+def _reject(message: str, ranks: RankInfo) -> NoReturn:
+    """End all ranks, each of which found the same error, with one message."""
     if ranks.rank:
         raise SystemExit(EXIT_USER_ERROR) from None
     raise UserError(message) from None
 
 
-def _complaint(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     if isinstance(error, pydantic.ValidationError):
         return "; ".join(f"{'.'.join(map(str, p['loc']))}={p['input']!r}: {p['msg']}" for p in error.errors())
     return " ".join(str(error).split())
 
 
 class StepGuard:
-    """Stands before the optimizer's update, and keeps that of a bad step from being made.
+    """Wraps the optimizer's update, so that the update of a bad step is skipped on every rank.
 
-    DeepSpeed's optimizers know the whole gradient's norm when they come to the update; some refuse one that is no
-    number themselves, some do not.
+    DeepSpeed's optimizers know the norm of the whole gradient when they call the update. Some of them skip an update
+    whose gradient is not finite themselves, some do not.
     """
 
-    def __init__(self, engine: Any, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, engine: TrainingEngine, optimizer: torch.optim.Optimizer) -> None:
         self._engine, self._update = engine, optimizer.step
-        self.closed = False  # to the step under way
-        self.refused = False  # the last update that DeepSpeed came with
+        self.skip = False  # skip the update of the current step
+        self.skipped = False  # the last update was skipped
         optimizer.step = self._step  # type: ignore[method-assign]
 
     def _step(self, *arguments: Any, **options: Any) -> Any:
-        self.refused = self.closed or not _is_number(getattr(self._engine.optimizer, "_global_grad_norm", None))
-        return None if self.refused else self._update(*arguments, **options)
+        self.skipped = self.skip or not _is_finite(getattr(self._engine.optimizer, "_global_grad_norm", None))
+        return None if self.skipped else self._update(*arguments, **options)
 
 
-def _is_number(grad_norm: Tensor | float | None) -> bool:
-    """Whether a gradient's norm is one, as far as it is known; DeepSpeed writes -1 for a norm that is none."""
+def _is_finite(grad_norm: Tensor | float | None) -> bool:
+    """Return whether a gradient norm, as far as it is known, is finite; DeepSpeed writes -1 for one that is not."""
     return grad_norm is None or 0 <= float(grad_norm) < math.inf
 
 
-class StepResult(NamedTuple):
-    """What one step was like."""
+def compute_loss(model: LM | DeepSpeedEngine, batch: Batch, state: LMState | None = None) -> tuple[Tensor, LMState]:
+    """Return the mean loss of a batch in nats, and the model's state after it.
 
-    loss: float  # mean over all ranks' tokens, in nats
-    grad_norm: float | None  # of the whole gradient, before clipping; None where DeepSpeed is told not to
-    bad: bool  # by its loss, or by its gradient where no loss scale explains that
-    skipped: bool  # nothing was updated
-    stop: bool  # some rank was asked to stop
+    Args:
+        model: an LM or an engine around one.
+        batch: this rank's tokens.
+        state: the model's state before the batch.
+    """
+    loss, after = model(
+        batch.inputs,
+        state,
+        targets=batch.targets,
+        document_start_mask=batch.document_start_mask,
+        group=batch.group,
+    )
+    return loss, after
 
 
 def train_step(
-    engine: Any,
-    rows: Batch,
+    engine: TrainingEngine,
+    micro_batches: Sequence[Batch],
     lr: float,
     is_bad: Callable[[float], bool],
     stop: bool,
-    carry: RecurrentState,
-    phase: Phase,
+    recurrent_state: RecurrentState,
+    timer: Timer,
 ) -> StepResult:
-    """One update from this rank's share of a step, unless the step is bad: by its loss, or by its gradient's norm.
+    """Make one update from this rank's micro-batches, unless the step is bad. Every rank must call this.
 
-    A state that is carried on is forgotten where the update is not made.
+    Args:
+        lr: the learning rate of the update.
+        is_bad: decides from the mean loss over all ranks whether to skip the update.
+        stop: whether this rank was asked to stop.
+        recurrent_state: what the micro-batches start from; replaced by the states after them, or reset if the update
+            is skipped.
+        timer: times the phases forward, backward and step.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    parts = rows.split(engine.gradient_accumulation_steps())
     losses = []
-    for number, part in enumerate(parts):
-        if number:
-            with phase("backward"):
-                engine.step()  # counts the pass before
-        with phase("forward"):
-            loss, state = part.loss(engine, carry[number])
-        carry.keep(number, state)
+    for index, batch in enumerate(micro_batches):
+        if index:
+            with timer("backward"):
+                engine.step()  # DeepSpeed counts the micro-batch before; it updates at the last one alone
+        with timer("forward"):
+            loss, state = compute_loss(engine, batch, recurrent_state[index])
+        recurrent_state.store(index, state)
         losses.append(loss.detach())
-        with phase("backward"):
+        with timer("backward"):
             engine.backward(loss)
-    with phase("step"):
+    with timer("step"):
         mean, stop = all_reduce_mean(torch.stack(losses).mean(), stop)
-        step = _update(engine, mean, is_bad(mean), stop)
-    if step.skipped:
-        carry.forget()
-    return step
+        result = _update(engine, mean, is_bad(mean), stop)
+    if result.skipped:
+        recurrent_state.reset()
+    return result
 
 
-def _update(engine: Any, loss: float, bad: bool, stop: bool) -> StepResult:
-    """Take the step that the gradients are ready for, unless it is bad."""
-    norm: Tensor | float | None = _unreported_grad_norm(engine)
-    engine.guard.closed, engine.guard.refused = bad or not _is_number(norm), True  # unless DeepSpeed comes to it
+def _update(engine: TrainingEngine, loss: float, bad: bool, stop: bool) -> StepResult:
+    """Update the parameters from the accumulated gradients, unless the step is bad."""
+    norm: Tensor | float | None = _grad_norm_at_stage0(engine)
+    engine.guard.skip = bad or not _is_finite(norm)
+    engine.guard.skipped = True  # unless DeepSpeed calls the update: it may skip the step itself
     engine.step()
-    skipped = engine.guard.refused
+    skipped = engine.guard.skipped
     if norm is None:
         norm = engine.get_global_grad_norm()
     if norm is not None:
-        norm = float(norm) if _is_number(norm) else math.inf
+        norm = float(norm) if _is_finite(norm) else math.inf
     return StepResult(loss, norm, bad or (skipped and not engine.fp16_enabled()), skipped, stop)
 
 
-def all_reduce_mean(loss: Tensor, stop: bool = False) -> tuple[float, bool]:
-    """The mean of the ranks' losses, and whether any of them was asked to stop: the same on every rank."""
+def _grad_norm_at_stage0(engine: TrainingEngine) -> Tensor | None:
+    """Return the norm of the averaged gradient at stage 0 in fp32, where DeepSpeed computes none; None elsewhere."""
+    if engine.zero_optimization_stage() or engine.bfloat16_enabled() or engine.fp16_enabled():
+        return None
+    return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+
+
+def all_reduce_mean(loss: Tensor, stop: bool) -> tuple[float, bool]:
+    """Return the mean of the ranks' losses, and whether any rank was asked to stop, equal on all ranks."""
     sums = torch.stack([loss.double(), torch.tensor(float(stop), dtype=torch.float64, device=loss.device)])
     dist.all_reduce(sums)
     total, stops = sums.tolist()
     return total / dist.get_world_size(), stops > 0
 
 
-def learning_rates(engine: Any) -> dict[str, float]:
-    """Of each optimizer group, by its name."""
+@torch.no_grad()
+def evaluate(engine: TrainingEngine, batches: Iterable[Batch], timer: Timer) -> float:
+    """Return the mean loss in nats over the scored tokens of all ranks' batches. Every rank must call this.
+
+    Each token counts once, however the tokens are distributed over batches and ranks, so the mean does not depend on
+    the number of ranks beyond rounding. The ranks must have equally many batches.
+    """
+    engine.eval()
+    sums = []  # [summed loss, scored tokens] of each batch
+    for batch in batches:
+        with timer("eval"):
+            scored = (batch.targets != IGNORE).sum().double()
+            sums.append(torch.stack([compute_loss(engine, batch)[0] * scored, scored]))
+    engine.train()
+    total = torch.stack(sums).sum(0)
+    dist.all_reduce(total)
+    loss, tokens = total.tolist()
+    return float(loss / tokens)
+
+
+def learning_rates(engine: TrainingEngine) -> dict[str, float]:
+    """Return the learning rate of each optimizer group by its name."""
     return {group["name"]: group["lr"] for group in engine.optimizer.param_groups}
-
-
-def _unreported_grad_norm(engine: Any) -> Tensor | None:
-    """The gradient's norm where DeepSpeed leaves it out: at stage 0 in fp32, once the ranks' gradients are averaged."""
-    if engine.zero_optimization_stage() or engine.bfloat16_enabled() or engine.fp16_enabled():
-        return None
-    return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])

@@ -1,22 +1,30 @@
-"""What a run reports: a record of numbers, a line or a bar on the terminal."""
+"""What a run reports: the time of its phases, throughput, losses and layer statistics, on the terminal and in files."""
 
 from __future__ import annotations
 
 import math
 import resource
 import sys
-from collections.abc import Mapping
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
+from tostlm.checkpoint import TrainState
 from tostlm.config import RunConfig
 from tostlm.launch import RankInfo
-from tostlm.model import best_device, training_flops_per_token
-from tostlm.train.clock import PhaseTimers
-from tostlm.train.record import MetricsWriter
+from tostlm.model import Mixer, training_flops_per_token
+from tostlm.train.batches import Batch
+from tostlm.train.engine import StepResult, TrainingEngine, compute_loss
+from tostlm.train.metric_writers import MetricsWriter
 
 # Dense bf16 operations a second, from the vendors' data sheets.
 PEAK_FLOPS = {
@@ -27,21 +35,110 @@ PEAK_FLOPS = {
     "L40S": 362e12,
     "MI300X": 1307e12,
 }
-ASIDE = ("eval", "save", "statistics")  # phases that are no training
+OTHER = "other"  # the time outside of all phases
+PHASES_BESIDE_TRAINING = ("eval", "save", "statistics")  # not counted in the throughput
+
+
+class PhaseTimers:
+    """Divides the time between two reports into phases, without gaps or overlaps.
+
+    A phase inside another interrupts it. On a GPU the limits of phases are events in its stream, which are read once
+    they have passed: a phase lasts as long as the GPU works on it, and nothing waits before a report.
+
+    Args:
+        on_phase: called with the name of each phase when it begins.
+    """
+
+    def __init__(self, device: torch.device, on_phase: Callable[[str], object] = lambda name: None) -> None:
+        self._on_cuda, self._on_phase = device.type == "cuda", on_phase
+        self._phases = [OTHER]
+        self._marks = deque([(OTHER, self._now())])  # moments not yet counted, and the phase that ended at each
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self.last: dict[str, float] = {}  # seconds of each phase's most recent occurrence before the last report
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Time the code inside as phase `name`, under which profiler traces show it too."""
+        self._on_phase(name)
+        self._mark()
+        self._phases.append(name)
+        try:
+            with record_function(name):
+                yield
+        finally:
+            self._mark()
+            self._phases.pop()
+
+    def report(self) -> dict[str, float]:
+        """Return the seconds of each phase since the last report; on a GPU this waits for its work to finish."""
+        self._mark()
+        self._marks[-1][1].synchronize()
+        self._count()
+        seconds, self._seconds = self._seconds, defaultdict(float)
+        return dict(seconds)
+
+    def _mark(self) -> None:
+        self._marks.append((self._phases[-1], self._now()))
+        self._count()
+
+    def _now(self) -> _Event:
+        if not self._on_cuda:
+            return _CpuEvent()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def _count(self) -> None:
+        """Count the events that have passed, so that their number stays small between reports."""
+        while len(self._marks) > 1 and self._marks[1][1].query():
+            (_, start), (name, end) = self._marks.popleft(), self._marks[0]
+            self.last[name] = start.elapsed_time(end) / 1000
+            self._seconds[name] += self.last[name]
+
+
+class _Event(Protocol):
+    """The methods of `torch.cuda.Event` that timers use."""
+
+    def query(self) -> bool: ...
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, end_event: Any) -> float: ...
+
+
+class _CpuEvent:
+    """A moment on the CPU, with the methods of `torch.cuda.Event`."""
+
+    def __init__(self) -> None:
+        self._seconds = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end_event: _CpuEvent) -> float:
+        return 1000 * (end_event._seconds - self._seconds)
 
 
 class Metrics:
-    """A run's report. Rank 0 writes it, the other ranks' are mute; a resumed run goes on without doubled steps.
+    """Reports a run's numbers in files and on the terminal, as lines and as a progress bar.
 
-    `clock` splits the time of a rank: the loop tells it the phases data, forward, backward, step, eval, save and
-    statistics. Seconds and memory are rank 0's.
+    Rank 0 reports for all; on the other ranks the methods do nothing. Times and memory are those of rank 0. A context
+    manager: it closes the files at exit.
+
+    Args:
+        start_step: the finished steps of the run; numbers of later steps, from an interrupted run, are removed.
+        timers: the timers of the phases data, forward, backward, step, eval, save and statistics.
     """
 
-    def __init__(self, config: RunConfig, start_step: int, ranks: RankInfo) -> None:
-        self._config, self._world_size = config, ranks.world_size
-        self._mute = ranks.rank != 0
-        if not self._mute:
-            self._record = MetricsWriter(config, start_step)
+    def __init__(self, config: RunConfig, start_step: int, ranks: RankInfo, timers: PhaseTimers) -> None:
+        self._config, self._world_size, self._timers = config, ranks.world_size, timers
+        self._reported_step = start_step
+        self._writer: MetricsWriter | None = None
+        if ranks.rank == 0:
+            self._writer = MetricsWriter(config, start_step)
             self._bar = tqdm(
                 total=config.train.steps,
                 initial=start_step,
@@ -49,9 +146,7 @@ class Metrics:
                 unit=" steps",
                 disable=not sys.stderr.isatty(),
             )
-            self._on_bar: dict[str, str] = {}
-        self._reported_step = start_step
-        self.clock = PhaseTimers(best_device())
+            self._bar_values: dict[str, str] = {}
 
     def __enter__(self) -> Metrics:
         return self
@@ -59,104 +154,101 @@ class Metrics:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._mute:
+        if self._writer is not None:
             self._bar.close()
-            self._record.close(failed=error is not None)
+            self._writer.close(failed=error is not None)
 
-    def train(
+    def log(
         self,
-        step: int,
-        loss: float,
-        lr: Mapping[str, float],
-        grad_norm: Tensor | float | None,
+        state: TrainState,
+        result: StepResult,
+        learning_rates: Mapping[str, float],
         context: int,
         epochs: Mapping[str, float],
-        skipped_steps: int = 0,
     ) -> None:
-        """Report a step.
+        """Report a training step.
 
         Args:
-            step: steps done.
-            loss: of that step, in nats a token.
-            lr: learning rate of each optimizer group, by name.
-            grad_norm: before clipping; None where it is not known.
-            context: tokens of a window.
-            epochs: how often each set, by name, has been read by then.
-            skipped_steps: steps so far whose update was not made.
+            state: the progress of the run after the step.
+            result: the outcome of the step.
+            learning_rates: learning rate of each optimizer group, by its name.
+            context: tokens of a sequence.
+            epochs: how often each data set, by its name, has been read so far.
         """
-        seconds, steps = self.clock.report(), step - self._reported_step
-        self._reported_step = step
-        if self._mute:
+        seconds, steps = self._timers.report(), state.step - self._reported_step
+        self._reported_step = state.step
+        if self._writer is None:
             return
+        skipped = state.skipped_steps
         values = {
-            "loss": loss,
-            "perplexity": _perplexity(loss),
-            "lr": max(lr.values()),
-            **{f"lr/{name}": rate for name, rate in lr.items()},
-            **({} if grad_norm is None else {"grad_norm": float(grad_norm)}),
+            "loss": result.loss,
+            "perplexity": _perplexity(result.loss),
+            "lr": max(learning_rates.values()),
+            **{f"lr/{name}": rate for name, rate in learning_rates.items()},
+            **({} if result.grad_norm is None else {"grad_norm": result.grad_norm}),
             **{f"epoch/{name}" if len(epochs) > 1 else "epoch": value for name, value in epochs.items()},
-            "tokens": step * self._config.train.batch_tokens,
-            "skipped_steps": skipped_steps,
-            **self._speed(steps, seconds, context),
+            "tokens": state.step * self._config.train.batch_tokens,
+            "skipped_steps": skipped,
+            **self._throughput(steps, seconds, context),
             **{f"seconds/{phase}": each / steps for phase, each in seconds.items()},
-            "memory_bytes": _memory_bytes(),
+            "memory_bytes": _peak_memory_bytes(),
         }
-        if "save" in self.clock.last:
-            values["save_seconds"] = self.clock.last["save"]
-        self._record.scalars("train", step, values)
-        norm, speed = values.get("grad_norm", math.nan), values["tokens_per_second"]
-        skipped = f"  skipped {skipped_steps}" if skipped_steps else ""
-        self._say(step, f"loss {loss:.4f}  lr {values['lr']:.2e}  grad {norm:.2f}  {speed:,.0f} tokens/s{skipped}")
-        self._show(step, loss=f"{loss:.4f}", **({"skipped": str(skipped_steps)} if skipped_steps else {}))
+        if "save" in self._timers.last:
+            values["save_seconds"] = self._timers.last["save"]
+        self._writer.scalars("train", state.step, values)
+        line = f"loss {result.loss:.4f}  lr {values['lr']:.2e}  grad {values.get('grad_norm', math.nan):.2f}  "
+        line += f"{values['tokens_per_second']:,.0f} tokens/s" + (f"  skipped {skipped}" if skipped else "")
+        self._print(state.step, line)
+        self._update_bar(state.step, loss=f"{result.loss:.4f}", **({"skipped": str(skipped)} if skipped else {}))
 
-    def _speed(self, steps: int, seconds: Mapping[str, float], context: int) -> dict[str, float]:
-        """Of training alone: evaluations, saves and statistics are left out."""
-        training = sum(each for phase, each in seconds.items() if phase not in ASIDE)
+    def _throughput(self, steps: int, seconds: Mapping[str, float], context: int) -> dict[str, float]:
+        """Return the throughput of training, without the time of evaluations, saves and statistics."""
+        training = sum(each for phase, each in seconds.items() if phase not in PHASES_BESIDE_TRAINING)
         tokens_per_second = steps * self._config.train.batch_tokens / training
-        speed = {
+        throughput = {
             "tokens_per_second": tokens_per_second,
             "tokens_per_second_per_device": tokens_per_second / self._world_size,
         }
         if peak := _peak_flops():
             flops = training_flops_per_token(self._config.model, context)
-            speed["mfu"] = tokens_per_second * flops / (peak * self._world_size)
-        return speed
+            throughput["mfu"] = tokens_per_second * flops / (peak * self._world_size)
+        return throughput
 
-    def heldout(self, step: int, loss: float) -> None:
-        """Report an evaluation on held-out text: its loss in nats a token."""
-        if self._mute:
+    def validation(self, step: int, loss: float) -> None:
+        """Report the loss in nats of an evaluation on validation text."""
+        if self._writer is None:
             return
-        self._record.scalars("heldout", step, {"loss": loss, "perplexity": _perplexity(loss)})
-        self._say(step, f"held-out loss {loss:.4f}")
-        self._show(step, heldout=f"{loss:.4f}")
+        self._writer.scalars("validation", step, {"loss": loss, "perplexity": _perplexity(loss)})
+        self._print(step, f"validation loss {loss:.4f}")
+        self._update_bar(step, validation=f"{loss:.4f}")
 
     def statistics(self, step: int, values: Mapping[str, float]) -> None:
-        """Report what the layers do, by name; see `tostlm.train.statistics`. Without TSSA there is nothing to say."""
-        if not self._mute and values:
-            self._record.scalars("statistics", step, values)
+        """Report the statistics of the layers, from `layer_statistics`; nothing if there are none."""
+        if self._writer is not None and values:
+            self._writer.scalars("statistics", step, values)
 
-    def event(self, step: int, what: str, **values: object) -> None:
-        """Report that something happened after `step` steps. It stays on record, whatever step the run goes back to."""
-        if self._mute:
+    def event(self, step: int, name: str, **values: object) -> None:
+        """Report that something happened after `step` steps. Events of steps that are rolled back stay in the file."""
+        if self._writer is None:
             return
-        self._record.event(step, what, values)
-        self._say(step, "  ".join([what, *(f"{name} {value}" for name, value in values.items())]))
+        self._writer.event(step, name, values)
+        self._print(step, "  ".join([name, *(f"{key} {value}" for key, value in values.items())]))
 
     def rewind(self, step: int) -> None:
-        """Go back to after `step`: what was reported of later steps is forgotten, but for events."""
-        self.clock.report()
+        """Continue after `step`, from a rollback on: what was reported of later steps is removed, except events."""
+        self._timers.report()
         self._reported_step = step
-        if not self._mute:
-            self._record.rewind(step)
-            self._show(step)
+        if self._writer is not None:
+            self._writer.rewind(step)
+            self._update_bar(step)
 
-    def _say(self, step: int, line: str) -> None:
+    def _print(self, step: int, line: str) -> None:
         tqdm.write(f"step {step}/{self._config.train.steps}  {line}", file=sys.stdout)
         sys.stdout.flush()
 
-    def _show(self, step: int, **values: str) -> None:
-        self._on_bar |= values
-        self._bar.set_postfix(self._on_bar, refresh=False)
+    def _update_bar(self, step: int, **values: str) -> None:
+        self._bar_values |= values
+        self._bar.set_postfix(self._bar_values, refresh=False)
         self._bar.n = step
         self._bar.refresh()
 
@@ -165,8 +257,8 @@ def _perplexity(loss: float) -> float:
     return math.exp(loss) if loss < math.log(sys.float_info.max) else math.inf
 
 
-def _memory_bytes() -> int:
-    """Peak memory of this process, on its device."""
+def _peak_memory_bytes() -> int:
+    """Return the peak memory of this process: on its GPU, or on the host where there is none."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -177,3 +269,36 @@ def _peak_flops() -> float | None:
         return None
     name = torch.cuda.get_device_name()
     return next((peak for chip, peak in PEAK_FLOPS.items() if chip in name), None)
+
+
+@torch.no_grad()
+def layer_statistics(engine: TrainingEngine, batch: Batch) -> dict[str, float]:
+    """Return the statistics that the mixers of the model's layers define, from one forward pass on this rank's tokens.
+
+    Every rank must call this, because a forward pass needs all ranks at ZeRO stage 3.
+
+    Returns:
+        `NAME/LAYER` -> value, such as entropy/0 and gate/0 of a TSSA layer; empty if no mixer defines statistics.
+    """
+    found: dict[str, Tensor] = {}
+
+    def record(layer: int, mixer: Mixer) -> RemovableHandle:
+        def hook(mixer: Mixer, inputs: tuple[Any, ...], output: object) -> None:
+            found.update({f"{name}/{layer}": value for name, value in mixer.statistics(*inputs).items()})
+
+        # It must run before DeepSpeed's own hook, which releases the layer's parameters at stage 3.
+        return mixer.register_forward_hook(hook, prepend=True)
+
+    mixers = [(layer, block.mixer) for layer, block in enumerate(engine.module.blocks)]
+    hooks = [record(layer, mixer) for layer, mixer in mixers if type(mixer).statistics is not Mixer.statistics]
+    if not hooks:
+        return {}
+    engine.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):  # compiled code does not call hooks
+            compute_loss(engine, batch._replace(targets=batch.targets[:, -1:]))  # the loss itself is not needed
+    finally:
+        engine.train()
+        for handle in hooks:
+            handle.remove()
+    return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))

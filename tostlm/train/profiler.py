@@ -1,4 +1,4 @@
-"""A trace of a few steps, for chrome://tracing, Perfetto or TensorBoard."""
+"""A profiler trace of a few steps, for chrome://tracing, Perfetto or TensorBoard."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -18,18 +17,18 @@ from tostlm.launch import RankInfo
 
 
 class StepProfiler:
-    """Traces `train.profile_steps` on rank 0, once a process, into `run_dir/trace/`; other steps cost nothing.
+    """Traces the steps of `train.profile_steps` on rank 0, once a process, into `run_dir/trace/`.
 
-    Steps that a run does not come by, as it ends before them or goes on after them, are not traced.
+    A context manager: at exit it writes the trace of a run that ends between those steps. Other steps cost nothing.
     """
 
     def __init__(self, config: RunConfig, ranks: RankInfo) -> None:
         self._folder = config.run_dir / "trace"
-        self._wanted = range(0)
+        self._requested_steps = range(0)
         if config.train.profile_steps is not None and ranks.rank == 0:
             first, last = config.train.profile_steps
-            self._wanted = range(first, last + 1)
-        self._steps: list[int] = []
+            self._requested_steps = range(first, last + 1)
+        self._traced_steps: list[int] = []
         self._profile: profile | None = None
 
     def __enter__(self) -> StepProfiler:
@@ -43,47 +42,45 @@ class StepProfiler:
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """Trace what is inside as a step, if it is one of the wanted."""
-        if step not in self._wanted:
+        """Trace the code inside as a step, if that step is requested."""
+        if step not in self._requested_steps:
             yield
             return
         if self._profile is None:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
             self._profile = profile(activities=activities)
-            with _without_its_chatter():
+            with _drop_profiler_messages():
                 self._profile.start()
-        self._steps.append(step)
-        with record_function(f"ProfilerStep#{step}"):  # the name that readers of traces know
+        self._traced_steps.append(step)
+        with record_function(f"ProfilerStep#{step}"):  # the name that trace viewers recognize
             yield
-        if step == self._wanted[-1]:
+        if step == self._requested_steps[-1]:
             self._write()
 
     def _write(self) -> None:
         if self._profile is None:
             return
-        with _without_its_chatter():
+        with _drop_profiler_messages():
             self._profile.stop()
         self._folder.mkdir(exist_ok=True)
-        self._profile.export_chrome_trace(str(self._path()))
-        self._profile, self._wanted = None, range(0)
-
-    def _path(self) -> Path:
-        return self._folder / f"steps-{self._steps[0]}-{self._steps[-1]}.pt.trace.json.gz"
+        path = self._folder / f"steps-{self._traced_steps[0]}-{self._traced_steps[-1]}.pt.trace.json.gz"
+        self._profile.export_chrome_trace(str(path))
+        self._profile, self._requested_steps = None, range(0)
 
 
 @contextmanager
-def _without_its_chatter() -> Iterator[None]:
-    """Drop the lines "USDT: ..." that the profiler's C++ writes to stderr, whatever its log level, and no others."""
+def _drop_profiler_messages() -> Iterator[None]:
+    """Drop the "USDT: ..." lines that the profiler's C++ writes to stderr at any log level; keep all other lines."""
     sys.stderr.flush()
     stderr = os.dup(2)
-    with tempfile.TemporaryFile() as said:
-        os.dup2(said.fileno(), 2)
+    with tempfile.TemporaryFile() as captured:
+        os.dup2(captured.fileno(), 2)
         try:
             yield
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
-            said.seek(0)
-            for line in said:
+            captured.seek(0)
+            for line in captured:
                 if not line.startswith(b"USDT:"):
                     os.write(2, line)

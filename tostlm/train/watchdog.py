@@ -1,7 +1,8 @@
-"""A rank that hangs or dies is named, and the job ends in time, whatever the ranks were waiting for.
+"""Detects ranks that hang or die, names them, and ends the job in time, whatever the ranks were waiting for.
 
-Each rank has a thread that writes a heartbeat file and watches its own main thread. Once that is quiet for long, the
-thread looks at all ranks' files, and the first to come to a verdict ends them all; no rank needs another to end.
+Each rank has a thread that writes a heartbeat file and watches its own main thread. When the main thread makes no
+progress for long, the thread reads the heartbeats of all ranks. The first rank that finds a rank stalled ends them
+all; none of them needs another to end.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -26,129 +27,193 @@ from tostlm.config import RunConfig
 from tostlm.errors import EXIT_LOST_RANK, error_summary, is_lost_peer
 from tostlm.files import write_atomically
 from tostlm.launch import RankInfo, exit_rank
-from tostlm.train.heartbeat import (
-    FAILED,
-    HUNG,
-    PARTED,
-    Beats,
-    Heartbeat,
-    culprits,
-    frozen,
-    heartbeat_file,
-    process_start,
-    read_heartbeats,
-    stack_file,
-    this_machine,
-    write_heartbeat,
-)
 
-START_SECONDS = 1800.0  # in which a run starts and does its first step, which may compile
-LOOK, JUDGE = 0.3, 0.6  # of the timeout: quiet so long, a rank looks at the others, and judges; the rest is for ending
+START_SECONDS = 1800.0  # allowed for the start and the first step, which may compile
+# Fractions of the timeout after which an idle rank reads the others' heartbeats, and decides; the rest is for ending.
+READ_AFTER, DECIDE_AFTER = 0.3, 0.6
 POLL_SECONDS = 0.1
-GO_ON = "start again to go on from the newest checkpoint"
-NAMED = 8  # ranks in one line
+ADVICE = "run the same command to resume from the newest checkpoint"
+MAX_NAMED_RANKS = 8  # in one line
+
+# The status of a rank that ends.
+FAILED = "failed"  # by an error of its own, which it has printed
+LOST_PEER = "lost peer"  # because a collective lost the rank at its other end
+HUNG = "hung"  # because nothing moves; it has written its stack
 
 
-class _Main(NamedTuple):
-    """The main thread's last beat, replaced whole so that the watching thread never sees half of one."""
+class Heartbeat(NamedTuple):
+    """One rank at one moment. It holds counts and a duration, and no time of day, because hosts' clocks differ."""
 
-    step: int
+    rank: int
+    host: str
+    pid_namespace: str  # in which `pid` is valid; empty where processes cannot be seen
+    pid: int
+    process_start: str  # distinguishes the process from a later one with the same pid
+    step: int  # finished steps
     phase: str
-    place: int
-    moves: int
-    quiet_from: float  # monotonic seconds
+    phase_index: int  # phases that the main thread has begun in this step: the same position in the code on all ranks
+    signs_of_life: int  # of the main thread, since its start
+    writes: int  # of this file by the watching thread
+    idle_seconds: float  # since the main thread's last sign of life; below 0 while it may still start up
+    status: str | None = None
+
+    @property
+    def position(self) -> str:
+        return f"step {self.step} ({self.phase})"
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.rank} on {self.host} (pid {self.pid})"
+
+    def process_is_gone(self, pid_namespace: str) -> bool:
+        """Return whether the rank's process has ended, as far as it can be seen from `pid_namespace`."""
+        return bool(pid_namespace) and self.pid_namespace == pid_namespace and _start_of(self.pid) != self.process_start
 
 
-def heartbeats_folder(config: RunConfig) -> Path:
-    """Where a run's ranks tell each other that they live; gone when it ends well."""
-    return config.run_dir / "heartbeats"
+Heartbeats = Mapping[int, Heartbeat]  # by rank, of the ranks whose files exist
+
+
+def read_heartbeats(folder: Path, world_size: int) -> dict[int, Heartbeat]:
+    """Return the heartbeat of every rank that has written one."""
+    beats = {}
+    for rank in range(world_size):
+        try:
+            beats[rank] = Heartbeat(**json.loads(_heartbeat_file(folder, rank).read_text()))
+        except (OSError, ValueError, TypeError):  # not started, ended, or a file system that is gone
+            continue
+    return beats
+
+
+def frozen_ranks(earlier: Heartbeats, later: Heartbeats, world_size: int) -> list[int]:
+    """Return the ranks that wrote no heartbeat between two readings: stopped, dead, or on a lost node."""
+    return [
+        rank
+        for rank in range(world_size)
+        if rank not in later or (rank in earlier and earlier[rank].writes == later[rank].writes)
+    ]
+
+
+def stalled_ranks(earlier: Heartbeats, later: Heartbeats, world_size: int, max_idle_seconds: float) -> list[int]:
+    """Return the ranks that all others wait for, judged by two readings of all heartbeats.
+
+    A frozen rank is found before one that writes heartbeats; if all write them, the ranks furthest behind are found.
+
+    Args:
+        max_idle_seconds: while the main thread of any rank was idle for less, no rank counts as stalled.
+    """
+    frozen = frozen_ranks(earlier, later, world_size)
+    writing = [beat for rank, beat in later.items() if rank not in frozen]
+    if any(beat.idle_seconds < max_idle_seconds for beat in writing):
+        return []
+    if frozen:
+        return [rank for rank in frozen if rank not in later or later[rank].status not in (FAILED, LOST_PEER)]
+    last = min((beat.step, beat.phase_index) for beat in writing)
+    return [beat.rank for beat in writing if (beat.step, beat.phase_index) == last]
 
 
 def clear_heartbeats(config: RunConfig) -> None:
-    """Remove those of a run that crashed; what hangs have left to read stays."""
-    shutil.rmtree(heartbeats_folder(config), ignore_errors=True)
+    """Remove the heartbeats of a run that crashed; the reports of hangs stay."""
+    shutil.rmtree(_heartbeats_folder(config), ignore_errors=True)
+
+
+class _MainThread(NamedTuple):
+    """The main thread's progress. It is replaced whole, so that the watching thread never reads half of an update."""
+
+    step: int
+    phase: str
+    phase_index: int
+    signs_of_life: int
+    idle_from: float  # monotonic seconds
 
 
 class Watchdog:
-    """Ends this process with EXIT_LOST_RANK when a rank hangs or dies, and names that rank.
+    """Ends this process with `EXIT_LOST_RANK` when a rank hangs or dies, and names that rank.
 
-    Every rank enters it before its first step, when the folder of heartbeats holds none of an earlier run, and beats
-    at the same places of the program. An error that only tells of a lost peer does not leave it; all others do.
+    A context manager, which every rank enters before its first step, once rank 0 has called `clear_heartbeats`. An
+    error that only reports a lost peer ends the process in it; all other errors leave it.
     """
 
     def __init__(self, config: RunConfig, ranks: RankInfo) -> None:
-        self._rank, self._world = ranks.rank, ranks.world_size
+        self._rank, self._world_size = ranks.rank, ranks.world_size
         self._timeout = float(config.train.hang_timeout_seconds)
         self._interval = min(10.0, max(0.2, self._timeout / 10))
-        self._run_dir, self._folder = config.run_dir, heartbeats_folder(config)
-        self._verdict = self._folder / "verdict"  # made by the first rank that has come to one; ends all others
-        self._host, self._machine, self._started = socket.gethostname(), this_machine(), process_start(os.getpid())
-        self._allowance = max(0.0, START_SECONDS - self._timeout)
-        self._main = _Main(0, "start", 0, 0, time.monotonic() + self._allowance)
+        self._run_dir, self._folder = config.run_dir, _heartbeats_folder(config)
+        self._verdict = self._folder / "verdict"  # made by the first rank that finds a rank stalled; ends all others
+        self._host, self._pid_namespace = socket.gethostname(), _pid_namespace()
+        self._process_start = _start_of(os.getpid())
+        self._start_allowance = max(0.0, START_SECONDS - self._timeout)
+        self._main = _MainThread(0, "start", 0, 0, time.monotonic() + self._start_allowance)
         self._first_step: int | None = None
-        self._last_word: str | None = None
-        self._beats = 0
-        self._publishing, self._leaving = threading.Lock(), threading.Lock()  # who leaves keeps the latter
+        self._status: str | None = None
+        self._writes = 0
+        self._writing, self._ending = threading.Lock(), threading.Lock()  # the thread that ends keeps the latter
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def beat(self, step: int, phase: str) -> None:
-        """Say that the main thread has come to a phase (data, forward, ...) once `step` steps were done."""
+    def record_phase(self, step: int, phase: str) -> None:
+        """Record that the main thread begins a phase (data, forward, ...) after `step` finished steps.
+
+        All ranks must record the same phases in the same order.
+        """
         if self._first_step is None:
             self._first_step = step
         before = self._main
-        place = before.place + 1 if step == before.step else 1
-        allowance = self._allowance if step == self._first_step else 0.0
-        self._main = _Main(step, phase, place, before.moves + 1, time.monotonic() + allowance)
+        index = before.phase_index + 1 if step == before.step else 1
+        allowance = self._start_allowance if step == self._first_step else 0.0
+        self._main = _MainThread(step, phase, index, before.signs_of_life + 1, time.monotonic() + allowance)
 
-    def waiting(self) -> None:
-        """Say that the main thread waits for a disk where it is, which may be long."""
-        self._main = self._main._replace(moves=self._main.moves + 1, quiet_from=time.monotonic())
+    def keep_alive(self) -> None:
+        """Record that the main thread waits for a disk, which may take long, and does not hang."""
+        signs_of_life = self._main.signs_of_life + 1
+        self._main = self._main._replace(signs_of_life=signs_of_life, idle_from=time.monotonic())
 
     def __enter__(self) -> Watchdog:
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._stack = stack_file(self._folder, self._rank).open("w")
-        # A watcher's question to a rank that does not answer. Other threads' stacks change while this one's is written.
+        self._stack = _stack_file(self._folder, self._rank).open("w")
+        # Other ranks request this rank's stack by SIGUSR2. It holds the main thread alone: the other threads' stacks
+        # change while they are written.
         faulthandler.register(signal.SIGUSR2, self._stack, all_threads=False)
-        self._publish()
+        self._write_heartbeat()
         self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._leaving.acquire()  # for ever where the watching thread is about to end the process
+        self._ending.acquire()  # blocks for ever if the watching thread is about to end the process
         if isinstance(error, Exception):
             if is_lost_peer(error):
-                self._part(error)
-            self._last_word = FAILED
+                self._end_after_lost_peer(error)
+            self._status = FAILED
         self._done.set()
         self._thread.join()
-        self._publish()
+        self._write_heartbeat()
         faulthandler.unregister(signal.SIGUSR2)
         self._stack.close()
-        if self._last_word is None:
-            for file in (heartbeat_file(self._folder, self._rank), stack_file(self._folder, self._rank)):
+        if self._status is None:
+            for file in (_heartbeat_file(self._folder, self._rank), _stack_file(self._folder, self._rank)):
                 file.unlink(missing_ok=True)
-            with suppress(OSError):  # the last rank finds it empty
+            with suppress(OSError):  # only the last rank finds the folder empty
                 self._folder.rmdir()
 
     def _watch(self) -> None:
-        earlier: Beats | None = None
+        earlier: Heartbeats | None = None
         while not self._done.wait(self._interval):
-            self._publish()
-            quiet = time.monotonic() - self._main.quiet_from
-            if quiet < LOOK * self._timeout and not self._verdict.exists():
+            self._write_heartbeat()
+            idle = time.monotonic() - self._main.idle_from
+            if idle < READ_AFTER * self._timeout and not self._verdict.exists():
                 earlier = None
                 continue
-            later = self._look()
-            still, lost = [], []
-            if earlier is not None:  # the first look of a rank that was stopped itself tells it nothing
-                still = frozen(earlier, later, self._world)
-                if quiet >= JUDGE * self._timeout:  # others' heartbeats may be an interval old
-                    lost = culprits(earlier, later, self._world, JUDGE * self._timeout - self._interval)
-            if (lost or self._verdict.exists()) and self._leaving.acquire(blocking=False):
-                self._end(lost, still, later, quiet)
+            later = self._read_heartbeats()
+            frozen: list[int] = []
+            stalled: list[int] = []
+            if earlier is not None:  # one reading is not enough: this rank may have been stopped itself until now
+                frozen = frozen_ranks(earlier, later, self._world_size)
+                if idle >= DECIDE_AFTER * self._timeout:
+                    max_idle = DECIDE_AFTER * self._timeout - self._interval  # heartbeats may be an interval old
+                    stalled = stalled_ranks(earlier, later, self._world_size, max_idle)
+            if (stalled or self._verdict.exists()) and self._ending.acquire(blocking=False):
+                self._end_hung_run(stalled, frozen, later, idle)
             earlier = earlier or later
 
     def _heartbeat(self) -> Heartbeat:
@@ -156,81 +221,88 @@ class Watchdog:
         return Heartbeat(
             rank=self._rank,
             host=self._host,
-            machine=self._machine,
+            pid_namespace=self._pid_namespace,
             pid=os.getpid(),
-            started=self._started,
+            process_start=self._process_start,
             step=main.step,
             phase=main.phase,
-            place=main.place,
-            moves=main.moves,
-            beats=self._beats,
-            quiet_seconds=round(time.monotonic() - main.quiet_from, 1),
-            last_word=self._last_word,
+            phase_index=main.phase_index,
+            signs_of_life=main.signs_of_life,
+            writes=self._writes,
+            idle_seconds=round(time.monotonic() - main.idle_from, 1),
+            status=self._status,
         )
 
-    def _publish(self) -> None:
-        with self._publishing, suppress(OSError):  # a full disk ends a run where it saves, not here
-            self._beats += 1
-            write_heartbeat(self._folder, self._heartbeat())
+    def _write_heartbeat(self) -> None:
+        with self._writing, suppress(OSError):  # a full disk ends a run where it saves, not here
+            self._writes += 1
+            content = json.dumps(self._heartbeat()._asdict())
+            write_atomically(_heartbeat_file(self._folder, self._rank), content, durable=False)
 
-    def _say(self, last_word: str) -> None:
-        self._last_word = last_word
-        self._publish()
+    def _write_status(self, status: str) -> None:
+        self._status = status
+        self._write_heartbeat()
 
-    def _look(self) -> dict[int, Heartbeat]:
-        return {**read_heartbeats(self._folder, self._world), self._rank: self._heartbeat()}
+    def _read_heartbeats(self) -> dict[int, Heartbeat]:
+        return {**read_heartbeats(self._folder, self._world_size), self._rank: self._heartbeat()}
 
-    def _end(self, lost: Sequence[int], still: Sequence[int], beats: Beats, quiet: float) -> NoReturn:
-        """Leave a run in which nothing moves: all write their stacks, the first says who is to blame, then all end."""
-        speaks = bool(lost) and self._is_first()
+    def _end_hung_run(self, stalled: Sequence[int], frozen: Sequence[int], beats: Heartbeats, idle: float) -> NoReturn:
+        """End a run in which nothing moves: all ranks write their stacks, the first reports, then all end."""
+        reports = bool(stalled) and self._create_verdict()
         faulthandler.dump_traceback(self._stack)
-        self._say(HUNG)
-        watching = [beat for rank, beat in beats.items() if rank not in still]
-        if self._rank == min(beat.rank for beat in watching if beat.machine == self._machine):
-            self._wake([beats[rank] for rank in still if rank in beats])
-        told = self._verdict / "told"
-        if speaks:
-            machines = {beat.machine for beat in watching}
-            writing = [r for r, b in beats.items() if b.machine in machines and not b.process_is_gone(self._machine)]
-            self._wait_for_stacks(writing)
+        self._write_status(HUNG)
+        watching = [beat for rank, beat in beats.items() if rank not in frozen]
+        if self._rank == min(beat.rank for beat in watching if beat.pid_namespace == self._pid_namespace):
+            self._request_stacks([beats[rank] for rank in frozen if rank in beats])
+        reported = self._verdict / "reported"
+        if reports:
+            namespaces = {beat.pid_namespace for beat in watching}
+            self._wait_for_stacks(
+                rank
+                for rank, beat in beats.items()
+                if beat.pid_namespace in namespaces and not beat.process_is_gone(self._pid_namespace)
+            )
             # A frozen rank's heartbeat may be an interval old; it is where this rank waits for it, or before.
-            since = beats[self._rank] if still else beats[lost[0]]
-            folder = self._report(since.step, lost, still, beats)
-            stand = f"{_names(lost, beats)} {'has' if len(lost) == 1 else 'have'} not moved since {since.where}"
-            _print(f"{stand} for {quiet:.0f} s; stacks are in {folder}; {GO_ON}")
+            since = beats[self._rank] if frozen else beats[stalled[0]]
+            folder = self._write_report(since.step, stalled, frozen, beats)
+            subject = f"{_names(stalled, beats)} {'has' if len(stalled) == 1 else 'have'}"
+            progress = f"made no progress since {since.position} for {idle:.0f} s"
+            _print(f"{subject} {progress}; stacks are in {folder}; {ADVICE}")
             with suppress(OSError):
-                told.touch()
+                reported.touch()
         else:
-            self._wait_until(told.exists, 3 * self._interval)
+            self._wait_until(reported.exists, 3 * self._interval)
         exit_rank(EXIT_LOST_RANK)
 
-    def _is_first(self) -> bool:
+    def _create_verdict(self) -> bool:
+        """Return whether this rank is the first that found a rank stalled."""
         try:
             self._verdict.mkdir()
         except FileExistsError:
             return False
         except OSError:
-            pass  # better said twice than not at all
+            pass  # two reports are better than none
         return True
 
-    def _wake(self, still: Sequence[Heartbeat]) -> None:
-        """Have the frozen ranks of this machine write their stacks: a stopped one does so when it goes on."""
-        for beat in still:
-            if beat.machine == self._machine and not beat.process_is_gone(self._machine):
+    def _request_stacks(self, frozen: Sequence[Heartbeat]) -> None:
+        """Make the frozen ranks on this machine write their stacks; a stopped process does so when it continues."""
+        for beat in frozen:
+            if beat.pid_namespace == self._pid_namespace and not beat.process_is_gone(self._pid_namespace):
                 with suppress(OSError, AttributeError):
-                    # kill(2) would let any thread take it that is the first to go on.
+                    # kill(2) could deliver the signal to any thread of the process.
                     ctypes.CDLL(None).tgkill(beat.pid, beat.pid, signal.SIGUSR2)
                     os.kill(beat.pid, signal.SIGCONT)
 
-    def _wait_for_stacks(self, ranks: Sequence[int]) -> None:
-        """Until they are written and grow no longer; other ranks may judge an interval later than this one."""
+    def _wait_for_stacks(self, ranks: Iterable[int]) -> None:
+        """Wait until all stack files exist and grow no longer; other ranks may act an interval later than this one."""
+        files = [_stack_file(self._folder, rank) for rank in ranks]
         sizes: list[int] = []
 
-        def whole() -> bool:
-            before, sizes[:] = list(sizes), [stack_file(self._folder, rank).stat().st_size for rank in ranks]
+        def complete() -> bool:
+            before, sizes[:] = list(sizes), [file.stat().st_size for file in files]
             return all(sizes) and sizes == before
 
-        self._wait_until(whole, 1.5 * self._interval)
+        self._wait_until(complete, 1.5 * self._interval)
 
     def _wait_until(self, condition: Callable[[], bool], seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -240,52 +312,89 @@ class Watchdog:
                     return
             time.sleep(POLL_SECONDS)
 
-    def _report(self, step: int, lost: Sequence[int], still: Sequence[int], beats: Beats) -> Path:
-        """Put what all ranks were doing, and their stacks, in a folder that the next start leaves alone."""
+    def _write_report(self, step: int, stalled: Sequence[int], frozen: Sequence[int], beats: Heartbeats) -> Path:
+        """Write what all ranks were doing, and their stacks, into a folder that later starts do not touch."""
         folder = self._run_dir / f"hang-step-{step:08d}"
-        lines = []
-        for rank in range(self._world):
-            said = beats[rank]._asdict() if rank in beats else {"rank": rank}
-            stack = None  # no watcher on its host, or a process that is gone
+        entries = []
+        for rank in range(self._world_size):
+            heartbeat = beats[rank]._asdict() if rank in beats else {"rank": rank}
+            stack = None  # there is none of a process that is gone, or on a host where no rank watches
             with suppress(OSError):
-                file = stack_file(self._folder, rank)
+                file = _stack_file(self._folder, rank)
                 if file.stat().st_size:
                     folder.mkdir(exist_ok=True)
                     stack = file.replace(folder / file.name).name
-            lines.append({**said, "to_blame": rank in lost, "frozen": rank in still, "stack": stack})
+            entries.append({**heartbeat, "stalled": rank in stalled, "frozen": rank in frozen, "stack": stack})
         with suppress(OSError):
-            write_atomically(folder / "ranks.json", json.dumps(lines, indent=1) + "\n")
+            write_atomically(folder / "ranks.json", json.dumps(entries, indent=1) + "\n")
         return folder
 
-    def _part(self, error: Exception) -> NoReturn:
-        """Leave a run whose collective has lost a peer: find out which rank is gone, and have one rank say so."""
-        self._say(PARTED)
-        first, deadline = self._look(), time.monotonic() + 3 * self._interval
+    def _end_after_lost_peer(self, error: Exception) -> NoReturn:
+        """End after a collective lost a peer: find out which rank is gone, and let one rank report it."""
+        self._write_status(LOST_PEER)
+        first, deadline = self._read_heartbeats(), time.monotonic() + 3 * self._interval
         while True:
-            now = self._look()
+            beats = self._read_heartbeats()
             late = time.monotonic() >= deadline
-            explained = [r for r in range(self._world) if r not in now or now[r].last_word in (FAILED, PARTED, HUNG)]
-            unchanged = frozen(first, now, self._world) if late else []
+            explained = [
+                rank
+                for rank in range(self._world_size)
+                if rank not in beats or beats[rank].status in (FAILED, LOST_PEER, HUNG)
+            ]
+            frozen = frozen_ranks(first, beats, self._world_size) if late else []
             gone = [
                 rank
-                for rank, beat in now.items()
-                if rank not in explained and (rank in unchanged or beat.process_is_gone(self._machine))
+                for rank, beat in beats.items()
+                if rank not in explained and (rank in frozen or beat.process_is_gone(self._pid_namespace))
             ]
-            spoken_for = any(rank not in now or now[rank].last_word in (FAILED, HUNG) for rank in explained)
-            if gone or spoken_for or late or len(explained) == self._world:
+            # A rank that failed, hung or ended well has printed why, or its launcher knows.
+            reported = any(rank not in beats or beats[rank].status in (FAILED, HUNG) for rank in explained)
+            if gone or reported or late or len(explained) == self._world_size:
                 break
             time.sleep(POLL_SECONDS)
-        speaker = min(rank for rank in now if rank not in gone)
-        if self._rank == speaker and gone:
-            _print(f"{_names(gone, now)} ended without a word in step {self._main.step}; {GO_ON}")
-        elif self._rank == speaker and not spoken_for:
-            _print(f"{now[self._rank].who} lost its connection to the other ranks ({error_summary(error)}); {GO_ON}")
+        if self._rank == min(rank for rank in beats if rank not in gone):
+            if gone:
+                _print(f"{_names(gone, beats)} died without an error message in step {self._main.step}; {ADVICE}")
+            elif not reported:
+                name = beats[self._rank].name
+                _print(f"{name} lost its connection to the other ranks ({error_summary(error)}); {ADVICE}")
         exit_rank(EXIT_LOST_RANK)
 
 
-def _names(ranks: Sequence[int], beats: Beats) -> str:
-    more = f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
-    return ", ".join(beats[rank].who if rank in beats else f"rank {rank}" for rank in ranks[:NAMED]) + more
+def _heartbeats_folder(config: RunConfig) -> Path:
+    """Return the folder of a run's heartbeats, which is removed when the run ends well."""
+    return config.run_dir / "heartbeats"
+
+
+def _heartbeat_file(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank:05d}.json"
+
+
+def _stack_file(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank:05d}.txt"
+
+
+def _pid_namespace() -> str:
+    """Return what two processes share that can see each other's pids: a boot of Linux and a pid namespace."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115 (the link's target is not a path)
+    except OSError:
+        return ""
+
+
+def _start_of(pid: int) -> str:
+    """Return when a process of this machine started, in clock ticks since boot; empty if it has ended."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return ""
+    return "" if state in "ZX" else fields[18]  # proc_pid_stat(5): field 22; the state is field 3
+
+
+def _names(ranks: Sequence[int], beats: Heartbeats) -> str:
+    more = f" and {len(ranks) - MAX_NAMED_RANKS} more" if len(ranks) > MAX_NAMED_RANKS else ""
+    return ", ".join(beats[rank].name if rank in beats else f"rank {rank}" for rank in ranks[:MAX_NAMED_RANKS]) + more
 
 
 def _print(line: str) -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import wandb
+from tostlm.train.loop import check_run
 
 from tests.conftest import Run, fail, tostlm
 from tostlm.errors import UserError
 from tostlm.launch import RankInfo
 from tostlm.train import wandb as door
-from tostlm.train.loop import check_run
 from tostlm.train.metrics import Metrics
 
 KEYLESS = {"WANDB_MODE": "online", "WANDB_API_KEY": ""}

@@ -1,0 +1,22 @@
+"""What several tests of training runs share."""
+
+import time
+
+from tests.conftest import Run
+from tostlm.checkpoint import checkpoints
+
+REPORTED = (("train", "loss"), ("train", "grad_norm"), ("validation", "loss"))
+
+
+def zero_options(stage: int, bf16: str = "false") -> list[str]:
+    """Return the config overrides for a ZeRO stage, in fp32 or with bf16 weights."""
+    keys = [f"deepspeed.zero_optimization.stage={stage}", f"deepspeed.bf16.enabled={bf16}"]
+    # Parameters this small would otherwise stay whole at stage 3.
+    return [*keys, "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"] if stage == 3 else keys
+
+
+def wait_for_a_checkpoint(run: Run) -> None:
+    deadline = time.monotonic() + 120
+    while not checkpoints(run.dir) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert checkpoints(run.dir)
