@@ -38,7 +38,7 @@ def curriculum(*stages: tuple[int, int]) -> str:
 def test_every_config_builds(path: Path) -> None:
     config = load_config(path)
     assert count_parameters(config.model) / 1e6 == pytest.approx(SIZES[path.stem], rel=0.005)
-    deepspeed_dict(config, world_size=2 if "quickstart" in path.stem else 8)
+    deepspeed_dict(config, batch_plan(config, 2 if "quickstart" in path.stem else 8))
 
 
 @pytest.mark.parametrize("size", ["base", "medium", "large"])
@@ -176,7 +176,7 @@ def test_batches_are_shared_out(run: Run) -> None:
 
 def test_deepspeed_keys_pass_through_unchanged(run: Run) -> None:
     config = run.config("deepspeed.zero_optimization.offload_optimizer.device=cpu", "deepspeed.bf16.enabled=true")
-    derived = deepspeed_dict(config, 4)
+    derived = deepspeed_dict(config, batch_plan(config, 4))
     assert {key: derived[key] for key in config.deepspeed} == config.deepspeed
     assert (
         derived["train_batch_size"],

@@ -58,7 +58,7 @@ def test_a_run_says_where_it_was(trained: dict[str, Run]) -> None:
     assert progress == TrainState(
         step=6,
         data_step=6,
-        validation_loss=run.metrics("heldout")[6],
+        validation_loss=run.metrics("validation")[6],
         optimizer_steps=6,
         world_size=1,
         zero_stage=1,

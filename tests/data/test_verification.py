@@ -141,11 +141,12 @@ def test_a_partial_verification_writes_no_stamp(folder: Path) -> None:
 def test_the_second_start_of_a_training_run_reads_no_shard(
     folder: Path, tmp_path: Path, hashed: Hashed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tostlm.train import start
+    from tostlm.train import trainer
+    from tostlm.train.batches import open_data
 
-    monkeypatch.setattr(start, "lock_for_life", lambda *_: None)  # held until this process ends
+    monkeypatch.setattr(trainer, "lock_for_life", lambda *_: None)  # held until this process ends
     config = Run(tmp_path, folder).config()
     for expected in (6, 0):
         hashed.clear()
-        start.check_run(config, world_size=1)
+        trainer.check_run(config, open_data(config, 1))
         assert len(hashed) == expected

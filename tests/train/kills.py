@@ -20,7 +20,7 @@ from tostlm.checkpoint.deepspeed_state import KINDS, restore_state
 from tostlm.checkpoint.layout import TrainState, checkpoint_folder, checkpoints, read_state, read_train_state
 from tostlm.checkpoint.load import latest_valid_checkpoint, resume
 from tostlm.checkpoint.save import PARTIAL, REMOVED, CheckpointSaver
-from tostlm.config import RunConfig, load_config
+from tostlm.config import RunConfig, batch_plan, load_config
 from tostlm.data import common_tokenizer
 from tostlm.launch import RankInfo, rank_from_environment
 from tostlm.launch.local import rank_env
@@ -41,7 +41,8 @@ def expected(config: RunConfig, step: int) -> Iterator[tuple[str, Tensor]]:
 
 def save_for_ever(config: RunConfig, ranks: RankInfo, start: int) -> None:
     init_distributed(ranks)
-    engine: Any = start_engine(config, create_lm(config.model, config.seed), ranks)
+    plan = batch_plan(config, ranks.world_size)
+    engine: Any = start_engine(config, create_lm(config.model, config.seed), plan, ranks)
     if start:
         assert resume(engine, checkpoint_folder(config.run_dir, start)).step == start
     with CheckpointSaver(config, common_tokenizer(config.data.folders), ranks, lambda: None) as saver:

@@ -1,4 +1,4 @@
-"""What a run reads: batches made ahead, in order, and the whole of a blend and a curriculum in real runs."""
+"""Batches: prefetched in order, split over ranks, the same validation tokens on any number of ranks, blends in runs."""
 
 import shutil
 import threading
@@ -13,18 +13,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.conftest import Run, fail, succeed
 from tostlm.checkpoint import checkpoints
-from tostlm.data import TRAIN, VALIDATION, ContextStage, Loader, PreparationSettings, TokenSet, prepare, train_tokenizer
+from tostlm.data import VALIDATION, PreparationSettings, TokenSet, prepare, train_tokenizer
 from tostlm.errors import UserError
 from tostlm.launch import RankInfo
-from tostlm.model import create_lm
-from tostlm.train.batches import AHEAD, Batch, prefetch, training_loader, validation_loader
+from tostlm.model import IGNORE, create_lm
+from tostlm.train.batches import PREFETCHED_BATCHES, Batch, RankBatches, open_data, prefetch
+from tostlm.train.engine import compute_loss
 
 CPU = torch.device("cpu")
-ALONE = RankInfo(0, 0, 1)
 
 
-def feed_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("feed")]
+def prefetch_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 def blend(*sets: tuple[Path, float]) -> list[str]:
@@ -32,97 +32,134 @@ def blend(*sets: tuple[Path, float]) -> list[str]:
     return ["data.path=null", f"data.blend=[{listed}]"]
 
 
+def numbered(step: int) -> Batch:
+    return Batch(torch.full((1, 4), step), torch.full((1, 4), step + 1), None)
+
+
 @pytest.mark.parametrize("steps", [range(5), range(3, 4), range(7, 7)])
-def test_the_batches_of_the_loader_in_order(run: Run, steps: range) -> None:
-    loader = training_loader(run.config("data.reset_at_documents=true"))
-    rank = RankInfo(1, 1, 2)
-    rows = list(prefetch(loader, steps, rank, CPU))
-    assert len(rows) == len(steps)
-    for step, made in zip(steps, rows, strict=True):
-        for ours, theirs in zip(made[:3], loader.batch(step, 1, 2), strict=True):
-            assert np.array_equal(ours.numpy(), theirs)
-    assert not feed_threads()
+def test_prefetched_batches_come_in_order(steps: range) -> None:
+    assert [int(batch.inputs[0, 0]) for batch in prefetch(numbered, steps, CPU)] == list(steps)
+    assert not prefetch_threads()
 
 
-def test_rows_split_into_passes(run: Run) -> None:
-    loader = training_loader(run.config("data.reset_at_documents=true"))
-    (rows,) = prefetch(loader, range(1), ALONE, CPU)
-    passes = rows.split(4)
-    assert [part.inputs.shape for part in passes] == [(2, 64)] * 4
-    for place in range(3):
-        assert torch.equal(torch.cat([part[place] for part in passes]), rows[place])
+def test_no_more_batches_are_read_than_are_prefetched() -> None:
+    read = []
 
+    def record(step: int) -> Batch:
+        read.append(step)
+        return numbered(step)
 
-class Watched(TokenSet):
-    """A real set that keeps count of the windows read."""
-
-    reads = 0
-
-    def tokens(self, start: int, stop: int) -> np.ndarray:
-        self.reads += 1
-        return super().tokens(start, stop)
-
-
-def test_batches_are_made_ahead_and_no_further(data: Path) -> None:
-    tokens = Watched(data, TRAIN)
-    loader = Loader([(tokens, 1.0)], [ContextStage(0, 64, 1)], seed=0)
-    with closing(prefetch(loader, range(100), ALONE, CPU)) as batch_plan:
-        for done in range(1, 4):
-            next(batch_plan)
+    with closing(prefetch(record, range(100), CPU)) as batches:
+        for used in range(1, 4):
+            next(batches)
             deadline = time.monotonic() + 30
-            while tokens.reads < done + AHEAD and time.monotonic() < deadline:
+            while len(read) < used + PREFETCHED_BATCHES and time.monotonic() < deadline:
                 time.sleep(0.01)
             time.sleep(0.05)
-            assert tokens.reads == done + AHEAD
-    assert not feed_threads()
+            assert len(read) == used + PREFETCHED_BATCHES
+    assert not prefetch_threads()
 
 
-def test_an_error_of_the_thread_ends_the_loop(data: Path, tmp_path: Path) -> None:
+def test_an_error_while_reading_is_raised_where_the_batch_is_used(run: Run, data: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(data, tmp_path / "copy"))
     shard = np.memmap(copy / "train-00000.bin", "<u2", mode="r+")
     shard[:] = 60_000
     shard.flush()
-    loader = Loader([(TokenSet(copy, TRAIN), 1.0)], [ContextStage(0, 64, 1)], seed=0)
+    opened = open_data(run.config(f"data.path={copy}"), 1)
     with pytest.raises(UserError, match="holds token 60000"):
-        next(prefetch(loader, range(100), ALONE, CPU))
-    assert not feed_threads()
+        next(RankBatches(opened, RankInfo(0, 0, 1), CPU).training(0))
+    assert not prefetch_threads()
 
 
-def test_the_thread_ends_with_the_loop(run: Run) -> None:
-    loader = training_loader(run.config())
-    with pytest.raises(ZeroDivisionError), closing(prefetch(loader, range(100), ALONE, CPU)) as batch_plan:
-        for _ in batch_plan:
-            assert feed_threads()
+def test_an_error_while_training_ends_the_thread() -> None:
+    with pytest.raises(ZeroDivisionError), closing(prefetch(numbered, range(100), CPU)) as batches:
+        for _ in batches:
+            assert prefetch_threads()
             raise ZeroDivisionError
-    assert not feed_threads()
+    assert not prefetch_threads()
 
 
-def test_heldout_text_is_read_at_the_longest_context_with_the_same_weights(run: Run, data: Path, digits: Path) -> None:
+def test_each_rank_reads_its_share_of_a_step(run: Run) -> None:
+    opened = open_data(run.config("data.reset_at_documents=true"), 2)
+    with closing(RankBatches(opened, RankInfo(1, 1, 2), CPU).training(3)) as batches:
+        for step in (3, 4):
+            for ours, expected in zip(next(batches)[:3], opened.training.batch(step, 1, 2), strict=True):
+                assert isinstance(ours, torch.Tensor) and expected is not None
+                assert np.array_equal(ours.numpy(), expected)
+
+
+def test_micro_batches_are_parts_of_the_batch_in_order(run: Run) -> None:
+    opened = open_data(run.config("data.reset_at_documents=true"), 1)
+    batch = Batch.from_numpy(opened.training.batch(0, 0, 1))
+    micro_batches = batch.split(4)
+    assert [part.inputs.shape for part in micro_batches] == [(2, 64)] * 4
+    for field in ("inputs", "targets", "document_start_mask"):
+        assert torch.equal(torch.cat([getattr(part, field) for part in micro_batches]), getattr(batch, field))
+
+
+def test_slices_of_sequences_join_to_the_whole(run: Run) -> None:
+    batch = open_data(run.config("data.reset_at_documents=true"), 1).training.batch(0, 0, 1)
+    slices = [Batch.from_slice(batch, index, 4) for index in range(4)]
+    assert {part.inputs.shape[1] for part in slices} == {16}
+    for field in ("inputs", "targets", "document_start_mask"):
+        joined = torch.cat([getattr(part, field) for part in slices], 1)
+        assert torch.equal(joined, getattr(Batch.from_numpy(batch), field))
+
+
+def scored_rows(batches: list[Batch]) -> list[bytes]:
+    """The sequences that are scored; a sequence is scored whole or not at all."""
+    rows = []
+    for batch in batches:
+        for inputs, targets in zip(batch.inputs, batch.targets, strict=True):
+            assert (targets != IGNORE).all() or (targets == IGNORE).all()
+            if targets[0] != IGNORE:
+                rows.append(inputs.numpy().tobytes())
+    return rows
+
+
+@pytest.mark.parametrize("sequences", [1, 5, 7, 8])
+def test_validation_reads_the_same_sequences_on_any_number_of_ranks(run: Run, sequences: int) -> None:
+    expected = None
+    for world_size in (1, 2, 4):
+        opened = open_data(run.config(f"train.eval_tokens={64 * sequences + 63}"), world_size)
+        ranks = [RankInfo(rank, rank, world_size) for rank in range(world_size)]
+        read = [list(RankBatches(opened, rank, CPU).validation()) for rank in ranks]
+        assert len({len(batches) for batches in read}) == 1  # every rank makes equally many forward passes
+        assert {batch.inputs.shape for batches in read for batch in batches} == {(2, 64)}
+        rows = sorted(row for batches in read for row in scored_rows(batches))
+        assert len(rows) == sequences
+        expected = expected or rows
+        assert rows == expected
+
+
+def test_validation_text_has_the_longest_context_and_the_weights_of_the_blend(
+    run: Run, data: Path, digits: Path
+) -> None:
     stages = "data.curriculum=[{until_step: 2, context_tokens: 16}]"
-    config = run.config(stages, *blend((data, 1), (digits, 1)))
-    inputs, _, _ = validation_loader(config, world_size=2).batch(0, 0, 1)
-    assert inputs.shape == (4, 64)
+    opened = open_data(run.config(stages, *blend((data, 1), (digits, 1)), "train.eval_tokens=256"), 2)
+    batches = list(RankBatches(opened, RankInfo(0, 0, 1), CPU).validation())
     held = TokenSet(digits, VALIDATION)
     windows = {row.tobytes() for row in held.tokens(0, len(held) // 64 * 64).reshape(-1, 64)}
-    assert sum(row.tobytes() in windows for row in inputs) == 2
+    assert sum(row in windows for row in scored_rows(batches)) == 2
+    assert len(scored_rows(batches)) == 4
 
 
 STAGES = "data.curriculum=[{until_step: 2, context_tokens: 16}, {until_step: 5, context_tokens: 32}]"
 
 
-def test_a_blend_in_stages_resumes_exactly(run: Run, data: Path, digits: Path) -> None:
+def test_a_blend_with_a_curriculum_resumes_exactly(run: Run, data: Path, digits: Path) -> None:
     overrides = [*blend((data, 0.7), (digits, 0.3)), STAGES, "data.within_documents=true"]
     succeed(run.train(*overrides, nproc=2))
-    reported = (("train", "loss"), ("train", "grad_norm"), ("heldout", "loss"), ("train", "epoch/digits"))
+    reported = (("train", "loss"), ("train", "grad_norm"), ("validation", "loss"), ("train", "epoch/digits"))
     before = {(kind, key): run.metrics(kind, key) for kind, key in reported}
-    loader = training_loader(run.config(*overrides))
+    loader = open_data(run.config(*overrides), 2).training
     for name in ("prepared", "digits"):
         assert run.metrics("train", f"epoch/{name}") == {step: loader.epochs(step)[name] for step in range(1, 7)}
     events = EventAccumulator(str(run.dir / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) >= {"train/epoch/prepared", "train/epoch/digits"}
 
-    shutil.rmtree(checkpoints(run.dir)[-1])  # the other is of step 3, inside the second stage
+    shutil.rmtree(checkpoints(run.dir)[-1])  # the other one is of step 3, inside the second stage
     succeed(run.train(*overrides, nproc=2))
     assert {(kind, key): run.metrics(kind, key) for kind, key in reported} == before
     shutil.rmtree(checkpoints(run.dir)[-1])
@@ -133,18 +170,21 @@ def test_a_blend_in_stages_resumes_exactly(run: Run, data: Path, digits: Path) -
 
 
 @torch.no_grad()
-def test_a_run_forgets_at_documents(run: Run) -> None:
+def test_training_forgets_at_document_starts(run: Run) -> None:
     sizes = ["data.context_tokens=512", "train.batch_tokens=8192", "train.micro_batch_tokens=2048"]
     overrides = ["data.reset_at_documents=true", "model.layer_scale=20.0", "model.layers=[{mixer: tssa}]", *sizes]
     succeed(run.train(*overrides, "optimizer.lr=1e-3", nproc=2))
     config = run.config(*overrides)
     lm = create_lm(config.model, config.seed)
-    first = Batch.of(training_loader(config).batch(0, 0, 1))
-    assert run.metrics("train")[1] == pytest.approx(float(first.loss(lm)[0]), abs=1e-5)
-    assert run.metrics("train")[1] != pytest.approx(float(first._replace(resets=None).loss(lm)[0]), abs=3e-5)
+    batch = Batch.from_numpy(open_data(config, 1).training.batch(0, 0, 1))
+    across_documents = batch._replace(document_start_mask=None)
+    assert run.metrics("train")[1] == pytest.approx(float(compute_loss(lm, batch)[0]), abs=1e-5)
+    assert run.metrics("train")[1] != pytest.approx(float(compute_loss(lm, across_documents)[0]), abs=3e-5)
 
 
-def test_runs_that_cannot_start(run: Run, data: Path, corpus: Path, speeches: list[str], tmp_path: Path) -> None:
+def test_data_that_does_not_fit_is_rejected(
+    run: Run, data: Path, corpus: Path, speeches: list[str], tmp_path: Path
+) -> None:
     other = train_tokenizer(speeches, 400, tmp_path / "other.model")
     prepare(PreparationSettings(sources=(str(corpus),), heldout_fraction=0.2), other, tmp_path / "other")
     two = blend((data, 1), (tmp_path / "other", 1))

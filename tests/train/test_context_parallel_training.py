@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from tests.conftest import Run, fail, succeed
-from tests.train.test_training import REPORTED, options
+from tests.train.run_helpers import REPORTED, zero_options
 from tostlm.checkpoint import checkpoints
 from tostlm.config import batch_plan
 from tostlm.errors import UserError
 from tostlm.model import LM
-from tostlm.train.batches import Batch, training_loader
+from tostlm.train.batches import Batch, open_data
 from tostlm.train.engine import deepspeed_dict, prepare_blocks
 
 HYBRID = ["model.layers=[{mixer: tssa}, {mixer: softmax}]", "model.positions=64", "data.reset_at_documents=true"]
@@ -23,7 +23,7 @@ SPLIT = [*HYBRID, "train.context_parallel_size=2"]
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """One process, which holds whole sequences."""
     run = Run(tmp_path_factory.mktemp("whole"), data)
-    succeed(run.train(*HYBRID, *options(0)))
+    succeed(run.train(*HYBRID, *zero_options(0)))
     return run
 
 
@@ -37,13 +37,13 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize("stage", [0, pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3])
 def test_every_stage_trains_on_split_sequences(run: Run, whole: Run, stage: int) -> None:
-    succeed(run.train(*SPLIT, *options(stage), nproc=2))
+    succeed(run.train(*SPLIT, *zero_options(stage), nproc=2))
     assert_alike(run, whole)
 
 
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=SLOW), 3])
 def test_recomputed_blocks_train_alike(run: Run, whole: Run, stage: int) -> None:
-    succeed(run.train(*SPLIT, *options(stage), "train.activation_checkpointing_every=1", nproc=2))
+    succeed(run.train(*SPLIT, *zero_options(stage), "train.activation_checkpointing_every=1", nproc=2))
     assert_alike(run, whole)
 
 
@@ -58,30 +58,30 @@ def test_which_blocks_are_recomputed(run: Run) -> None:
 def test_compiled_blocks_train_alike(run: Run, whole: Run) -> None:
     """One of the two is computed again too."""
     compiled = ["train.compile=true", "train.activation_checkpointing_every=2"]
-    succeed(run.train(*HYBRID, *options(1), *compiled))
+    succeed(run.train(*HYBRID, *zero_options(1), *compiled))
     assert_alike(run, whole)
     assert run.metrics("train") != whole.metrics("train")  # fused operations round otherwise
 
 
 def test_several_groups_of_ranks_train_alike(run: Run, whole: Run) -> None:
-    succeed(run.train(*SPLIT, *options(1), nproc=4))
+    succeed(run.train(*SPLIT, *zero_options(1), nproc=4))
     assert_alike(run, whole)
 
 
 @SLOW
 def test_several_groups_of_ranks_resume_exactly(run: Run) -> None:
-    succeed(run.train(*SPLIT, *options(1), nproc=4))
+    succeed(run.train(*SPLIT, *zero_options(1), nproc=4))
     before = {key: run.metrics(*key) for key in REPORTED}
     shutil.rmtree(checkpoints(run.dir)[-1])
-    succeed(run.train(*SPLIT, *options(1), nproc=4))
+    succeed(run.train(*SPLIT, *zero_options(1), nproc=4))
     assert {key: run.metrics(*key) for key in REPORTED} == before
 
 
 def test_pieces_of_a_batch(run: Run) -> None:
-    batch = training_loader(run.config("data.reset_at_documents=true")).batch(0, 0, 1)
-    pieces = [Batch.of(batch, piece, 4) for piece in range(4)]
+    batch = open_data(run.config("data.reset_at_documents=true"), 1).training.batch(0, 0, 1)
+    pieces = [Batch.from_slice(batch, piece, 4) for piece in range(4)]
     assert {rows.inputs.shape[1] for rows in pieces} == {16}
-    for whole, *parts in zip(Batch.of(batch)[:3], *(piece[:3] for piece in pieces), strict=True):
+    for whole, *parts in zip(Batch.from_numpy(batch)[:3], *(piece[:3] for piece in pieces), strict=True):
         assert torch.equal(torch.cat(parts, 1), whole)
 
 
@@ -89,7 +89,7 @@ def test_batches_of_groups(run: Run) -> None:
     """A pass of a group holds the tokens of all its ranks; DeepSpeed's own sum counts each rank's sequences."""
     config = run.config("train.context_parallel_size=4", "train.micro_batch_tokens=32")
     assert batch_plan(config, 8) == (8, 2, 2)
-    derived = deepspeed_dict(config, 8)
+    derived = deepspeed_dict(config, batch_plan(config, 8))
     assert derived["train_batch_size"] == 32
     assert derived["train_micro_batch_size_per_gpu"] * derived["gradient_accumulation_steps"] * 8 == 32
 

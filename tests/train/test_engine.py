@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from tostlm.train.carry import RecurrentState
 
 from tests.conftest import Run
 from tests.processes import on_ranks
-from tests.train.test_training import options
+from tests.train.run_helpers import zero_options
 from tostlm.checkpoint.deepspeed_state import whole_weights
 from tostlm.launch import RankInfo
 from tostlm.model import create_lm
-from tostlm.train.batches import Batch, training_loader
+from tostlm.train.batches import Batch, RecurrentState, open_data
 from tostlm.train.engine import StepResult, start_engine, train_step
 
 ACCUMULATE = "data_types.grad_accum_dtype=fp32"
@@ -46,15 +45,16 @@ def on_rank(run: Run, rank: int, world_size: int) -> list[dict[str, Any]]:
 
 
 def bad_among_good(run: Run, ranks: RankInfo, stage: int, bf16: str, more: tuple[str, ...]) -> dict[str, Any]:
-    config = run.config(*options(stage, bf16), *more)
-    loader = training_loader(config)
-    engine = start_engine(config, create_lm(config.model, config.seed), ranks)
+    config = run.config(*zero_options(stage, bf16), *more)
+    data = open_data(config, ranks.world_size)
+    engine = start_engine(config, create_lm(config.model, config.seed), data.plan, ranks)
 
-    carry = RecurrentState(config, engine.gradient_accumulation_steps(), ranks)
+    recurrent_state = RecurrentState(config, data.plan.accumulation, ranks)
 
     def step(number: int, is_bad: Callable[[float], bool] = lambda loss: False) -> StepResult:
-        rows = Batch.of(loader.batch(number, ranks.rank, ranks.world_size))
-        return train_step(engine, rows, 1e-3, is_bad, False, carry, lambda name: nullcontext())
+        batch = Batch.from_numpy(data.training.batch(number, ranks.rank, ranks.world_size))
+        parts = batch.split(data.plan.accumulation)
+        return train_step(engine, parts, 1e-3, is_bad, False, recurrent_state, lambda name: nullcontext())
 
     def weights() -> dict[str, torch.Tensor]:
         return whole_weights(engine)

@@ -5,28 +5,31 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import wandb
-from tostlm.train.loop import check_run
 
 from tests.conftest import Run, fail, tostlm
 from tostlm.errors import UserError
 from tostlm.launch import RankInfo
-from tostlm.train import wandb as door
-from tostlm.train.metrics import Metrics
+from tostlm.train import metric_writers
+from tostlm.train.batches import open_data
+from tostlm.train.metrics import Metrics, PhaseTimers
+from tostlm.train.trainer import check_run
 
 KEYLESS = {"WANDB_MODE": "online", "WANDB_API_KEY": ""}
 
 
 def test_without_the_library_no_run_starts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    check_run(run.config(), 1)
+    data = open_data(run.config(), 1)
+    check_run(run.config(), data)
     with pytest.raises(UserError, match=r"train.wandb_project tost needs .* pip install 'tostlm\[wandb\]'"):
-        check_run(run.config("train.wandb_project=tost"), 1)
+        check_run(run.config("train.wandb_project=tost"), data)
 
 
 def test_without_a_key_no_run_starts(run: Run, tmp_path: Path) -> None:
     result = tostlm("train", str(run.file), "train.wandb_project=tost", HOME=str(tmp_path), **KEYLESS)
-    fail(result, "train.wandb_project tost needs a key", "wandb login", "WANDB_MODE=offline")
+    fail(result, "train.wandb_project tost needs an API key", "wandb login", "WANDB_MODE=offline")
 
 
 def test_a_service_that_does_not_answer_is_logged(
@@ -36,16 +39,16 @@ def test_a_service_that_does_not_answer_is_logged(
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
-    monkeypatch.setattr(door, "START_SECONDS", 1)
+    monkeypatch.setattr(metric_writers, "WANDB_START_SECONDS", 1)
     config = run.config("train.wandb_project=tost")
     try:
         with caplog.at_level(logging.WARNING, "tostlm"):
-            door.check_wandb(config)
-            with Metrics(config, 0, RankInfo(0, 0, 1)) as record:
-                record.heldout(1, 2.0)
+            metric_writers.check_wandb(config)
+            with Metrics(config, 0, RankInfo(0, 0, 1), PhaseTimers(torch.device("cpu"))) as metrics:
+                metrics.validation(1, 2.0)
     finally:
         wandb.teardown()
-    assert run.metrics("heldout") == {1: 2.0}
-    (warning,) = (entry for entry in caplog.records if entry.name == door.__name__)
-    assert warning.message.startswith("the run goes on without Weights & Biases: ")
+    assert run.metrics("validation") == {1: 2.0}
+    (warning,) = (entry for entry in caplog.records if entry.name == metric_writers.__name__)
+    assert warning.message.startswith("the run continues without Weights & Biases: ")
     assert capfd.readouterr().err == ""

@@ -6,13 +6,17 @@ import math
 import sys
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import Run
+from tostlm.checkpoint import TrainState
+from tostlm.config import RunConfig
 from tostlm.launch import RankInfo
 from tostlm.model import training_flops_per_token
 from tostlm.train import metrics
-from tostlm.train.metrics import Metrics
+from tostlm.train.engine import StepResult
+from tostlm.train.metrics import Metrics, PhaseTimers
 
 ALONE = RankInfo(0, 0, 1)
 RATES = {"decay": 1e-3, "no_decay": 2e-3}
@@ -36,7 +40,12 @@ def on_board(run: Run, tag: str) -> list[tuple[int, float]]:
 def report(
     record: Metrics, step: int, loss: float = 2.0, grad_norm: float | None = 0.5, context: int = 64, skipped: int = 0
 ) -> None:
-    record.train(step, loss, RATES, grad_norm, context, {"data": 0.25}, skipped)
+    state = TrainState(step=step, skipped_steps=skipped)
+    record.log(state, StepResult(loss, grad_norm, False, False, False), RATES, context, {"data": 0.25})
+
+
+def open_metrics(config: RunConfig, start_step: int = 0, ranks: RankInfo = ALONE) -> Metrics:
+    return Metrics(config, start_step, ranks, PhaseTimers(torch.device("cpu")))
 
 
 @pytest.fixture
@@ -46,11 +55,11 @@ def run(run: Run) -> Run:
 
 
 def test_what_a_step_is_worth(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    with Metrics(run.config(), 0, RankInfo(0, 0, 4)) as record:
+    with open_metrics(run.config(), 0, RankInfo(0, 0, 4)) as record:
         for _ in range(2):
-            with record.clock.phase("forward"):
+            with record._timers("forward"):
                 pass
-        with record.clock.phase("save"):
+        with record._timers("save"):
             pass
         report(record, 2, skipped=3)
         report(record, 4)
@@ -86,7 +95,7 @@ def test_mfu_is_of_the_operations_of_the_mixer(run: Run, mixer: str, monkeypatch
     """Of the peak of all devices. TSSA costs the same at any context, softmax C more for each token more."""
     monkeypatch.setattr(metrics, "_peak_flops", lambda: 1e12)
     config = run.config(f"model.layers=[{{mixer: {mixer}}}]")
-    with Metrics(config, 0, RankInfo(0, 0, 4)) as record:
+    with open_metrics(config, 0, RankInfo(0, 0, 4)) as record:
         report(record, 1, context=64)
         report(record, 2, context=64_000)
     short, long = (line["mfu"] * 4e12 / line["tokens_per_second"] for line in lines(run))
@@ -96,15 +105,16 @@ def test_mfu_is_of_the_operations_of_the_mixer(run: Run, mixer: str, monkeypatch
 
 
 def test_the_epochs_of_a_blend_go_by_name(run: Run) -> None:
-    with Metrics(run.config(), 0, ALONE) as record:
-        record.train(1, 2.0, RATES, None, 64, {"web": 0.25, "books": 1.5})
+    with open_metrics(run.config(), 0, ALONE) as record:
+        result = StepResult(2.0, None, False, False, False)
+        record.log(TrainState(step=1), result, RATES, 64, {"web": 0.25, "books": 1.5})
     (line,) = lines(run)
     assert (line["epoch/web"], line["epoch/books"]) == (0.25, 1.5)
     assert "epoch" not in line
 
 
 def test_no_mfu_without_a_known_peak_and_no_norm_where_none_is_made(run: Run) -> None:
-    with Metrics(run.config(), 0, ALONE) as record:
+    with open_metrics(run.config(), 0, ALONE) as record:
         report(record, 1, grad_norm=None)
         record.statistics(1, {})
     assert len(lines(run)) == 1
@@ -112,20 +122,20 @@ def test_no_mfu_without_a_known_peak_and_no_norm_where_none_is_made(run: Run) ->
 
 
 def test_what_is_no_number_is_null_and_on_no_board(run: Run) -> None:
-    with Metrics(run.config(), 0, ALONE) as record:
+    with open_metrics(run.config(), 0, ALONE) as record:
         report(record, 1, loss=math.nan, grad_norm=math.inf)
-        record.heldout(1, 1e6)
+        record.validation(1, 1e6)
         record.event(1, "bad step", loss=-math.inf)
-    train, heldout, event = lines(run)
+    train, validation, event = lines(run)
     assert [train[key] for key in ("loss", "perplexity", "grad_norm")] == [None] * 3
-    assert (heldout["loss"], heldout["perplexity"]) == (1e6, None)
-    assert (event["what"], event["loss"]) == ("bad step", None)
-    assert on_board(run, "train/loss") == on_board(run, "heldout/perplexity") == []
-    assert on_board(run, "heldout/loss") == [(1, 1e6)]
+    assert (validation["loss"], validation["perplexity"]) == (1e6, None)
+    assert (event["event"], event["loss"]) == ("bad step", None)
+    assert on_board(run, "train/loss") == on_board(run, "validation/perplexity") == []
+    assert on_board(run, "validation/loss") == [(1, 1e6)]
 
 
 def test_a_rewound_record_goes_on_without_doubled_steps(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    with Metrics(run.config(), 0, ALONE) as record:
+    with open_metrics(run.config(), 0, ALONE) as record:
         for step in (1, 2, 3, 4):
             report(record, step)
         assert len(on_board(run, "train/memory_bytes")) == 4  # on disk at once, for those who are killed
@@ -145,35 +155,35 @@ def test_a_rewound_record_goes_on_without_doubled_steps(run: Run, capsys: pytest
     assert on_board(run, "train/loss") == [(1, 2.0), (2, 2.0), (3, 1.0), (4, 1.0), (5, 1.0)]
     assert on_board(run, "statistics/entropy/0") == []
     assert "step 4/6  rollback  to 2\n" in capsys.readouterr().out
-    with Metrics(run.config(), 0, ALONE):  # a new process keeps events too
-        assert [(line["what"], line["to"]) for line in lines(run)] == [("rollback", 2)]
+    with open_metrics(run.config(), 0, ALONE):  # a new process keeps events too
+        assert [(line["event"], line["to"]) for line in lines(run)] == [("rollback", 2)]
 
 
 def test_the_bar_shows_the_losses_and_what_was_skipped(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.StringIO()
     terminal.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setattr(sys, "stderr", terminal)
-    with Metrics(run.config(), 0, ALONE) as record:
-        record.heldout(1, 3.5)
+    with open_metrics(run.config(), 0, ALONE) as record:
+        record.validation(1, 3.5)
         report(record, 2, skipped=1)
     shown = terminal.getvalue().split("\r")[-2]
     assert "2/6" in shown
-    for words in ("loss=2.0000", "heldout=3.5000", "skipped=1"):
+    for words in ("loss=2.0000", "validation=3.5000", "skipped=1"):
         assert words in shown
 
 
 def test_a_resumed_record_forgets_what_came_after_its_checkpoint(run: Run) -> None:
     written = [json.dumps({"kind": "train", "step": step}) for step in (1, 2, 3, 4)]
     (run.dir / "metrics.jsonl").write_text("\n".join(written) + '\n{"kind": "tr')
-    with Metrics(run.config(), 2, ALONE) as record:
-        record.heldout(3, 1.5)
+    with open_metrics(run.config(), 2, ALONE) as record:
+        record.validation(3, 1.5)
     assert [line["step"] for line in lines(run)] == [1, 2, 3]
 
 
 def test_other_ranks_are_mute(run: Run) -> None:
-    with Metrics(run.config(), 0, RankInfo(1, 1, 2)) as record:
+    with open_metrics(run.config(), 0, RankInfo(1, 1, 2)) as record:
         report(record, 1)
-        record.heldout(1, 2.0)
+        record.validation(1, 2.0)
         record.statistics(1, {"entropy/0": 0.5})
         record.event(1, "rollback")
         record.rewind(0)

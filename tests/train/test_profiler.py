@@ -11,7 +11,7 @@ import torch
 
 from tests.conftest import Run
 from tostlm.launch import RankInfo
-from tostlm.train.profiler import StepProfiler, _without_its_chatter
+from tostlm.train.profiler import StepProfiler, _drop_profiler_messages
 from tostlm.tssa import tssa
 
 
@@ -61,6 +61,6 @@ def test_steps_not_come_by_and_other_ranks_leave_none(run: Run, steps: range, ra
 
 
 def test_what_others_say_meanwhile_is_kept(capfd: pytest.CaptureFixture[str]) -> None:
-    with _without_its_chatter():
+    with _drop_profiler_messages():
         os.write(2, b"USDT:2026 profiler_start\nNCCL has something to say\n")
     assert capfd.readouterr().err == "NCCL has something to say\n"

@@ -9,7 +9,8 @@ from tests.conftest import Run, succeed
 from tostlm.checkpoint import checkpoints
 from tostlm.errors import UserError
 from tostlm.model import create_lm
-from tostlm.train.batches import Batch, training_loader
+from tostlm.train.batches import Batch, open_data
+from tostlm.train.engine import compute_loss
 
 CARRY = [
     "data.stateful=true",
@@ -24,18 +25,18 @@ def test_the_losses_are_those_of_the_documents_read_whole(run: Run) -> None:
     still = ["optimizer.lr=1e-20", "optimizer.min_lr=0"]
     succeed(run.train(*CARRY, *still))
     config = run.config(*CARRY, *still)
-    lm, loader = create_lm(config.model, config.seed), training_loader(config)
-    windows = [Batch.of(loader.batch(step, 0, 1)) for step in range(6)]
+    lm, loader = create_lm(config.model, config.seed), open_data(config, 1).training
+    windows = [Batch.from_numpy(loader.batch(step, 0, 1)) for step in range(6)]
     logits, _ = lm(
         torch.cat([rows.inputs for rows in windows], 1),
-        document_start_mask=torch.cat([rows.resets for rows in windows], 1),
+        document_start_mask=torch.cat([rows.document_start_mask for rows in windows], 1),
     )
     targets = torch.cat([rows.targets for rows in windows], 1)
     losses = (
         torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").view(8, 6, 64).mean((0, 2))
     )
     assert list(run.metrics("train").values()) == pytest.approx(losses.tolist(), abs=1e-5)
-    alone = [float(rows.loss(lm)[0]) for rows in windows]
+    alone = [float(compute_loss(lm, rows)[0]) for rows in windows]
     assert alone[0] == pytest.approx(float(losses[0]), abs=1e-5)
     assert all(abs(a - float(b)) > 1e-4 for a, b in zip(alone[1:], losses[1:], strict=True))
 

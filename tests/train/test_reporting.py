@@ -14,9 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wandb.proto import wandb_internal_pb2
 
 from tests.conftest import Run, succeed
-from tests.train.test_training import wait_for_a_checkpoint
+from tests.train.run_helpers import wait_for_a_checkpoint
 from tostlm.checkpoint import checkpoints, load_checkpoint, read_train_state
-from tostlm.train.batches import Batch, training_loader
+from tostlm.train.batches import Batch, open_data
 from tostlm.tssa import tssa
 
 EVERYTHING = [
@@ -68,7 +68,7 @@ def test_no_step_is_missing_or_twice(reported: Reported) -> None:
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == steps
     evaluated = [*range(5, reported.steps, 5), reported.steps]
-    assert [event.step for event in events.Scalars("heldout/perplexity")] == evaluated
+    assert [event.step for event in events.Scalars("validation/perplexity")] == evaluated
     assert [event.step for event in events.Scalars("statistics/entropy/0")] == evaluated
 
 
@@ -105,7 +105,7 @@ def test_the_trace_is_of_the_steps_asked_for(reported: Reported) -> None:
 def test_the_statistics_are_the_operators(reported: Reported) -> None:
     """Of the last step's first rows, with the weights after it, in one process."""
     lm, config = load_checkpoint(reported.run.dir).lm, load_checkpoint(reported.run.dir).config
-    rows = Batch.of(training_loader(config).batch(reported.steps - 1, 0, 1)).split(4)[0]
+    rows = Batch.from_numpy(open_data(config, 1).training.batch(reported.steps - 1, 0, 1)).split(4)[0]
     projected = {}
     for layer in (0, 2):
         lm.blocks[layer].mixer.in_proj.register_forward_hook(
@@ -149,6 +149,6 @@ def test_both_processes_are_one_run_of_wandb(reported: Reported) -> None:
     written = {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
     losses = reported.run.metrics("train")
     assert written == {step: losses[step] for step in (reported.steps - 1, reported.steps)}
-    assert {"heldout/loss", "statistics/gate/2", "train/mfu", "train/lr/decay"} - {k for r in rows for k in r} == {
+    assert {"validation/loss", "statistics/gate/2", "train/mfu", "train/lr/decay"} - {k for r in rows for k in r} == {
         "train/mfu"  # where the peak is known
     }

@@ -46,5 +46,5 @@ def test_killed_twenty_times(data: Path, tmp_path: Path) -> None:
         done.append((victim, step_of(checkpoints(run.dir)[-1])))
     succeed(run.train(*OVERRIDES, steps, nproc=2))
     print(done)
-    for kind, key in (("train", "loss"), ("train", "grad_norm"), ("heldout", "loss")):
+    for kind, key in (("train", "loss"), ("train", "grad_norm"), ("validation", "loss")):
         assert run.metrics(kind, key) == calm.metrics(kind, key)

@@ -14,35 +14,24 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import Run, fail, succeed, tostlm
+from tests.train.run_helpers import REPORTED, wait_for_a_checkpoint, zero_options
 from tostlm.checkpoint import checkpoints, load_checkpoint, read_train_state
 from tostlm.checkpoint.load import check_resumable
 from tostlm.data import PreparationSettings, Tokenizer, prepare
 from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE, UserError
 from tostlm.model import create_lm
-from tostlm.train.start import check_run
+from tostlm.train.batches import Batch, open_data
+from tostlm.train.engine import compute_loss
+from tostlm.train.trainer import check_run, learning_rate
 
 TOLERANCE = {"false": 1e-4, "true": 2e-2}  # of a loss, without and with bf16
-REPORTED = (("train", "loss"), ("train", "grad_norm"), ("heldout", "loss"))
-
-
-def options(stage: int, bf16: str = "false") -> list[str]:
-    keys = [f"deepspeed.zero_optimization.stage={stage}", f"deepspeed.bf16.enabled={bf16}"]
-    # Parameters this small would otherwise stay whole at stage 3.
-    return [*keys, "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"] if stage == 3 else keys
-
-
-def wait_for_a_checkpoint(run: Run) -> None:
-    deadline = time.monotonic() + 120
-    while not checkpoints(run.dir) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert checkpoints(run.dir)
 
 
 @pytest.fixture(scope="module")
 def single(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """One process at stage 0 in fp32: what every other way of training is held against."""
     run = Run(tmp_path_factory.mktemp("single"), data)
-    succeed(run.train(*options(0)))
+    succeed(run.train(*zero_options(0)))
     losses = run.metrics("train")
     assert list(losses) == [1, 2, 3, 4, 5, 6]
     assert losses[6] < losses[1] - 0.3
@@ -67,12 +56,12 @@ OTHERS = [(stage, bf16) for stage in range(4) for bf16 in ("false", "true") if (
 
 @pytest.mark.parametrize(("stage", "bf16"), [*RUNS, *(pytest.param(*run, marks=pytest.mark.slow) for run in OTHERS)])
 def test_every_stage_trains_alike_and_resumes_exactly(run: Run, single: Run, stage: int, bf16: str) -> None:
-    succeed(run.train(*options(stage, bf16), nproc=2))
+    succeed(run.train(*zero_options(stage, bf16), nproc=2))
     assert_alike(run, single, TOLERANCE[bf16])
     before = {key: run.metrics(kind, key) for kind, key in REPORTED}
 
     shutil.rmtree(checkpoints(run.dir)[-1])
-    succeed(run.train(*options(stage, bf16), nproc=2))
+    succeed(run.train(*zero_options(stage, bf16), nproc=2))
     assert {key: run.metrics(kind, key) for kind, key in REPORTED} == before
     progress = read_train_state(checkpoints(run.dir)[-1])
     assert (progress.step, progress.world_size) == (6, 2)
@@ -81,7 +70,7 @@ def test_every_stage_trains_alike_and_resumes_exactly(run: Run, single: Run, sta
 def test_autocast_trains_alike(run: Run, single: Run) -> None:
     """The authors' precision: fp32 weights, bf16 matrices."""
     autocast = ["deepspeed.torch_autocast.enabled=true", "deepspeed.torch_autocast.dtype=bfloat16"]
-    succeed(run.train(*options(1), *autocast, nproc=2))
+    succeed(run.train(*zero_options(1), *autocast, nproc=2))
     assert_alike(run, single, TOLERANCE["true"])
     assert load_checkpoint(run.dir).lm.embed.weight.dtype == torch.float32
     assert run.metrics("train") != single.metrics("train")
@@ -92,7 +81,7 @@ def test_softmax_trains_under_zero(data: Path, tmp_path: Path) -> None:
     losses = {}
     for stage, nproc in ((0, 1), (3, 2)):
         run = Run(tmp_path, data, "softmax")
-        succeed(run.train(*options(stage), f"run_dir={tmp_path}/{stage}", nproc=nproc))
+        succeed(run.train(*zero_options(stage), f"run_dir={tmp_path}/{stage}", nproc=nproc))
         run.dir = tmp_path / str(stage)
         losses[stage] = run.metrics("train")
     assert losses[3] == pytest.approx(losses[0], abs=1e-4)
@@ -112,21 +101,25 @@ def test_what_a_run_leaves_behind(trained: dict[str, Run]) -> None:
     events.Reload()
     scalars = {event.step: event.value for event in events.Scalars("train/loss")}
     assert scalars == pytest.approx(run.metrics("train"))
-    assert set(events.Tags()["scalars"]) >= {"train/lr", "train/grad_norm", "train/tokens_per_second", "heldout/loss"}
+    assert set(events.Tags()["scalars"]) >= {
+        "train/lr",
+        "train/grad_norm",
+        "train/tokens_per_second",
+        "validation/loss",
+    }
     for line in (run.dir / "metrics.jsonl").read_text().splitlines():
         assert json.loads(line)["tokens"] == json.loads(line)["step"] * 512
 
 
 def test_the_weights_are_the_trained_ones(trained: dict[str, Run]) -> None:
     """The portable weights of the end give the held-out loss that training reported."""
-    from tostlm.train.batches import Batch, validation_loader
-
     run = trained["tssa"]
     checkpoint = load_checkpoint(run.dir)
     assert not (checkpoint.lm.embed.weight == create_lm(checkpoint.config.model, 0).embed.weight).all()
-    loader = validation_loader(checkpoint.config, world_size=1)
-    losses = [float(Batch.of(loader.batch(index, 0, 1)).loss(checkpoint.lm)[0]) for index in range(4)]
-    assert sum(losses) / 4 == pytest.approx(run.metrics("heldout")[6], abs=1e-5)
+    data = open_data(checkpoint.config, 1)
+    batches = [Batch.from_numpy(data.validation.batch(index, 0, 1)) for index in range(data.validation_sequences)]
+    losses = [float(compute_loss(checkpoint.lm, batch)[0]) for batch in batches]
+    assert sum(losses) / len(losses) == pytest.approx(run.metrics("validation")[6], abs=1e-5)
 
 
 def test_a_finished_run_is_left_alone(trained: dict[str, Run]) -> None:
@@ -222,7 +215,8 @@ def test_optimizer_settings_may_change_on_resume(run: Run) -> None:
 )
 def test_what_is_checked_before_a_start(run: Run, overrides: list[str], words: list[str]) -> None:
     with pytest.raises(UserError) as error:
-        check_run(run.config(*overrides), 2)
+        config = run.config(*overrides)
+        check_run(config, open_data(config, 2))
     for word in words:
         assert word in str(error.value)
 
@@ -292,3 +286,29 @@ def test_torchrun_is_a_launcher(run: Run) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, "train", str(run.file)], check=True, capture_output=True, timeout=120, env=environment)
     assert read_train_state(checkpoints(run.dir)[-1]).world_size == 2
+
+
+def test_the_cosine_schedule(run: Run) -> None:
+    config = run.config("train.steps=100", "optimizer.warmup_steps=10", "optimizer.lr=1.0", "optimizer.min_lr=0.1")
+    rates = [learning_rate(config, step) for step in range(101)]
+    assert rates[0] == pytest.approx(1 / 11)
+    assert rates[10] == 1.0 == max(rates)
+    assert rates[55] == pytest.approx(0.55)
+    assert rates[100] == pytest.approx(0.1)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_the_warmup_stable_decay_schedule(run: Run) -> None:
+    config = run.config(
+        "train.steps=100",
+        "optimizer.warmup_steps=10",
+        "optimizer.lr=1.0",
+        "optimizer.min_lr=0.0",
+        "optimizer.schedule=wsd",
+        "optimizer.decay_steps=20",
+    )
+    rates = [learning_rate(config, step) for step in range(101)]
+    assert rates[:11] == sorted(rates[:11])
+    assert set(rates[10:81]) == {1.0}
+    assert rates[90] == pytest.approx(0.5)
+    assert rates[100] == 0.0

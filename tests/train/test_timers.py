@@ -1,39 +1,40 @@
-"""The split of time: all of it, none of it twice, and no waiting for it."""
+"""Phase timers count all time once, and on a GPU wait for nothing before a report."""
 
 import time
 
 import pytest
 import torch
-from tostlm.train.clock import PhaseTimers
+
+from tostlm.train.metrics import PhaseTimers
 
 
 def test_phases_share_all_the_time() -> None:
     before = time.perf_counter()
-    clock = PhaseTimers(torch.device("cpu"))
+    timers = PhaseTimers(torch.device("cpu"))
     start = time.perf_counter()
-    with clock.phase("data"):
+    with timers("data"):
         time.sleep(0.02)
-    with clock.phase("step"):
+    with timers("step"):
         time.sleep(0.01)
-        with clock.phase("save"):
+        with timers("save"):
             time.sleep(0.04)
         time.sleep(0.01)
     time.sleep(0.03)
     end = time.perf_counter()
-    seconds = clock.report()
+    seconds = timers.report()
     assert end - start <= sum(seconds.values()) <= time.perf_counter() - before
     for name, least in {"data": 0.02, "step": 0.02, "save": 0.04, "other": 0.03}.items():
         assert seconds[name] >= least
-    assert clock.last["save"] == seconds["save"]
-    assert clock.report().keys() == {"other"}
+    assert timers.last["save"] == seconds["save"]
+    assert timers.report().keys() == {"other"}
 
 
 def test_a_phase_that_fails_ends() -> None:
-    clock = PhaseTimers(torch.device("cpu"))
-    with pytest.raises(ZeroDivisionError), clock.phase("step"):
+    timers = PhaseTimers(torch.device("cpu"))
+    with pytest.raises(ZeroDivisionError), timers("step"):
         raise ZeroDivisionError
-    clock.report()
-    assert clock.report().keys() == {"other"}
+    timers.report()
+    assert timers.report().keys() == {"other"}
 
 
 class Event:
@@ -61,30 +62,30 @@ class Event:
 
 def test_on_a_gpu_nothing_waits_before_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    clock = PhaseTimers(torch.device("cuda"))
+    timers = PhaseTimers(torch.device("cuda"))
     for _ in range(10):
-        with clock.phase("forward"), clock.phase("backward"):
+        with timers("forward"), timers("backward"):
             pass
     assert (Event.recorded, Event.waits) == (41, 0)
     Event.reached = 30  # the stream gets on by itself, and what has passed is counted and let go
-    with clock.phase("step"):
-        assert len(clock._marks) == 42 - 29
-    assert clock.report() == pytest.approx({"other": 12e-3, "forward": 20e-3, "backward": 10e-3, "step": 1e-3})
+    with timers("step"):
+        assert len(timers._marks) == 42 - 29
+    assert timers.report() == pytest.approx({"other": 12e-3, "forward": 20e-3, "backward": 10e-3, "step": 1e-3})
     assert Event.waits == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_phase_is_as_long_as_the_gpu_is_at_it() -> None:
     x = torch.randn(8192, 8192, device="cuda")
-    clock = PhaseTimers(x.device)
+    timers = PhaseTimers(x.device)
     start = time.perf_counter()
-    with clock.phase("forward"):
+    with timers("forward"):
         for _ in range(50):
             x @ x
     host = time.perf_counter() - start
-    with clock.phase("step"):
+    with timers("step"):
         pass
-    seconds = clock.report()
+    seconds = timers.report()
     assert seconds["forward"] > 2 * host
     assert seconds["step"] < 0.1 * seconds["forward"]
     assert sum(seconds.values()) == pytest.approx(time.perf_counter() - start, rel=0.1)
