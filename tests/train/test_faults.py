@@ -102,7 +102,7 @@ def test_a_run_that_goes_bad_again_and_again_stops(run: Run) -> None:
     assert result.returncode == 2
     aside, line = result.stderr.strip().splitlines()
     assert "step-00000001" in aside and "no step was good after it" in aside
-    assert "the last 2 losses or gradients up to step 3 were bad and there is no checkpoint to go back to" in line
+    assert "the last 2 losses or gradients up to step 3 were bad and there is no checkpoint to roll back to" in line
     assert "training has diverged; lower optimizer.lr" in line
     limited = run.train(*diverges, "train.rollbacks_before_stop=0", f"run_dir={run.dir}2")
     fail(limited, "after 0 rollbacks (train.rollbacks_before_stop)", "training has diverged")

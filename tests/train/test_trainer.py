@@ -225,7 +225,7 @@ def test_what_is_checked_before_a_start(run: Run, overrides: list[str], words: l
     ("overrides", "words"),
     [
         (["run_dir=/proc/nowhere"], ["cannot write in /proc/nowhere"]),
-        (["deepspeed.zero_optimization.stgae=2"], ["DeepSpeed refuses the deepspeed block", "stgae=2: Extra inputs"]),
+        (["deepspeed.zero_optimization.stgae=2"], ["DeepSpeed rejects the deepspeed block", "stgae=2: Extra inputs"]),
         (
             ["deepspeed.zero_optimization.offload_param.device=nvme"],
             ["zero_optimization.offload_param.device=nvme keeps state where checkpoints do not reach", "device: cpu"],
