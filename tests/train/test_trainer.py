@@ -172,7 +172,7 @@ def test_a_checkpoint_of_another_run(trained: dict[str, Run], overrides: list[st
     run = trained["tssa"]
     newest = checkpoints(run.dir)[-1]
     with pytest.raises(UserError) as error:
-        check_resumable(run.config("train.steps=8", *overrides), Tokenizer.of_folder(newest), newest)
+        check_resumable(run.config("train.steps=8", *overrides), Tokenizer.from_folder(newest), newest)
     for word in words:
         assert word in str(error.value)
 

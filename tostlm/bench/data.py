@@ -21,11 +21,11 @@ from tostlm.data import (
     Tokenizer,
     TokenSet,
     documents,
-    first_bytes,
+    limit_bytes,
     prepare,
 )
 from tostlm.data.shards import ShardWriter, content_hash
-from tostlm.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from tostlm.data.tokenizers import SentencePieceTokenizer
 
 RANK_TOKENS_PER_SECOND = 10_000  # what the loader's share of a step is stated for
 LOADED_TOKENS = 1 << 20
@@ -49,8 +49,8 @@ def bench_data(
     Raises:
         UserError: a source cannot be read.
     """
-    own = list(first_bytes(documents(list(sources)), text_bytes))
-    texts = list(first_bytes(itertools.cycle(own), text_bytes))
+    own = list(limit_bytes(documents(list(sources)), text_bytes))
+    texts = list(limit_bytes(itertools.cycle(own), text_bytes))
     size = sum(len(text.encode()) for text in texts)
     seconds: dict[str, list[float]] = {"encode": [], "prepare": [], "write": [], "load": []}
     with tempfile.TemporaryDirectory() as temporary:

@@ -166,7 +166,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
     checkpoint = resolve(path)
     if not (checkpoint / CONFIG).is_file():
         raise UserError(f"checkpoint {checkpoint} has no {CONFIG}: it is damaged; use an older one")
-    config, tokenizer = load_config(checkpoint / CONFIG), Tokenizer.of_folder(checkpoint)
+    config, tokenizer = load_config(checkpoint / CONFIG), Tokenizer.from_folder(checkpoint)
     with torch.device("meta"):
         lm = LM(config.model)
     source = checkpoint / (WEIGHTS if (checkpoint / WEIGHTS).is_file() else STATE)

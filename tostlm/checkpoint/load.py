@@ -117,7 +117,7 @@ def check_resumable(config: RunConfig, tokenizer: Tokenizer, checkpoint: Path) -
     for key in {**theirs, **ours}:
         if (old := theirs.get(key, "unset")) != (new := ours.get(key, "unset")):
             raise UserError(f"checkpoint {checkpoint} has {key}={old}, this run {key}={new}; {way_out}")
-    if Tokenizer.of_folder(checkpoint).sha256 != tokenizer.sha256:
+    if Tokenizer.from_folder(checkpoint).sha256 != tokenizer.sha256:
         raise UserError(f"checkpoint {checkpoint} was trained with another tokenizer than {folders}; {way_out}")
     if read_train_state(checkpoint).data_sha256 != data_sha256(config):
         raise UserError(f"checkpoint {checkpoint} was trained on other data than {folders} holds; {way_out}")

@@ -45,13 +45,13 @@ def tokenizer_train(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="of the sample")] = 0,
 ) -> None:
     """Train a lossless SentencePiece BPE tokenizer."""
-    from tostlm.data import Selection, documents, first_bytes, train_tokenizer
+    from tostlm.data import Selection, documents, limit_bytes, train_tokenizer
     from tostlm.files import require_file_writable
 
     require_file_writable(out)
     texts = documents([*source, *(more or [])], Selection(text_column=text_column))
     if scan_bytes is not None:
-        texts = first_bytes(texts, scan_bytes)
+        texts = limit_bytes(texts, scan_bytes)
     tokenizer = train_tokenizer(texts, vocab_size, out, sample_bytes, seed)
     print(f"{out}: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.sha256}")
 
@@ -65,24 +65,27 @@ def tokenizer_import(
         ),
     ],
     out: Annotated[Path, typer.Option(help="the file to write")],
-    end_token: Annotated[
-        str | None, typer.Option(help="the token that ends documents; default: the one SOURCE names, or the usual")
+    eos_token: Annotated[
+        str | None,
+        typer.Option(help="the end-of-document token; default: the one SOURCE names, else a common one it has"),
     ] = None,
-    allow_loss: Annotated[bool, typer.Option(help="take a tokenizer that changes some text")] = False,
+    allow_lossy: Annotated[bool, typer.Option("--allow-lossy", help="accept a tokenizer that changes texts")] = False,
 ) -> None:
-    """Bring a tokenizer made elsewhere, SentencePiece's, Hugging Face's or GPT-2's, into the form tostlm uses."""
+    """Import a tokenizer of SentencePiece, Hugging Face or GPT-2, so that it names its end-of-document token."""
     from tostlm.data import import_tokenizer
     from tostlm.files import require_file_writable, write_atomically
 
     require_file_writable(out)
-    tokenizer = import_tokenizer(source, end_token)
-    loss = tokenizer.loss()
-    if loss and not allow_loss:
-        raise UserError(f"{source} loses text: {loss}; choose a lossless tokenizer, or accept that with --allow-loss")
+    tokenizer = import_tokenizer(source, eos_token)
+    lossy = tokenizer.find_lossy_text()
+    if lossy and not allow_lossy:
+        raise UserError(
+            f"{source} loses text: {lossy}; choose a lossless tokenizer, or accept the loss with --allow-lossy"
+        )
     write_atomically(out, tokenizer.content)
     print(
-        f"{out}: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.sha256}, document end {tokenizer.end_piece}, "
-        + (f"lossy: {loss}" if loss else "lossless")
+        f"{out}: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.sha256}, end-of-document token "
+        f"{tokenizer.eos_token}, {f'lossy: {lossy}' if lossy else 'lossless'}"
     )
 
 
@@ -111,7 +114,7 @@ def prepare(
     heldout_fraction: HeldoutFraction = 0.01,
     shard_tokens: ShardTokens = 100_000_000,
     part_bytes: Annotated[int, typer.Option(min=1, help="size on disk of the parts the work is cut into")] = 1 << 28,
-    allow_loss: Annotated[bool, typer.Option("--allow-loss", help="take a tokenizer that changes some text")] = False,
+    allow_lossy: Annotated[bool, typer.Option("--allow-lossy", help="take a tokenizer that changes some text")] = False,
     workers: Annotated[int | None, typer.Option(min=1, max=1024, help="cores to use; default: all")] = None,
     task: Annotated[str | None, typer.Option(help="do share INDEX/NUMBER of the parts, without merging")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="make a folder of the parts that tasks have finished")] = False,
@@ -142,7 +145,7 @@ def prepare(
         heldout_fraction=heldout_fraction,
         shard_tokens=shard_tokens,
         part_bytes=part_bytes,
-        allow_loss=allow_loss,
+        allow_lossy=allow_lossy,
         dedup=dedup,
         dedup_against=dedup_against or [],
     )

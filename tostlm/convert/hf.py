@@ -19,7 +19,7 @@ from tostlm.convert.configuration_tost import TostConfig
 from tostlm.convert.gpt2 import is_gpt2, to_gpt2
 from tostlm.convert.modeling_tost import TostForCausalLM
 from tostlm.convert.tokenizer import save_tokenizer
-from tostlm.data.tokenizers.base import SPACE
+from tostlm.data.tokenizers import METASPACE
 from tostlm.errors import UserError
 from tostlm.files import require_writable
 from tostlm.model import LM
@@ -129,7 +129,7 @@ def _check(checkpoint: Checkpoint, folder: Path) -> None:
     _compare(folder, "logits of single steps", _stepwise(exported, tokens), expected)
     ours, theirs = checkpoint.tokenizer, transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     pieces = [piece for piece, size in zip(ours.pieces(), ours.token_bytes, strict=True) if size]
-    texts = [PROBE_TEXT, *(piece.replace(SPACE, " ") for piece in pieces)]
+    texts = [PROBE_TEXT, *(piece.replace(METASPACE, " ") for piece in pieces)]
     for text, ids in zip(texts, theirs(texts, add_special_tokens=False, verbose=False)["input_ids"], strict=True):
         if ids != ours.encode(text):
             raise UserError(

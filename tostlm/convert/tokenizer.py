@@ -9,9 +9,13 @@ import tokenizers
 from tokenizers import decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from tostlm.data.tokenizers.base import SPACE, Tokenizer
-from tostlm.data.tokenizers.fast import FastTokenizer, parse
-from tostlm.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from tostlm.data.tokenizers import (
+    METASPACE,
+    FastTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    parse_tokenizer_json,
+)
 
 
 def save_tokenizer(tokenizer: Tokenizer, positions: int | None, folder: Path) -> None:
@@ -32,9 +36,9 @@ def save_tokenizer(tokenizer: Tokenizer, positions: int | None, folder: Path) ->
         fast = _from_sentencepiece(tokenizer)
     PreTrainedTokenizerFast(
         tokenizer_object=fast,
-        eos_token=tokenizer.end_piece,
-        bos_token=tokenizer.end_piece,  # what stands before every document
-        pad_token=tokenizer.end_piece,
+        eos_token=tokenizer.eos_token,
+        bos_token=tokenizer.eos_token,  # what stands before every document
+        pad_token=tokenizer.eos_token,
         padding_side="right",
         clean_up_tokenization_spaces=False,
         model_max_length=positions or int(1e30),
@@ -42,13 +46,13 @@ def save_tokenizer(tokenizer: Tokenizer, positions: int | None, folder: Path) ->
 
 
 def _without_end(tokenizer: FastTokenizer) -> tokenizers.Tokenizer:
-    """Return the tokenizer without its post-processor: no document end after a text, which generation continues."""
-    return parse(json.dumps(json.loads(tokenizer.content) | {"post_processor": None}).encode())
+    """Return the tokenizer without its post-processor: generation continues a text, so nothing may follow it."""
+    return parse_tokenizer_json(json.dumps(json.loads(tokenizer.content) | {"post_processor": None}).encode())
 
 
 def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
     """Return the same BPE with plain spaces in its pieces, so that U+2581 in a text is an ordinary character."""
-    vocabulary = {piece.replace(SPACE, " "): token for token, piece in enumerate(tokenizer.pieces())}
+    vocabulary = {piece.replace(METASPACE, " "): token for token, piece in enumerate(tokenizer.pieces())}
     fast = tokenizers.Tokenizer(models.BPE(vocabulary, _merges(vocabulary), byte_fallback=True))
     steps = [decoders.ByteFallback(), decoders.Fuse()]
     if tokenizer.adds_space:

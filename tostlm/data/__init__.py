@@ -9,9 +9,7 @@ from tostlm.data.preparation.selection import Selection, documents
 from tostlm.data.preparation.token_import import import_tokens
 from tostlm.data.shards import MANIFEST, TRAIN, VALIDATION, Manifest, load_tokenizer, read_manifest
 from tostlm.data.show import show
-from tostlm.data.tokenizers.base import Tokenizer
-from tostlm.data.tokenizers.importing import import_tokenizer
-from tostlm.data.tokenizers.training import first_bytes, train_tokenizer
+from tostlm.data.tokenizers import Tokenizer, import_tokenizer, limit_bytes, train_tokenizer
 from tostlm.data.verification import shard_files, verify, verify_once
 
 __all__ = [
@@ -29,10 +27,10 @@ __all__ = [
     "Tokenizer",
     "common_tokenizer",
     "documents",
-    "first_bytes",
     "format_counts",
     "import_tokenizer",
     "import_tokens",
+    "limit_bytes",
     "load_tokenizer",
     "merge",
     "parse_task",

@@ -23,7 +23,7 @@ from typing import Annotated, Any, BinaryIO, Literal
 import numpy as np
 import pydantic
 
-from tostlm.data.tokenizers.base import Tokenizer
+from tostlm.data.tokenizers import Tokenizer
 from tostlm.errors import UserError
 from tostlm.files import sha256_of, write_atomically
 
@@ -213,7 +213,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         UserError: it is missing, or not the one of the manifest.
     """
     manifest = read_manifest(folder)
-    tokenizer = Tokenizer.of_folder(folder)
+    tokenizer = Tokenizer.from_folder(folder)
     if tokenizer.sha256 != manifest.tokenizer_sha256:
         raise UserError(
             f"{folder / tokenizer.file_name} is not the tokenizer the shards were made with (sha256 "

@@ -84,7 +84,7 @@ def resumption(config: RunConfig) -> Finding:
     newest: Path = found[-1]
     try:
         step = read_train_state(newest).step
-        theirs = Tokenizer.of_folder(newest).sha256
+        theirs = Tokenizer.from_folder(newest).sha256
         ours = common_tokenizer(config.data.folders).sha256
     except UserError as error:
         return Finding("resume", FAIL, str(error))

@@ -1,21 +1,22 @@
-"""What holds for tokenizers of every kind: nothing is lost where none is said to be, and the end is never text."""
+"""Properties of every kind of tokenizer: lossless ones lose nothing, and text never encodes to the EOS token."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.tokenizers import tokenizer_kinds
 from tostlm.data import Tokenizer, import_tokenizer
-from tostlm.data.tokenizers.fast import FastTokenizer
-from tostlm.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from tostlm.data.tokenizers import FastTokenizer, SentencePieceTokenizer
 from tostlm.errors import UserError
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
-TRAPS = [
+HARD_TEXTS = [
     "",
     " ",
     "  two  spaces  ",
@@ -29,12 +30,12 @@ TRAPS = [
     "\u6f22\u5b57 \U0001f642\u200d\U0001f469",
 ]
 Kinds = dict[str, Tokenizer]
-LOSSLESS = ["trained here", "mistral", "gpt2", "byte-level"]
+LOSSLESS = ["trained", "mistral", "gpt2", "byte-level"]
 LOSSY = ["metaspace", "spm default", "wordpiece", "unigram"]
 
 
 @pytest.fixture(scope="module")
-def every(tokenizer: Tokenizer, speeches: list[str], tmp_path_factory: pytest.TempPathFactory) -> Kinds:
+def kinds(tokenizer: Tokenizer, speeches: list[str], tmp_path_factory: pytest.TempPathFactory) -> Kinds:
     folder = tmp_path_factory.mktemp("kinds")
 
     def imported(content: bytes) -> Tokenizer:
@@ -42,7 +43,7 @@ def every(tokenizer: Tokenizer, speeches: list[str], tmp_path_factory: pytest.Te
         return import_tokenizer(folder / "source")
 
     return {
-        "trained here": tokenizer,
+        "trained": tokenizer,
         "mistral": imported(tokenizer_kinds.mistral_like(speeches)),
         "gpt2": imported(tokenizer_kinds.ranks_file(tokenizer_kinds.gpt2_ranks())),
         "byte-level": imported(tokenizer_kinds.byte_level(speeches, ["<s>", "</s>"]).to_str().encode()),
@@ -60,50 +61,50 @@ def _file(folder: Path, content: str) -> Path:
 
 @pytest.mark.parametrize("kind", LOSSLESS)
 @settings(max_examples=300)
-@given(text=TEXTS | st.sampled_from(TRAPS))
-def test_nothing_is_lost(every: Kinds, kind: str, text: str) -> None:
-    tokenizer = every[kind]
+@given(text=TEXTS | st.sampled_from(HARD_TEXTS))
+def test_lossless_tokenizers_lose_nothing(kinds: Kinds, kind: str, text: str) -> None:
+    tokenizer = kinds[kind]
     tokens = tokenizer.encode(text)
     assert tokenizer.decode(tokens) == text
     assert tokenizer.eos_id not in tokens
-    added = 1 if kind == "mistral" and text else 0  # its space before every text
+    added = 1 if kind == "mistral" and text else 0  # the space it puts before every text
     assert tokenizer.token_bytes[tokens].sum() == len(text.encode()) + added
 
 
 @pytest.mark.parametrize("kind", LOSSLESS)
-def test_real_text(every: Kinds, kind: str, speeches: list[str]) -> None:
-    tokenizer = every[kind]
+def test_lossless_tokenizers_keep_and_compress_real_text(kinds: Kinds, kind: str, speeches: list[str]) -> None:
+    tokenizer = kinds[kind]
     batch = tokenizer.encode_batch(speeches, threads=2)
     assert [tokenizer.decode(tokens) for tokens in batch] == speeches
     assert batch == [tokenizer.encode(text) for text in speeches] == tokenizer.encode_batch(speeches, threads=1)
-    assert sum(map(len, batch)) < sum(len(text) for text in speeches) / 2  # it compresses
+    assert sum(map(len, batch)) < sum(len(text) for text in speeches) / 2
 
 
 @pytest.mark.parametrize("kind", LOSSLESS)
-def test_lossless_is_said(every: Kinds, kind: str) -> None:
-    assert every[kind].loss() is None
+def test_lossless_tokenizers_have_no_lossy_text(kinds: Kinds, kind: str) -> None:
+    assert kinds[kind].find_lossy_text() is None
 
 
 @pytest.mark.parametrize(
     ("kind", "change"),
     [
-        ("metaspace", r"changes '\u2581 a \u2581b' into"),  # spelled out, SentencePiece's space is a space there
+        ("metaspace", r"changes '\u2581 a \u2581b' into"),  # it reads U+2581 in a text as a space
         ("spm default", r"changes ' one space first' into 'one space first'"),
         ("wordpiece", r"changes ' one space first' into 'one space first'"),
         ("unigram", r"changes ' one space first' into 'one space first'"),
     ],
 )
-def test_loss_is_said(every: Kinds, kind: str, change: str) -> None:
-    loss = every[kind].loss()
-    assert loss is not None
-    assert change.replace(r"\u2581", "\u2581") in loss
+def test_lossy_tokenizers_show_a_text_that_they_change(kinds: Kinds, kind: str, change: str) -> None:
+    lossy = kinds[kind].find_lossy_text()
+    assert lossy is not None
+    assert change.replace(r"\u2581", "\u2581") in lossy
 
 
 @pytest.mark.parametrize("kind", [*LOSSLESS, *LOSSY])
-def test_the_end_is_never_text(every: Kinds, kind: str) -> None:
-    tokenizer = every[kind]
-    end = tokenizer.end_piece
-    for text in (end, f"a{end}", f"a {end}b", end * 3, f"{end} {end}"):
+def test_text_never_encodes_to_the_end_of_document_token(kinds: Kinds, kind: str) -> None:
+    tokenizer = kinds[kind]
+    eos = tokenizer.eos_token
+    for text in (eos, f"a{eos}", f"a {eos}b", eos * 3, f"{eos} {eos}"):
         assert tokenizer.eos_id not in tokenizer.encode(text)
     assert tokenizer.token_bytes[tokenizer.eos_id] == 0
     assert tokenizer.decode([*tokenizer.encode("a"), tokenizer.eos_id, *tokenizer.encode("b")]) == "ab"
@@ -112,40 +113,42 @@ def test_the_end_is_never_text(every: Kinds, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [*LOSSLESS, *LOSSY])
-def test_pieces_are_the_vocabulary(every: Kinds, kind: str, speeches: list[str]) -> None:
-    tokenizer = every[kind]
+def test_every_id_has_a_piece_and_a_number_of_bytes(kinds: Kinds, kind: str, speeches: list[str]) -> None:
+    tokenizer = kinds[kind]
     assert len(tokenizer.pieces()) == len(tokenizer.token_bytes) == tokenizer.vocab_size
     assert max(map(max, tokenizer.encode_batch(speeches, threads=2))) < tokenizer.vocab_size
 
 
 @pytest.mark.parametrize("kind", ["metaspace", "wordpiece"])
-def test_bytes_of_tokens_are_those_of_the_text_they_keep(every: Kinds, kind: str, speeches: list[str]) -> None:
+def test_token_bytes_of_lossy_tokenizers_count_the_text_that_remains(
+    kinds: Kinds, kind: str, speeches: list[str]
+) -> None:
     for text in speeches[:5]:
-        tokens = every[kind].encode(text)
-        written = every[kind].decode(tokens)
-        assert 0 <= every[kind].token_bytes[tokens].sum() - len(written.encode()) <= (1 if kind == "metaspace" else 40)
+        tokens = kinds[kind].encode(text)
+        decoded = kinds[kind].decode(tokens)
+        assert 0 <= kinds[kind].token_bytes[tokens].sum() - len(decoded.encode()) <= (1 if kind == "metaspace" else 40)
 
 
 @pytest.mark.parametrize("kind", [*LOSSLESS, *LOSSY])
-def test_a_file_is_read_as_what_it_is(every: Kinds, kind: str, tmp_path: Path) -> None:
-    tokenizer = every[kind]
+def test_a_file_is_read_by_the_class_of_its_format(kinds: Kinds, kind: str, tmp_path: Path) -> None:
+    tokenizer = kinds[kind]
     (tmp_path / tokenizer.file_name).write_bytes(tokenizer.content)
     for again in (
         Tokenizer.from_bytes(tokenizer.content),
         Tokenizer.load(tmp_path / tokenizer.file_name),
-        Tokenizer.of_folder(tmp_path),
+        Tokenizer.from_folder(tmp_path),
         import_tokenizer(tmp_path),
     ):
         assert (type(again), again.sha256, again.eos_id) == (type(tokenizer), tokenizer.sha256, tokenizer.eos_id)
 
 
-def test_a_folder_holds_one(every: Kinds, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has no tokenizer\.model or tokenizer\.json"):
-        Tokenizer.of_folder(tmp_path)
+def test_a_folder_must_hold_one_tokenizer_file(kinds: Kinds, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no tokenizer\.json or tokenizer\.model"):
+        Tokenizer.from_folder(tmp_path)
     for kind in ("mistral", "gpt2"):
-        (tmp_path / every[kind].file_name).write_bytes(every[kind].content)
-    with pytest.raises(UserError, match=r"has both tokenizer\.model and tokenizer\.json"):
-        Tokenizer.of_folder(tmp_path)
+        (tmp_path / kinds[kind].file_name).write_bytes(kinds[kind].content)
+    with pytest.raises(UserError, match=r"has both tokenizer\.json and tokenizer\.model"):
+        Tokenizer.from_folder(tmp_path)
 
 
 def refuse(path: Path, content: bytes, words: str) -> None:
@@ -154,14 +157,21 @@ def refuse(path: Path, content: bytes, words: str) -> None:
         Tokenizer.load(path)
 
 
-def test_not_a_tokenizer(speeches: list[str], tmp_path: Path) -> None:
+def test_files_that_are_not_tokenizers_are_refused(speeches: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"missing\.model is no file"):
         Tokenizer.load(tmp_path / "missing.model")
     junk = tmp_path / "junk"
-    refuse(junk, np.arange(100, dtype=np.uint8).tobytes(), "junk: not a SentencePiece model")
-    refuse(junk, b"", "not a SentencePiece model")
+    refuse(
+        junk,
+        np.arange(100, dtype=np.uint8).tobytes(),
+        "junk: it is not a tokenizer: neither a SentencePiece model nor a tokenizer.json",
+    )
+    refuse(junk, b"\n" + bytes(100), "not a SentencePiece model")
+    refuse(junk, b"", "it is not a tokenizer")
     refuse(junk, b'{"a": 1}', "not a tokenizer.json")
-    refuse(junk, tokenizer_kinds.sentencepiece_model(speeches, vocab_size=400, eos_id=-1), "has no document end")
+    refuse(
+        junk, tokenizer_kinds.sentencepiece_model(speeches, vocab_size=400, eos_id=-1), "has no end-of-document token"
+    )
     refuse(
         junk,
         tokenizer_kinds.byte_level(speeches, ["<s>", "</s>"]).to_str().encode(),
@@ -169,28 +179,23 @@ def test_not_a_tokenizer(speeches: list[str], tmp_path: Path) -> None:
     )
 
 
-def test_of_sentencepiece(every: Kinds, speeches: list[str]) -> None:
-    """The ids are SentencePiece's own, but for U+2581, which it takes for a space."""
-    import sentencepiece
-
-    for kind in ("trained here", "mistral", "spm default"):
-        tokenizer = every[kind]
+def test_sentencepiece_tokenizers_encode_like_the_package(kinds: Kinds, speeches: list[str]) -> None:
+    """Except for U+2581, which SentencePiece reads as a space."""
+    for kind in ("trained", "mistral", "spm default"):
+        tokenizer = kinds[kind]
         assert isinstance(tokenizer, SentencePieceTokenizer)
         theirs = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.content)
-        texts = [*speeches, *(trap for trap in TRAPS if "\u2581" not in trap)]
+        texts = [*speeches, *(text for text in HARD_TEXTS if "\u2581" not in text)]
         assert tokenizer.encode_batch(texts, threads=2) == theirs.encode(texts)
-    assert every["trained here"].encode("1789") == [every["trained here"].encode(digit)[0] for digit in "1789"]
+    assert kinds["trained"].encode("1789") == [kinds["trained"].encode(digit)[0] for digit in "1789"]
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "metaspace"])
-def test_of_hugging_face(every: Kinds, kind: str, speeches: list[str]) -> None:
-    """The ids are the package's own without special tokens."""
-    import tokenizers
-
-    tokenizer = every[kind]
+def test_fast_tokenizers_encode_like_the_package(kinds: Kinds, kind: str, speeches: list[str]) -> None:
+    tokenizer = kinds[kind]
     assert isinstance(tokenizer, FastTokenizer)
     theirs = tokenizers.Tokenizer.from_str(tokenizer.content.decode())
-    for text in [*speeches, *TRAPS[:7], *TRAPS[8:]]:
+    for text in [*speeches, *HARD_TEXTS[:7], *HARD_TEXTS[8:]]:
         assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False).ids
         assert theirs.encode(text).ids == [*tokenizer.encode(text), tokenizer.eos_id]
     assert json.loads(tokenizer.content)["truncation"] is None

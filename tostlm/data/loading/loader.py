@@ -17,7 +17,7 @@ import numpy as np
 from tostlm.data.loading.order import LONGEST_CYCLE, Blend, StreamRows, permuted
 from tostlm.data.loading.windows import DocumentWindows, StreamWindows, Tokens
 from tostlm.data.shards import load_tokenizer
-from tostlm.data.tokenizers.base import Tokenizer
+from tostlm.data.tokenizers import Tokenizer
 from tostlm.errors import UserError
 from tostlm.files import distinct_names
 

@@ -28,7 +28,7 @@ from tostlm.data.shards import (
     shard_name,
     write_manifest,
 )
-from tostlm.data.tokenizers.base import Tokenizer
+from tostlm.data.tokenizers import Tokenizer
 from tostlm.errors import UserError
 from tostlm.files import locked
 
@@ -72,7 +72,7 @@ def merge(out: Path) -> Manifest:
                 f"no document of {', '.join(plan.settings.sources)} is left; dropped: {format_counts(dropped)}"
             )
         manifest = Manifest.of(
-            Tokenizer.of_folder(out),
+            Tokenizer.from_folder(out),
             sources=plan.settings.sources,
             heldout_fraction=plan.settings.heldout_fraction,
             command=plan.command,

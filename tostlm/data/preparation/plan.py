@@ -23,7 +23,7 @@ import pydantic
 from tostlm.data.preparation.selection import Selection, Selector
 from tostlm.data.preparation.sources import PART_BYTES, WorkUnit, parts_of
 from tostlm.data.shards import MANIFEST, Shard, dtype_for, read_manifest
-from tostlm.data.tokenizers.base import Tokenizer
+from tostlm.data.tokenizers import Tokenizer
 from tostlm.errors import UserError, error_summary
 from tostlm.files import require_writable, write_atomically
 
@@ -42,7 +42,7 @@ class PreparationSettings(pydantic.BaseModel):
     heldout_fraction: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.01
     shard_tokens: Annotated[int, pydantic.Field(ge=1)] = 100_000_000
     part_bytes: Annotated[int, pydantic.Field(ge=1)] = PART_BYTES
-    allow_loss: bool = False  # take a tokenizer that changes text
+    allow_lossy: bool = False  # take a tokenizer that changes text
     dedup: bool = False  # keep the first of documents with the same text
     dedup_against: tuple[Path, ...] = ()  # prepared folders whose documents are left out
 
@@ -81,8 +81,8 @@ def make_plan(settings: PreparationSettings, tokenizer: Tokenizer, out: Path, co
     if (out / MANIFEST).exists():
         raise UserError(f"{out} is prepared already; remove it to prepare it again, or choose another --out")
     dtype_for(tokenizer.vocab_size)
-    if (loss := tokenizer.loss()) and not settings.allow_loss:
-        raise UserError(f"the tokenizer loses text: {loss}; use a lossless one, or accept that with --allow-loss")
+    if (loss := tokenizer.find_lossy_text()) and not settings.allow_lossy:
+        raise UserError(f"the tokenizer loses text: {loss}; use a lossless one, or accept that with --allow-lossy")
     Selector(settings.selection)
     for folder in settings.dedup_against:
         read_manifest(folder)

@@ -24,7 +24,7 @@ from tostlm.data.preparation.readers import Reader
 from tostlm.data.preparation.selection import Document, Selector
 from tostlm.data.preparation.workers import WorkDone, run_workers
 from tostlm.data.shards import TRAIN, VALIDATION, Manifest, ShardWriter, content_hash, dtype_for
-from tostlm.data.tokenizers.base import Tokenizer
+from tostlm.data.tokenizers import Tokenizer
 from tostlm.errors import UserError
 from tostlm.files import locked, write_atomically
 
@@ -78,7 +78,7 @@ def prepare_part(out: Path, index: int, threads: int, say: Callable[[WorkDone], 
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
-            part = _write_part(plan, index, Tokenizer.of_folder(out), partial, threads, say)
+            part = _write_part(plan, index, Tokenizer.from_folder(out), partial, threads, say)
             write_atomically(partial / PART, part.model_dump_json())
             partial.replace(final)
         finally:

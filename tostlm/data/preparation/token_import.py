@@ -20,7 +20,7 @@ from tostlm.data.shards import (
     dtype_for,
     write_manifest,
 )
-from tostlm.data.tokenizers.base import Tokenizer
+from tostlm.data.tokenizers import Tokenizer
 from tostlm.errors import UserError
 from tostlm.files import require_writable, write_atomically
 

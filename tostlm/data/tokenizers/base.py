@@ -1,4 +1,4 @@
-"""What every tokenizer does: text to token ids and back, and an identity. The kinds are in files beside this one."""
+"""The interface of every tokenizer, and how a tokenizer's file is found and read."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ import numpy as np
 
 from tostlm.errors import UserError
 
-SPACE = "\u2581"  # how SentencePiece, and what is made like it, writes a space inside its pieces
-SENTENCEPIECE_FILE, FAST_FILE = "tokenizer.model", "tokenizer.json"
-# Between them what normalisation, a small alphabet or a tidy decoder changes.
-PROBES = (
+METASPACE = "\u2581"  # SentencePiece, and tokenizers that follow it, write a space inside a piece as this character
+# Texts that show what a tokenizer loses: normalization, a small alphabet and a decoder that tidies spaces all show.
+PROBE_TEXTS = (
     "plain words",
     " one space first",
     "  two  spaces \n\n\tand a tab\r\n",
@@ -30,34 +29,53 @@ PROBES = (
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back. The document end is one of its tokens and is never made from text."""
+    """Convert text to token ids and back.
 
-    file_name: ClassVar[str]  # what its file is called in prepared data and checkpoints
+    One of the tokens is the end-of-document token (EOS), which preparation writes after every document. Encoding never
+    makes it from text. Each file format is a subclass in a file of its own; defining the subclass registers it.
+    """
+
+    file_name: ClassVar[str]  # the name of the tokenizer's file in prepared folders and checkpoints
+    _formats: ClassVar[list[type[Tokenizer]]] = []
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        Tokenizer._formats.append(cls)
 
     def __init__(self, content: bytes) -> None:
-        self.content = content  # of its file
+        """Read a tokenizer.
+
+        Args:
+            content: the bytes of the tokenizer's file.
+
+        Raises:
+            UserError: the content is damaged or names no end-of-document token.
+        """
+        self.content = content
+
+    @classmethod
+    @abstractmethod
+    def recognizes(cls, content: bytes) -> bool:
+        """Return whether a file with this content is of this class's format, judged by its first bytes."""
 
     @staticmethod
     def from_bytes(content: bytes) -> Tokenizer:
-        """The tokenizer that a file's content holds, of the kind it shows.
+        """Return the tokenizer in a file's content, of the class that recognizes it.
 
         Raises:
-            UserError: it is of no kind, or names no document end.
+            UserError: no class recognizes the content, or it cannot be used.
         """
-        if content.lstrip()[:1] == b"{":
-            from tostlm.data.tokenizers.fast import FastTokenizer
-
-            return FastTokenizer(content)
-        from tostlm.data.tokenizers.sentencepiece import SentencePieceTokenizer
-
-        return SentencePieceTokenizer(content)
+        for tokenizer_class in Tokenizer._formats:
+            if tokenizer_class.recognizes(content):
+                return tokenizer_class(content)
+        raise UserError("it is not a tokenizer: neither a SentencePiece model nor a tokenizer.json")
 
     @staticmethod
     def load(path: Path) -> Tokenizer:
-        """Read a tokenizer's file, SentencePiece's .model or a tokenizer.json.
+        """Read a tokenizer from its file, a SentencePiece .model or a tokenizer.json.
 
         Raises:
-            UserError: there is none at `path`, or it cannot be used.
+            UserError: the file does not exist or cannot be used.
         """
         if not path.is_file():
             raise UserError(
@@ -70,83 +88,86 @@ class Tokenizer(ABC):
             raise UserError(f"{path}: {error}") from None
 
     @staticmethod
-    def of_folder(folder: Path) -> Tokenizer:
-        """The tokenizer of prepared data or of a checkpoint.
+    def from_folder(folder: Path) -> Tokenizer:
+        """Read the tokenizer of a prepared folder or a checkpoint.
 
         Raises:
-            UserError: the folder holds none, or two, or it cannot be used.
+            UserError: the folder holds no tokenizer file, or several, or the file cannot be used.
         """
-        return Tokenizer.load(tokenizer_file(folder))
+        return Tokenizer.load(Tokenizer.find_file(folder))
+
+    @staticmethod
+    def find_file(folder: Path) -> Path:
+        """Return the path of the one tokenizer file in a folder.
+
+        Raises:
+            UserError: the folder holds no tokenizer file, or several.
+        """
+        names = sorted(tokenizer_class.file_name for tokenizer_class in Tokenizer._formats)
+        found = [name for name in names if (folder / name).is_file()]
+        if not found:
+            raise UserError(f"{folder} has no {' or '.join(names)}; check the path, or make the folder again")
+        if len(found) > 1:
+            raise UserError(f"{folder} has both {' and '.join(found)}; name the file to use")
+        return folder / found[0]
 
     @property
     @abstractmethod
     def vocab_size(self) -> int:
-        """Token ids are below this."""
+        """The number of token ids; every id is below it."""
 
     @property
     @abstractmethod
     def eos_id(self) -> int:
-        """The document end, the token after every document."""
+        """The id of the end-of-document token."""
 
     @property
-    def end_piece(self) -> str:
-        """The document end as the tokenizer's file spells it."""
+    def eos_token(self) -> str:
+        """The end-of-document token as the tokenizer's file spells it."""
         return self.pieces()[self.eos_id]
 
     @cached_property
     def sha256(self) -> str:
-        """The tokenizer's identity, which shards, checkpoints and exports carry."""
+        """The SHA-256 of the tokenizer's file, by which shards, checkpoints and exports identify the tokenizer."""
         return hashlib.sha256(self.content).hexdigest()
 
     @property
     @abstractmethod
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes of text each token stands for, [vocab_size]; of document ends and other marks, 0.
+        """The UTF-8 bytes of text each token stands for, an integer array [vocab_size].
 
-        A space that a tokenizer adds before a text counts as one of its first token's.
+        Special tokens count 0. A space that the tokenizer adds before a text counts in the text's first token.
         """
 
     @abstractmethod
     def pieces(self) -> list[str]:
-        """Every token as the tokenizer's file spells it, in the order of ids; "" for an id without a token."""
+        """Return every token as the tokenizer's file spells it, in the order of ids; "" for an id without a token."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without a document end."""
+        """Return the token ids of a text, without an end-of-document token."""
         return self.encode_batch([text], threads=1)[0]
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str], threads: int) -> list[list[int]]:
-        """Token ids of many texts, on `threads` threads."""
+        """Return the token ids of each text, as `encode` does, computed on `threads` threads."""
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of token ids; document ends are dropped, bytes that are no UTF-8 become U+FFFD.
+        """Return the text of token ids.
 
-        `tokens` begin where a document does: a space that the tokenizer adds before each is dropped.
+        End-of-document tokens are left out, bytes that are not UTF-8 become U+FFFD, and a space that the tokenizer adds
+        before each document is removed, so the ids must start at the start of a document.
         """
         documents = itertools.groupby(tokens, lambda token: token == self.eos_id)
         return "".join(self._decode_document(list(document)) for is_end, document in documents if not is_end)
 
     @abstractmethod
-    def _decode_document(self, tokens: list[int]) -> str: ...
+    def _decode_document(self, tokens: list[int]) -> str:
+        """Return the text of the token ids of one document, without its end-of-document token."""
 
-    def loss(self) -> str | None:
-        """What encoding and decoding change in probe texts; None where they change nothing."""
-        for text in PROBES:
-            found = self.decode(self.encode(text))
-            if found != text:
-                return f"it changes {text!r} into {found!r}"
+    def find_lossy_text(self) -> str | None:
+        """Encode and decode probe texts; return a description of the first that changes, or None if none does."""
+        for text in PROBE_TEXTS:
+            decoded = self.decode(self.encode(text))
+            if decoded != text:
+                return f"it changes {text!r} into {decoded!r}"
         return None
-
-
-def tokenizer_file(folder: Path) -> Path:
-    """The one tokenizer file in a folder.
-
-    Raises:
-        UserError: there is none, or there are two.
-    """
-    found = [folder / name for name in (SENTENCEPIECE_FILE, FAST_FILE) if (folder / name).is_file()]
-    if not found:
-        raise UserError(f"{folder} has no {SENTENCEPIECE_FILE} or {FAST_FILE}; check the path, or make it again")
-    if len(found) > 1:
-        raise UserError(f"{folder} has both {SENTENCEPIECE_FILE} and {FAST_FILE}; name the one to use")
-    return found[0]

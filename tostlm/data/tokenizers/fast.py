@@ -1,4 +1,4 @@
-"""Hugging Face's fast tokenizers: one tokenizer.json, whatever its model."""
+"""Hugging Face's fast tokenizers: a tokenizer.json with any model (BPE, WordPiece, Unigram)."""
 
 from __future__ import annotations
 
@@ -12,47 +12,47 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from tostlm.data.tokenizers.base import FAST_FILE, SPACE, Tokenizer
+from tostlm.data.tokenizers.base import METASPACE, Tokenizer
 from tostlm.errors import UserError
 
 _PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-# GPT-2's alphabet: how byte-level tokenizers write each byte as a character that can be seen.
+# The printable character by which byte-level tokenizers write each byte, as `bytes_to_unicode` in openai/gpt-2.
 BYTE_CHARACTERS = {byte: chr(byte) for byte in _PRINTABLE} | {byte: chr(256 + n) for n, byte in enumerate(_OTHERS)}
 _BYTES = {character: byte for byte, character in BYTE_CHARACTERS.items()}
 
 
 class FastTokenizer(Tokenizer):
-    """A tokenizer.json whose post-processor appends the document end, and nothing else, to a text.
+    """A tokenizer.json whose post-processor appends the end-of-document token to a text and does nothing else.
 
-    Text that spells a special token is encoded as any other text.
+    Text that spells a special token is encoded like any other text.
     """
 
-    file_name = FAST_FILE
+    file_name = "tokenizer.json"
 
     def __init__(self, content: bytes) -> None:
-        """`content` is that of a tokenizer.json.
-
-        Raises:
-            UserError: it is none, or does not say what its document end is.
-        """
         super().__init__(content)
-        self._fast = parse(content)
+        self._fast = parse_tokenizer_json(content)
         self._fast.no_truncation()
         self._fast.no_padding()
         self._fast.encode_special_tokens = True
-        end = appended_token(self._fast)
-        if end is None:
+        eos_id = appended_token(self._fast)
+        if eos_id is None:
             raise UserError(
-                "the tokenizer does not say what ends a document; use `tostlm tokenizer import` on it first"
+                "the tokenizer does not say which token ends a document; use `tostlm tokenizer import` on it first"
             )
-        self._eos_id = end
-        # Some models hold the end's name as a word of their own, and would find it in text.
-        self._end_spelled = [t.id for character in self.end_piece for t in self._fast.model.tokenize(character)]
+        self._eos_id = eos_id
+        # Some models have the name of the EOS token as an ordinary word and would find it in text: such a text gets
+        # the ids of the name's characters instead.
+        self._eos_characters = [t.id for character in self.eos_token for t in self._fast.model.tokenize(character)]
+
+    @classmethod
+    def recognizes(cls, content: bytes) -> bool:
+        return content.lstrip().startswith(b"{")
 
     @property
     def vocab_size(self) -> int:
-        return len(self.pieces())
+        return len(self._pieces)
 
     @property
     def eos_id(self) -> int:
@@ -71,39 +71,39 @@ class FastTokenizer(Tokenizer):
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """See Tokenizer; where pieces are no bytes or SentencePiece's, the bytes a token adds after another."""
-        kinds = set(_types(json.loads(self.content).get("decoder")))
+        kinds = set(_decoder_types(json.loads(self.content).get("decoder")))
         special = {token for token, added in self._fast.get_added_tokens_decoder().items() if added.special}
         if kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
-            sizes = [_size(piece, "ByteLevel" in kinds, "ByteFallback" in kinds) for piece in self.pieces()]
+            sizes = [_piece_bytes(piece, "ByteLevel" in kinds, "ByteFallback" in kinds) for piece in self._pieces]
         else:
+            # Other decoders do not spell bytes in their pieces: count the bytes a token adds after another one.
             before = self.encode("a")
-            pairs = self._fast.decode_batch([before, *([*before, token] for token in range(self.vocab_size))])
-            alone, *sizes = [len(text.encode()) for text in pairs]
+            texts = self._fast.decode_batch([before, *([*before, token] for token in range(self.vocab_size))])
+            alone, *sizes = [len(text.encode()) for text in texts]
             sizes = [max(0, size - alone) for size in sizes]
         return np.array([0 if token in special else size for token, size in enumerate(sizes)])
 
     def encode_batch(self, texts: Sequence[str], threads: int) -> list[list[int]]:
-        # tokenizers takes its threads from the environment, their number once, when it first needs any.
+        # tokenizers reads the number of threads from the environment, only once, when it first starts any.
         os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
         os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
         encodings = self._fast.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [self._without_end(encoding.ids) for encoding in encodings]
+        return [self._replace_eos(encoding.ids) for encoding in encodings]
 
-    def _without_end(self, tokens: list[int]) -> list[int]:
+    def _replace_eos(self, tokens: list[int]) -> list[int]:
         if self._eos_id not in tokens:
             return tokens
-        return list(chain.from_iterable(self._end_spelled if t == self._eos_id else [t] for t in tokens))
+        return list(chain.from_iterable(self._eos_characters if t == self._eos_id else [t] for t in tokens))
 
     def _decode_document(self, tokens: list[int]) -> str:
         return str(self._fast.decode(tokens, skip_special_tokens=True))
 
 
-def parse(content: bytes) -> tokenizers.Tokenizer:
-    """A tokenizer.json as the `tokenizers` package reads it.
+def parse_tokenizer_json(content: bytes) -> tokenizers.Tokenizer:
+    """Return the content of a tokenizer.json as a tokenizer of the `tokenizers` package.
 
     Raises:
-        UserError: it is none.
+        UserError: the content is not a tokenizer.json.
     """
     try:
         return tokenizers.Tokenizer.from_buffer(content)
@@ -112,22 +112,23 @@ def parse(content: bytes) -> tokenizers.Tokenizer:
 
 
 def appended_token(fast: tokenizers.Tokenizer) -> int | None:
-    """The one token the post-processor puts after a text; None where it does anything else."""
-    alone, text, whole = fast.encode("").ids, fast.encode("a", add_special_tokens=False).ids, fast.encode("a").ids
-    return alone[0] if len(alone) == 1 and whole == text + alone else None
+    """Return the token that the post-processor appends to a text; None if it does anything else."""
+    empty, text, processed = fast.encode("").ids, fast.encode("a", add_special_tokens=False).ids, fast.encode("a").ids
+    return empty[0] if len(empty) == 1 and processed == text + empty else None
 
 
-def _types(part: Any) -> Iterator[str]:
-    """The types of a part of a tokenizer.json, and of those it is a sequence of."""
-    if part is not None:
-        yield part["type"]
-        for inner in part.get("decoders", ()):
-            yield from _types(inner)
+def _decoder_types(decoder: dict[str, Any] | None) -> Iterator[str]:
+    """Yield the type of a decoder in a tokenizer.json and, if it is a sequence, of the decoders in it."""
+    if decoder is not None:
+        yield decoder["type"]
+        for inner in decoder.get("decoders", ()):
+            yield from _decoder_types(inner)
 
 
-def _size(piece: str, byte_level: bool, byte_fallback: bool) -> int:
+def _piece_bytes(piece: str, byte_level: bool, byte_fallback: bool) -> int:
+    """Return the UTF-8 bytes of text a piece stands for."""
     if byte_level:
         return len(piece) if all(character in _BYTES for character in piece) else len(piece.encode())
     if byte_fallback and len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
         return 1
-    return len(piece.replace(SPACE, " ").encode())
+    return len(piece.replace(METASPACE, " ").encode())

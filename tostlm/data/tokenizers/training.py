@@ -1,4 +1,4 @@
-"""Training a lossless SentencePiece tokenizer on a sample of a stream."""
+"""Training a lossless SentencePiece tokenizer on a uniform sample of documents."""
 
 from __future__ import annotations
 
@@ -15,22 +15,29 @@ from tostlm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from tostlm.errors import UserError
 from tostlm.files import write_atomically
 
-DOCUMENT_END = "<|endoftext|>"
-MAX_LINE_BYTES = 1 << 16  # the longest training line: SentencePiece drops longer ones, so they are cut here
+EOS_TOKEN = "<|endoftext|>"
+MAX_LINE_BYTES = 1 << 16  # SentencePiece skips longer training lines, so they are split here
 
 
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, out: Path, sample_bytes: int = 1_000_000_000, seed: int = 0
 ) -> SentencePieceTokenizer:
-    """Train a lossless BPE tokenizer and write its .model file to `out`, whole or not at all.
+    """Train a lossless BPE tokenizer and write its .model file atomically.
 
-    SentencePiece holds its text in memory, so it gets a sample of `sample_bytes` of UTF-8: the same for the same
-    documents and seed, in whatever order they come.
+    The model depends on the documents, the seed and the options, not on the order of the documents.
+
+    Args:
+        texts: the documents.
+        vocab_size: number of pieces, the 256 byte pieces included.
+        out: path of the .model file.
+        sample_bytes: UTF-8 bytes of text to train on, a uniform sample of the documents. SentencePiece holds its
+            training text in memory.
+        seed: selects the sample.
 
     Raises:
-        UserError: there is no text, or too little of it for `vocab_size` pieces.
+        UserError: there is no text, or not enough for `vocab_size` pieces.
     """
-    documents = sample(texts, sample_bytes, seed)
+    documents = sample_texts(texts, sample_bytes, seed)
     if not documents:
         raise UserError("the source holds no text to train a tokenizer on")
     model = io.BytesIO()
@@ -50,7 +57,7 @@ def train_tokenizer(
             max_sentence_length=MAX_LINE_BYTES,
             unk_id=0,
             eos_id=1,
-            eos_piece=DOCUMENT_END,
+            eos_piece=EOS_TOKEN,
             bos_id=-1,
             pad_id=-1,
             minloglevel=2,
@@ -60,18 +67,18 @@ def train_tokenizer(
         rule = (
             f"it gives at most {most[1]} pieces"
             if most
-            else "the 256 bytes, the text's characters and 2 marks come first"
+            else "256 bytes, 2 special tokens and the text's characters need a piece each"
         )
         raise UserError(
-            f"vocab_size {vocab_size} does not fit this text: {rule}; choose another, or more text"
+            f"vocab_size {vocab_size} does not fit this text: {rule}; choose another size, or more text"
         ) from None
     tokenizer = SentencePieceTokenizer(model.getvalue())
     write_atomically(out, tokenizer.content)
     return tokenizer
 
 
-def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
-    """The documents that begin in the first `limit` bytes of UTF-8."""
+def limit_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
+    """Yield documents until they have `limit` bytes of UTF-8 or more; the last one is not cut."""
     for text in texts:
         if limit <= 0:
             return
@@ -79,36 +86,43 @@ def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
         yield text
 
 
-def sample(texts: Iterable[str], limit: int, seed: int) -> list[bytes]:
-    """A uniform sample of documents, at most `limit` bytes of UTF-8, in random order.
+def sample_texts(texts: Iterable[str], limit: int, seed: int) -> list[bytes]:
+    """Return a uniform sample of documents in random order.
 
-    A document's priority is a hash of the seed and its text, and those with the lowest that fit are the sample: it
-    depends on the documents, not on their order. A document longer than `limit` is cut. Never more than the sample and
-    one document are held.
+    The documents are ranked by a hash of the seed and their text, and the first that fit are taken, so the sample does
+    not depend on their order in `texts`. Memory holds the sample and one document at most.
+
+    Args:
+        texts: the documents.
+        limit: UTF-8 bytes of the sample at most; a longer document is cut to it.
+        seed: selects the sample.
+
+    Returns:
+        The UTF-8 of each sampled document.
     """
     key = seed.to_bytes(8, "little")
-    kept: list[tuple[int, bytes]] = []  # a heap of (-priority, text): its first is the next to be dropped
-    held, bound = 0, 1 << 64  # once a document is dropped, all of its priority or above are
+    kept: list[tuple[int, bytes]] = []  # a heap of (-rank, text), so that the highest rank is removed first
+    size, lowest_removed = 0, 1 << 64  # documents of this rank and above no longer fit
     for text in texts:
         data = text.encode()
-        priority = int.from_bytes(hashlib.blake2b(data, digest_size=8, key=key).digest(), "little")
-        if priority >= bound:
+        rank = int.from_bytes(hashlib.blake2b(data, digest_size=8, key=key).digest(), "little")
+        if rank >= lowest_removed:
             continue
         data = data if len(data) <= limit else data[:limit].decode(errors="ignore").encode()
-        heapq.heappush(kept, (-priority, data))
-        held += len(data)
-        while held > limit:
-            dropped, data = heapq.heappop(kept)
-            held, bound = held - len(data), -dropped
+        heapq.heappush(kept, (-rank, data))
+        size += len(data)
+        while size > limit:
+            negative_rank, removed = heapq.heappop(kept)
+            size, lowest_removed = size - len(removed), -negative_rank
     return [data for _, data in sorted(kept, reverse=True)]
 
 
 def _training_lines(documents: list[bytes]) -> Iterator[str]:
-    """Lines none longer than SentencePiece reads; the documents are used up, so that memory holds them once."""
-    longest = MAX_LINE_BYTES // 4  # characters: four bytes at the most each
+    """Yield lines that are short enough for SentencePiece; empties `documents`, so that memory holds the text once."""
+    longest = MAX_LINE_BYTES // 4  # in characters, which have four bytes at most
     documents.reverse()
     while documents:
         for line in documents.pop().decode().splitlines():
             for start in range(0, len(line), longest):
-                if piece := line[start : start + longest].replace("\0", ""):
-                    yield piece
+                if part := line[start : start + longest].replace("\0", ""):
+                    yield part
