@@ -70,7 +70,7 @@ def python(package: Path, *arguments: str, fails: bool = False) -> str:
 
 
 def test_a_mixer_in_one_file(package: Path, run: Run, tmp_path: Path) -> None:
-    stateful = ["data.reset_at_documents=true"]
+    stateful = ["data.stateful=true", "data.reset_at_documents=true"]
     command = ["-m", "tostlm", "train", str(run.file), LAYERS, *stateful]
     python(package, *command, "--nproc", "2")
     losses = run.metrics("train")
