@@ -1,4 +1,4 @@
-"""The command line as a person meets it: help that teaches, mistakes in one line, disks that are full."""
+"""The command line as its user sees it: help, errors of one line, full disks."""
 
 import re
 import subprocess
@@ -7,32 +7,32 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import VOCAB, Run, fail, succeed, tostlm
+from tests.conftest import ROOT, VOCAB, Run, fail, succeed, tostlm
 from tests.data.tokenizers import tokenizer_kinds
 from tostlm.checkpoint import checkpoints
 from tostlm.data import Tokenizer, read_manifest, verify
 from tostlm.data.preparation.plan import read_plan
 
-VERBS = [
+SUBCOMMANDS = [
     *("quickstart", "config", "tokenizer", "prepare", "data", "doctor", "train", "eval", "generate", "bench"),
     *("convert", "submit"),
 ]
 
 
-def test_help_teaches_the_way() -> None:
+def test_help_shows_the_pipeline_and_all_subcommands() -> None:
     printed = succeed(tostlm("--help"))
     assert "text -> tokenizer -> token shards -> training -> checkpoint" in printed
     listed = re.findall(r"^  (\w+)  ", printed.split("Commands:")[1], re.MULTILINE)
-    assert sorted(listed) == sorted(VERBS)
+    assert sorted(listed) == sorted(SUBCOMMANDS)
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_explains_itself(verb: str) -> None:
-    assert len(succeed(tostlm(verb, "--help"))) > 100
+@pytest.mark.parametrize("subcommand", SUBCOMMANDS)
+def test_every_subcommand_has_help(subcommand: str) -> None:
+    assert len(succeed(tostlm(subcommand, "--help"))) > 100
 
 
-def test_help_is_quick_to_import() -> None:
-    """Nothing heavy is loaded before a verb needs it."""
+def test_help_imports_nothing_heavy() -> None:
+    """Heavy libraries are imported when a subcommand runs."""
     code = "import sys, tostlm.cli; assert not {'torch', 'deepspeed', 'transformers', 'datasets'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -49,18 +49,33 @@ def test_help_is_quick_to_import() -> None:
     ],
     ids=lambda arguments: arguments[-2],
 )
-def test_numbers_out_of_range(arguments: list[str]) -> None:
+def test_numbers_out_of_range_are_errors(arguments: list[str]) -> None:
     result = tostlm(*arguments)
     assert result.returncode == 2
     assert arguments[-2] in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_out_of_memory_is_said(run: Run) -> None:
+def test_a_config_may_be_a_shipped_name(tmp_path: Path) -> None:
+    """A file of that name wins; a name that is neither is an error with the nearest one."""
+    assert "run_dir: runs/tost-base\n" in succeed(tostlm("config", "show", "tost-base", cwd=tmp_path))
+    fail(tostlm("train", "tost-bsae", cwd=tmp_path), "tost-bsae is neither a file nor a shipped config", "tost-base")
+    fail(tostlm("train", "configs/tost-base.yml", cwd=tmp_path), "the nearest is tost-base; `tostlm config list`")
+    (tmp_path / "tost-base").write_text("run_dir: [")
+    fail(tostlm("config", "show", "tost-base", cwd=tmp_path), "config tost-base is not YAML")
+
+
+def test_the_list_of_shipped_configs(tmp_path: Path) -> None:
+    lines = succeed(tostlm("config", "list", cwd=tmp_path)).splitlines()
+    assert [line.split()[0] for line in lines] == sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+    assert next(line for line in lines if line.startswith("tost-base ")).split()[1:3] == ["110M", "ToST-base"]
+
+
+def test_out_of_memory_is_one_line(run: Run) -> None:
     fail(run.train("model.depth=2000", "model.width=65536"), "out of memory", "use a smaller model")
 
 
-def test_outputs_are_checked_before_the_work(corpus: Path, tmp_path: Path) -> None:
+def test_outputs_are_checked_before_any_work(corpus: Path, tmp_path: Path) -> None:
     command = ["tokenizer", "train", "--source", str(corpus), "--vocab-size", "400", "--out"]
     fail(tostlm(*command, str(tmp_path)), "is a folder; name a file in it")
     fail(tostlm(*command, str(corpus / "x.model")), "cannot write in")
@@ -86,7 +101,7 @@ def test_from_text_to_shards(corpus: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["tokenizer.model", "tokenizer.json"])
-def test_the_way_with_a_tokenizer_made_elsewhere(corpus: Path, speeches: list[str], tmp_path: Path, kind: str) -> None:
+def test_the_pipeline_with_an_imported_tokenizer(corpus: Path, speeches: list[str], tmp_path: Path, kind: str) -> None:
     if kind == "tokenizer.model":
         (tmp_path / "source").write_bytes(tokenizer_kinds.mistral_like(speeches, VOCAB))
     else:

@@ -186,12 +186,12 @@ def test_deepspeed_keys_pass_through_unchanged(run: Run) -> None:
     assert set(config.deepspeed) <= set(DEEPSPEED_KEYS)
 
 
-def test_the_verb(run: Run) -> None:
-    printed = succeed(tostlm("config", str(run.file), "train.steps=7"))
+def test_config_show_prints_the_resolved_config(run: Run) -> None:
+    printed = succeed(tostlm("config", "show", str(run.file), "train.steps=7"))
     assert "steps: 7" in printed
     assert "# parameters       37,156" in printed
     assert "# total tokens     3,584" in printed
-    fail(tostlm("config", str(run.file), "model.widht=7"), "model.widht", "model.width")
+    fail(tostlm("config", "show", str(run.file), "model.widht=7"), "model.widht", "model.width")
 
 
 def unmarked_keys(section: type[Section], prefix: str = "") -> list[str]:

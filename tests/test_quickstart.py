@@ -1,4 +1,4 @@
-"""The whole way, on the real corpus with smaller models; a second run repeats nothing."""
+"""The quickstart on the real corpus with smaller models; a second run repeats nothing."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ STEPS = [
     "train ToST",
     "train GPT-2",
     "perplexity by context",
-    "tokens a second",
+    "tokens per second",
     "Hugging Face export",
     "sample",
 ]
@@ -25,7 +25,7 @@ STEPS = [
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the quickstart's configs, less trained."""
+    """A folder with the quickstart's configs, made small and short."""
     folder = tmp_path_factory.mktemp("quickstart")
     (folder / "configs").mkdir()
     for name in ("quickstart.yaml", "quickstart-gpt2.yaml"):
@@ -36,8 +36,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_whole_way(home: Path) -> None:
-    printed = succeed(tostlm("quickstart", cwd=home))
+def test_all_steps_run_and_write_their_outputs(home: Path) -> None:
+    printed = succeed(tostlm("quickstart", "--configs", "configs", cwd=home))
     assert [line.removeprefix("== ") for line in printed.splitlines() if line.startswith("== ")] == STEPS
     root = home / "runs" / "quickstart"
     report = json.loads((root / "perplexity.json").read_text())
@@ -56,11 +56,11 @@ def test_the_whole_way(home: Path) -> None:
         assert f"runs/quickstart/{name}/checkpoints/step-00000004" in printed
 
 
-def test_a_second_run_goes_on_where_the_first_ended(home: Path) -> None:
+def test_a_second_run_repeats_only_what_is_missing(home: Path) -> None:
     root = home / "runs" / "quickstart"
     shutil.rmtree(root / "gpt2" / "checkpoints" / "step-00000004")
     (root / "sample.txt").unlink()
-    printed = succeed(tostlm("quickstart", cwd=home))
+    printed = succeed(tostlm("quickstart", "--configs", "configs", cwd=home))
     repeated = [line.removeprefix("== ") for line in printed.splitlines() if line.startswith("== ")]
     again = {"train GPT-2", "sample"}
     assert repeated == [step if step in again else f"{step}: finished before" for step in STEPS]
@@ -69,9 +69,8 @@ def test_a_second_run_goes_on_where_the_first_ended(home: Path) -> None:
 
 
 @pytest.mark.slow
-def test_as_the_readme_shows_it(tmp_path: Path) -> None:
-    """The real one: ToST learns, beats GPT-2 on this little text and holds its perplexity at 16 times its context."""
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+def test_the_results_of_the_readme(tmp_path: Path) -> None:
+    """With the shipped configs ToST learns, beats GPT-2 and holds its perplexity at 16 times its context."""
     subprocess.run([sys.executable, "-m", "tostlm", "quickstart"], cwd=tmp_path, check=True, timeout=600)
     models = json.loads((tmp_path / "runs" / "quickstart" / "perplexity.json").read_text())["models"]
     tost, gpt2 = ({score["context"]: score["perplexity"] for score in model["scores"]} for model in models)

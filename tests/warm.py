@@ -99,7 +99,7 @@ def _child(
     files: tuple[Path, Path],
 ) -> None:
     os.setsid()
-    tostlm.launch.local.end_with_the_parent(signal.SIGKILL)  # the server, which ends with pytest
+    tostlm.launch.local.end_with_parent(signal.SIGKILL)  # the server, which ends with pytest
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
     tostlm.launch.local.Popen = Rank  # type: ignore[misc]
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""The whole way once: text, tokenizer, shards, two trained models, perplexity by context, export, a sample."""
+"""The whole pipeline once: text, tokenizer, shards, two trained models, perplexity by context, export, a sample."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tostlm.checkpoint import checkpoint_folder, load_checkpoint
-from tostlm.config import RunConfig, load_config
+from tostlm.config import RunConfig, find_config, load_config
 from tostlm.data import MANIFEST
 from tostlm.files import write_atomically
 from tostlm.launch import run_local
@@ -21,35 +21,40 @@ PROMPT = "Fellow citizens of the Senate and House of Representatives:"
 
 
 class PipelineStep(NamedTuple):
-    """A piece of the way; it is finished when its output is there, which appears whole or not at all."""
+    """A step of the pipeline. It is finished when its output exists, which appears whole or not at all."""
 
     name: str
     output: Path
     run: Callable[[], object]
 
 
-def quickstart(configs: Path, processes: int) -> None:
-    """Go the whole way, leaving out the steps that are finished; print where everything is.
+def quickstart(configs: Path | None, processes: int) -> None:
+    """Run the pipeline, skip the steps that are finished, and print where every output is.
+
+    Args:
+        configs: a folder with quickstart.yaml and quickstart-gpt2.yaml; None: the shipped configs.
+        processes: training processes.
 
     Raises:
         UserError: the configs are missing, or a step cannot be done.
     """
-    tost_file, gpt2_file = configs / "quickstart.yaml", configs / "quickstart-gpt2.yaml"
+    names = ("quickstart", "quickstart-gpt2")
+    tost_file, gpt2_file = (configs / f"{name}.yaml" if configs else find_config(Path(name)) for name in names)
     tost, gpt2 = load_config(tost_file), load_config(gpt2_file)
     (prepared, _), *_ = tost.data.sets
     root = prepared.parent
-    took = []
+    durations = []
     for step in _steps(tost_file, gpt2_file, tost, gpt2, prepared, processes):
         start = time.monotonic()
         finished = step.output.exists()
         print(f"\n== {step.name}{': finished before' if finished else ''}", flush=True)
         if not finished:
             step.run()
-        took.append((step, "before" if finished else f"{time.monotonic() - start:.0f} s"))
+        durations.append((step, "before" if finished else f"{time.monotonic() - start:.0f} s"))
 
     print(f"\n{(root / 'throughput.txt').read_text()}\n{(root / 'perplexity.txt').read_text()}")
     print(f"\n{'step':<24}{'took':>8}  where")
-    for step, duration in took:
+    for step, duration in durations:
         print(f"{step.name:<24}{duration:>8}  {step.output}")
     print(f"\nTensorBoard: tensorboard --logdir {root}.  To start over, remove {root}.")
 
@@ -69,7 +74,7 @@ def _steps(
             "train GPT-2", checkpoint_folder(gpt2.run_dir, gpt2.train.steps), lambda: _train(gpt2_file, processes)
         ),
         PipelineStep("perplexity by context", root / "perplexity.txt", lambda: _perplexity(tost, gpt2, root)),
-        PipelineStep("tokens a second", root / "throughput.txt", lambda: _throughput(tost_file, gpt2_file, root)),
+        PipelineStep("tokens per second", root / "throughput.txt", lambda: _throughput(tost_file, gpt2_file, root)),
         PipelineStep("Hugging Face export", exported, lambda: _export(tost, exported)),
         PipelineStep("sample", root / "sample.txt", lambda: _sample(exported, root / "sample.txt")),
     )
@@ -98,16 +103,16 @@ def _train(config_file: Path, processes: int) -> None:
 
 
 def _perplexity(tost: RunConfig, gpt2: RunConfig, root: Path) -> None:
-    from tostlm.eval.command import perplexity
+    from tostlm.eval import evaluate_perplexity
 
-    text = perplexity([tost.run_dir, gpt2.run_dir], CONTEXTS, None, windows=64, out=root)
+    text = evaluate_perplexity([tost.run_dir, gpt2.run_dir], CONTEXTS, None, windows=64, out=root)
     write_atomically(root / "perplexity.txt", text)
 
 
 def _throughput(tost_file: Path, gpt2_file: Path, root: Path) -> None:
-    from tostlm.bench.command import training
+    from tostlm.bench import report_training
 
-    text = training([tost_file, gpt2_file], BENCH_CONTEXTS, 8192, 3, None, root / "throughput.json")
+    text = report_training([tost_file, gpt2_file], BENCH_CONTEXTS, 8192, 3, None, root / "throughput.json")
     write_atomically(root / "throughput.txt", text)
 
 

@@ -1,4 +1,4 @@
-"""The ranks of a doctor, started one by one, so that a test can do harm to one of them."""
+"""Ranks of `tostlm doctor`, started one by one, so that a test can break one of them."""
 
 from __future__ import annotations
 
@@ -13,26 +13,30 @@ from tests.warm import Program
 from tostlm.launch.local import rank_env
 
 
-class RankInfo:
-    """Ranks 0 to world - 1, each on a host of its own by name; in rank `sick` the function `how` runs first."""
+class DoctorRanks:
+    """Ranks 0 to world_size - 1, each with its own host name; `failing_rank` calls the function `fault` first."""
 
     def __init__(
         self,
         *arguments: str,
         world_size: int = 2,
         only: int | None = None,
-        sick: int = -1,
-        how: Callable[[], object] | None = None,
+        failing_rank: int = -1,
+        fault: Callable[[], object] | None = None,
     ) -> None:
         self.programs = {
             rank: Program(
-                "doctor", *arguments, before=how if rank == sick else None, SLURMD_NODENAME=f"node{rank}", **place
+                "doctor",
+                *arguments,
+                before=fault if rank == failing_rank else None,
+                SLURMD_NODENAME=f"node{rank}",
+                **variables,
             )
-            for rank, place in enumerate(rank_env(world_size))
+            for rank, variables in enumerate(rank_env(world_size))
             if only in (None, rank)
         }
 
-    def __enter__(self) -> RankInfo:
+    def __enter__(self) -> DoctorRanks:
         return self
 
     def __exit__(
@@ -43,23 +47,23 @@ class RankInfo:
                 program.send_signal(signal.SIGKILL)  # a stopped one too
 
     def wait_for(self, check: str) -> str:
-        """Rank 0's line on a check."""
+        """Return rank 0's line for a check."""
         while True:
             over = not self.programs[0].running()
             for line in self.programs[0].stdout.splitlines():
                 if line.split()[1:2] == [check]:
                     return line
-            assert not over, f"no line on {check}: {self.programs[0].end()}"
+            assert not over, f"no line for {check}: {self.programs[0].end()}"
             time.sleep(0.01)
 
     def end(self, rank: int = 0) -> tuple[int, str, str]:
-        """Exit code, stdout, stderr of a rank that ends by itself."""
+        """Return exit code, stdout and stderr of a rank that ends by itself."""
         done = self.programs[rank].end(120)
         return done.returncode, done.stdout, done.stderr
 
     @contextmanager
     def slowed(self, rank: int, share: float) -> Iterator[None]:
-        """A rank that runs for `share` of the time, less than it would get of cores that others want too."""
+        """Let a rank run only for `share` of the time, less than its share of busy cores."""
         program, over = self.programs[rank], threading.Event()
 
         def alternate() -> None:

@@ -1,4 +1,4 @@
-"""Ranks from whatever launched the process."""
+"""The rank that each launcher's environment gives, the rendezvous, and the exit report."""
 
 import os
 import subprocess
@@ -15,24 +15,24 @@ TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
 SLURM_STEP = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_JOB_ID": "123"}
 
 
-def test_environments() -> None:
+def test_ranks_of_each_launcher() -> None:
     assert rank_from_environment({}) is None
     assert rank_from_environment(TORCHRUN) == RankInfo(3, 1, 4)
     assert rank_from_environment(SLURM_STEP) == RankInfo(5, 1, 8)
     assert rank_from_environment(SLURM_STEP | TORCHRUN) == RankInfo(3, 1, 4)
 
 
-def test_a_batch_script_is_no_rank() -> None:
-    """sbatch sets SLURM_PROCID in the script itself, where no step runs yet."""
+def test_a_batch_script_is_not_a_rank() -> None:
+    """sbatch sets SLURM_PROCID in the script itself, before any step runs."""
     assert rank_from_environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "123"}) is None
 
 
-def test_one_task_may_be_a_shell() -> None:
-    """In `srun --pty bash` the GPUs of the node are the launcher's to share out."""
+def test_a_step_of_one_task_may_be_a_shell() -> None:
+    """In `srun --pty bash` the local launcher assigns the node's GPUs."""
     assert rank_from_environment({**SLURM_STEP, "SLURM_STEP_NUM_TASKS": "1"}) is None
 
 
-def test_one_task_of_a_job_of_ours_is_a_rank() -> None:
+def test_a_step_of_one_task_of_our_job_is_a_rank() -> None:
     assert rank_from_environment(
         {**SLURM_STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", EXIT_REPORT: "x"}
     ) == RankInfo(0, 1, 1)
@@ -42,14 +42,14 @@ def test_one_task_of_a_job_of_ours_is_a_rank() -> None:
     ("nodes", "first"),
     [("node1", "node1"), ("node[1-2]", "node1"), ("gpu[07-09,12],a1", "gpu07"), ("a,b[1-2]", "a"), ("n[3,1-2]", "n3")],
 )
-def test_ranks_meet_at_the_first_node(nodes: str, first: str) -> None:
+def test_the_rendezvous_is_on_the_first_node(nodes: str, first: str) -> None:
     environment = {**SLURM_STEP, "SLURM_STEP_NODELIST": nodes}
     export_rendezvous(RankInfo(1, 1, 8), environment)
     assert environment["MASTER_ADDR"] == first
 
 
-def test_the_first_rank_that_ends_badly_is_told(tmp_path: Path) -> None:
-    file = tmp_path / "outcome"
+def test_only_the_first_failing_rank_is_reported(tmp_path: Path) -> None:
+    file = tmp_path / "report"
     for rank, code in ((0, 0), (3, 2), (1, 76)):
         command = [sys.executable, "-c", f"from tostlm.launch import exit_rank; exit_rank({code})"]
         done = subprocess.run(command, env={**os.environ, "RANK": str(rank), EXIT_REPORT: str(file)})
@@ -57,12 +57,12 @@ def test_the_first_rank_that_ends_badly_is_told(tmp_path: Path) -> None:
     assert file.read_text() == "3 2\n"
 
 
-def test_nonsense() -> None:
+def test_a_rank_that_is_no_number_is_an_error() -> None:
     with pytest.raises(UserError, match="rank 'x'"):
         rank_from_environment({**TORCHRUN, "RANK": "x"})
 
 
-def test_two_jobs_on_a_node_meet_at_two_ports() -> None:
+def test_two_jobs_on_a_node_use_different_ports() -> None:
     ports = []
     for job in ("123", "124"):
         environment = {**SLURM_STEP, "SLURM_JOB_ID": job, "MASTER_ADDR": "node1"}
@@ -72,7 +72,7 @@ def test_two_jobs_on_a_node_meet_at_two_ports() -> None:
     assert ports[0] != ports[1]
 
 
-def test_a_launcher_rendezvous_is_kept() -> None:
+def test_a_rendezvous_set_by_the_launcher_stays() -> None:
     environment = {**TORCHRUN, "MASTER_ADDR": "here", "MASTER_PORT": "1"}
     export_rendezvous(RankInfo(3, 1, 4), environment)
     assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("here", "1")

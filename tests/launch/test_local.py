@@ -1,4 +1,4 @@
-"""The launcher on this machine, its ranks being small scripts: signals on the way down, exit codes on the way up."""
+"""The local launcher with scripts as ranks: signals are forwarded to the ranks, their exit codes become one."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ def save(number, frame):
 for number in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, save)
 """
-SAYS_IT_IS_THERE = """
+WRITES_ITS_PID = """
 open(f"pid-{os.environ['RANK']}", "w").write(str(os.getpid()))
 time.sleep(600)
 """
@@ -41,7 +41,7 @@ time.sleep(600)
 
 @pytest.fixture
 def stub(tmp_path: Path) -> Callable[..., str]:
-    """Makes an executable that runs the rank's own of some pieces of Python."""
+    """Make an executable that runs the rank's own of several Python snippets."""
 
     def make(*bodies: str) -> str:
         path = tmp_path / "stub"
@@ -56,10 +56,10 @@ def stub(tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture
 def launched(stub: Callable[..., str], tmp_path: Path) -> Callable[[str], subprocess.Popen[bytes]]:
-    """Starts a launcher of two ranks and waits until they are there."""
+    """Start a launcher of two ranks and wait until both run."""
 
     def start(body: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", LAUNCHER, stub(*[body + SAYS_IT_IS_THERE] * 2)]
+        command = [sys.executable, "-c", LAUNCHER, stub(*[body + WRITES_ITS_PID] * 2)]
         path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **path})
         deadline = time.monotonic() + 30
@@ -76,7 +76,7 @@ def pids(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_the_ranks_are_asked_to_save_and_waited_for(
+def test_signals_are_forwarded_and_the_ranks_waited_for(
     launched: Callable[[str], subprocess.Popen[bytes]], tmp_path: Path, number: int
 ) -> None:
     process = launched(SAVES)
@@ -85,11 +85,13 @@ def test_the_ranks_are_asked_to_save_and_waited_for(
     assert [(tmp_path / f"saved-{rank}").read_text() for rank in (0, 1)] == [str(number)] * 2
 
 
-def test_a_second_sigterm_ends_at_once(launched: Callable[[str], subprocess.Popen[bytes]], tmp_path: Path) -> None:
+def test_a_second_sigterm_ends_the_ranks_at_once(
+    launched: Callable[[str], subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
     process = launched(SAVES)
     process.send_signal(signal.SIGUSR1)
     time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)  # the first: it asks too
+    process.send_signal(signal.SIGTERM)  # the first SIGTERM is forwarded too
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
@@ -98,14 +100,14 @@ def test_a_second_sigterm_ends_at_once(launched: Callable[[str], subprocess.Pope
     assert not list(tmp_path.glob("saved-*"))
 
 
-def test_ranks_that_cannot_save_yet_end_as_asked(launched: Callable[[str], subprocess.Popen[bytes]]) -> None:
+def test_ranks_without_a_handler_end_with_the_requeue_code(launched: Callable[[str], subprocess.Popen[bytes]]) -> None:
     process = launched("")
     process.terminate()
     assert process.wait(timeout=10) == EXIT_REQUEUE
 
 
 @pytest.mark.parametrize(
-    ("bodies", "code", "said"),
+    ("bodies", "code", "stderr"),
     [
         (("", ""), 0, ""),
         (("sys.exit(75)", "time.sleep(3); sys.exit(75)"), EXIT_REQUEUE, ""),
@@ -113,22 +115,22 @@ def test_ranks_that_cannot_save_yet_end_as_asked(launched: Callable[[str], subpr
         (("sys.exit(1)", "sys.exit(2)"), 2, ""),
         (("sys.exit(76)", "sys.exit(1)"), 1, ""),
         (("sys.exit(76)", STUCK), EXIT_LOST_RANK, ""),
-        ((STUCK, KILLED), EXIT_LOST_RANK, "tostlm: rank 1 was ended by signal 9; the same command goes on\n"),
-        (("time.sleep(1.5); sys.exit(76)", KILLED), EXIT_LOST_RANK, ""),  # a rank has named it
+        ((STUCK, KILLED), EXIT_LOST_RANK, "tostlm: rank 1 was ended by signal 9; run the same command to continue\n"),
+        (("time.sleep(1.5); sys.exit(76)", KILLED), EXIT_LOST_RANK, ""),  # a rank has already named it
     ],
 )
-def test_the_code_of_the_whole(
+def test_the_exit_code_of_the_run(
     stub: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
     bodies: tuple[str, str],
     code: int,
-    said: str,
+    stderr: str,
 ) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(sys, "executable", stub(*bodies))
     start = time.monotonic()
     assert run_local([], 2) == code
     assert time.monotonic() - start < 10
-    assert capfd.readouterr().err == said
+    assert capfd.readouterr().err == stderr
     assert signal.getsignal(signal.SIGTERM) == handler

@@ -13,12 +13,13 @@ from functools import partial
 from pathlib import Path
 from signal import SIGKILL
 
-from tostlm.launch.local import end_with_the_parent
+from tostlm.launch.local import end_with_parent
 
 PACKAGES = ["slurmctld", "slurmd", "slurm-client", "munge", "slurm-wlm-basic-plugins", "iproute2", "shellcheck"]
+INSTALL_SWITCH = "TOSTLM_TEST_INSTALL_SLURM"
 COMMANDS = ["sbatch", "squeue", "scontrol", "scancel", "sinfo", "srun"]
 SLURMD_PORT = 6818
-GPUS = 2  # that each node says it has
+GPUS = 2  # generic resources that each node claims, without devices
 CONFIG = """\
 ClusterName=tests
 SlurmctldHost=head(10.77.0.1)
@@ -63,14 +64,17 @@ PartitionName=spare Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=30 Ma
 """
 
 
-def install() -> str | None:
-    """Install Slurm where it is missing; returns why it cannot be, or cannot run."""
+def unavailable_reason() -> str | None:
+    """Return why the cluster cannot run here, or None. With INSTALL_SWITCH=1 set, install what is missing first."""
     if os.geteuid() != 0:
         return "the Slurm cluster of the tests takes root; run them as root to enable"
     missing = [command for command in ("slurmctld", "ip", "shellcheck") if not shutil.which(command, path=_path())]
     if missing:
+        names = ", ".join(missing)
+        if os.environ.get(INSTALL_SWITCH) != "1":
+            return f"{names} not installed; set {INSTALL_SWITCH}=1 to let the tests install Slurm with apt-get"
         if not shutil.which("apt-get"):
-            return f"{', '.join(missing)} not installed; install what Debian has as {' '.join(PACKAGES)} to enable"
+            return f"{names} not installed; install Debian's {' '.join(PACKAGES)} to enable"
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}  # 1: no daemon is started
         for command in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
             done = subprocess.run(["apt-get", "-qq", *command], capture_output=True, text=True, env=environment)
@@ -85,17 +89,17 @@ def _path() -> str:
     return f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
-def wait_until(happened: Callable[[], object], told: Callable[[], str], seconds: float = 120) -> float:
-    """The seconds until something has happened; `told` is shown where it does not."""
+def wait_until(happened: Callable[[], object], details: Callable[[], str], seconds: float = 120) -> float:
+    """Wait for a condition and return the seconds it took; on a timeout fail with `details`."""
     start = time.monotonic()
     while not happened():
-        assert time.monotonic() - start < seconds, told()
+        assert time.monotonic() - start < seconds, details()
         time.sleep(0.05)
     return time.monotonic() - start
 
 
 class Cluster:
-    """Of nodes node1, node2, ...; `environment` is that of a login node, whose commands reach the controller."""
+    """A controller and nodes node1, node2, ...; `environment` is that of a login node."""
 
     def __init__(self, folder: Path, nodes: int = 2) -> None:
         self.folder, start = folder, time.monotonic()
@@ -145,13 +149,13 @@ class Cluster:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=partial(end_with_the_parent, SIGKILL),
+                preexec_fn=partial(end_with_parent, SIGKILL),
             )
         self._machines[name] = machine
         return machine
 
     def _write_commands(self) -> None:
-        """Slurm's commands, run at the controller's address."""
+        """Write wrappers that run Slurm's commands in the controller's network namespace."""
         for name in COMMANDS:
             command = self.folder / "bin" / name
             command.write_text(
@@ -178,13 +182,13 @@ class Cluster:
         self._wait(lambda: subprocess.run(answers, capture_output=True).returncode == 0)
 
     def crash(self, node: str) -> None:
-        """All of a node's processes die at once."""
+        """Kill all processes of a node at once."""
         machine = self._machines.pop(node)
         machine.kill()
         machine.wait()
 
     def process(self, number: int) -> int:
-        """A process of the controller's host, as this machine counts processes."""
+        """Return the id in this machine's namespace of a process on the controller's host."""
         for status in Path("/proc").glob("[0-9]*/status"):
             with suppress(OSError):
                 pids = next(line for line in status.read_text().splitlines() if line.startswith("NSpid:")).split()[1:]
@@ -200,7 +204,7 @@ class Cluster:
         return int(self.ask("sinfo", "-h", "-t", "idle", "-o", "%D") or 0)
 
     def ask(self, *command: str) -> str:
-        """What one of Slurm's commands prints; asked again where the controller does not answer."""
+        """Return what one of Slurm's commands prints; retry while the controller does not answer."""
         for _ in range(10):
             done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
             if done.returncode == 0:

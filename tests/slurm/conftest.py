@@ -1,4 +1,4 @@
-"""The tests' Slurm, and runs that are its jobs."""
+"""A Slurm cluster for the tests, and runs that are its jobs."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Run, succeed
-from tests.slurm.cluster import Cluster, install, wait_until
+from tests.slurm.cluster import Cluster, unavailable_reason, wait_until
 from tests.warm import Program
 
 NODES = 3
@@ -19,7 +19,7 @@ NODES = 3
 
 @pytest.fixture(scope="session")
 def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    if reason := install():
+    if reason := unavailable_reason():
         pytest.skip(reason)
     cluster = Cluster(tmp_path_factory.mktemp("slurm"), NODES)
     try:
@@ -30,7 +30,7 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture
 def cluster(machines: Cluster) -> Iterator[Cluster]:
-    """All nodes up and idle; whatever a test leaves is ended."""
+    """All nodes up and idle. Afterwards the jobs that a test has left are cancelled."""
     yield machines
     machines.ask("scancel", "--user=root")
     for node in machines.down():
@@ -42,7 +42,7 @@ def cluster(machines: Cluster) -> Iterator[Cluster]:
 
 
 class Job:
-    """A run of the cluster's, and what is known of its jobs."""
+    """A run on the cluster, and what its folder holds about its jobs."""
 
     def __init__(self, cluster: Cluster, run: Run) -> None:
         self.cluster, self.run = cluster, run
@@ -50,34 +50,36 @@ class Job:
         self.id = ""
 
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """`tostlm ARGUMENTS` on the login node."""
+        """Run `tostlm ARGUMENTS` on the login node."""
         path = {key: self.cluster.environment[key] for key in ("PATH", "SLURM_CONF")}
         return Program(*arguments, cwd=self.run.file.parent, **path).end()
 
     def submit(self, *arguments: str) -> str:
-        told = succeed(self.command("submit", "pretrain", str(self.run.file), *arguments))
-        self.id = re.match(r"job (\d+):", told).group(1)
-        return told
+        printed = succeed(self.command("submit", "pretrain", str(self.run.file), *arguments))
+        found = re.match(r"job (\d+):", printed)
+        assert found is not None, printed
+        self.id = found[1]
+        return printed
 
     def wait_for(self, happened: Callable[[], object], seconds: float = 120) -> float:
-        return wait_until(happened, self.told, seconds)
+        return wait_until(happened, self.details, seconds)
 
-    def told(self) -> str:
+    def details(self) -> str:
         texts = [path.read_text()[-3000:] for path in sorted(self.folder.rglob("*.log"))]
         return "\n".join([self.cluster.ask("squeue"), *map(str, self.events()), *texts])
 
     def steps(self) -> int:
-        """How many training has reported."""
+        """Return how many steps training has logged."""
         return len(self.run.metrics("train")) if (self.run.dir / "metrics.jsonl").exists() else 0
 
     def log(self, job: str | None = None) -> str:
         file = self.folder / "logs" / f"{job or self.id}.log"
         return file.read_text() if file.exists() else ""
 
-    def events(self, what: str | None = None) -> list[dict[str, Any]]:
+    def events(self, kind: str | None = None) -> list[dict[str, Any]]:
         file = self.folder / "jobs.jsonl"
         events = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-        return [event for event in events if what in (None, event["what"])]
+        return [event for event in events if kind in (None, event["event"])]
 
     def states(self) -> list[str]:
         return self.cluster.ask("squeue", "-h", "-o", "%T").split()
@@ -86,7 +88,7 @@ class Job:
         return not self.states()
 
     def rank(self, number: int) -> int:
-        """The process of a rank, as this machine counts processes."""
+        """Return the process of a rank by its id in this machine's namespace."""
         wanted = {f"SLURM_JOB_ID={self.id}".encode(), f"SLURM_PROCID={number}".encode()}
         for process in Path("/proc").glob("[0-9]*"):
             try:
@@ -96,7 +98,7 @@ class Job:
                     return int(process.name)
             except OSError:  # it has just ended
                 continue
-        raise AssertionError(f"rank {number} does not run\n{self.told()}")
+        raise AssertionError(f"rank {number} does not run\n{self.details()}")
 
 
 @pytest.fixture
@@ -104,8 +106,8 @@ def job(cluster: Cluster, run: Run) -> Job:
     return Job(cluster, run)
 
 
-def tostlm_of_the_nodes(folder: Path, text: str) -> Path:
-    """A site.env with which the nodes' `tostlm` runs a bash script first, so that a test can do harm there."""
+def site_with_wrapper(folder: Path, text: str) -> Path:
+    """Return a site.env with which `tostlm` on the nodes runs a bash script first, which can break something there."""
     real = Path(sys.executable).parent / "tostlm"
     (folder / "bin").mkdir()
     wrapper = folder / "bin" / "tostlm"

@@ -4,7 +4,7 @@ set -eu
 folder=$1
 hostname head
 mount -t proc proc /proc
-mount -t tmpfs tmpfs "$folder/bin" # sbatch exports PATH into jobs: they shall find Slurm's own commands
+mount -t tmpfs tmpfs "$folder/bin" # sbatch exports PATH into jobs: there they must find Slurm's own commands
 mount --bind "$folder/hosts" /etc/hosts
 mount --bind /dev/null /etc/resolv.conf
 ip link set lo up
@@ -15,4 +15,4 @@ munged --force --socket="$folder/munge.sock" --key-file="$folder/munge.key" --lo
     --pid-file="$folder/munged.pid" --seed-file="$folder/munged.seed"
 slurmctld -D -c -i &
 touch "$folder/head.up"
-while :; do wait -n || sleep 0.1; done # and so whatever is left by its parent is reaped
+while :; do wait -n || sleep 0.1; done # also reaps processes whose parent has died

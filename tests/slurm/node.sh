@@ -9,4 +9,4 @@ ip link set lo up
 ip addr add "$2/24" dev eth0
 ip link set eth0 up
 slurmd -D -N "$1" &
-while :; do wait -n || sleep 0.1; done # and so whatever is left by its parent is reaped
+while :; do wait -n || sleep 0.1; done # also reaps processes whose parent has died

@@ -1,4 +1,4 @@
-"""slurm/prepare.sbatch on a real Slurm: shares, a killed task, the merge that waits for all."""
+"""slurm/prepare.sbatch on a real Slurm: an array of tasks, one of them killed, and the merge that waits for all."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def run(environment: dict[str, str], cwd: Path, *command: str) -> str:
     return result.stdout.strip()
 
 
-def test_an_array_of_tasks_one_of_them_killed(
+def test_an_array_with_a_killed_task_makes_the_same_data(
     cluster: Cluster, speeches: list[str], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     (tmp_path / "t.model").write_bytes(tokenizer.content)
@@ -40,7 +40,7 @@ def test_an_array_of_tasks_one_of_them_killed(
     ]
     succeed(tostlm("prepare", *options, "--out", "whole", cwd=tmp_path))
 
-    def told() -> str:
+    def logs() -> str:
         return "\n".join(path.read_text() for path in tmp_path.glob("*.log"))
 
     script = str(ROOT / "slurm" / "prepare.sbatch")
@@ -48,12 +48,12 @@ def test_an_array_of_tasks_one_of_them_killed(
     job = run(cluster.environment, tmp_path, *command)
     merge = ["--wrap", "tostlm prepare --merge --out out"]
     run(cluster.environment, tmp_path, "sbatch", f"--dependency=afterok:{job}", "--output=merge.log", *merge)
-    wait_until(lambda: list((tmp_path / "out" / "parts").glob("0*/part.json")), told)
+    wait_until(lambda: list((tmp_path / "out" / "parts").glob("0*/part.json")), logs)
     run(cluster.environment, tmp_path, "scontrol", "requeue", f"{job}_1")  # kills it, and starts it again
     finished = list((tmp_path / "out" / "parts").glob("0*/part.json"))
     before = {path: path.stat().st_mtime_ns for path in finished if path.exists()}
-    wait_until(lambda: (tmp_path / "out" / "manifest.json").exists(), told)
-    wait_until(lambda: not (tmp_path / "out" / "parts").exists(), told)
+    wait_until(lambda: (tmp_path / "out" / "manifest.json").exists(), logs)
+    wait_until(lambda: not (tmp_path / "out" / "parts").exists(), logs)
     assert before
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.glob("prepare-*.log")) == [f"prepare-{job}_{n}.log" for n in range(3)]

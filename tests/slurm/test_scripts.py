@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, tostlm
-from tests.slurm.cluster import install
+from tests.slurm.cluster import unavailable_reason
 from tostlm.slurm.script import Resources, batch_script
 
-pytestmark = pytest.mark.alone  # one of them installs what is missing
+pytestmark = pytest.mark.alone  # one of them may install shellcheck
 
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
 COMMANDS = {
@@ -22,12 +22,12 @@ COMMANDS = {
 }
 
 
-def test_there_is_one_for_each_verb_that_is_submitted() -> None:
+def test_every_submitted_subcommand_has_a_script() -> None:
     assert {path.stem for path in SCRIPTS} == COMMANDS.keys()
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_it_ends_in_its_command_with_all_that_it_was_given(path: Path) -> None:
+def test_a_script_runs_its_command_with_all_arguments(path: Path) -> None:
     text = path.read_text()
     last = text.splitlines()[-1]
     assert last.startswith(f'exec {COMMANDS[path.stem]} "$@"')
@@ -37,11 +37,11 @@ def test_it_ends_in_its_command_with_all_that_it_was_given(path: Path) -> None:
     assert not re.search(r"(^|[ =\"])/(?!usr/bin/env)\w", text.replace("#!/", "")), "an absolute path"
 
 
-def test_shellcheck_has_nothing_to_say() -> None:
-    if reason := install():
+def test_scripts_pass_shellcheck() -> None:
+    if reason := unavailable_reason():
         pytest.skip(reason)
     made = batch_script(
-        "x", Resources(nodes="1-4", ranks_per_node=8).options(), ROOT / "slurm" / "site.env", ["tostlm x"]
+        "x", Resources(nodes="1-4", ranks_per_node=8).sbatch_options(), ROOT / "slurm" / "site.env", ["tostlm x"]
     )
     files = [*SCRIPTS, ROOT / "slurm" / "site.env", *(ROOT / "tests" / "slurm").glob("*.sh")]
     checks = [(["--shell=bash", "-x", *map(str, files)], None), (["--shell=bash", "-x", "-"], made)]

@@ -1,4 +1,4 @@
-"""What is said before anything is queued, what is kept of a submission, and the other jobs than training."""
+"""Submission: errors before anything is queued, what a submission saves, and jobs other than training."""
 
 import json
 import signal
@@ -23,7 +23,7 @@ def script(run: Run, *arguments: str) -> str:
     return succeed(tostlm("submit", "pretrain", str(run.file), *arguments, "--dry-run"))
 
 
-def test_a_dry_run_prints_a_script_and_leaves_nothing(run: Run) -> None:
+def test_a_dry_run_prints_a_script_and_writes_nothing(run: Run) -> None:
     hardware = ["--nodes", "2", "--gpus-per-node", "4", "--cpus-per-rank", "6", "--time", "12:00:00"]
     more = ["--account", "us", "--sbatch", "constraint=h100", "--doctor"]
     text = script(run, "train.batch_tokens=1024", *hardware, *more)
@@ -36,8 +36,8 @@ def test_a_dry_run_prints_a_script_and_leaves_nothing(run: Run) -> None:
     assert not run.dir.exists()
 
 
-def test_a_range_of_nodes_is_not_told_of_tasks(run: Run) -> None:
-    """Slurm would otherwise take as few nodes as hold the tasks of the fewest."""
+def test_a_range_of_nodes_has_no_tasks_option(run: Run) -> None:
+    """With tasks Slurm would take the fewest nodes that hold the tasks of MIN nodes."""
     text = script(run, "--nodes", "1-2", "--ranks-per-node", "2", "--cpus-per-rank", "3")
     assert "ntasks" not in text and "#SBATCH --mincpus=6\n" in text
     assert "export SLURM_CPUS_PER_TASK=3\n" in text and text.rstrip().endswith(" --ranks-per-node 2")
@@ -60,41 +60,45 @@ def test_a_range_of_nodes_is_not_told_of_tasks(run: Run) -> None:
         (["--chain", "2", "--until-done"], ["give one"]),
         (["--sweep", "seed"], ["--sweep seed must be a key and its values"]),
         (["--sweep", "seed=1,2", "--chain", "2"], ["--sweep makes one array"]),
-        (["--site", "nowhere.env"], ["--site nowhere.env does not exist"]),
+        (["--site", "nowhere.env"], ["--site nowhere.env does not exist", "tostlm submit site-template"]),
     ],
 )
-def test_what_no_job_could_do(run: Run, arguments: list[str], words: list[str]) -> None:
+def test_errors_in_the_config_and_options(run: Run, arguments: list[str], words: list[str]) -> None:
     fail(tostlm("submit", "pretrain", str(run.file), *arguments), *words)
     assert not run.dir.exists()
 
 
-def test_a_model_that_does_not_fit_its_gpus(run: Run) -> None:
+def test_the_site_template_is_the_shipped_file() -> None:
+    assert succeed(tostlm("submit", "site-template")) == (ROOT / "slurm" / "site.env").read_text()
+
+
+def test_a_model_larger_than_gpu_memory_is_refused(run: Run) -> None:
     command = ["submit", "pretrain", str(run.file), "--nodes", "2"]
-    fail(tostlm(*command, TOSTLM_GPU_MEMORY_GIB="0.0001"), "model and optimizer take", "a rank on 2 ranks", "stage")
+    fail(tostlm(*command, TOSTLM_GPU_MEMORY_GIB="0.0001"), "model and optimizer take", "per rank on 2 ranks", "stage")
     fail(tostlm(*command, TOSTLM_GPU_MEMORY_GIB="lots"), "TOSTLM_GPU_MEMORY_GIB=lots must be a number")
     site = run.file.with_name("site.env")
-    site.write_text("echo what a module says\nexport TOSTLM_GPU_MEMORY_GIB=0.0002\n")
+    site.write_text("echo output of a module\nexport TOSTLM_GPU_MEMORY_GIB=0.0002\n")
     fail(tostlm(*command, "--site", str(site)), "above TOSTLM_GPU_MEMORY_GIB=0.0002")
 
 
-def test_without_slurm(run: Run, tmp_path: Path) -> None:
+def test_errors_without_slurm(run: Run, tmp_path: Path) -> None:
     path = f"{tmp_path}:/usr/bin:/bin"
-    if any((Path(folder) / "sbatch").exists() for folder in path.split(":")):  # then hide it
+    if any((Path(folder) / "sbatch").exists() for folder in path.split(":")):  # then hide Slurm
         for name in ("bash", "git"):
             (tmp_path / name).symlink_to(f"/usr/bin/{name}")
         path = str(tmp_path)
     command = ["submit", "pretrain", str(run.file)]
     fail(tostlm(*command, PATH=path), "is not on this machine", "login node")
-    fail(tostlm("submit", "job", str(run.file)), "this is no Slurm job")
+    fail(tostlm("submit", "job", str(run.file)), "this is not a Slurm job")
     fail(tostlm("submit", "status", str(run.dir) + "2"), "has had no job")
 
 
-def test_a_folder_that_cannot_be_written(run: Run) -> None:
+def test_a_run_folder_that_cannot_be_written(run: Run) -> None:
     command = ["submit", "pretrain", str(run.file), "run_dir=/proc/nowhere"]
     fail(tostlm(*command), "cannot write in /proc/nowhere")
 
 
-def test_what_slurm_refuses(job: Job) -> None:
+def test_slurm_errors_are_one_line_and_queue_nothing(job: Job) -> None:
     for arguments, word in (
         (["--partition", "nope"], "Invalid partition name specified"),
         (["--time", "99-0"], "Requested time limit is invalid"),
@@ -108,12 +112,12 @@ def test_what_slurm_refuses(job: Job) -> None:
     assert not job.events()
 
 
-def test_one_submission_at_a_time_and_what_is_kept(job: Job) -> None:
+def test_a_run_is_submitted_once_and_its_inputs_are_saved(job: Job) -> None:
     job.cluster.ask("sbatch", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 100")
-    told = job.submit("train.steps=7", "--nodes", "2")
-    assert f"tostlm submit status {job.run.dir}" in told
+    printed = job.submit("train.steps=7", "--nodes", "2")
+    assert f"tostlm submit status {job.run.dir}" in printed
     again = job.command("submit", "pretrain", str(job.run.file), "--nodes", "2")
-    fail(again, f"is under way as job {job.id} (PENDING)", "tostlm submit cancel")
+    fail(again, f"is queued or running as job {job.id} (PENDING)", "tostlm submit cancel")
     with locked(job.folder / ".lock", ""):
         fail(job.command("submit", "pretrain", str(job.run.file)), "is being submitted by another tostlm submit")
     assert yaml.safe_load((job.folder / "config.yaml").read_text())["train"]["steps"] == 7
@@ -123,13 +127,13 @@ def test_one_submission_at_a_time_and_what_is_kept(job: Job) -> None:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         assert head.stdout.strip() in code
     assert (job.folder / "pretrain.sbatch").read_text().splitlines()[-1].startswith("exec tostlm submit job ")
-    told = succeed(job.command("submit", "status", str(job.run.dir)))
-    assert f"job         {job.id} pending" in told and "step        none yet" in told
+    printed = succeed(job.command("submit", "status", str(job.run.dir)))
+    assert f"job         {job.id} pending" in printed and "step        none yet" in printed
     assert succeed(job.command("submit", "cancel", str(job.run.dir))) == f"job {job.id} is cancelled\n"
-    fail(job.command("submit", "cancel", str(job.run.dir)), "has no job that waits or runs")
+    fail(job.command("submit", "cancel", str(job.run.dir)), "has no queued or running job")
 
 
-def test_a_run_that_trains_without_slurm(job: Job) -> None:
+def test_a_run_that_trains_without_slurm_is_not_submitted(job: Job) -> None:
     local = job.run.start("train.steps=100000")
     job.wait_for(lambda: job.steps() > 0)
     command = ["submit", "pretrain", str(job.run.file), "train.steps=100000"]
@@ -140,66 +144,68 @@ def test_a_run_that_trains_without_slurm(job: Job) -> None:
 
 
 def test_a_sweep_is_an_array_of_runs(job: Job) -> None:
-    job.run.dir = job.run.dir.with_name("a sweep")  # a folder that has to be quoted
-    told = job.submit("train.steps=3", f"run_dir={job.run.dir}", "--sweep", "optimizer.lr=1e-2,3e-3")
-    assert "an array of 2 runs" in told
+    job.run.dir = job.run.dir.with_name("a sweep")  # a folder name that needs quoting
+    printed = job.submit("train.steps=3", f"run_dir={job.run.dir}", "--sweep", "optimizer.lr=1e-2,3e-3")
+    assert "an array of 2 runs" in printed
     job.wait_for(job.gone)
     runs = [job.run.dir / name for name in ("optimizer.lr=1e-2", "optimizer.lr=3e-3")]
     rates = []
     for run in runs:
-        assert checkpoints(run)[-1].name == "step-00000003", job.told()
+        assert checkpoints(run)[-1].name == "step-00000003", job.printed()
         rates.append(yaml.safe_load((run / "config.yaml").read_text())["optimizer"]["lr"])
     assert rates == [1e-2, 3e-3]
-    told = succeed(job.command("submit", "status", str(job.run.dir)))
-    assert told.count("has finished its run") == 2
-    fail(job.command("submit", "cancel", str(job.run.dir)), "has no job that waits or runs")
+    printed = succeed(job.command("submit", "status", str(job.run.dir)))
+    assert printed.count("has finished its run") == 2
+    fail(job.command("submit", "cancel", str(job.run.dir)), "has no queued or running job")
 
 
 def test_a_finished_run_is_not_queued(trained: dict[str, Run]) -> None:
-    told = succeed(tostlm("submit", "pretrain", str(trained["tssa"].file)))
-    assert "finished at step 6; raise train.steps to go on" in told
+    printed = succeed(tostlm("submit", "pretrain", str(trained["tssa"].file)))
+    assert "finished at step 6; raise train.steps to train further" in printed
 
 
-def test_text_is_prepared_and_merged(job: Job, speeches: list[str], tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_prepare_jobs_make_the_same_data_as_one_process(
+    job: Job, speeches: list[str], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     (tmp_path / "t.model").write_bytes(tokenizer.content)
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in speeches))
     options = ["--source", "text.jsonl", "--tokenizer", "t.model", "--part-bytes", "50000"]
     succeed(tostlm("prepare", *options, "--out", "whole", cwd=tmp_path))
     command = ["submit", "prepare", *options, "--out", "out", "--nodes", "3"]
-    told = succeed(job.command(*command)).splitlines()
-    assert len(told) == 2 and "when job" in told[1]
-    logs = tmp_path / "out-jobs" / "slurm" / "logs"
+    printed = succeed(job.command(*command)).splitlines()
+    assert len(printed) == 2 and "when job" in printed[1]
+    folder = tmp_path / "out-jobs" / "slurm" / "logs"
     job.wait_for(job.gone)
-    said = "\n".join(path.read_text() for path in logs.iterdir())
-    assert (tmp_path / "out" / "manifest.json").exists(), said
-    assert content(tmp_path / "out") == content(tmp_path / "whole"), said
+    logs = "\n".join(path.read_text() for path in folder.iterdir())
+    assert (tmp_path / "out" / "manifest.json").exists(), logs
+    assert content(tmp_path / "out") == content(tmp_path / "whole"), logs
     fail(job.command("submit", "prepare", *options[2:], "--out", "o"), "--source is missing")
     fail(
         job.command("submit", "prepare", *options[:2], "--tokenizer", "x", "--out", "o"), "--tokenizer x does not exist"
     )
 
 
-def test_a_run_is_evaluated_timed_and_converted(job: Job, trained: dict[str, Run]) -> None:
+def test_eval_bench_and_convert_jobs(job: Job, trained: dict[str, Run]) -> None:
     run = trained["tssa"]
-    verbs = {
+    tasks = {
         "eval": [str(run.dir), "--contexts", "16,32", "--windows", "2"],
         "bench": [str(run.file), "--contexts", "16", "--tokens", "64", "--repeats", "1"],
         "convert": [str(run.dir), "--to", "hf", str(run.dir / "hf")],
     }
-    for kind, arguments in verbs.items():
+    for kind, arguments in tasks.items():
         assert "its log is" in succeed(job.command("submit", kind, *arguments, "--gpus-per-node", "0"))
-    by_hand = ["sbatch", "--output=/dev/null", f"--chdir={ROOT}", str(ROOT / "slurm" / "eval.sbatch"), *verbs["eval"]]
+    by_hand = ["sbatch", "--output=/dev/null", f"--chdir={ROOT}", str(ROOT / "slurm" / "eval.sbatch"), *tasks["eval"]]
     job.cluster.ask(*by_hand, "--out", str(run.dir / "by-hand"))
     job.wait_for(job.gone)
     assert (run.dir / "by-hand" / "perplexity.json").exists()
-    said = "\n".join(path.read_text() for path in (run.dir / "slurm" / "logs").iterdir())
-    assert (run.dir / "perplexity.json").exists(), said
-    assert (run.dir / "hf" / "config.json").exists(), said
-    assert "tokens/s" in said
+    logs = "\n".join(path.read_text() for path in (run.dir / "slurm" / "logs").iterdir())
+    assert (run.dir / "perplexity.json").exists(), logs
+    assert (run.dir / "hf" / "config.json").exists(), logs
+    assert "tokens/s" in logs
     fail(job.command("submit", "eval", "nowhere"), "nowhere")
     fail(job.command("submit", "bench", "--repeats=1"), "give the arguments of `tostlm bench train`")
 
 
-def test_the_first_node_is_what_scontrol_says(job: Job) -> None:
+def test_first_node_agrees_with_scontrol(job: Job) -> None:
     for names in ("node[1-2]", "node2", "gpu[07-09,12],node1", "a,b[1-2]", "n[3,1-2]", "r1n[001-128]"):
         assert first_node(names) == job.cluster.ask("scontrol", "show", "hostnames", names).splitlines()[0]

@@ -1,5 +1,5 @@
-"""How fast models are, side by side."""
+"""Benchmarks: speeds of models, the operator and the data pipeline, each side by side with what it is compared with."""
 
-from tostlm.bench.training import Rate, bench_training, table
+from tostlm.bench.training import Rate, bench_training, describe_machine, report_training, table
 
-__all__ = ["Rate", "bench_training", "table"]
+__all__ = ["Rate", "bench_training", "describe_machine", "report_training", "table"]

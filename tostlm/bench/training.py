@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from tostlm.config import RunConfig
-from tostlm.model import LM, ModelConfig, create_lm
+from tostlm import __version__
+from tostlm.config import RunConfig, load_config
+from tostlm.files import distinct_names, require_file_writable, write_atomically
+from tostlm.model import LM, ModelConfig, best_device, create_lm, device_name
 
 # dtype of matrix products by a run's precision. Weights in bf16 and optimizer updates are not timed here.
 AUTOCAST = {
@@ -28,6 +32,38 @@ class Rate(NamedTuple):
     model: str
     context: int
     tokens_per_second: float
+
+
+def report_training(
+    configs: Sequence[Path], contexts: Sequence[int], tokens: int, repeats: int, threads: int | None, out: Path | None
+) -> str:
+    """Time the models of some configs and return the table of their speeds; write it to `out` as JSON too.
+
+    Args:
+        configs: files of run configs, or names of shipped ones.
+        contexts: context lengths in tokens.
+        tokens: tokens of a pass.
+        repeats: timed passes of each model at each context.
+        threads: of torch on the CPU; None leaves its default.
+        out: a .json file.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    if out:
+        require_file_writable(out)
+    device = best_device()
+    runs = dict(zip(distinct_names(configs), map(load_config, configs), strict=True))
+    rates = bench_training(runs, contexts, tokens, repeats, device)
+    if out:
+        content = {"machine": describe_machine(device), "tokens": tokens, "repeats": repeats}
+        rows = [rate._asdict() for rate in rates]
+        write_atomically(out, json.dumps({**content, "rates": rows}, indent=2) + "\n")
+    return f"{table(rates)}\n{describe_machine(device)}"
+
+
+def describe_machine(device: torch.device) -> str:
+    """Return in one line what timings were taken on: device, threads, versions."""
+    return f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, tostlm {__version__}"
 
 
 def bench_training(

@@ -1,4 +1,4 @@
-"""The commands' tree, and the arguments that several verbs share."""
+"""The tree of subcommands, and the arguments that several of them share."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from typing import Annotated
 
 import typer
 
+from tostlm.errors import UserError
+
 HELP = """Pretrain language models whose token mixer is linear in the context.
 
 \b
 text -> tokenizer -> token shards -> training -> checkpoint -> perplexity, text, Hugging Face
         tokenizer    prepare         train                     eval        generate  convert
 
-`tostlm quickstart` goes the whole way once.
+`tostlm quickstart` runs all of these once on a small corpus.
 """
 
 app = typer.Typer(
@@ -23,20 +25,44 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+config_app = typer.Typer(help="Run configs: the shipped ones, and what a config resolves to.", no_args_is_help=True)
 tokenizer_app = typer.Typer(help="Tokenizers.", no_args_is_help=True)
 data_app = typer.Typer(help="Prepared data.", no_args_is_help=True)
-eval_app = typer.Typer(help="What a checkpoint is worth.", no_args_is_help=True)
-bench_app = typer.Typer(help="How fast models are, side by side.", no_args_is_help=True)
+eval_app = typer.Typer(help="Evaluation of checkpoints.", no_args_is_help=True)
+bench_app = typer.Typer(help="Benchmarks, each side by side with what it is compared with.", no_args_is_help=True)
+submit_app = typer.Typer(help="Jobs on a Slurm cluster.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
+app.add_typer(submit_app, name="submit")
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="the run's YAML file, as in configs/")]
+ConfigFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CONFIG", help="the run's YAML file, or the name of a shipped config (`tostlm config list`)"
+    ),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="dotted keys, as in optimizer.lr=3e-4")
 ]
 CheckpointPath = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT", help="a checkpoint, or a run's folder for its newest")
+    Path, typer.Argument(metavar="CHECKPOINT", help="a checkpoint, or a run's folder for its newest one")
 ]
-Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="threads; default: one a core")]
+Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="threads; default: one per core")]
+
+
+def parse_numbers(text: str, option: str) -> list[int]:
+    """Return the distinct whole numbers of a comma-separated list in ascending order.
+
+    Raises:
+        UserError: it holds anything but whole numbers above 1; the message names `option`.
+    """
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 2:
+        raise UserError(f"{option} {text!r} must be whole numbers above 1 with commas between, as in 128,256,512")
+    return sorted(set(numbers))

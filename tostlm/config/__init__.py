@@ -11,6 +11,7 @@ from tostlm.config.sections import (
     batch_plan,
     matmul_dtype,
 )
+from tostlm.config.shipped import find_config, shipped_configs
 
 __all__ = [
     "DEEPSPEED_KEYS",
@@ -22,7 +23,9 @@ __all__ = [
     "TrainConfig",
     "batch_plan",
     "dump_config",
+    "find_config",
     "fixed_keys",
     "load_config",
     "matmul_dtype",
+    "shipped_configs",
 ]

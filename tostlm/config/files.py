@@ -13,16 +13,20 @@ import pydantic
 import yaml
 
 from tostlm.config.sections import RunConfig, nearest
+from tostlm.config.shipped import find_config
 from tostlm.errors import UserError
 from tostlm.model import MIXERS
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run's YAML file; `overrides` are KEY=VALUE with dotted keys, an index for a list, and YAML values.
+    """Read a run's YAML file, or a shipped config by its name.
+
+    `overrides` are KEY=VALUE with dotted keys, an index for a list, and YAML values.
 
     Raises:
         UserError: the file, a key or a value is wrong.
     """
+    path = find_config(path)
     try:
         raw = yaml.load(path.read_text(), _Loader)
     except OSError as error:

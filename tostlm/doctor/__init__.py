@@ -1,5 +1,6 @@
-"""What would spoil a run, found before it: measured on all ranks, judged from the numbers, told by rank and host."""
+"""Checks of what would spoil a run, made on all ranks before it starts. Problems are named by rank and host."""
 
-from tostlm.doctor.command import doctor
+from tostlm.doctor.checks import run_doctor
+from tostlm.doctor.run_inputs import model_memory_bytes
 
-__all__ = ["doctor"]
+__all__ = ["model_memory_bytes", "run_doctor"]

@@ -2,11 +2,47 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 
-from tostlm.model import LM
+from tostlm.checkpoint import load_checkpoint
+from tostlm.errors import UserError
+from tostlm.model import LM, best_device
+
+
+def generate_text(path: Path, prompt: str, tokens: int, temperature: float, top_k: int | None, seed: int) -> str:
+    """Return a prompt and its continuation by a checkpoint's model, up to the end of the document or `tokens` tokens.
+
+    Args:
+        path: a checkpoint, or a run's folder for its newest one.
+        tokens: the most tokens to generate.
+        temperature: of the softmax; 0 takes the likeliest token.
+        top_k: sample among this many of the likeliest tokens; None: among all.
+
+    Raises:
+        UserError: there is no checkpoint, the prompt is not valid text, or prompt and continuation exceed the model's
+            learned positions.
+    """
+    checkpoint = load_checkpoint(path, best_device())
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the prompt {prompt!r} is not valid text in this terminal's encoding; use UTF-8") from None
+    tokenizer, positions = checkpoint.tokenizer, checkpoint.config.model.positions
+    start = [tokenizer.eos_id, *tokenizer.encode(prompt)]  # a document follows the end of another, as in training
+    if positions is not None and len(start) + tokens - 1 > positions:
+        fits = positions - len(start) + 1
+        remedy = f"ask for at most {fits} --tokens" if fits > 0 else "shorten the prompt"
+        raise UserError(
+            f"a prompt of {len(start)} tokens and {tokens} more are longer than the model's {positions} positions; "
+            f"{remedy}"
+        )
+    generated = generate(checkpoint.lm, start, tokenizer.vocab_size, temperature=temperature, top_k=top_k, seed=seed)
+    text = itertools.takewhile(lambda token: token != tokenizer.eos_id, itertools.islice(generated, tokens))
+    return tokenizer.decode([*start, *text])  # in one call: some tokenizers write a space before a document's start
 
 
 @torch.no_grad()

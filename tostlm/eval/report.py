@@ -9,8 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tostlm.eval.perplexity import Score
-from tostlm.files import write_atomically
+from tostlm.checkpoint import load_checkpoint, run_folder
+from tostlm.data import VALIDATION, TokenSet
+from tostlm.errors import UserError
+from tostlm.eval.perplexity import Score, choose_targets, score_contexts
+from tostlm.files import distinct_names, require_writable, write_atomically
+from tostlm.model import best_device
 
 
 class ModelScores(NamedTuple):
@@ -21,6 +25,41 @@ class ModelScores(NamedTuple):
     step: int
     positions: int | None
     scores: Sequence[Score]
+
+
+def evaluate_perplexity(
+    paths: Sequence[Path], contexts: Sequence[int], data: Path | None, windows: int, out: Path | None
+) -> str:
+    """Score checkpoints on the same target tokens at every context, write the report and return its table.
+
+    Args:
+        paths: checkpoints, or folders of runs for their newest ones.
+        contexts: context lengths in tokens.
+        data: a prepared folder; None: that of the first checkpoint's run, of a blend the first one.
+        windows: windows scored at each context.
+        out: folder of the report; None: the first run's folder.
+
+    Raises:
+        UserError: a checkpoint, the data and the contexts do not fit each other.
+    """
+    checkpoints = [load_checkpoint(path, best_device()) for path in paths]
+    tokens = TokenSet(data or checkpoints[0].config.data.sets[0][0], VALIDATION)
+    folders = [run_folder(checkpoint.path) for checkpoint in checkpoints]
+    out = out or folders[0]
+    require_writable(out)
+    targets = choose_targets(tokens, contexts, windows)
+    models = []
+    for name, checkpoint in zip(distinct_names(folders), checkpoints, strict=True):
+        positions = checkpoint.config.model.positions
+        if positions is not None and positions < min(contexts):
+            raise UserError(
+                f"{checkpoint.path} has {positions} positions, fewer than the shortest of --contexts, {min(contexts)}"
+            )
+        scores = list(score_contexts(checkpoint, tokens, targets, contexts))
+        models.append(ModelScores(name, str(checkpoint.path), checkpoint.progress.step, positions, scores))
+    facts = {"data": str(tokens.folder), "targets": len(targets.ends) * targets.span}
+    write_report(models, facts, out)
+    return f"{table(models, contexts)}\nwritten to {out}/perplexity.json, .csv and .png"
 
 
 def write_report(models: Sequence[ModelScores], facts: Mapping[str, object], out: Path) -> None:

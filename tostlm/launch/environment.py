@@ -1,57 +1,62 @@
-"""Which process of a run this is."""
+"""What a rank learns from its launcher, and what it reports back when it ends."""
 
 from __future__ import annotations
 
 import os
 import re
+import sys
+import time
 from collections.abc import Mapping, MutableMapping
-from typing import NamedTuple
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 from tostlm.errors import UserError
-from tostlm.launch.exit_report import EXIT_REPORT
 
-FIRST_PORT, PORTS = 20000, 12000  # a Slurm job's rendezvous port: one of these, below those that Linux gives away
+FIRST_PORT, PORTS = 20000, 12000  # rendezvous ports of Slurm jobs, below the range that Linux assigns by itself
+EXIT_REPORT = "TOSTLM_EXIT_REPORT"  # environment variable: the file in which the first failing rank reports its code
+REPORT_SECONDS = 5.0  # how long a silent rank waits for the rank that reports the error
 
 
 class RankInfo(NamedTuple):
-    """A process's place in its run."""
+    """A process's rank in its run, its rank on its node, and the number of all ranks."""
 
     rank: int
-    local_rank: int  # on its node
+    local_rank: int
     world_size: int
 
 
 def rank_from_environment(environment: Mapping[str, str]) -> RankInfo | None:
-    """The place that torchrun, `tostlm train --nproc` or a Slurm step gave this process; None outside of them.
+    """Return the rank that torchrun, `tostlm train --nproc` or a Slurm step gave this process; None outside of them.
 
     Raises:
-        UserError: it is no number.
+        UserError: the environment's values are no valid rank.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         rank, local, world_size = (environment.get(key, "0") for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    # A step of one task may be a shell (srun --pty bash), unless it belongs to one of our jobs.
     elif int(environment.get("SLURM_STEP_NUM_TASKS", "0")) > (0 if EXIT_REPORT in environment else 1):
-        # One task may be a shell (srun --pty bash), but for those of a job of ours.
         rank, local, world_size = (
             environment.get(key, "0") for key in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
         )
     else:
         return None
     try:
-        ranks = RankInfo(int(rank), int(local), int(world_size))
+        info = RankInfo(int(rank), int(local), int(world_size))
     except ValueError:
         raise UserError(f"rank {rank!r}, local rank {local!r} and world size {world_size!r} must be numbers") from None
-    if not 0 <= ranks.rank < ranks.world_size:
+    if not 0 <= info.rank < info.world_size:
         raise UserError(f"rank {rank} is not below the world size {world_size}; check RANK and WORLD_SIZE")
-    return ranks
+    return info
 
 
-def export_rendezvous(ranks: RankInfo, environment: MutableMapping[str, str] = os.environ) -> None:
-    """Tell torch.distributed where the ranks meet, where the launcher has not.
+def export_rendezvous(rank: RankInfo, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set the variables from which torch.distributed learns rank and rendezvous; keep what the launcher has set.
 
     Raises:
-        UserError: nobody says where.
+        UserError: the rendezvous address or port is unknown.
     """
-    environment.update(RANK=str(ranks.rank), LOCAL_RANK=str(ranks.local_rank), WORLD_SIZE=str(ranks.world_size))
+    environment.update(RANK=str(rank.rank), LOCAL_RANK=str(rank.local_rank), WORLD_SIZE=str(rank.world_size))
     if "MASTER_ADDR" not in environment and "SLURM_STEP_NODELIST" in environment:
         environment["MASTER_ADDR"] = first_node(environment["SLURM_STEP_NODELIST"])
     if "MASTER_PORT" not in environment and "SLURM_JOB_ID" in environment:
@@ -62,6 +67,36 @@ def export_rendezvous(ranks: RankInfo, environment: MutableMapping[str, str] = o
 
 
 def first_node(node_list: str) -> str:
-    """The first of Slurm's list, as a07 is of a[07-09,12],b3; containers may lack scontrol, which would say."""
+    """Return the first host of a Slurm node list: a07 for a[07-09,12],b3. Containers may lack scontrol to ask."""
     first = re.split(r",(?![^\[]*\])", node_list)[0]  # at commas outside of brackets
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
+
+
+def exit_rank(code: int, silent: bool = False) -> NoReturn:
+    """End this rank at once, and report a failure in the file that `EXIT_REPORT` names.
+
+    Only the first rank's report counts: later ones usually only fail because they lost that rank.
+    The interpreter's own shutdown is skipped, as torch's gloo threads sometimes abort the process during it.
+
+    Args:
+        code: the exit code.
+        silent: another rank reports the error; give it time to report first.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code and EXIT_REPORT in os.environ:
+        _report_exit(Path(os.environ[EXIT_REPORT]), code, silent)
+    os._exit(code)
+
+
+def _report_exit(file: Path, code: int, silent: bool) -> None:
+    deadline = time.monotonic() + REPORT_SECONDS
+    while silent and not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    own = file.with_name(f"{file.name}-{rank}")
+    with suppress(OSError):  # a full disk, or another rank was first
+        own.write_text(f"{rank} {code}\n")
+        os.link(own, file)
+    with suppress(OSError):
+        own.unlink()

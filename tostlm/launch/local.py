@@ -1,4 +1,4 @@
-"""Processes of one run on this machine."""
+"""Running the ranks of a run on this machine: signals are forwarded to them, their exit codes become one."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from types import FrameType
 from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE, EXIT_USER_ERROR
 
 POLL_SECONDS = 0.1
-GRACE_SECONDS = 2.0  # in which ranks that have lost one name it
+GRACE_SECONDS = 2.0  # for ranks that have lost another rank to name it
 
 Children = Sequence["Popen[bytes]"]
-Codes = Sequence[int | None]
+ExitCodes = Sequence[int | None]
 
 
 def run_local(arguments: Sequence[str], processes: int) -> int:
-    """Run `python -m tostlm ARGUMENTS` once a rank; returns the exit code of the run.
+    """Run `python -m tostlm ARGUMENTS` once per rank and return the exit code of the run.
 
-    SIGTERM and SIGUSR1 are handed on to the ranks and waited for: EXIT_REQUEUE when they have ended. A second SIGTERM,
-    a SIGHUP or a SIGINT ends them at once. When one rank fails the others are ended: they would wait for ever.
+    SIGTERM and SIGUSR1 are forwarded to the ranks, which save and exit: EXIT_REQUEUE. A second SIGTERM, SIGHUP and
+    SIGINT end them at once. When one rank fails the others are ended, as they would wait for it for ever.
     """
     children: list[Popen[bytes]] = []
-    asked: list[int] = []
+    received: list[int] = []
 
-    def hand_on(number: int, frame: FrameType | None) -> None:
-        if asked.count(signal.SIGTERM) and number == signal.SIGTERM:
+    def forward(number: int, frame: FrameType | None) -> None:
+        if received.count(signal.SIGTERM) and number == signal.SIGTERM:
             end_at_once(number, frame)
-        asked.append(number)
+        received.append(number)
         for child in children:
             child.send_signal(number)
 
@@ -45,18 +45,18 @@ def run_local(arguments: Sequence[str], processes: int) -> int:
 
     try:
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
-        for place in rank_env(processes):
+        for variables in rank_env(processes):
             command = [sys.executable, "-m", "tostlm", *arguments]
-            environment = {**threads, **os.environ, **place}
-            children.append(Popen(command, env=environment, preexec_fn=end_with_the_parent))
-        with _handled({signal.SIGTERM: hand_on, signal.SIGUSR1: hand_on, signal.SIGHUP: end_at_once}):
-            return _wait(children, asked)
+            environment = {**threads, **os.environ, **variables}
+            children.append(Popen(command, env=environment, preexec_fn=end_with_parent))
+        with _signal_handlers({signal.SIGTERM: forward, signal.SIGUSR1: forward, signal.SIGHUP: end_at_once}):
+            return _wait(children, received)
     finally:
-        _end(children)
+        _end_all(children)
 
 
 @contextlib.contextmanager
-def _handled(handlers: Mapping[int, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
+def _signal_handlers(handlers: Mapping[int, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
@@ -65,15 +65,15 @@ def _handled(handlers: Mapping[int, Callable[[int, FrameType | None], None]]) ->
             signal.signal(number, handler)
 
 
-def _wait(children: Children, asked: Sequence[int]) -> int:
-    """Until all ranks have ended well or one has not; returns the exit code of the run."""
+def _wait(children: Children, received: Sequence[int]) -> int:
+    """Wait until all ranks have succeeded or one has failed, and return the exit code of the run."""
     while True:
         codes = [child.poll() for child in children]
         if any(map(_failed, codes)):
-            time.sleep(POLL_SECONDS)  # a rank that ends takes others with it: hear of the first
+            time.sleep(POLL_SECONDS)  # a failing rank takes others with it: see all of the first ones
             first = [child.poll() for child in children]
-            _end(children)
-            return _verdict(first, [child.returncode for child in children], asked)
+            _end_all(children)
+            return _combine_exit_codes(first, [child.returncode for child in children], received)
         if None not in codes:
             return max(code or 0 for code in codes)
         time.sleep(POLL_SECONDS)
@@ -83,10 +83,15 @@ def _failed(code: int | None) -> bool:
     return code not in (None, 0, EXIT_REQUEUE)
 
 
-def _verdict(first: Codes, last: Codes, asked: Sequence[int]) -> int:
-    """The exit code of a run whose `first` ranks failed: of a signal, else of a user's mistake, else of a defect.
+def _combine_exit_codes(first: ExitCodes, last: ExitCodes, received: Sequence[int]) -> int:
+    """Return the exit code of a run with failed ranks: a signal's counts before a user error's before a bug's.
 
-    The others lost a rank then, and so EXIT_LOST_RANK is the code of a run whose first have no other.
+    EXIT_LOST_RANK counts only if no rank has another code: those ranks merely lost the one that failed.
+
+    Args:
+        first: exit codes soon after the first failure; None for ranks still running.
+        last: exit codes of all ranks.
+        received: signals that were forwarded to the ranks.
     """
     rank, code = min(
         ((rank, code) for rank, code in enumerate(first) if code and _failed(code)),
@@ -94,22 +99,22 @@ def _verdict(first: Codes, last: Codes, asked: Sequence[int]) -> int:
     )
     if code > 0:
         return code
-    if -code in asked:  # before training, where there is nothing to save
+    if -code in received:  # before training handles the signal, when there is nothing to save
         return EXIT_REQUEUE
-    if EXIT_LOST_RANK not in last:  # else the rank is named already, and where it was
-        print(f"tostlm: rank {rank} was ended by signal {-code}; the same command goes on", file=sys.stderr)
+    if EXIT_LOST_RANK not in last:  # otherwise a rank has already named the lost one and its host
+        print(f"tostlm: rank {rank} was ended by signal {-code}; run the same command to continue", file=sys.stderr)
     return EXIT_LOST_RANK
 
 
-def end_with_the_parent(number: int = signal.SIGTERM) -> None:
-    """Have Linux send this process a signal when the one that started it is killed, which then cannot do so itself."""
+def end_with_parent(number: int = signal.SIGTERM) -> None:
+    """Have Linux send this process a signal when its parent dies, even if the parent is killed."""
     PR_SET_PDEATHSIG = 1  # prctl(2)
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def rank_env(processes: int) -> list[dict[str, str]]:
-    """The environments that tell ranks on this machine who they are."""
+    """Return the environment variables of each rank of a run on this machine, with a free rendezvous port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -117,8 +122,8 @@ def rank_env(processes: int) -> list[dict[str, str]]:
     return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
-def _end(children: Children) -> None:
-    """Ranks end by themselves when the first has, but for those that are stuck; a mere SIGTERM asks them to save."""
+def _end_all(children: Children) -> None:
+    """Wait until the ranks end by themselves, then kill those that are stuck. SIGTERM would only ask them to save."""
     deadline = time.monotonic() + GRACE_SECONDS
     for child in children:
         try:

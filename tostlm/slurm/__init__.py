@@ -1,9 +1,19 @@
-"""Runs as jobs of a Slurm cluster: submitted, started again, looked after."""
+"""Runs as jobs of a Slurm cluster: submission, restarts, status."""
 
-from tostlm.slurm.job import OnStop, run_job
-from tostlm.slurm.script import Resources
-from tostlm.slurm.status import cancel, status
-from tostlm.slurm.submit import RestartPolicy, pretrain
-from tostlm.slurm.tasks import submit_task
+from tostlm.slurm.job import run_job
+from tostlm.slurm.restart_policy import OnStop, RestartPolicy
+from tostlm.slurm.script import Resources, site_template
+from tostlm.slurm.status import cancel_jobs, run_status
+from tostlm.slurm.submit import submit_pretrain, submit_task
 
-__all__ = ["OnStop", "Resources", "RestartPolicy", "cancel", "pretrain", "run_job", "status", "submit_task"]
+__all__ = [
+    "OnStop",
+    "Resources",
+    "RestartPolicy",
+    "cancel_jobs",
+    "run_job",
+    "run_status",
+    "site_template",
+    "submit_pretrain",
+    "submit_task",
+]

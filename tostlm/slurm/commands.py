@@ -1,4 +1,4 @@
-"""Slurm's own commands. What one refuses is the user's to read, in one line."""
+"""Slurm's own commands. What a command refuses becomes a UserError of one line."""
 
 from __future__ import annotations
 
@@ -13,118 +13,128 @@ from typing import NamedTuple
 
 from tostlm.errors import UserError
 
-TIMEOUT_SECONDS = 60
-PATIENCE_SECONDS, RETRY_SECONDS = 1800, 10  # of a job for a controller that is away, as while it is restarted
-AWAY = re.compile(
+COMMAND_TIMEOUT_SECONDS = 60
+# How long a job retries while the controller does not answer, as during its restart.
+RETRY_TIMEOUT_SECONDS, RETRY_INTERVAL_SECONDS = 1800, 10
+CONTROLLER_DOWN = re.compile(
     "Unable to contact slurm controller|Socket timed out|Connection refused|Transport endpoint|Zero Bytes were"
     "|standby mode|temporarily unable"
 )
-PREFIX = re.compile(r"^(sbatch|scontrol|squeue|scancel|slurm_\w+)?\s*(error|allocation failure)?:\s*")
-SITE_THEN_SBATCH = '[ -z "$0" ] || . "$0" >&2; exec sbatch "$@"'
+ERROR_PREFIX = re.compile(r"^(sbatch|scontrol|squeue|scancel|slurm_\w+)?\s*(error|allocation failure)?:\s*")
+SOURCE_SITE_THEN_SBATCH = '[ -z "$0" ] || . "$0" >&2; exec sbatch "$@"'
 
 
-class Queued(NamedTuple):
-    """A job that waits or runs. Those of an array are one each, ARRAY_INDEX."""
+class QueuedJob(NamedTuple):
+    """A job that is pending or running. Each task of an array is a job of its own, ARRAY_INDEX."""
 
     job: str
     state: str  # PENDING, RUNNING, COMPLETING, ...
-    reason: str
+    reason: str  # why it is pending
     nodes: str
 
 
-def slurm(*command: str, environment: dict[str, str] | None = None) -> str:
-    """What a command of Slurm prints.
+class _ControllerDown(Exception):
+    """Slurm's controller does not answer."""
+
+
+def run_slurm(*command: str, environment: dict[str, str] | None = None) -> str:
+    """Run one of Slurm's commands and return what it prints.
+
+    Inside a job it is retried while the controller does not answer. Outside, where a person waits, it is not.
 
     Raises:
-        UserError: it is not on this machine, it refuses, or nobody answers it.
+        UserError: the command is not on this machine or refuses, or the controller does not answer.
     """
-    # A batch script can wait; a person is told. What was submitted once may be queued though nobody said so.
-    patient = "SLURM_PROCID" in os.environ and command[0] != "bash"
-    deadline = time.monotonic() + (PATIENCE_SECONDS if patient else 0)
+    # sbatch, which runs through bash, is never retried: the job may be queued although the answer was lost.
+    retries = "SLURM_PROCID" in os.environ and command[0] != "bash"
+    deadline = time.monotonic() + (RETRY_TIMEOUT_SECONDS if retries else 0)
     while True:
         try:
-            return _ask(command, environment)
-        except _Away as error:
+            return _run_once(command, environment)
+        except _ControllerDown as error:
             if time.monotonic() >= deadline:
                 raise UserError(f"{error}; try again when Slurm's controller is up") from None
-            time.sleep(RETRY_SECONDS)
+            time.sleep(RETRY_INTERVAL_SECONDS)
 
 
-class _Away(Exception):
-    """The controller does not answer."""
-
-
-def _ask(command: Sequence[str], environment: dict[str, str] | None) -> str:
+def _run_once(command: Sequence[str], environment: dict[str, str] | None) -> str:
     program, *arguments = ("sbatch", *command[4:]) if command[0] == "bash" else command
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env=environment)
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_SECONDS, env=environment
+        )
     except FileNotFoundError:
-        done = None
+        result = None
     except subprocess.TimeoutExpired:
-        raise _Away(f"{program} has no answer for {TIMEOUT_SECONDS} s") from None
-    if done is None or done.returncode == 127:
+        raise _ControllerDown(f"{program} did not answer within {COMMAND_TIMEOUT_SECONDS} s") from None
+    if result is None or result.returncode == 127:
         raise UserError(f"{program} is not on this machine; run this where Slurm's commands are, as on a login node")
-    if done.returncode:
-        if found := AWAY.search(done.stderr):
-            raise _Away(f"{program}: {found[0]}")
-        lines = [PREFIX.sub("", line) for line in f"{done.stdout}\n{done.stderr}".splitlines() if line.strip()]
+    if result.returncode:
+        if found := CONTROLLER_DOWN.search(result.stderr):
+            raise _ControllerDown(f"{program}: {found[0]}")
+        lines = [ERROR_PREFIX.sub("", ln) for ln in f"{result.stdout}\n{result.stderr}".splitlines() if ln.strip()]
         raise UserError(f"Slurm refuses: {'; '.join(lines)} (`{program} {' '.join(arguments)}`)")
-    return done.stdout.strip()
+    return result.stdout.strip()
 
 
 def submit_script(script: Path, site: Path | None, *options: str) -> str:
-    """Submit a script, with what site.env sets for sbatch; returns the job's number.
+    """Submit a batch script and return the job's number.
+
+    Args:
+        script: the batch script.
+        site: a site.env, sourced first for the SBATCH_* variables that it sets.
+        options: more options of sbatch.
 
     Raises:
-        UserError: Slurm refuses it; nothing is queued then.
+        UserError: Slurm refuses the script. Nothing is queued then.
     """
-    # A job that submits another hands nothing of its own allocation on.
+    # A job that submits another job must not pass its own allocation on.
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SRUN_"))}
     if "SLURM_CONF" in os.environ:
         environment["SLURM_CONF"] = os.environ["SLURM_CONF"]
-    sbatch = ["bash", "-c", SITE_THEN_SBATCH, str(site or "")]
-    said = slurm(*sbatch, "--parsable", *options, str(script), environment=environment)
-    job = said.splitlines()[-1].partition(";")[0]  # ; and a cluster's name
+    sbatch = ["bash", "-c", SOURCE_SITE_THEN_SBATCH, str(site or "")]
+    output = run_slurm(*sbatch, "--parsable", *options, str(script), environment=environment)
+    job = output.splitlines()[-1].partition(";")[0]  # JOB, or JOB;CLUSTER
     if not job.isdecimal():
-        raise UserError(f"sbatch named no job: {said!r}; look for it with squeue")
+        raise UserError(f"sbatch printed no job number: {output!r}; look for the job with squeue")
     return job
 
 
-def submit_after(jobs: Sequence[str], script: Path, site: Path | None, *options: str) -> str:
-    """Submit a script that comes after jobs submitted before; where Slurm refuses it, they are cancelled too.
+def submit_dependent_script(jobs: Sequence[str], script: Path, site: Path | None, *options: str) -> str:
+    """Submit a script that depends on jobs submitted before. If Slurm refuses it, those jobs are cancelled too.
 
     Raises:
-        UserError: Slurm refuses it.
+        UserError: Slurm refuses the script.
     """
     try:
         return submit_script(script, site, *options)
-    except UserError:  # all, or nothing
-        slurm("scancel", *jobs)
+    except UserError:
+        run_slurm("scancel", *jobs)
         raise
 
 
-def queued(jobs: Iterable[str]) -> list[Queued]:
-    """Those of some jobs that wait or run; of an array its parts."""
-    lines = slurm("squeue", "--me", "--all", "--noheader", "--array", "--format=%i|%T|%r|%N").splitlines()
-    found = [Queued(*line.split("|")) for line in lines]
+def queued_jobs(jobs: Iterable[str]) -> list[QueuedJob]:
+    """Return those of `jobs` that are pending or running; for an array, each of its tasks."""
+    lines = run_slurm("squeue", "--me", "--all", "--noheader", "--array", "--format=%i|%T|%r|%N").splitlines()
+    found = [QueuedJob(*line.split("|")) for line in lines]
     return [job for number in jobs for job in found if number in (job.job, job.job.partition("_")[0])]
 
 
-def requeue(job: str, delay_seconds: float, exclude: Sequence[str]) -> None:
-    """Have this very job start anew, not before a time and not on some nodes.
+def requeue_job(job: str, delay_seconds: float, exclude: Sequence[str]) -> None:
+    """Requeue the job that this process runs in, not before a delay and not on the nodes `exclude`.
 
-    Slurm ends the batch script that asks for it by SIGTERM, which is not heard here: the job is pending again by then,
-    and can be changed as long as the script lives.
+    Slurm then ends the batch script by SIGTERM, which is ignored here: the job is pending again by then and can still
+    be changed while the script is alive.
     """
     changes = [f"StartTime=now+{delay_seconds:.0f}"] if delay_seconds else []
     if exclude:
-        before = slurm("squeue", "--noheader", "--jobs", job, "--format=%x").replace("(null)", "")
+        before = run_slurm("squeue", "--noheader", "--jobs", job, "--format=%x").replace("(null)", "")
         changes.append(f"ExcNodeList={','.join(filter(None, [before, *exclude]))}")
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # nor by the commands that are started from here on
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # also in the commands started from here on
     try:
-        slurm("scontrol", "requeue", job)
-    except UserError:  # an answer that was lost, and the same question once more
-        if [found.state for found in queued([job])] != ["PENDING"]:
+        run_slurm("scontrol", "requeue", job)
+    except UserError:  # the first answer was lost and the retry found the job requeued
+        if [found.state for found in queued_jobs([job])] != ["PENDING"]:
             raise
     if changes:
-        slurm("scontrol", "update", f"JobId={job}", *changes)
+        run_slurm("scontrol", "update", f"JobId={job}", *changes)

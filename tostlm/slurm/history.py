@@ -1,12 +1,12 @@
-"""What is kept in a run's folder of its jobs.
+"""What a run's folder holds about its jobs.
 
 run_dir/slurm/
-  jobs.jsonl           a line an event: submitted, started, ended, said, cancelled
+  jobs.jsonl           one line per event: submitted, started, ended, message, cancelled
   pretrain.sbatch      the script that was submitted, and what it reads:
   config.yaml          the resolved config
   site.env
   code.txt             version, git commit and changes, installed packages
-  logs/JOB.log         what the job and rank 0 said; JOB-rank-N.log what rank N said
+  logs/JOB.log         output of the job and of rank 0; JOB-rank-N.log holds the output of rank N
 """
 
 from __future__ import annotations
@@ -22,32 +22,38 @@ from tostlm.errors import EXIT_LOST_RANK
 
 FOLDER, LOGS, JOBS = "slurm", "logs", "jobs.jsonl"
 SCRIPT, CONFIG, SITE, CODE = "pretrain.sbatch", "config.yaml", "site.env", "code.txt"
-SUBMITTED, STARTED, ENDED, SAID, CANCELLED = "submitted", "started", "ended", "said", "cancelled"
+SUBMITTED, STARTED, ENDED, MESSAGE, CANCELLED = "submitted", "started", "ended", "message", "cancelled"
 Event = dict[str, Any]
 
 
-class End(NamedTuple):
+class StartResult(NamedTuple):
     """How one start of a job ended."""
 
-    code: int  # of the first rank that ended badly
-    step: int  # of the newest checkpoint by then
+    exit_code: int  # of the first rank that failed, or 0
+    step: int  # of the newest checkpoint at that time
 
 
 class JobHistory:
-    """The events of a run's jobs."""
+    """The events of a run's jobs, appended to jobs.jsonl.
+
+    Attributes:
+        run_dir: the run's folder.
+        folder: `run_dir`/slurm.
+        logs: the folder of the jobs' logs.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir, self.folder = run_dir, run_dir / FOLDER
         self.logs = self.folder / LOGS
 
-    def add(self, what: str, job: str, **facts: object) -> None:
-        """Write an event down."""
+    def add(self, event: str, job: str, **facts: object) -> None:
+        """Append an event of a job with its time and further facts."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / JOBS).open("a") as file:
-            file.write(json.dumps({"what": what, "job": job, "time": round(time.time(), 1), **facts}) + "\n")
+            file.write(json.dumps({"event": event, "job": job, "time": round(time.time(), 1), **facts}) + "\n")
 
     def events(self, job: str | None = None) -> list[Event]:
-        """All of them, or those of a job, oldest first."""
+        """Return all events, or those of one job, oldest first."""
         return [event for event in self._read() if job in (None, event["job"])]
 
     def _read(self) -> Iterator[Event]:
@@ -55,40 +61,47 @@ class JobHistory:
         for line in file.read_text().splitlines() if file.exists() else ():
             try:
                 yield json.loads(line)
-            except ValueError:  # torn, as a machine that lost power left it
+            except ValueError:  # half a line, left by a machine that lost power
                 continue
 
     def jobs(self) -> list[str]:
-        """Every job of the run, the oldest first."""
+        """Return every job of the run, the oldest first."""
         return list(dict.fromkeys(event["job"] for event in self._read()))
 
-    def ends(self, job: str) -> list[End]:
-        """How the starts of a job, and of those before it in its chain, ended; a lost node let one say nothing."""
-        line = self._line(job)
-        ends: list[End] = []
-        begun = False
-        for event in self._read():
-            if event["job"] not in line:
-                continue
-            if event["what"] == STARTED:
-                if begun:
-                    ends.append(End(EXIT_LOST_RANK, event["step"]))
-                begun = True
-            elif event["what"] == ENDED:
-                ends.append(End(event["code"], event["step"]))
-                begun = False
-        return ends
+    def array_runs(self) -> list[Path]:
+        """Return the folders of the runs of a sweep, whose jobs are tasks of one array; [] for a single run."""
+        return list(dict.fromkeys(Path(run) for event in self._read() for run in event.get("runs", ())))
 
-    def _line(self, job: str) -> set[str]:
-        """A job and those before it in its chain."""
-        before = {event["job"]: event["after"] for event in self._read() if event.get("after")}
-        line = {job}
-        while job in before:
-            job = before[job]
-            line.add(job)
-        return line
+    def start_results(self, job: str) -> list[StartResult]:
+        """Return how the starts of a job, and of the jobs before it in its chain, ended, oldest first.
+
+        A start without an end was cut off by its node and counts as a lost rank.
+        """
+        chain = self._chain(job)
+        results: list[StartResult] = []
+        running = False
+        for event in self._read():
+            if event["job"] not in chain:
+                continue
+            if event["event"] == STARTED:
+                if running:
+                    results.append(StartResult(EXIT_LOST_RANK, event["step"]))
+                running = True
+            elif event["event"] == ENDED:
+                results.append(StartResult(event["exit_code"], event["step"]))
+                running = False
+        return results
+
+    def _chain(self, job: str) -> set[str]:
+        """Return a job and the jobs before it in its chain."""
+        predecessor = {event["job"]: event["after"] for event in self._read() if event.get("after")}
+        chain = {job}
+        while job in predecessor:
+            job = predecessor[job]
+            chain.add(job)
+        return chain
 
     def step(self) -> int:
-        """Of the newest checkpoint."""
+        """Return the step of the run's newest checkpoint, 0 without one."""
         found = checkpoints(self.run_dir)
         return step_of(found[-1]) if found else 0

@@ -1,60 +1,81 @@
-"""What a Slurm job's batch script becomes: it starts the ranks, and sees to what comes after."""
+"""What a Slurm job's batch script runs: it starts the ranks as job steps and decides what follows them."""
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
+import signal
+import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
-from enum import StrEnum
 from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
 
 from tostlm.config import RunConfig, batch_plan, load_config
-from tostlm.errors import EXIT_REQUEUE, UserError
+from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 from tostlm.files import require_writable
-from tostlm.slurm.commands import queued, requeue, slurm, submit_script
-from tostlm.slurm.history import CANCELLED, ENDED, SAID, SCRIPT, SITE, STARTED, SUBMITTED, JobHistory
-from tostlm.slurm.policy import decide
-from tostlm.slurm.step import StepExit, Steps
+from tostlm.launch import EXIT_REPORT
+from tostlm.slurm.commands import queued_jobs, requeue_job, run_slurm, submit_script
+from tostlm.slurm.history import CANCELLED, ENDED, MESSAGE, SCRIPT, SITE, STARTED, SUBMITTED, JobHistory
+from tostlm.slurm.restart_policy import OnStop, RestartDecision, decide_restart
 
-UNDER_WAY = ("RUNNING", "SIGNALING", "SUSPENDED")
+ACTIVE_STATES = ("RUNNING", "SIGNALING", "SUSPENDED")
+# Rank 0 writes to the job's log, every other rank to a file of its own. exec lets signals reach tostlm itself.
+RANK_COMMAND = '[ "$SLURM_PROCID" = 0 ] || exec >>"$TOSTLM_LOG-rank-$SLURM_PROCID.log" 2>&1; exec tostlm "$@"'
+NOT_STARTED = (EXIT_USER_ERROR, 126, 127)  # a shell's exit codes for a command that it cannot run or find
 
 
-class OnStop(StrEnum):
-    """What follows a job that was asked to stop, as Slurm does before the time limit."""
+class StepExit(NamedTuple):
+    """How a job step ended.
 
-    REQUEUE = "requeue"  # the same job, again
-    END = "end"  # those that wait for it
-    SUCCESSOR = "successor"  # the job that it has queued when it started
+    Attributes:
+        code: exit code of the first rank that failed, or 0.
+        rank: that rank.
+        exclude: nodes that the doctor found unhealthy.
+    """
+
+    code: int
+    rank: int = 0
+    exclude: Sequence[str] = ()
 
 
 def run_job(
-    config_file: Path, overrides: Sequence[str], then: OnStop, doctor: bool, ranks_per_node: int | None = None
+    config_file: Path, overrides: Sequence[str], on_stop: OnStop, doctor: bool, ranks_per_node: int | None = None
 ) -> int:
-    """Train until the run is finished or its job has to end; returns the job's exit code.
+    """Train until the run is finished or this job has to end, and return the job's exit code.
 
-    With `ranks_per_node` it takes as many of its nodes as the batch splits over, else the tasks it was submitted with.
+    Args:
+        config_file: the run's config.
+        overrides: KEY=VALUE of the config.
+        on_stop: what follows when the job was asked to stop.
+        doctor: check the nodes before training.
+        ranks_per_node: use as many of the job's nodes as the batch splits over, with this many ranks on each; None:
+            one rank per task that the job was submitted with.
 
     Raises:
-        UserError: this is no job, its config is wrong, its folder cannot be written, or Slurm refuses to go on.
+        UserError: this process runs in no job, the config is wrong, the run's folder cannot be written, or Slurm
+            refuses to restart the job.
     """
     job = Job(load_config(config_file, overrides))
-    require_writable(job.record.logs)
-    steps = Steps(job.record, job.id, job.layout(ranks_per_node))
+    require_writable(job.history.logs)
+    steps = JobSteps(job.history, job.id, job.srun_layout(ranks_per_node))
     if job.is_over():
         return 0
-    job.start()
-    if then is OnStop.SUCCESSOR and not job.waiting():
-        job.queue_successor()
+    job.record_start()
+    if on_stop is OnStop.SUCCESSOR and not job.pending_jobs():
+        job.submit_successor()
     arguments = [str(config_file), *overrides]
-    ended = steps.examine(arguments) if doctor else StepExit(0)
-    if ended.code == 0:
-        ended = steps.train(arguments)
-    job.end(ended)
-    return job.go_on(ended, then)
+    result = steps.run_doctor(arguments) if doctor else StepExit(0)
+    if result.code == 0:
+        result = steps.run_train(arguments)
+    job.record_end(result)
+    return job.follow_up(result, on_stop)
 
 
 class Job:
-    """This process's job and the run that it is for.
+    """The job that this process runs in, and the run that it trains.
 
     Raises:
         UserError: this process runs in no job.
@@ -63,100 +84,165 @@ class Job:
     def __init__(self, config: RunConfig) -> None:
         if "SLURM_JOB_ID" not in os.environ:
             raise UserError(
-                "this is no Slurm job; submit one: `tostlm submit pretrain`, or sbatch slurm/pretrain.sbatch"
+                "this is not a Slurm job; submit one: `tostlm submit pretrain`, or sbatch slurm/pretrain.sbatch"
             )
         self.id = os.environ["SLURM_JOB_ID"]
         if "SLURM_ARRAY_JOB_ID" in os.environ:
             self.id = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-        self.record, self._config = JobHistory(config.run_dir), config
+        self.history, self._config = JobHistory(config.run_dir), config
 
-    def layout(self, ranks_per_node: int | None) -> list[str]:
-        """What srun is to be told of nodes and tasks."""
+    def srun_layout(self, ranks_per_node: int | None) -> list[str]:
+        """Return srun's options for nodes and tasks: the most nodes that the batch splits over."""
         if ranks_per_node is None:
             return []
-        given = int(os.environ["SLURM_NNODES"])
-        for nodes in range(given, 0, -1):
+        allocated = int(os.environ["SLURM_NNODES"])
+        for nodes in range(allocated, 0, -1):
             with suppress(UserError):
                 batch_plan(self._config, nodes * ranks_per_node)
                 break
-        if nodes < given:
-            self._say(
-                f"job {self.id} uses {nodes} of its {given} nodes: train.batch_tokens splits over no more of them"
+        if nodes < allocated:
+            self._report(
+                f"job {self.id} uses {nodes} of its {allocated} nodes: train.batch_tokens splits over no more of them"
             )
         tasks = nodes * ranks_per_node
         return [f"--nodes={nodes}", f"--ntasks={tasks}", f"--ntasks-per-node={ranks_per_node}"]
 
     def is_over(self) -> bool:
-        """Whether there is nothing left to do, which is said then; what waits for the job is cancelled."""
-        step = self.record.step()
-        if self._cancelled():
-            self._say(f"job {self.id} was cancelled and does not start")
+        """Return whether there is nothing left to train; report why, and cancel the jobs that wait for this one."""
+        step = self.history.step()
+        if self._is_cancelled():
+            self._report(f"job {self.id} was cancelled and does not start")
         elif step >= self._config.train.steps:
-            self._say(f"{self._config.run_dir}: finished at step {step}; raise train.steps to go on")
+            self._report(f"{self._config.run_dir}: finished at step {step}; raise train.steps to train further")
         else:
             return False
-        self._cancel_waiting()
+        self._cancel_pending()
         return True
 
-    def start(self) -> None:
-        """Write down that the job has started."""
+    def record_start(self) -> None:
+        """Record that this job has started, on which nodes and with which log."""
         log = str(Path("/proc/self/fd/1").readlink())
-        self.record.add(STARTED, self.id, step=self.record.step(), nodes=os.environ["SLURM_JOB_NODELIST"], log=log)
+        nodes = os.environ["SLURM_JOB_NODELIST"]
+        self.history.add(STARTED, self.id, step=self.history.step(), nodes=nodes, log=log)
 
-    def end(self, ended: StepExit) -> None:
-        """Write down how this start of the job ended."""
-        facts = {"code": ended.code, "rank": ended.rank, "exclude": list(ended.exclude)}
-        self.record.add(ENDED, self.id, step=self.record.step(), **facts)
+    def record_end(self, result: StepExit) -> None:
+        """Record how this start of the job ended."""
+        facts = {"exit_code": result.code, "rank": result.rank, "exclude": list(result.exclude)}
+        self.history.add(ENDED, self.id, step=self.history.step(), **facts)
 
-    def go_on(self, ended: StepExit, then: OnStop) -> int:
-        """See to what comes after this start; returns the job's exit code."""
-        decision = decide(self.record.ends(self.id))
-        state = next((found.state for found in queued([self.id])), "gone")
-        if self._cancelled():
-            self._cancel_waiting()
-            self._say(f"job {self.id} was cancelled and is not started again")
+    def follow_up(self, result: StepExit, on_stop: OnStop) -> int:
+        """Requeue this job, leave the run to the next job or end the run; return this job's exit code."""
+        decision = decide_restart(self.history.start_results(self.id))
+        state = next((found.state for found in queued_jobs([self.id])), "gone")
+        if self._is_cancelled():
+            self._cancel_pending()
+            self._report(f"job {self.id} was cancelled and is not started again")
             return 0
-        if state not in UNDER_WAY:  # to requeue a job that scancel is ending would undo that
-            self._say(f"job {self.id} is {state.lower()}: Slurm ended it, and alone may start it again")
+        if state not in ACTIVE_STATES:  # to requeue a job that scancel is ending would undo the scancel
+            self._report(f"job {self.id} is {state.lower()}: Slurm ended it, and only Slurm may start it again")
             return 0
-        if not decision.again:
-            self._cancel_waiting()
-            over = "has finished its run" if ended.code == 0 else f"is not started again: {decision.why}"
-            self._say(f"job {self.id} {over}")
-            return ended.code
-        waiting = self.waiting()
-        if then is not OnStop.REQUEUE and (waiting or ended.code == EXIT_REQUEUE):
-            self._say(f"job {self.id} ends: {decision.why}" + "".join(f" as job {other}" for other in waiting[:1]))
+        if not decision.restart:
+            self._cancel_pending()
+            end = "has finished its run" if result.code == 0 else f"is not started again: {decision.reason}"
+            self._report(f"job {self.id} {end}")
+            return result.code
+        pending = self.pending_jobs()
+        if on_stop is not OnStop.REQUEUE and (pending or result.code == EXIT_REQUEUE):
+            next_job = f" as job {pending[0]}" if pending else ""
+            self._report(f"job {self.id} ends: {decision.reason}{next_job}")
             return 0
-        later = f" in {decision.delay_seconds:.0f} s" if decision.delay_seconds else ""
-        without = f" without {', '.join(ended.exclude)}" if ended.exclude else ""
-        self._say(f"job {self.id} is started again{later}{without}: {decision.why}")
-        requeue(self.id, decision.delay_seconds, ended.exclude)
-        if self._cancelled():  # in the meantime
-            slurm("scancel", self.id)
+        self._requeue(decision, result.exclude)
         return 0
 
-    def waiting(self) -> list[str]:
-        """The run's jobs that come after this one."""
-        found = queued(self.record.jobs())
+    def _requeue(self, decision: RestartDecision, exclude: Sequence[str]) -> None:
+        later = f" in {decision.delay_seconds:.0f} s" if decision.delay_seconds else ""
+        without = f" without {', '.join(exclude)}" if exclude else ""
+        self._report(f"job {self.id} is started again{later}{without}: {decision.reason}")
+        requeue_job(self.id, decision.delay_seconds, exclude)
+        if self._is_cancelled():  # while it was being requeued
+            run_slurm("scancel", self.id)
+
+    def pending_jobs(self) -> list[str]:
+        """Return the run's other jobs that are pending."""
+        found = queued_jobs(self.history.jobs())
         return [other.job for other in found if other.job != self.id and other.state == "PENDING"]
 
-    def queue_successor(self) -> None:
-        """Queue the job that starts when this one ends."""
-        script, site = self.record.folder / SCRIPT, self.record.folder / SITE
+    def submit_successor(self) -> None:
+        """Submit the job that starts when this one ends."""
+        script, site = self.history.folder / SCRIPT, self.history.folder / SITE
         if not script.exists():
             raise UserError(f"{script} is missing, which a successor runs; use `tostlm submit pretrain --until-done`")
         successor = submit_script(script, site if site.exists() else None, "--dependency=singleton")
-        self.record.add(SUBMITTED, successor, after=self.id)
+        self.history.add(SUBMITTED, successor, after=self.id)
 
-    def _cancelled(self) -> bool:
-        return any(event["what"] == CANCELLED for event in self.record.events(self.id))
+    def _is_cancelled(self) -> bool:
+        return any(event["event"] == CANCELLED for event in self.history.events(self.id))
 
-    def _cancel_waiting(self) -> None:
-        if waiting := self.waiting():
-            slurm("scancel", *waiting)
-            self._say(f"cancelled what waited for it: job {', '.join(waiting)}")
+    def _cancel_pending(self) -> None:
+        if pending := self.pending_jobs():
+            run_slurm("scancel", *pending)
+            self._report(f"cancelled the jobs that waited for it: {', '.join(pending)}")
 
-    def _say(self, line: str) -> None:
+    def _report(self, line: str) -> None:
         print(f"tostlm: {line}", flush=True)
-        self.record.add(SAID, self.id, text=line)
+        self.history.add(MESSAGE, self.id, text=line)
+
+
+class JobSteps:
+    """The steps of a job: tostlm as one Slurm task per rank. Requests to stop are forwarded to the ranks as SIGUSR1."""
+
+    def __init__(self, history: JobHistory, job: str, srun_layout: Sequence[str]) -> None:
+        self._history, self._job, self._srun_layout = history, job, srun_layout
+        self._stop_requested = False
+        self._running: subprocess.Popen[bytes] | None = None
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, self._forward_stop)
+
+    def _forward_stop(self, number: int, frame: FrameType | None) -> None:
+        self._stop_requested = True
+        if self._running is not None:
+            self._running.send_signal(signal.SIGUSR1)
+
+    def run_train(self, arguments: Sequence[str]) -> StepExit:
+        """Run `tostlm train ARGUMENTS` on all ranks."""
+        return self._run("train", *arguments)
+
+    def run_doctor(self, arguments: Sequence[str]) -> StepExit:
+        """Run `tostlm doctor ARGUMENTS` on all ranks.
+
+        Unhealthy nodes count as a lost rank, so that the job starts again without them; other failures are the user's.
+        """
+        file = self._history.folder / f"doctor-{self._job}.json"
+        file.unlink(missing_ok=True)
+        result = self._run("doctor", *arguments, "--out", str(file))
+        if result.code != EXIT_USER_ERROR:
+            return result
+        if not file.exists():  # the ranks never reached rank 0
+            return StepExit(EXIT_LOST_RANK, result.rank)
+        exclude = [host for host in json.loads(file.read_text())["exclude"] if host]
+        return StepExit(EXIT_LOST_RANK if exclude else EXIT_USER_ERROR, result.rank, exclude)
+
+    def _run(self, *arguments: str) -> StepExit:
+        if self._stop_requested:
+            return StepExit(EXIT_REQUEUE)
+        report = (self._history.folder / f"exit-{self._job}").absolute()
+        report.unlink(missing_ok=True)
+        log = (self._history.logs / self._job).absolute()
+        environment = {**os.environ, EXIT_REPORT: str(report), "TOSTLM_LOG": str(log)}
+        if cores := os.environ.get("SLURM_CPUS_PER_TASK"):  # srun does not take it from sbatch by itself
+            environment = {"OMP_NUM_THREADS": cores, **environment, "SRUN_CPUS_PER_TASK": cores}
+        options = ["--kill-on-bad-exit=1", *self._srun_layout, *shlex.split(os.environ.get("TOSTLM_SRUN", ""))]
+        command = ["srun", *options, "bash", "-c", RANK_COMMAND, "tostlm", *arguments]
+        self._running = subprocess.Popen(command, env=environment)
+        code = self._running.wait()
+        list(report.parent.iterdir())  # makes a network file system notice a file that another host has made
+        with suppress(FileNotFoundError, ValueError):
+            rank, code = map(int, report.read_text().split())
+            report.unlink()
+            return StepExit(code, rank)
+        if code == 0:
+            return StepExit(0)
+        # No rank could report how it ended: all were killed, or srun could not start them.
+        if code in NOT_STARTED:
+            return StepExit(EXIT_USER_ERROR)
+        return StepExit(EXIT_REQUEUE if self._stop_requested else EXIT_LOST_RANK)

@@ -1,4 +1,4 @@
-"""The text of batch scripts."""
+"""The text of batch scripts, and the resources that they ask for."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from pathlib import Path
 
 from tostlm.errors import UserError
 
+TEMPLATES = Path(__file__).parent / "templates"  # in a checkout a link to slurm/, in a wheel the files themselves
+
 
 @dataclass(frozen=True)
 class Resources:
-    """What a job asks of Slurm. Where one is None, site.env's SBATCH_* or the cluster's default stands."""
+    """What a job asks of Slurm. For what is None, site.env's SBATCH_* or the cluster's default holds."""
 
-    nodes: str = "1"  # or as few and as many, 2-4
+    nodes: str = "1"  # a number, or MIN-MAX
     gpus_per_node: int = 0
     ranks_per_node: int = 1
     cpus_per_rank: int | None = None
@@ -22,13 +24,13 @@ class Resources:
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
-    more: Sequence[str] = field(default_factory=tuple)  # NAME=VALUE of any other option of sbatch
+    sbatch: Sequence[str] = field(default_factory=tuple)  # NAME=VALUE of any other option of sbatch
 
-    def fewest_and_most_nodes(self) -> tuple[int, int]:
-        """They are the same but for a range.
+    def node_range(self) -> tuple[int, int]:
+        """Return the smallest and the largest number of nodes; they differ only for MIN-MAX.
 
         Raises:
-            UserError: `nodes` says neither.
+            UserError: `nodes` is neither a number nor a range.
         """
         parts = self.nodes.split("-")
         if len(parts) > 2 or not all(part.isdecimal() for part in parts) or not 0 < int(parts[0]) <= int(parts[-1]):
@@ -36,14 +38,14 @@ class Resources:
         return int(parts[0]), int(parts[-1])
 
     @property
-    def ranged(self) -> bool:
-        """Whether the number of nodes is left to Slurm."""
-        fewest, most = self.fewest_and_most_nodes()
+    def has_node_range(self) -> bool:
+        """Whether Slurm chooses the number of nodes at each start."""
+        fewest, most = self.node_range()
         return fewest < most
 
-    def options(self) -> list[str]:
-        """As sbatch takes them."""
-        if self.ranged:  # told of tasks, Slurm would take the fewest nodes that hold those of the fewest
+    def sbatch_options(self) -> list[str]:
+        """Return the options for sbatch."""
+        if self.has_node_range:  # with --ntasks Slurm would take the fewest nodes that hold the tasks of MIN nodes
             ranks: dict[str, int | None] = {"mincpus": self.ranks_per_node * (self.cpus_per_rank or 1)}
         else:
             ranks = {"ntasks-per-node": self.ranks_per_node, "cpus-per-task": self.cpus_per_rank}
@@ -56,19 +58,24 @@ class Resources:
             "account": self.account,
             "qos": self.qos,
         }
-        return [f"--{name}={value}" for name, value in named.items() if value is not None] + [
-            f"--{option}" for option in self.more
-        ]
+        options = [f"--{name}={value}" for name, value in named.items() if value is not None]
+        return options + [f"--{option}" for option in self.sbatch]
 
-    def settings(self) -> list[str]:
-        """What the script itself sets, of a range of nodes."""
-        return [f"export SLURM_CPUS_PER_TASK={self.cpus_per_rank}"] if self.ranged and self.cpus_per_rank else []
+    def shell_settings(self) -> list[str]:
+        """Return the lines of the script that set what sbatch cannot be told for a range of nodes."""
+        return (
+            [f"export SLURM_CPUS_PER_TASK={self.cpus_per_rank}"] if self.has_node_range and self.cpus_per_rank else []
+        )
 
 
 def batch_script(made_by: str, options: Sequence[str], site: Path | None, commands: Sequence[str]) -> str:
-    """A script that a person can read: options of sbatch, the site's settings, commands, the last in place of bash.
+    """Return the text of a batch script that a person can read and submit again by hand.
 
-    A request to stop that comes before that command listens is left unheard: it must not end the script.
+    Args:
+        made_by: the command that a comment names as the script's origin.
+        options: of sbatch.
+        site: a site.env that the script sources.
+        commands: shell commands; the last one replaces the shell.
     """
     *before, last = commands
     lines = [
@@ -77,9 +84,14 @@ def batch_script(made_by: str, options: Sequence[str], site: Path | None, comman
         *(f"#SBATCH {shlex.quote(option)}" for option in options),
         "",
         "set -euo pipefail",
-        "trap '' USR1",
+        "trap '' USR1",  # a request to stop must not end the script before the last command handles it
         *([f". {shlex.quote(str(site))}"] if site else []),
         *before,
         f"exec {last}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def site_template() -> str:
+    """Return the text of the site.env template, in which a cluster's settings are filled in."""
+    return (TEMPLATES / "site.env").read_text()

@@ -1,4 +1,4 @@
-"""From a config to a queued job: everything that can be wrong is found before."""
+"""Submission of jobs: pretraining, and single tasks such as evaluation. Every check comes before anything is queued."""
 
 from __future__ import annotations
 
@@ -11,223 +11,290 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import tostlm
+from tostlm.checkpoint import resolve
 from tostlm.config import RunConfig, batch_plan, dump_config, load_config
 from tostlm.data import common_tokenizer
-from tostlm.doctor.plan import memory_bytes
+from tostlm.doctor import model_memory_bytes
 from tostlm.errors import UserError
 from tostlm.files import locked, require_writable, write_atomically
-from tostlm.slurm.commands import queued, submit_after, submit_script
-from tostlm.slurm.history import CODE, CONFIG, SCRIPT, SITE, SUBMITTED, JobHistory
-from tostlm.slurm.job import OnStop
+from tostlm.slurm.commands import queued_jobs, submit_dependent_script, submit_script
+from tostlm.slurm.history import CODE, CONFIG, LOGS, SCRIPT, SITE, SUBMITTED, JobHistory
+from tostlm.slurm.restart_policy import OnStop, RestartPolicy
 from tostlm.slurm.script import Resources, batch_script
 
 GIB = 1 << 30
+TASK_COMMANDS = {"eval": "eval perplexity", "bench": "bench train", "convert": "convert", "prepare": "prepare"}
 
 
-class RestartPolicy(NamedTuple):
-    """How a pretraining job goes on, and what it does first."""
-
-    chain: int = 1  # jobs in a row
-    until_done: bool = False
-    doctor: bool = False
-    warning_seconds: int = 120  # before its time limit a job is asked to stop
-
-    @property
-    def then(self) -> OnStop:
-        if self.until_done:
-            return OnStop.SUCCESSOR
-        return OnStop.END if self.chain > 1 else OnStop.REQUEUE
-
-
-def pretrain(
+def submit_pretrain(
     config_file: Path,
     overrides: Sequence[str],
     resources: Resources,
-    course: RestartPolicy,
+    policy: RestartPolicy,
     sweep: Sequence[str] = (),
     site: Path | None = None,
     dry_run: bool = False,
 ) -> str:
-    """Submit a run, or as an array the runs of a sweep; returns what to tell the user.
+    """Submit a run, or the runs of a sweep as an array, and return what to tell the user.
+
+    Args:
+        config_file: the run's config.
+        overrides: KEY=VALUE of the config.
+        resources: what the job asks of Slurm.
+        policy: how the run continues after a job.
+        sweep: KEY=A,B,C each; every combination of the values becomes a run.
+        site: the cluster's site.env.
+        dry_run: return the batch script and submit nothing.
 
     Raises:
         UserError: the config does not fit its ranks, data or memory, the run is queued or running already, its folder
             cannot be written, or Slurm refuses the job. Nothing is queued then.
     """
     run = load_config(config_file, overrides)
-    if sweep and (course.chain > 1 or course.until_done):
-        raise UserError("--sweep makes one array; its jobs go on by themselves, without --chain and --until-done")
-    points = _points(config_file, overrides, run.run_dir, sweep) if sweep else [run]
-    memory_gib = gpu_memory_gib(site)
-    for point in points:
-        check(point, resources, memory_gib)
-    record = JobHistory(run.run_dir)
-    if not sweep and record.step() >= run.train.steps:
-        return f"{run.run_dir}: finished at step {record.step()}; raise train.steps to go on"
-    script = _script(run, points, resources, course, site)
+    if sweep and (policy.chain > 1 or policy.until_done):
+        raise UserError("--sweep makes one array, whose jobs restart by themselves; omit --chain and --until-done")
+    runs = _sweep_runs(config_file, overrides, run.run_dir, sweep) if sweep else [run]
+    memory_gib = _gpu_memory_gib(site)
+    for each in runs:
+        _check_run(each, resources, memory_gib)
+    history = JobHistory(run.run_dir)
+    if not sweep and history.step() >= run.train.steps:
+        return f"{run.run_dir}: finished at step {history.step()}; raise train.steps to train further"
+    script = _pretrain_script(run, runs, resources, policy, site)
     if dry_run:
         return script.rstrip()
-    require_writable(record.logs)
-    with locked(record.folder / ".lock", f"{run.run_dir} is being submitted by another tostlm submit"):
-        for folder in {record.run_dir, *(point.run_dir for point in points)}:
-            require_idle(folder)
-        for point in points:
-            folder = JobHistory(point.run_dir).folder
+    require_writable(history.logs)
+    with locked(history.folder / ".lock", f"{run.run_dir} is being submitted by another tostlm submit"):
+        for folder in {history.run_dir, *(each.run_dir for each in runs)}:
+            _require_idle(folder)
+        for each in runs:
+            folder = JobHistory(each.run_dir).folder
             require_writable(folder)
-            write_atomically(folder / CONFIG, dump_config(point))
-        own_site = keep(record, {SCRIPT: script}, site)
-        jobs = [submit_script(record.folder / SCRIPT, own_site)]
-        record.add(SUBMITTED, jobs[0], runs=[str(point.run_dir.absolute()) for point in points if sweep])
-        for index, point in enumerate(points if sweep else ()):
-            JobHistory(point.run_dir).add(SUBMITTED, f"{jobs[0]}_{index}")
-        for _ in range(course.chain - 1):
-            jobs.append(submit_after(jobs, record.folder / SCRIPT, own_site, "--dependency=singleton"))
-            record.add(SUBMITTED, jobs[-1], after=jobs[-2])
-    return _told(run.run_dir, jobs, course, len(points) if sweep else 0)
+            write_atomically(folder / CONFIG, dump_config(each))
+        own_site = _save_submission(history, {SCRIPT: script}, site)
+        jobs = [submit_script(history.folder / SCRIPT, own_site)]
+        history.add(SUBMITTED, jobs[0], runs=[str(each.run_dir.absolute()) for each in runs if sweep])
+        for index, each in enumerate(runs if sweep else ()):
+            JobHistory(each.run_dir).add(SUBMITTED, f"{jobs[0]}_{index}")
+        for _ in range(policy.chain - 1):
+            jobs.append(submit_dependent_script(jobs, history.folder / SCRIPT, own_site, "--dependency=singleton"))
+            history.add(SUBMITTED, jobs[-1], after=jobs[-2])
+    return _describe_submission(run.run_dir, jobs, policy, len(runs) if sweep else 0)
 
 
-def check(config: RunConfig, resources: Resources, memory_gib: float | None) -> None:
-    """Hold a config against what its job will have.
+def _check_run(config: RunConfig, resources: Resources, memory_gib: float | None) -> None:
+    """Check a config against what its job will have.
 
     Raises:
         UserError: the ranks of some allowed number of nodes cannot share its batch, its data are not prepared or do
             not fit the model, or the model does not fit a GPU.
     """
-    for nodes in resources.fewest_and_most_nodes():
+    for nodes in resources.node_range():
         world_size = nodes * resources.ranks_per_node
         batch_plan(config, world_size)
-        _fits(config, world_size, memory_gib)
+        need = model_memory_bytes(config, world_size) / GIB
+        if memory_gib is not None and need > memory_gib:
+            raise UserError(
+                f"model and optimizer take {need:.3g} GiB per rank on {world_size} ranks, above TOSTLM_GPU_MEMORY_GIB="
+                f"{memory_gib:g}; raise deepspeed.zero_optimization.stage, ask for more GPUs or offload the optimizer"
+            )
     common_tokenizer(config.data.folders, config.model.vocab_size)
 
 
-def gpu_memory_gib(site: Path | None) -> float | None:
-    """TOSTLM_GPU_MEMORY_GIB as the environment, or else the site's settings, have it.
-
-    Raises:
-        UserError: it is no number.
-    """
-    told = os.environ.get("TOSTLM_GPU_MEMORY_GIB", "")
-    if not told and site is not None:
-        read = ["bash", "-c", '. "$0" >&2; printf %s "${TOSTLM_GPU_MEMORY_GIB-}"', str(site)]
-        told = subprocess.run(read, capture_output=True, text=True).stdout
+def _gpu_memory_gib(site: Path | None) -> float | None:
+    """Return TOSTLM_GPU_MEMORY_GIB of the environment, or else of site.env; None where neither sets it."""
+    value = os.environ.get("TOSTLM_GPU_MEMORY_GIB", "")
+    if not value and site is not None:
+        command = ["bash", "-c", '. "$0" >&2; printf %s "${TOSTLM_GPU_MEMORY_GIB-}"', str(site)]
+        value = subprocess.run(command, capture_output=True, text=True).stdout
     try:
-        return float(told) if told else None
+        return float(value) if value else None
     except ValueError:
-        raise UserError(f"TOSTLM_GPU_MEMORY_GIB={told} must be a number of GiB, as 80") from None
+        raise UserError(f"TOSTLM_GPU_MEMORY_GIB={value} must be a number of GiB, as 80") from None
 
 
-def _fits(config: RunConfig, world_size: int, memory_gib: float | None) -> None:
-    need = memory_bytes(config, world_size) / GIB
-    if memory_gib is not None and need > memory_gib:
+def _require_idle(run_dir: Path) -> None:
+    """Refuse a run one of whose jobs is queued or running, or in whose folder somebody trains without Slurm."""
+    if queued := queued_jobs(JobHistory(run_dir).jobs()):
         raise UserError(
-            f"model and optimizer take {need:.3g} GiB a rank on {world_size} ranks, above TOSTLM_GPU_MEMORY_GIB="
-            f"{memory_gib:g}; raise deepspeed.zero_optimization.stage, ask for more GPUs or offload the optimizer"
-        )
-
-
-def require_idle(run_dir: Path) -> None:
-    """Refuse a run that is under way.
-
-    Raises:
-        UserError: one of its jobs waits or runs, or somebody trains in its folder without Slurm.
-    """
-    if alive := queued(JobHistory(run_dir).jobs()):
-        raise UserError(
-            f"{run_dir} is under way as job {alive[0].job} ({alive[0].state}); see `tostlm submit status {run_dir}`, "
-            f"or end it first: `tostlm submit cancel {run_dir}`"
+            f"{run_dir} is queued or running as job {queued[0].job} ({queued[0].state}); see `tostlm submit status "
+            f"{run_dir}`, or end it first: `tostlm submit cancel {run_dir}`"
         )
     if run_dir.is_dir():
         with locked(run_dir / ".lock", f"{run_dir} is in use by another tostlm train; wait for it or end it"):
             pass
 
 
-def _points(config_file: Path, overrides: Sequence[str], run_dir: Path, sweep: Sequence[str]) -> list[RunConfig]:
-    """The configs of all combinations of a sweep's values, each with a folder of its own in `run_dir`."""
+def _sweep_runs(config_file: Path, overrides: Sequence[str], run_dir: Path, sweep: Sequence[str]) -> list[RunConfig]:
+    """Return the configs of all combinations of a sweep's values, each with a folder of its own in `run_dir`."""
     axes = []
     for axis in sweep:
         key, equals, values = axis.partition("=")
         if not equals or not all(values.split(",")):
             raise UserError(f"--sweep {axis} must be a key and its values, as in optimizer.lr=1e-3,3e-4")
         axes.append([f"{key}={value}" for value in values.split(",")])
-    points = list(itertools.product(*axes))
-    return [load_config(config_file, [*overrides, *point, f"run_dir={run_dir / ','.join(point)}"]) for point in points]
+    combinations = itertools.product(*axes)
+    return [
+        load_config(config_file, [*overrides, *values, f"run_dir={run_dir / ','.join(values)}"])
+        for values in combinations
+    ]
 
 
-def _script(
-    run: RunConfig, points: Sequence[RunConfig], resources: Resources, course: RestartPolicy, site: Path | None
+def _pretrain_script(
+    run: RunConfig, runs: Sequence[RunConfig], resources: Resources, policy: RestartPolicy, site: Path | None
 ) -> str:
-    record = JobHistory(run.run_dir.absolute())
-    configs = [JobHistory(point.run_dir.absolute()).folder / CONFIG for point in points]
-    array = points[0].run_dir != run.run_dir
+    history = JobHistory(run.run_dir.absolute())
+    configs = [JobHistory(each.run_dir.absolute()).folder / CONFIG for each in runs]
+    is_array = runs[0].run_dir != run.run_dir
     options = [
-        f"--job-name={job_name(run.run_dir)}",
-        *resources.options(),
-        f"--signal=B:USR1@{course.warning_seconds}",
+        f"--job-name={_job_name(run.run_dir)}",
+        *resources.sbatch_options(),
+        f"--signal=B:USR1@{policy.warning_seconds}",
         "--requeue",
         "--open-mode=append",
-        f"--output={record.logs}/{'%A_%a' if array else '%j'}.log",
+        f"--output={history.logs}/{'%A_%a' if is_array else '%j'}.log",
         f"--chdir={Path.cwd()}",
-        *([f"--array=0-{len(configs) - 1}"] if array else []),
+        *([f"--array=0-{len(configs) - 1}"] if is_array else []),
     ]
     job = ["tostlm submit job"]
-    if array:
+    if is_array:
         listed = "\n".join(f"    {shlex.quote(str(config))}" for config in configs)
         before = [f"configs=(\n{listed}\n)"]
         job.append('"${configs[$SLURM_ARRAY_TASK_ID]}"')
     else:
         before = []
         job.append(shlex.quote(str(configs[0])))
-    job += [f"--ranks-per-node {resources.ranks_per_node}"] * resources.ranged
-    job += [f"--then {course.then}"] * (course.then is not OnStop.REQUEUE) + ["--doctor"] * course.doctor
-    own_site = record.folder / SITE if site else None
-    return batch_script("tostlm submit pretrain", options, own_site, [*resources.settings(), *before, " ".join(job)])
+    job += [f"--ranks-per-node {resources.ranks_per_node}"] * resources.has_node_range
+    job += [f"--on-stop {policy.on_stop}"] * (policy.on_stop is not OnStop.REQUEUE) + ["--doctor"] * policy.doctor
+    own_site = history.folder / SITE if site else None
+    commands = [*resources.shell_settings(), *before, " ".join(job)]
+    return batch_script("tostlm submit pretrain", options, own_site, commands)
 
 
-def job_name(run_dir: Path) -> str:
-    """Of all of a run's jobs, and of no other's: what Slurm's singleton dependency goes by."""
+def _job_name(run_dir: Path) -> str:
+    """Return the name that all jobs of a run, and no others, have: Slurm's singleton dependency goes by the name."""
     return f"{run_dir.name}-{hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:6]}"
 
 
-def keep(record: JobHistory, scripts: Mapping[str, str], site: Path | None) -> Path | None:
-    """Write down what is about to be submitted: scripts, the site's settings, the code; returns the settings' copy."""
+def _save_submission(history: JobHistory, scripts: Mapping[str, str], site: Path | None) -> Path | None:
+    """Save what is about to be submitted: scripts, site.env, the code's version. Return the copy of site.env."""
     for name, script in scripts.items():
-        write_atomically(record.folder / name, script)
-    write_atomically(record.folder / CODE, code_version())
+        write_atomically(history.folder / name, script)
+    write_atomically(history.folder / CODE, _code_version())
     if site is None:
-        (record.folder / SITE).unlink(missing_ok=True)
+        (history.folder / SITE).unlink(missing_ok=True)
         return None
     with suppress(shutil.SameFileError):
-        shutil.copyfile(site, record.folder / SITE)
-    return record.folder / SITE
+        shutil.copyfile(site, history.folder / SITE)
+    return history.folder / SITE
 
 
-def code_version() -> str:
-    """The version of this code, its git commit and what was changed since, and all installed packages."""
+def _code_version() -> str:
+    """Return this code's version, its git commit and uncommitted changes, and all installed packages."""
     folder = Path(tostlm.__file__).parent
     lines = [f"tostlm {tostlm.__version__} in {folder}"]
     for command in (["rev-parse", "HEAD"], ["status", "--short"], ["diff", "HEAD"]):
         try:
-            done = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, timeout=60)
+            result = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, timeout=60)
         except (OSError, subprocess.TimeoutExpired):
             break
-        if done.returncode:  # no checkout
+        if result.returncode:  # not a git checkout
             break
-        lines += [f"\n# git {' '.join(command)}", done.stdout.rstrip()]
+        lines += [f"\n# git {' '.join(command)}", result.stdout.rstrip()]
     packages = {f"{found.name}=={found.version}" for found in importlib.metadata.distributions()}
     return "\n".join([*lines, "\n# packages", *sorted(packages, key=str.lower)]) + "\n"
 
 
-def _told(run_dir: Path, jobs: Sequence[str], course: RestartPolicy, runs: int) -> str:
-    if runs:
-        follows = f"an array of {runs} runs, each in a folder of {run_dir}; each is started again until it is finished"
-    elif course.until_done:
+def _describe_submission(run_dir: Path, jobs: Sequence[str], policy: RestartPolicy, array_size: int) -> str:
+    if array_size:
+        follows = f"an array of {array_size} runs, each in a folder of {run_dir}; each restarts until it is finished"
+    elif policy.until_done:
         follows = "it queues its successor when it starts, until the run is finished"
     elif len(jobs) > 1:
         follows = f"after it, one after another: {', '.join(jobs[1:])}"
     else:
         follows = "it is started again after its time limit, a preemption or a lost node until the run is finished"
     return f"job {jobs[0]}: {follows}\nsee `tostlm submit status {run_dir}`"
+
+
+def submit_task(kind: str, arguments: Sequence[str], resources: Resources, site: Path | None, dry_run: bool) -> str:
+    """Submit a subcommand of TASK_COMMANDS as a job, and return what to tell the user.
+
+    Text is prepared by an array with one task per node, and merged by a job that waits for all of them.
+
+    Args:
+        kind: a key of TASK_COMMANDS.
+        arguments: the subcommand's own arguments.
+        resources: what the job asks of Slurm.
+        site: the cluster's site.env.
+        dry_run: return the batch scripts and submit nothing.
+
+    Raises:
+        UserError: what the subcommand reads does not exist, its folder cannot be written, or Slurm refuses the job.
+    """
+    history = JobHistory(_task_folder(kind, arguments))
+    scripts = _task_scripts(kind, arguments, resources, history, site)
+    if dry_run:
+        return "\n".join(scripts.values()).rstrip()
+    require_writable(history.logs)
+    own_site = _save_submission(history, scripts, site)
+    first, *rest = (history.folder / name for name in scripts)
+    job = submit_script(first, own_site)
+    history.add(SUBMITTED, job, command=TASK_COMMANDS[kind])
+    text = f"job {job}: tostlm {TASK_COMMANDS[kind]}; its log is {history.logs}/{job}{'_N' if rest else ''}.log"
+    for script in rest:
+        after_success = (f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes")
+        waiting = submit_dependent_script([job], script, own_site, *after_success)
+        history.add(SUBMITTED, waiting, command="prepare --merge")
+        text += f"\njob {waiting}: tostlm prepare --merge, when job {job} has succeeded"
+    return text
+
+
+def _task_folder(kind: str, arguments: Sequence[str]) -> Path:
+    """Return the folder for the job's script and log: that of the run it reads, or one beside what it makes."""
+    if kind == "prepare":
+        for option in ("--source", "--tokenizer", "--out"):
+            if option not in arguments[:-1]:
+                raise UserError(f"{option} is missing; give the options of `tostlm prepare`")
+        tokenizer = Path(arguments[arguments.index("--tokenizer") + 1])
+        if not tokenizer.exists():
+            raise UserError(f"--tokenizer {tokenizer} does not exist; make it with `tostlm tokenizer train`")
+        return Path(f"{_out_argument(arguments)}-jobs")  # --out itself must be empty or hold prepared data
+    first = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if first is None:
+        raise UserError(f"give the arguments of `tostlm {TASK_COMMANDS[kind]}`")
+    return load_config(Path(first)).run_dir if kind == "bench" else resolve(Path(first)).parent.parent
+
+
+def _out_argument(arguments: Sequence[str]) -> str:
+    return arguments[arguments.index("--out") + 1]
+
+
+def _task_scripts(
+    kind: str, arguments: Sequence[str], resources: Resources, history: JobHistory, site: Path | None
+) -> dict[str, str]:
+    """Return the scripts by file name, in the order they run."""
+    folder, made_by = history.folder.absolute(), f"tostlm submit {kind}"
+    common = ["--requeue", "--open-mode=append", f"--chdir={Path.cwd()}"]
+    own_site = folder / SITE if site else None
+    command = f"tostlm {TASK_COMMANDS[kind]} {shlex.join(arguments)}"
+
+    def script(name: str, resources: Resources, command: str, log: str, *more: str) -> str:
+        output = f"--output={folder / LOGS / log}.log"
+        options = [f"--job-name={name}", *resources.sbatch_options(), *common, output, *more]
+        return batch_script(made_by, options, own_site, [command])
+
+    if kind != "prepare":
+        return {f"{kind}.sbatch": script(kind, resources, command, "%j")}
+    _, tasks = resources.node_range()
+    command += f' --workers "${{SLURM_CPUS_PER_TASK:-1}}" --task "$SLURM_ARRAY_TASK_ID/{tasks}"'
+    one_node = replace(resources, nodes="1")
+    merge = f"tostlm prepare --merge --out {shlex.quote(_out_argument(arguments))}"
+    return {
+        "prepare.sbatch": script(kind, one_node, command, "%A_%a", f"--array=0-{tasks - 1}"),
+        "merge.sbatch": script("merge", replace(one_node, cpus_per_rank=None, gpus_per_node=0), merge, "%j"),
+    }

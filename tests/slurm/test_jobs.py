@@ -1,4 +1,4 @@
-"""The life of a run's jobs: asked to stop, preempted, killed, stuck, without a node; they go on and nothing is lost."""
+"""Jobs that are stopped, preempted, killed, stuck or lose a node continue without losing steps."""
 
 import os
 import random
@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.conftest import ROOT, Run, succeed
 from tests.slurm.cluster import Cluster, wait_until
-from tests.slurm.conftest import Job, tostlm_of_the_nodes
+from tests.slurm.conftest import Job, site_with_wrapper
 from tostlm.checkpoint import checkpoints, read_train_state
 from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE
 
@@ -21,12 +21,12 @@ pytestmark = pytest.mark.alone
 TWO_NODES = ("--nodes", "2", "--gpus-per-node", "1")
 
 
-def ends(job: Job) -> list[int]:
-    return [event["code"] for event in job.events("ended")]
+def exit_codes(job: Job) -> list[int]:
+    return [event["exit_code"] for event in job.events("ended")]
 
 
-def assert_whole(run: Run, steps: int) -> None:
-    """No step is missing or twice."""
+def assert_every_step_once(run: Run, steps: int) -> None:
+    """Assert that every step was logged exactly once."""
     lines = (run.dir / "metrics.jsonl").read_text().splitlines()
     assert sum('"kind": "train"' in line for line in lines) == steps
     assert list(run.metrics("train")) == list(range(1, steps + 1))
@@ -36,12 +36,11 @@ def assert_whole(run: Run, steps: int) -> None:
     assert read_train_state(checkpoints(run.dir)[-1]).step == steps
 
 
-def test_the_cluster_is_up_in_seconds(machines: Cluster) -> None:
+def test_the_cluster_starts_within_seconds(machines: Cluster) -> None:
     assert machines.start_seconds < 10
 
 
-def test_the_quickstart_model_by_hand(cluster: Cluster, tmp_path: Path, data: Path) -> None:
-    """On two nodes, with sbatch alone."""
+def test_sbatch_by_hand_on_two_nodes(cluster: Cluster, tmp_path: Path, data: Path) -> None:
     run_dir = tmp_path / "run"
     overrides = [f"run_dir={run_dir}", f"data.path={data}", "train.steps=3", "train.eval_tokens=1024"]
     script = ["slurm/pretrain.sbatch", "configs/quickstart.yaml", *overrides]
@@ -57,35 +56,35 @@ def test_the_quickstart_model_by_hand(cluster: Cluster, tmp_path: Path, data: Pa
     assert (run_dir / "slurm" / "logs" / f"{done.stdout.strip()}-rank-1.log").exists()
 
 
-def test_preempted_at_any_step_it_ends_with_the_same_losses(job: Job, data: Path, tmp_path: Path) -> None:
+def test_preemption_at_a_random_step_keeps_the_losses(job: Job, data: Path, tmp_path: Path) -> None:
     steps = "train.steps=150"
-    (tmp_path / "calm").mkdir()
-    calm = Run(tmp_path / "calm", data)
-    succeed(calm.train(steps, nproc=2))
+    (tmp_path / "undisturbed").mkdir()
+    undisturbed = Run(tmp_path / "undisturbed", data)
+    succeed(undisturbed.train(steps, nproc=2))
 
     job.submit(steps, "train.save_every_steps=1000", *TWO_NODES, "--partition", "spare")
     step = random.randint(2, 30)
     job.wait_for(lambda: job.steps() >= step)
-    more_urgent = ["srun", "--partition=main", "--nodes=3", "--exclusive", "true"]
-    subprocess.run(more_urgent, env=job.cluster.environment, check=True, capture_output=True, timeout=60)
+    preempting = ["srun", "--partition=main", "--nodes=3", "--exclusive", "true"]
+    subprocess.run(preempting, env=job.cluster.environment, check=True, capture_output=True, timeout=60)
     job.wait_for(job.gone)
-    assert ends(job) == [EXIT_REQUEUE, 0], job.told()
+    assert exit_codes(job) == [EXIT_REQUEUE, 0], job.details()
     saved = job.events("ended")[0]["step"]
     assert step <= saved < 150, f"to be preempted at {step}"
-    assert f"goes on from step {saved}" in job.log()
-    assert_whole(job.run, 150)
+    assert f"continues from step {saved}" in job.log()
+    assert_every_step_once(job.run, 150)
     for kind, key in (("train", "loss"), ("train", "grad_norm"), ("validation", "loss")):
-        assert job.run.metrics(kind, key) == calm.metrics(kind, key)
+        assert job.run.metrics(kind, key) == undisturbed.metrics(kind, key)
 
 
-def test_a_stuck_rank_and_a_killed_one(job: Job) -> None:
-    """Each is named, and the job started again; asked to stop it is requeued within seconds."""
+def test_stuck_and_killed_ranks_are_named_and_the_job_restarts(job: Job) -> None:
+    """A job that is asked to stop is requeued within seconds."""
     endless = ("train.steps=100000", "train.save_every_steps=5", "train.keep_last_checkpoints=2")
     job.submit(*endless, "train.hang_timeout_seconds=10", *TWO_NODES)
     job.wait_for(lambda: job.steps() > 5)
     stopped = time.time()
     os.kill(job.rank(1), signal.SIGSTOP)
-    job.wait_for(lambda: len(ends(job)) == 1)
+    job.wait_for(lambda: len(exit_codes(job)) == 1)
     assert job.events("ended")[-1]["time"] - stopped < 10 + 10  # and the time Slurm takes to end the others
     assert "rank 1 on node2" in job.log() and "made no progress since" in job.log()
 
@@ -93,33 +92,33 @@ def test_a_stuck_rank_and_a_killed_one(job: Job) -> None:
     job.wait_for(lambda: "RUNNING" in job.states() and len(job.events("started")) == 2 and job.steps() > before + 5)
     killed = time.time()
     os.kill(job.rank(1), signal.SIGKILL)
-    job.wait_for(lambda: len(ends(job)) == 2)
+    job.wait_for(lambda: len(exit_codes(job)) == 2)
     assert job.events("ended")[-1]["time"] - killed < 10
-    assert ends(job) == [EXIT_LOST_RANK, EXIT_LOST_RANK]
+    assert exit_codes(job) == [EXIT_LOST_RANK, EXIT_LOST_RANK]
 
     before = job.steps()
     job.wait_for(lambda: len(job.events("started")) == 3 and job.steps() > before + 5)
     asked = time.time()
     job.cluster.ask("scancel", "--batch", "--signal=USR1", job.id)
     job.wait_for(lambda: "RUNNING" not in job.states())
-    assert "is started again" in job.events("said")[-1]["text"]
-    assert job.events("said")[-1]["time"] - asked < 7  # a step, a save and five seconds
-    assert ends(job)[2:] == [EXIT_REQUEUE]
-    (record,) = [event for event in job.events("ended") if event["code"] == EXIT_REQUEUE]
-    assert record["step"] == max(job.run.metrics("train"))  # nothing that was done is lost
+    assert "is started again" in job.events("message")[-1]["text"]
+    assert job.events("message")[-1]["time"] - asked < 7  # a step, a save and five seconds
+    assert exit_codes(job)[2:] == [EXIT_REQUEUE]
+    (end,) = [event for event in job.events("ended") if event["exit_code"] == EXIT_REQUEUE]
+    assert end["step"] == max(job.run.metrics("train"))  # no finished step is lost
     job.wait_for(lambda: "PENDING" in job.states() or "RUNNING" in job.states())
 
-    told = succeed(job.command("submit", "status", str(job.run.dir)))
-    assert f"job         {job.id} " in told and "restarted" in told
-    assert f"checkpoint  {checkpoints(job.run.dir)[-1].parent}/step-" in told
+    printed = succeed(job.command("submit", "status", str(job.run.dir)))
+    assert f"job         {job.id} " in printed and "restarted" in printed
+    assert f"checkpoint  {checkpoints(job.run.dir)[-1].parent}/step-" in printed
     job.wait_for(lambda: len(job.events("started")) == 4 and job.states() == ["RUNNING"])
-    job.wait_for(lambda: job.steps() > record["step"] + 2)
+    job.wait_for(lambda: job.steps() > end["step"] + 2)
     assert succeed(job.command("submit", "cancel", str(job.run.dir))) == f"job {job.id} saves and ends\n"
     job.wait_for(job.gone)
     assert "was cancelled and is not started again" in job.log()
 
 
-def test_a_lost_node_comes_back(job: Job) -> None:
+def test_the_job_restarts_when_a_lost_node_returns(job: Job) -> None:
     job.submit("train.steps=100000", "train.save_every_steps=5", "train.keep_last_checkpoints=2", *TWO_NODES)
     job.wait_for(lambda: job.steps() > 8)
     job.cluster.crash("node2")
@@ -129,8 +128,8 @@ def test_a_lost_node_comes_back(job: Job) -> None:
     assert job.wait_for(lambda: len(job.events("started")) > starts and job.steps() != before, 90) < 60
 
 
-def test_a_range_of_nodes_takes_what_there_is(job: Job) -> None:
-    """Of three nodes the two that the batch splits over; one when the others are lost."""
+def test_a_range_of_nodes_uses_the_nodes_that_are_up(job: Job) -> None:
+    """It uses two of three nodes, over which the batch splits, and one when the others are lost."""
     endless = ("train.steps=100000", "train.save_every_steps=5", "train.keep_last_checkpoints=2")
     job.submit(*endless, "--nodes", "1-4", "--gpus-per-node", "1")
     job.wait_for(lambda: job.steps() > 8)
@@ -146,44 +145,44 @@ def test_a_range_of_nodes_takes_what_there_is(job: Job) -> None:
     assert max(job.run.metrics("train")) > resumed
 
 
-def test_a_defect_is_not_started_for_ever(job: Job, tmp_path: Path) -> None:
+def test_a_bug_is_not_restarted_for_ever(job: Job, tmp_path: Path) -> None:
     broken = "import tostlm.data as d; d.Loader.batch = lambda *_: 1 / 0; from tostlm.main import main; main()"
     text = f'[ "$1" != train ] || exec python -c "{broken}" "$@"'
-    job.submit("--site", str(tostlm_of_the_nodes(tmp_path, text)))
+    job.submit("--site", str(site_with_wrapper(tmp_path, text)))
     job.wait_for(job.gone)
-    assert ends(job) == [1, 1]
-    assert "it failed with a defect, and none of its last 2 starts came beyond step 0" in job.log()
-    told = succeed(job.command("submit", "status", str(job.run.dir)))
-    assert "ZeroDivisionError" in told and "with code 1" in told
+    assert exit_codes(job) == [1, 1]
+    assert "it failed with a bug, and none of its last 2 starts got beyond step 0" in job.log()
+    printed = succeed(job.command("submit", "status", str(job.run.dir)))
+    assert "ZeroDivisionError" in printed and "with exit code 1" in printed
 
 
-def test_an_unfit_node_is_left_out(job: Job, tmp_path: Path) -> None:
+def test_an_unhealthy_node_is_excluded(job: Job, tmp_path: Path) -> None:
     wrong = "import torch; right = torch.matmul; torch.matmul = lambda a, b: right(a, b) * 1.001"
     main = "from tostlm.main import main; main()"
     text = f'[ "$1 $(hostname)" != "doctor node2" ] || exec python -c "{wrong}; {main}" "$@"'
-    site = tostlm_of_the_nodes(tmp_path, text)
+    site = site_with_wrapper(tmp_path, text)
     job.submit("train.steps=3", "--site", str(site), "--doctor", "--nodes", "1-2", "--gpus-per-node", "1")
     job.wait_for(job.gone)
     assert [event["nodes"] for event in job.events("started")][-2:] == ["node[1-2]", "node[1,3]"]
     assert job.events("ended")[-2]["exclude"] == ["node2"]
-    assert "gemm: rank 1 on node2 is unfit" in job.log() and "is started again without node2" in job.log()
-    assert_whole(job.run, 3)
+    assert "gemm: rank 1 on node2 is unhealthy" in job.log() and "is started again without node2" in job.log()
+    assert_every_step_once(job.run, 3)
 
 
 SHORT = ("train.steps=100000", "train.time_limit_minutes=0.05", "train.save_every_steps=50000")
 
 
 @pytest.mark.slow
-def test_a_chain_goes_on_across_time_limits(job: Job) -> None:
+def test_a_chain_continues_across_time_limits(job: Job) -> None:
     assert "after it, one after another: " in job.submit(*SHORT, "--chain", "2")
     job.wait_for(job.gone)
     first, second = job.events("ended")
-    assert first["code"] == second["code"] == EXIT_REQUEUE
+    assert first["exit_code"] == second["exit_code"] == EXIT_REQUEUE
     assert 0 < first["step"] < second["step"]
     assert [event["job"] for event in job.events("submitted")] == [first["job"], second["job"]]
 
 
-def test_until_done_each_job_queues_the_next(job: Job) -> None:
+def test_with_until_done_each_job_queues_the_next(job: Job) -> None:
     job.submit(*SHORT, "--until-done")
     job.wait_for(lambda: len(job.events("started")) == 2 and len(job.events("submitted")) == 3)
     first, second, third = (event["job"] for event in job.events("submitted"))
@@ -196,11 +195,11 @@ def test_until_done_each_job_queues_the_next(job: Job) -> None:
     steps = read_train_state(checkpoints(job.run.dir)[-1]).step + 1
     job.submit(f"train.steps={steps}", "--until-done")
     job.wait_for(job.gone)
-    assert job.events("ended")[-1]["code"] == 0
-    assert f"cancelled what waited for it: job {job.events('submitted')[-1]['job']}" in job.log()
+    assert job.events("ended")[-1]["exit_code"] == 0
+    assert f"cancelled the jobs that waited for it: {job.events('submitted')[-1]['job']}" in job.log()
 
 
-def test_cancelled_by_slurm_it_stays_so(job: Job) -> None:
+def test_a_job_cancelled_by_scancel_does_not_restart(job: Job) -> None:
     job.submit("train.steps=100000")
     job.wait_for(lambda: job.steps() > 2)
     job.cluster.ask("scancel", job.id)
@@ -211,13 +210,13 @@ def test_cancelled_by_slurm_it_stays_so(job: Job) -> None:
 
 
 @pytest.mark.slow
-def test_a_controller_that_is_away_is_waited_for(job: Job) -> None:
+def test_a_job_waits_for_a_controller_that_does_not_answer(job: Job) -> None:
     job.submit("train.steps=200")
     job.wait_for(lambda: job.steps() > 5)
     controller = int((job.cluster.folder / "slurmctld.pid").read_text())
     os.kill(job.cluster.process(controller), signal.SIGSTOP)
-    job.wait_for(lambda: ends(job) == [0])
-    time.sleep(15)  # some of its questions have no answer by now
+    job.wait_for(lambda: exit_codes(job) == [0])
+    time.sleep(15)  # some commands have timed out by now
     os.kill(job.cluster.process(controller), signal.SIGCONT)
     job.wait_for(job.gone)
     assert "error" not in job.log()
@@ -225,9 +224,9 @@ def test_a_controller_that_is_away_is_waited_for(job: Job) -> None:
 
 
 @pytest.mark.slow
-def test_before_its_time_limit_it_saves_and_starts_again(job: Job) -> None:
+def test_a_job_saves_before_its_time_limit_and_restarts(job: Job) -> None:
     job.submit("train.steps=100000", "train.save_every_steps=50000", "--time", "2:00", "--warning-seconds", "30")
     job.wait_for(lambda: len(job.events("started")) == 2, 240)
-    assert ends(job) == [EXIT_REQUEUE]
+    assert exit_codes(job) == [EXIT_REQUEUE]
     assert job.events("started")[1]["step"] == job.events("ended")[0]["step"] > 0
     assert "(SIGUSR1)" in job.log()

@@ -1,0 +1,119 @@
+"""Subcommands for benchmarks: bench train, bench operator, bench data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tostlm.cli.app import Threads, bench_app, parse_numbers
+from tostlm.errors import UserError
+
+
+@bench_app.command("train")
+def bench_train(
+    configs: Annotated[
+        list[Path],
+        typer.Argument(metavar="CONFIG...", help="runs whose models are compared, as files or shipped names"),
+    ],
+    contexts: Annotated[str, typer.Option(help="context lengths in tokens, with commas between")] = "512,2048,8192",
+    tokens: Annotated[int, typer.Option(min=1, help="tokens of a pass")] = 8192,
+    repeats: Annotated[int, typer.Option(min=1, help="timed passes of each model")] = 5,
+    threads: Threads = None,
+    out: Annotated[Path | None, typer.Option(help="a .json file to write too")] = None,
+) -> None:
+    """Time training passes of several models, interleaved, at growing contexts: tokens per second."""
+    from tostlm.bench import report_training
+
+    print(report_training(configs, parse_numbers(contexts, "--contexts"), tokens, repeats, threads, out))
+
+
+@bench_app.command("operator")
+def bench_operator(
+    shapes: Annotated[str, typer.Option(help="WIDTHxHEADS, with commas between")] = "768x12,1280x20",
+    tokens: Annotated[str, typer.Option(help="tokens of a sequence, with commas between")] = "1024,4096,16384,65536",
+    dtypes: Annotated[str, typer.Option(help="of fp32, bf16, fp16, with commas between")] = "fp32,bf16",
+    backends: Annotated[str, typer.Option(help="of torch, cpp, triton; default: those that run here")] = "",
+    repeats: Annotated[int, typer.Option(min=1, help="timed runs of each")] = 5,
+    threads: Threads = 1,
+    out: Annotated[Path | None, typer.Option(help="write OUT.json, OUT.txt and OUT.png too")] = None,
+) -> None:
+    """Time the TSSA operator's backends beside the authors' operations, a linear layer and a copy, interleaved."""
+    import torch
+
+    from tostlm.bench import describe_machine
+    from tostlm.bench.operator import DTYPES, Shape, plot, table
+    from tostlm.bench.operator import bench_operator as time_operator
+    from tostlm.files import require_file_writable, write_atomically
+    from tostlm.model import best_device
+
+    device = best_device()
+    sizes = [_parse_shape(shape) for shape in shapes.split(",")]
+    unknown = set(dtypes.split(",")) - set(DTYPES.values())
+    if unknown:
+        raise UserError(f"--dtypes {unknown.pop()} is not known; use {', '.join(DTYPES.values())}")
+    kinds = [dtype for dtype, name in DTYPES.items() if name in dtypes.split(",")]
+    names = backends.split(",") if backends else ["torch", "triton" if device.type == "cuda" else "cpp"]
+    lengths = parse_numbers(tokens, "--tokens")
+    if out:
+        require_file_writable(out)
+    torch.set_num_threads(threads or 1)
+    cases = [Shape(*size, length, kind) for size in sizes for kind in kinds for length in lengths]
+    try:
+        timings = time_operator(cases, names, repeats, device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    machine = describe_machine(device)
+    text = f"{table(timings, names)}\n{machine}"
+    if out:
+        rows = [{**t._asdict(), "shape": {**t.shape._asdict(), "dtype": DTYPES[t.shape.dtype]}} for t in timings]
+        write_atomically(out.with_suffix(".json"), json.dumps({"machine": machine, "timings": rows}) + "\n")
+        write_atomically(out.with_suffix(".txt"), text + "\n")
+        write_atomically(out.with_suffix(".png"), plot(timings, names))
+    print(text)
+
+
+@bench_app.command("data")
+def bench_data(
+    source: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="text, as `tostlm prepare` takes it")],
+    tokenizer: Annotated[Path, typer.Option(help="the tokenizer's file")],
+    text_bytes: Annotated[
+        int, typer.Option(min=1, help="how much of the text to use; it is repeated where it is shorter")
+    ] = 50_000_000,
+    context: Annotated[int, typer.Option(min=1, help="tokens of the windows that are loaded")] = 1024,
+    repeats: Annotated[int, typer.Option(min=1, help="timed runs of each")] = 3,
+    workers: Threads = 1,
+    out: Annotated[Path | None, typer.Option(help="a .json file to write too")] = None,
+) -> None:
+    """Time preparation beside the tokenizer alone, interleaved, and the loader's share of a training step."""
+    import torch
+
+    from tostlm.bench import describe_machine
+    from tostlm.bench.data import bench_data as time_data
+    from tostlm.bench.data import table
+    from tostlm.data import Tokenizer
+    from tostlm.files import require_file_writable, write_atomically
+
+    if out:
+        require_file_writable(out)
+    workers = workers or 1
+    rates = time_data(source, Tokenizer.load(tokenizer), text_bytes, workers, context, repeats)
+    machine = describe_machine(torch.device("cpu"))
+    if out:
+        content = {"machine": machine, "workers": workers, "context": context, "repeats": repeats, **rates._asdict()}
+        write_atomically(out, json.dumps(content, indent=2) + "\n")
+    print(f"{table(rates, workers)}\n{machine}")
+
+
+def _parse_shape(shape: str) -> tuple[int, int]:
+    """Return width and heads of WIDTHxHEADS.
+
+    Raises:
+        UserError: it is no such pair, or the heads do not divide the width.
+    """
+    width, _, heads = shape.partition("x")
+    if not (width.isdigit() and heads.isdigit() and int(heads) and int(width) % int(heads) == 0):
+        raise UserError(f"--shapes {shape} must be WIDTHxHEADS, the heads dividing the width, as in 768x12")
+    return int(width), int(heads)

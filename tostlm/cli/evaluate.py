@@ -1,0 +1,58 @@
+"""Subcommands for checkpoints: eval perplexity, generate, convert."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tostlm.cli.app import CheckpointPath, app, eval_app, parse_numbers
+from tostlm.errors import UserError
+
+
+@eval_app.command("perplexity")
+def eval_perplexity(
+    checkpoints: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT...", help="checkpoints or folders of runs")],
+    contexts: Annotated[str, typer.Option(help="context lengths in tokens, with commas between")] = "128,256,512,1024",
+    data: Annotated[
+        Path | None, typer.Option(help="prepared data; default: the first checkpoint's, of a blend the first folder")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="windows scored at each context")] = 64,
+    out: Annotated[Path | None, typer.Option(help="folder for .json, .csv, .png; default: the first run's")] = None,
+) -> None:
+    """Measure perplexity on held-out documents at growing contexts; the same tokens are scored at every one."""
+    from tostlm.eval import evaluate_perplexity
+
+    print(evaluate_perplexity(checkpoints, parse_numbers(contexts, "--contexts"), data, windows, out))
+
+
+@app.command()
+def generate(
+    checkpoint: CheckpointPath,
+    prompt: Annotated[str, typer.Option(help="text to continue; default: the start of a document")] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="tokens to generate at most")] = 100,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, help="sample among this many of the likeliest tokens")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
+) -> None:
+    """Generate text with a checkpoint."""
+    from tostlm.eval import generate_text
+
+    print(generate_text(checkpoint, prompt, tokens, temperature, top_k, seed))
+
+
+@app.command()
+def convert(
+    checkpoint: CheckpointPath,
+    to: Annotated[str, typer.Option(metavar="hf", help="the format: hf")],
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="the folder to write")],
+) -> None:
+    """Convert a checkpoint to a Hugging Face folder that computes the same logits."""
+    from tostlm.checkpoint import load_checkpoint
+    from tostlm.convert import export_hf
+
+    if to != "hf":
+        raise UserError(f"--to {to} is not known; use --to hf")
+    export_hf(load_checkpoint(checkpoint), out)
+    print(f"{out}: loads with transformers.AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)")

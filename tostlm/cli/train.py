@@ -1,0 +1,132 @@
+"""Subcommands for runs: quickstart, config, train, doctor."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tostlm.cli.app import ConfigFile, Overrides, app, config_app
+from tostlm.errors import UserError
+
+if TYPE_CHECKING:
+    from tostlm.launch import RankInfo
+
+Processes = Annotated[int | None, typer.Option(min=1, help="processes on this machine; default: one per GPU, or one")]
+
+
+@app.command()
+def quickstart(
+    configs: Annotated[
+        Path | None,
+        typer.Option(help="folder with quickstart.yaml and quickstart-gpt2.yaml; default: the shipped ones"),
+    ] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="training processes")] = 2,
+) -> None:
+    """Run the whole pipeline on presidential speeches, for ToST and GPT-2. A second run continues the first."""
+    from tostlm.quickstart import quickstart as run
+
+    run(configs, nproc)
+
+
+@config_app.command("list")
+def config_list() -> None:
+    """List the shipped configs; every CONFIG argument takes their names."""
+    from tostlm.config import load_config, shipped_configs
+    from tostlm.model import count_parameters
+
+    for config in shipped_configs():
+        parameters = count_parameters(load_config(config.path).model)
+        size = f"{parameters / 1e6:.0f}M" if parameters >= 10e6 else f"{parameters / 1e6:.1f}M"
+        print(f"{config.name:<18}{size:>6}  {config.summary}")
+
+
+@config_app.command("show")
+def config_show(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Print a run's resolved config, its parameters, steps and tokens."""
+    from tostlm.config import dump_config, load_config
+    from tostlm.model import count_parameters
+
+    run = load_config(config, overrides or [])
+    print(dump_config(run))
+    print(f"# parameters       {count_parameters(run.model):,} without position embeddings")
+    print(f"# tokens per step  {run.train.batch_tokens:,}")
+    print(f"# steps            {run.train.steps:,}")
+    print(f"# total tokens     {run.tokens:,}")
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None, nproc: Processes = None) -> None:
+    """Train a run from its newest checkpoint, or from the start.
+
+    Under torchrun or a Slurm step the ranks come from there; otherwise --nproc processes are started here.
+    """
+    from tostlm.config import batch_plan, load_config
+
+    run = load_config(config, overrides or [])
+    rank = _join_or_launch(["train", str(config), *(overrides or [])], nproc, lambda ranks: batch_plan(run, ranks))
+    if rank.rank == 0:
+        logging.basicConfig(stream=sys.stdout, format="%(message)s")
+        logging.getLogger("tostlm").setLevel(logging.INFO)
+    from tostlm.train import train as train_run
+
+    train_run(run, rank)
+
+
+@app.command()
+def doctor(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nproc: Processes = None,
+    timeout_seconds: Annotated[
+        float, typer.Option(min=1, help="a rank that does not answer within this time is unhealthy")
+    ] = 120,
+    out: Annotated[Path | None, typer.Option(help="a .json file to write too; it names the hosts to exclude")] = None,
+) -> None:
+    """Check on all ranks what would spoil a run before it starts: software, devices, network, clocks, disk, data.
+
+    The ranks are started as those of `tostlm train` are.
+    """
+    from tostlm.config import load_config
+
+    run = load_config(config, overrides or [])
+    options = ["--timeout-seconds", str(timeout_seconds), *(["--out", str(out)] if out else [])]
+    rank = _join_or_launch(["doctor", str(config), *(overrides or []), *options], nproc)
+    from tostlm.doctor import run_doctor
+
+    run_doctor(run, rank, timeout_seconds, out)
+
+
+def _join_or_launch(
+    arguments: list[str], nproc: int | None, check: Callable[[int], object] = lambda ranks: None
+) -> RankInfo:
+    """Return the rank that a launcher gave this process; without a launcher, start the ranks here and exit with them.
+
+    Args:
+        arguments: the command line of each rank that is started here.
+        nproc: how many ranks to start here; None: one per GPU, or one.
+        check: called with the number of ranks before they are started.
+
+    Raises:
+        UserError: both a launcher and --nproc say how many ranks there are.
+    """
+    from tostlm.launch import export_rendezvous, rank_from_environment, run_local
+
+    rank = rank_from_environment(os.environ)
+    if rank is None:
+        import torch
+
+        processes = nproc or torch.cuda.device_count() or 1
+        check(processes)
+        raise typer.Exit(run_local(arguments, processes))
+    if nproc is not None:
+        raise UserError(
+            f"--nproc {nproc} is for machines without a launcher; here one has started {rank.world_size} ranks"
+        )
+    export_rendezvous(rank)
+    return rank

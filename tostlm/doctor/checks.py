@@ -1,0 +1,185 @@
+"""`tostlm doctor`: which checks are made, in which order, and what happens when ranks do not answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tostlm.config import RunConfig, matmul_dtype
+from tostlm.doctor import hardware, network, run_inputs
+from tostlm.doctor.coordinator import Answer, Coordinator, Measurement, RankTimeout
+from tostlm.doctor.findings import (
+    FAIL,
+    Finding,
+    build_report,
+    format_ranks,
+    summarize_failures,
+    unhealthy,
+)
+from tostlm.errors import UserError
+from tostlm.files import require_file_writable, write_atomically
+from tostlm.launch import RankInfo
+
+Measured = TypeVar("Measured")
+
+MAX_ROUNDS = 3  # of a measurement that fails: one pass shows that the failure was a disturbance
+
+
+def run_doctor(config: RunConfig, rank_info: RankInfo, timeout_seconds: float, out: Path | None) -> None:
+    """Check what a run of this config on these ranks would meet. Every rank calls this.
+
+    Rank 0 prints a line for each check as it is made, and writes them all to `out` as JSON.
+
+    Args:
+        config: of the run.
+        rank_info: this process's rank.
+        timeout_seconds: a rank that does not answer within it is unhealthy.
+        out: a .json file.
+
+    Raises:
+        UserError: on rank 0, a check fails; elsewhere, rank 0 does not answer.
+    """
+    if out and rank_info.rank == 0:
+        require_file_writable(out)
+    coordinator = Coordinator(rank_info, timeout_seconds)
+    if rank_info.rank:
+        coordinator.serve(_measurements(config, coordinator))
+        return
+    findings = []
+    for finding in _Examination(config, coordinator).run():
+        print(finding.format_line(), flush=True)
+        findings.append(finding)
+    if out:
+        write_atomically(out, json.dumps(build_report(findings, coordinator.hosts), indent=2) + "\n")
+    if failures := summarize_failures(findings):
+        raise UserError(failures)
+
+
+def _measurements(config: RunConfig, coordinator: Coordinator) -> dict[str, Measurement]:
+    """Return what this rank measures for each question; what concerns a host is measured by its first rank only."""
+    rank_info = coordinator.rank_info
+
+    def once_per_host(measure: Callable[[RunConfig, int], object]) -> Measurement:
+        return lambda: measure(config, rank_info.rank) if coordinator.first_of_host else None
+
+    return {
+        "versions": lambda: run_inputs.measure_versions(config),
+        "devices": lambda: hardware.measure_device(matmul_dtype(config)),
+        "gemm": lambda: hardware.measure_gemm(matmul_dtype(config)),
+        "disk": once_per_host(run_inputs.measure_disk),
+        "data": once_per_host(run_inputs.measure_data),
+        "connect": coordinator.connect_group,
+        "all-reduce": lambda: network.measure_all_reduce(rank_info),
+        "ring": lambda: network.measure_link(rank_info),
+        "clock": lambda: network.measure_clocks(rank_info),
+    }
+
+
+class _ExaminationAborted(Exception):
+    """No more checks can be made, for the reason that the finding gives."""
+
+    def __init__(self, finding: Finding) -> None:
+        super().__init__(finding)
+        self.finding = finding
+
+
+class _Examination:
+    """The checks that rank 0 makes, in order. Collectives come last: a failure there ends the examination."""
+
+    def __init__(self, config: RunConfig, coordinator: Coordinator) -> None:
+        self._config, self._coordinator = config, coordinator
+        self._measurements = _measurements(config, coordinator)
+
+    def run(self) -> Iterator[Finding]:
+        """Yield one finding after another."""
+        try:
+            self._gather_hosts()
+            yield from self._check_each_rank()
+            yield from self._check_collectives()
+        except _ExaminationAborted as aborted:
+            yield aborted.finding
+        self._coordinator.end()
+
+    def _check_each_rank(self) -> Iterator[Finding]:
+        config, hosts = self._config, self._coordinator.hosts
+        yield run_inputs.check_versions(self._ask("versions"), hosts)
+        devices = [hardware.Device(*value) for value in self._ask("devices")]
+        yield hardware.check_devices(devices, hosts)
+        yield run_inputs.check_config(config, devices, hosts)
+        yield from _check_repeatedly(
+            lambda: [hardware.Gemm(*value) for value in self._ask("gemm")],
+            hardware.combine_gemms,
+            lambda gemms: hardware.check_gemms(gemms, hosts),
+        )
+        try:
+            with run_inputs.marked_run_dir(config.run_dir):
+                disks = [(rank, run_inputs.Disk(*value)) for rank, value in enumerate(self._ask("disk")) if value]
+                yield run_inputs.check_disk(disks, config, hosts)
+        except (UserError, OSError) as error:
+            yield Finding("disk", FAIL, str(error))
+        data = [(rank, run_inputs.PreparedData(*value)) for rank, value in enumerate(self._ask("data")) if value]
+        yield run_inputs.check_data(data, hosts)
+        if not any(each.error for _, each in data):
+            yield run_inputs.check_resume(config)
+
+    def _check_collectives(self) -> Iterator[Finding]:
+        hosts = self._coordinator.hosts
+        self._ask("connect")
+        yield network.check_all_reduces([network.AllReduce(*value) for value in self._ask("all-reduce")], hosts)
+        if self._coordinator.rank_info.world_size > 1:
+            yield from _check_repeatedly(
+                lambda: [network.Link(*value) for value in self._ask("ring")],
+                network.combine_links,
+                lambda links: network.check_links(links, hosts),
+            )
+            yield network.check_clocks(self._ask("clock")[0], hosts)
+
+    def _gather_hosts(self) -> None:
+        coordinator = self._coordinator
+        try:
+            coordinator.gather_hosts()
+        except RankTimeout as timeout:
+            ranks = ", ".join(map(str, timeout.ranks))
+            measured = (
+                f"rank(s) {ranks} of {coordinator.rank_info.world_size} did not arrive within "
+                f"{coordinator.timeout_seconds:g} s"
+            )
+            remedy = "check that they started and can reach rank 0's address, or exclude their hosts"
+            raise _ExaminationAborted(Finding("ranks", FAIL, measured, remedy, timeout.ranks)) from None
+
+    def _ask(self, question: str) -> list[Any]:
+        """Return what all ranks measured, as JSON holds it.
+
+        Raises:
+            _ExaminationAborted: some ranks did not answer, or could not measure.
+        """
+        hosts = self._coordinator.hosts
+        try:
+            answers: list[Answer] = self._coordinator.ask(question, self._measurements)
+        except RankTimeout as timeout:
+            reason = f"no answer within {self._coordinator.timeout_seconds:g} s"
+            raise _ExaminationAborted(unhealthy(question, timeout.ranks, hosts, reason)) from None
+        failed = [rank for rank, answer in enumerate(answers) if answer.error]
+        if not failed:
+            return [answer.value for answer in answers]
+        reason = answers[failed[0]].error
+        if len(failed) < len(answers):
+            raise _ExaminationAborted(unhealthy(question, failed, hosts, reason))
+        remedy = "check that all hosts reach each other by the network interface that they use"
+        raise _ExaminationAborted(Finding(question, FAIL, f"{format_ranks(failed, hosts)}: {reason}", remedy))
+
+
+def _check_repeatedly(
+    measure: Callable[[], list[Measured]],
+    combine: Callable[[Sequence[Measured]], Measured],
+    check: Callable[[Sequence[Measured]], list[Finding]],
+) -> list[Finding]:
+    """Measure all ranks up to MAX_ROUNDS times while something fails; return the check of each rank's best result."""
+    rounds: list[list[Measured]] = []
+    while True:
+        rounds.append(measure())
+        findings = check([combine(of_rank) for of_rank in zip(*rounds, strict=True)])
+        if len(rounds) == MAX_ROUNDS or all(finding.level != FAIL for finding in findings):
+            return findings

@@ -1,0 +1,215 @@
+"""Questions from rank 0 to all ranks, answered within a timeout: a rank that is dead, stopped or stuck gets named.
+
+Questions and answers go through a key-value store that rank 0 or torchrun serves, not through collectives: when a
+collective hangs, nobody can tell which rank is missing. A measurement runs in a thread of its own, so that a rank whose
+collective, driver or file system hangs can still report that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from tostlm.errors import EXIT_USER_ERROR, UserError, error_summary
+from tostlm.launch import RankInfo
+
+Measurement = Callable[[], object]  # its value must be something that JSON holds
+
+END = "end"
+GRACE_SECONDS = 5.0  # for an answer to travel
+POLL_SECONDS = 0.02
+REPORTED_ERRORS = (UserError, OSError, RuntimeError, MemoryError)  # become findings; any other error is a bug
+
+
+class Answer(NamedTuple):
+    """What a rank measured, or why it could not; `stuck` if it was still measuring at the timeout."""
+
+    value: Any
+    error: str = ""
+    stuck: bool = False
+
+
+class RankTimeout(Exception):
+    """Some ranks did not answer in time."""
+
+    def __init__(self, ranks: Sequence[int]) -> None:
+        super().__init__(ranks)
+        self.ranks = tuple(ranks)
+
+
+class Coordinator:
+    """One rank's connection to all others.
+
+    Args:
+        rank_info: this process's rank.
+        timeout_seconds: for each answer.
+
+    Attributes:
+        hosts: the host of each rank; "" for one that has not arrived.
+
+    Raises:
+        UserError: rank 0 cannot be reached.
+    """
+
+    def __init__(self, rank_info: RankInfo, timeout_seconds: float) -> None:
+        self.rank_info, self.timeout_seconds = rank_info, timeout_seconds
+        self.hosts = [""] * rank_info.world_size
+        self._worker = self._new_worker()
+        self._asked, self._timed_out = 0, set[int]()
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        connected = self._run_with_timeout(timeout_seconds, self._connect)
+        if connected.stuck or connected.error:
+            if rank_info.rank == 0:
+                reason = connected.error or "no answer"
+                raise UserError(f"rank 0 cannot listen at {address} ({reason}); choose another port")
+            raise _rank_0_unreachable(rank_info, f"at {address}")
+        self._store: dist.Store = connected.value
+
+    def _connect(self) -> dist.Store:
+        served_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=self.rank_info.rank == 0 and not served_by_torchrun,
+            timeout=timedelta(seconds=3 * self.timeout_seconds),
+            wait_for_workers=False,
+        )
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return dist.PrefixStore(f"doctor/{attempt}", store)
+
+    def gather_hosts(self) -> None:
+        """On rank 0: learn the hosts of all ranks.
+
+        Raises:
+            RankTimeout: some ranks did not arrive.
+        """
+        self._store.set("here/0", _host_name())
+        missing = self._wait_for_ranks("here", time.monotonic() + self.timeout_seconds)
+        for rank in set(range(self.rank_info.world_size)) - set(missing):
+            self.hosts[rank] = self._store.get(f"here/{rank}").decode()
+        self._store.set("hosts", json.dumps(self.hosts))
+        if missing:
+            raise RankTimeout(missing)
+
+    def ask(self, question: str, measurements: Mapping[str, Measurement]) -> list[Answer]:
+        """On rank 0: return the answers of all ranks, which measure at the same time.
+
+        Raises:
+            RankTimeout: some ranks did not answer.
+        """
+        self._asked += 1
+        deadline = time.monotonic() + self.timeout_seconds + GRACE_SECONDS
+        self._store.set(f"question/{self._asked}", question)
+        self._answer(measurements[question])
+        missing = self._wait_for_ranks(f"answer/{self._asked}", deadline)
+        if missing:
+            raise RankTimeout(missing)
+        texts = [self._store.get(f"answer/{self._asked}/{rank}") for rank in range(self.rank_info.world_size)]
+        return [Answer(*json.loads(text)) for text in texts]
+
+    def end(self) -> None:
+        """On rank 0: let the other ranks go, and wait until those that answer have read that.
+
+        The store may be rank 0's own and must outlive their last read.
+        """
+        self._asked += 1
+        self._store.set(f"question/{self._asked}", END)
+        self._answer(_measure_nothing)
+        self._wait_for_ranks(f"answer/{self._asked}", time.monotonic() + GRACE_SECONDS)
+
+    def serve(self, measurements: Mapping[str, Measurement]) -> None:
+        """On every other rank: answer rank 0's questions until it ends the session.
+
+        Raises:
+            UserError: rank 0 does not answer; only rank 1 reports it.
+        """
+        self._store.set(f"here/{self.rank_info.rank}", _host_name())
+        self.hosts = json.loads(self._read("hosts"))
+        question = ""
+        while question != END:
+            self._asked += 1
+            question = self._read(f"question/{self._asked}").decode()
+            self._answer(_measure_nothing if question == END else measurements[question])
+
+    def _read(self, key: str) -> bytes:
+        """Return a value that rank 0 sets, which may take as long as rank 0 waits for other ranks."""
+        answer = self._run_with_timeout(2 * self.timeout_seconds + GRACE_SECONDS, lambda: self._store.get(key))
+        if answer.stuck or answer.error:
+            raise _rank_0_unreachable(self.rank_info, f"from {_host_name()}")
+        value: bytes = answer.value
+        return value
+
+    def _answer(self, measurement: Measurement) -> None:
+        answer = self._run_with_timeout(self.timeout_seconds, measurement)
+        self._store.set(f"answer/{self._asked}/{self.rank_info.rank}", json.dumps(answer))
+
+    def _wait_for_ranks(self, prefix: str, deadline: float) -> list[int]:
+        """Return the ranks whose keys are missing at the deadline. Ranks that timed out before are not waited for."""
+        keys = {rank: f"{prefix}/{rank}" for rank in range(self.rank_info.world_size) if rank not in self._timed_out}
+        while not self._store.check(list(keys.values())):
+            if time.monotonic() > deadline:
+                self._timed_out = {rank for rank, key in keys.items() if not self._store.check([key])}
+                return sorted(self._timed_out)
+            time.sleep(POLL_SECONDS)
+        return []
+
+    def _run_with_timeout(self, seconds: float, work: Measurement) -> Answer:
+        future = self._worker.submit(work)
+        wait([future], seconds)
+        if not future.done():
+            self._worker = self._new_worker()  # the old one may hang for ever
+            return Answer(None, f"not done within {seconds:g} s", stuck=True)
+        try:
+            return Answer(future.result())
+        except REPORTED_ERRORS as error:
+            return Answer(None, error_summary(error))
+
+    def _new_worker(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, "answer", _choose_device, (self.rank_info.local_rank,))
+
+    @property
+    def first_of_host(self) -> bool:
+        """Whether this rank is the lowest of its host, which measures what concerns the whole host."""
+        return self.hosts.index(self.hosts[self.rank_info.rank]) == self.rank_info.rank
+
+    def connect_group(self) -> None:
+        """Join torch.distributed's process group as a run does: NCCL between GPUs, gloo between CPUs.
+
+        The group gets a connection to the store of its own: a hanging call on a shared one would block the answers.
+        """
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            store=dist.PrefixStore("group", self._store.clone()),  # type: ignore[attr-defined]  # missing in torch's stubs
+            rank=self.rank_info.rank,
+            world_size=self.rank_info.world_size,
+            timeout=timedelta(seconds=3 * self.timeout_seconds),  # longer than ours, which reports the rank at fault
+        )
+
+
+def _rank_0_unreachable(rank_info: RankInfo, where: str) -> BaseException:
+    if rank_info.rank > 1:  # rank 1 reports it for all
+        return SystemExit(EXIT_USER_ERROR)
+    return UserError(f"rank 0 does not answer {where}; check that it runs and that its port can be reached")
+
+
+def _measure_nothing() -> None:
+    pass
+
+
+def _host_name() -> str:
+    """Return this host's name as Slurm knows it, or else its own."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def _choose_device(local_rank: int) -> None:
+    if torch.cuda.is_available():  # a launcher may show each rank only its own GPU
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())

@@ -1,0 +1,106 @@
+"""The result of a check, the report of all results, and the wording that the checks share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Final, Literal, NamedTuple, TypedDict, TypeVar
+
+Value = TypeVar("Value", bound=Hashable)
+
+OK: Final = "ok"
+WARN: Final = "warn"
+FAIL: Final = "FAIL"
+MAX_NAMED_RANKS = 8  # in one message
+
+
+class Finding(NamedTuple):
+    """The result of one check.
+
+    Attributes:
+        check: the check's name.
+        level: ok, warn or FAIL.
+        measured: what was found.
+        remedy: what to do about it.
+        unhealthy_ranks: ranks whose host is at fault.
+    """
+
+    check: str
+    level: Literal["ok", "warn", "FAIL"]
+    measured: str
+    remedy: str = ""
+    unhealthy_ranks: tuple[int, ...] = ()
+
+    def format_line(self) -> str:
+        """Return the finding as a line of the printed table."""
+        return f"{self.level:<6}{self.check:<12}{self.measured}{'; ' if self.remedy else ''}{self.remedy}"
+
+
+class Report(TypedDict):
+    """The content of the JSON report."""
+
+    healthy: bool
+    hosts: list[str]
+    unhealthy_ranks: list[int]
+    exclude: list[str]
+    checks: list[dict[str, object]]
+
+
+def unhealthy(check: str, ranks: Sequence[int], hosts: Sequence[str], reason: str, repair: str = "") -> Finding:
+    """Return a failure whose cause is the hosts of `ranks`; the remedy is `repair`, or to exclude these hosts."""
+    verb = "is" if len(ranks) == 1 else "are"
+    exclude = f"exclude {', '.join(unique(hosts[rank] for rank in ranks))}"
+    remedy = f"{repair}, or {exclude}" if repair else exclude
+    return Finding(check, FAIL, f"{format_ranks(ranks, hosts)} {verb} unhealthy: {reason}", remedy, tuple(ranks))
+
+
+def format_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
+    """Return the names of ranks with their hosts, as `rank 3 on node7`."""
+    plural = "s" if len(ranks) > 1 else ""
+    rest = f" and {len(ranks) - MAX_NAMED_RANKS} more" if len(ranks) > MAX_NAMED_RANKS else ""
+    return f"rank{plural} {', '.join(f'{rank} on {hosts[rank]}' for rank in ranks[:MAX_NAMED_RANKS])}{rest}"
+
+
+def format_quantity(value: float, unit: str) -> str:
+    """Return a value with three digits and a decimal prefix, as `1.23 GB/s`."""
+    for prefix in ("", "k", "M", "G"):
+        if value < 1000:
+            return f"{value:.3g} {prefix}{unit}"
+        value /= 1000
+    return f"{value:.3g} T{unit}"
+
+
+def unique(values: Iterable[Value]) -> list[Value]:
+    """Return each value once, in order of first occurrence."""
+    return list(dict.fromkeys(values))
+
+
+def find_minority(values: Sequence[Hashable]) -> tuple[list[int], int]:
+    """Return the ranks whose value is not the most common one, and one rank whose value is.
+
+    Of equally common values rank 0's counts as the most common one.
+    """
+    ((commonest, _),) = Counter(values).most_common(1)
+    return [rank for rank, value in enumerate(values) if value != commonest], values.index(commonest)
+
+
+def summarize_failures(findings: Sequence[Finding]) -> str:
+    """Return all failures in one line, then each remedy once; "" if nothing failed."""
+    failed = [finding for finding in findings if finding.level == FAIL]
+    remedies = unique(finding.remedy for finding in failed if finding.remedy)
+    return "; ".join([*(f"{finding.check}: {finding.measured}" for finding in failed), *remedies])
+
+
+def build_report(findings: Sequence[Finding], hosts: Sequence[str]) -> Report:
+    """Return the findings for the JSON report.
+
+    `exclude` holds the hosts of unhealthy ranks; a rank that never reported its host is "" there.
+    """
+    ranks = sorted({rank for finding in findings for rank in finding.unhealthy_ranks})
+    return {
+        "healthy": not summarize_failures(findings),
+        "hosts": list(hosts),
+        "unhealthy_ranks": ranks,
+        "exclude": unique(hosts[rank] for rank in ranks),
+        "checks": [finding._asdict() for finding in findings],
+    }

@@ -1,0 +1,313 @@
+"""Checks of what a run starts from: software, config against devices, disk, prepared data, newest checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import random
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import tostlm
+from tostlm.checkpoint import checkpoints, read_train_state
+from tostlm.config import RunConfig, batch_plan, dump_config
+from tostlm.data import TRAIN, VALIDATION, Tokenizer, TokenSet, common_tokenizer, read_manifest, shard_files, verify
+from tostlm.doctor.findings import (
+    FAIL,
+    OK,
+    WARN,
+    Finding,
+    find_minority,
+    format_quantity,
+    format_ranks,
+    unhealthy,
+)
+from tostlm.doctor.hardware import Device
+from tostlm.errors import UserError
+from tostlm.files import require_writable
+from tostlm.model import count_parameters
+
+PACKAGES = ("torch", "deepspeed", "tostlm")
+OPTIMIZER_BYTES = 12  # per parameter in a checkpoint: AdamW's two moments and the weights, in fp32
+PROBE_BYTES, CHUNK_BYTES = 1 << 26, 1 << 22  # written to measure a disk
+MARKER = ".doctor"
+SAMPLE_BYTES = 1 << 28  # of shards, checksummed on each host; at least one file of each folder
+
+
+def measure_versions(config: RunConfig) -> dict[str, str]:
+    """Return this rank's versions, and digests of tostlm's source and of the config, which change without a version."""
+    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    sources = sorted(Path(tostlm.__file__).parent.rglob("*.py"))
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "source of tostlm": _digest(b"".join(path.read_bytes() for path in sources)),
+        "config": _digest(dump_config(config).encode()),
+    }
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:8]
+
+
+def check_versions(versions: Sequence[dict[str, str]], hosts: Sequence[str]) -> Finding:
+    """Check that all ranks have the same software and config."""
+    odd, usual = find_minority([tuple(each.items()) for each in versions])
+    if not odd:
+        return Finding("versions", OK, ", ".join(f"{name} {version}" for name, version in versions[0].items()))
+    theirs, ours = versions[odd[0]], versions[usual]
+    differing = [key for key in ours if theirs[key] != ours[key]]
+    reason = ", ".join(f"{key} is {theirs[key]} on rank {odd[0]}, elsewhere {ours[key]}" for key in differing)
+    return unhealthy("versions", odd, hosts, reason, "install the same there")
+
+
+def total_parameters(config: RunConfig) -> int:
+    """Return the number of the model's parameters, position embeddings included."""
+    return count_parameters(config.model) + (config.model.positions or 0) * config.model.width
+
+
+def weight_bytes(config: RunConfig) -> int:
+    """Return the bytes of the weights in the dtype in which they are trained and saved."""
+    return total_parameters(config) * (2 if config.precision in ("bf16", "fp16") else 4)
+
+
+def model_memory_bytes(config: RunConfig, world_size: int) -> float:
+    """Return what a model takes on each rank between steps: weights, gradients, AdamW's fp32 moments and weights.
+
+    ZeRO partitions the optimizer from stage 1 on, the gradients from 2 and the weights from 3 (Rajbhandari et al. 2020,
+    arXiv 1910.02054). Activations come on top.
+    """
+    count, weights, stage = total_parameters(config), weight_bytes(config), config.zero_stage
+    optimizer = count * (8 if weights == 4 * count else 12)
+    divisors = [world_size if stage >= first else 1 for first in (3, 2, 1)]
+    return sum(size / divisor for size, divisor in zip((weights, weights, optimizer), divisors, strict=True))
+
+
+def check_config(config: RunConfig, devices: Sequence[Device], hosts: Sequence[str]) -> Finding:
+    """Check that the ranks can run the config: batch, precision and, roughly, memory."""
+    world_size = len(devices)
+    try:
+        plan = batch_plan(config, world_size)
+    except UserError as error:
+        return Finding("config", FAIL, str(error))
+    unable = [rank for rank, device in enumerate(devices) if not device.supports_dtype]
+    if unable:
+        measured = f"precision is {config.precision}, which {format_ranks(unable, hosts)} cannot multiply in"
+        return Finding("config", FAIL, measured, "train in fp32, or on other devices")
+    measured = (
+        f"{plan.sequences} sequences per step, {plan.accumulation} gradient accumulation steps; {config.precision}, "
+        f"ZeRO stage {config.zero_stage}"
+    )
+    if any(key.startswith("offload_") for key in config.deepspeed.get("zero_optimization", {})):
+        return Finding("config", OK, measured)
+    ranks_on, need = Counter(hosts), model_memory_bytes(config, world_size)
+    available = min(
+        device.memory_bytes / (ranks_on[host] if device.kind == "cpu" else 1)
+        for device, host in zip(devices, hosts, strict=True)
+    )
+    measured += f"; model and optimizer take {format_quantity(need, 'B')} of {format_quantity(available, 'B')} per rank"
+    if need > available:
+        return Finding("config", WARN, measured, "raise the ZeRO stage, start more ranks or offload the optimizer")
+    return Finding("config", OK, measured)
+
+
+class Disk(NamedTuple):
+    """The run's folder as one host sees it.
+
+    Attributes:
+        shared: whether the host sees the file that rank 0 created there.
+        free_bytes: free space.
+        write_bytes_per_second: to the disk itself.
+        error: why nothing could be written, or "".
+    """
+
+    shared: bool
+    free_bytes: int
+    write_bytes_per_second: float
+    error: str
+
+
+@contextmanager
+def marked_run_dir(run_dir: Path) -> Iterator[None]:
+    """On rank 0: keep a file in the run's folder for the other hosts to see; remove what was created afterwards.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    is_new = not run_dir.exists()
+    require_writable(run_dir)
+    marker = run_dir / MARKER
+    try:
+        marker.touch()
+        yield
+    finally:
+        marker.unlink(missing_ok=True)
+        if is_new:
+            with suppress(OSError):
+                run_dir.rmdir()
+
+
+def measure_disk(config: RunConfig, rank: int) -> Disk:
+    """Write and sync a file beside rank 0's marker, and remove it again. One rank of each host calls this."""
+    folder = config.run_dir
+    if not (folder / MARKER).exists():
+        return Disk(False, 0, 0.0, "")
+    free = shutil.disk_usage(folder).free
+    probe = folder / f"{MARKER}-{rank}"
+    content = os.urandom(CHUNK_BYTES)
+    size = max(1, min(PROBE_BYTES, free // 2))
+    try:
+        start = time.perf_counter()
+        with probe.open("wb") as file:
+            for written in range(0, size, CHUNK_BYTES):
+                file.write(content[: size - written])
+            file.flush()
+            os.fsync(file.fileno())
+        return Disk(True, free, size / (time.perf_counter() - start), "")
+    except OSError as error:
+        return Disk(True, free, 0.0, str(error.strerror))
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Return the bytes of one checkpoint: AdamW's state with its fp32 weights, and the file of weights alone."""
+    weights = weight_bytes(config) if config.train.save_weights else 0
+    return OPTIMIZER_BYTES * total_parameters(config) + weights
+
+
+def checkpoints_to_come(config: RunConfig) -> int:
+    """Return how many checkpoints will be added: those kept at the end, and one that is being written beside them."""
+    train = config.train
+    kept = -(-train.steps // train.save_every_steps)
+    if train.keep_last_checkpoints:
+        permanent = train.steps // train.keep_every_steps if train.keep_every_steps else 0
+        kept = min(kept, train.keep_last_checkpoints + permanent + train.keep_best_checkpoint)
+    return max(0, kept - len(checkpoints(config.run_dir))) + 1
+
+
+def check_disk(disks: Sequence[tuple[int, Disk]], config: RunConfig, hosts: Sequence[str]) -> Finding:
+    """Check that all hosts share the run's folder and that it holds the run's checkpoints.
+
+    Args:
+        disks: a rank of each host and what it measured.
+        config: of the run.
+        hosts: of each rank.
+    """
+    run_dir = config.run_dir
+    not_shared = [rank for rank, disk in disks if not disk.shared]
+    if not_shared:
+        reason = f"{run_dir} does not show there what rank 0 wrote"
+        return unhealthy("disk", not_shared, hosts, reason, "put run_dir on a file system that all hosts share")
+    for rank, disk in disks:
+        if disk.error:
+            return unhealthy(
+                "disk", [rank], hosts, f"cannot write in {run_dir}: {disk.error}", "free space or repair it"
+            )
+    one, count = checkpoint_bytes(config), checkpoints_to_come(config)
+    rank, fullest = min(disks, key=lambda pair: pair[1].free_bytes)
+    slowest = min(disk.write_bytes_per_second for _, disk in disks)
+    need = f"{count} checkpoints of {format_quantity(one, 'B')}"
+    measured = f"{format_quantity(fullest.free_bytes, 'B')} free in {run_dir} for {need}"
+    if fullest.free_bytes < one:
+        remedy = "free space or choose another run_dir"
+        return Finding("disk", FAIL, f"{measured} ({format_ranks([rank], hosts)})", remedy)
+    if fullest.free_bytes < count * one:
+        return Finding("disk", WARN, measured, "free space or set train.keep_last_checkpoints")
+    speed = f"the slowest host writes {format_quantity(slowest, 'B/s')}"
+    return Finding("disk", OK, f"{measured}, {speed}")
+
+
+class PreparedData(NamedTuple):
+    """The prepared folders as one host sees them.
+
+    Attributes:
+        contents: digests of all folders' contents.
+        checked_bytes: bytes of shards that were checksummed.
+        total_bytes: bytes of all shards.
+        error: what is wrong with them, or "".
+    """
+
+    contents: str
+    checked_bytes: int
+    total_bytes: int
+    error: str
+
+
+def measure_data(config: RunConfig, rank: int) -> PreparedData:
+    """Read every manifest and checksum a sample of the files, a different one on each host.
+
+    One rank of each host calls this.
+    """
+    folders = config.data.folders
+    try:
+        common_tokenizer(folders, config.model.vocab_size)
+        contents = " ".join(read_manifest(folder).content_sha256[:12] for folder in folders)
+        checked, total = 0, 0
+        for folder in folders:
+            for split in (TRAIN, VALIDATION):
+                TokenSet(folder, split)
+            sizes = {name: (folder / name).stat().st_size for name in shard_files(read_manifest(folder))}
+            chosen = _choose_sample(sizes, SAMPLE_BYTES // len(folders), rank)
+            checked += sum(sizes[name] for name in verify(folder, chosen))
+            total += sum(sizes.values())
+    except UserError as error:
+        return PreparedData("", 0, 0, str(error))
+    except OSError as error:
+        return PreparedData("", 0, 0, f"{error.filename} cannot be read: {error.strerror}")
+    return PreparedData(contents, checked, total, "")
+
+
+def _choose_sample(sizes: dict[str, int], budget: int, seed: int) -> list[str]:
+    """Return random files of at most `budget` bytes in all, but at least one file."""
+    names = sorted(sizes)
+    random.Random(seed).shuffle(names)
+    chosen = names[:1]
+    for name in names[1:]:
+        if sum(sizes[each] for each in chosen) + sizes[name] <= budget:
+            chosen.append(name)
+    return chosen
+
+
+def check_data(found: Sequence[tuple[int, PreparedData]], hosts: Sequence[str]) -> Finding:
+    """Check that every host reads the same undamaged data; `found` has a rank of each host and what it measured."""
+    bad = [(rank, data) for rank, data in found if data.error]
+    if len(bad) == len(found):
+        return Finding("data", FAIL, bad[0][1].error)
+    if bad:
+        return unhealthy("data", [rank for rank, _ in bad], hosts, bad[0][1].error)
+    odd, _ = find_minority([data.contents for _, data in found])
+    if odd:
+        ranks = [found[index][0] for index in odd]
+        return unhealthy("data", ranks, hosts, "it holds other data", "copy the same data there")
+    checked, total = found[0][1].checked_bytes, found[0][1].total_bytes
+    share = f"{format_quantity(checked, 'B')} of" if checked < total else "all"
+    which = "each" if len(found) > 1 else "the"
+    measured = f"{share} {format_quantity(total, 'B')} checksummed on {which} host, one tokenizer"
+    return Finding("data", OK, measured)
+
+
+def check_resume(config: RunConfig) -> Finding:
+    """Check that the newest checkpoint in the run's folder, as rank 0 sees it, has the tokenizer of the data."""
+    found = checkpoints(config.run_dir)
+    if not found:
+        return Finding("resume", OK, f"no checkpoint in {config.run_dir}: the run starts at step 0")
+    newest: Path = found[-1]
+    try:
+        step = read_train_state(newest).step
+        theirs = Tokenizer.from_folder(newest).sha256
+        ours = common_tokenizer(config.data.folders).sha256
+    except UserError as error:
+        return Finding("resume", FAIL, str(error))
+    if theirs != ours:
+        measured = f"checkpoint {newest} was trained with another tokenizer than the data has"
+        return Finding("resume", FAIL, measured, "choose another run_dir, or the data it was trained on")
+    return Finding("resume", OK, f"from step {step}, {newest}")
