@@ -22,7 +22,7 @@ def texts_of(folder: Path, split: str) -> list[str]:
     tokens, tokenizer = TokenSet(folder, split), load_tokenizer(folder)
     found = []
     for start, stop in tokens.document_bounds.tolist():
-        document = tokens.tokens(start, stop)
+        document = tokens.read(start, stop)
         assert document[-1] == tokenizer.eos_id
         found.append(tokenizer.decode(document[:-1].tolist()))
     return found
@@ -48,8 +48,8 @@ def test_shard_sizes_change_nothing(data: Path, corpus: Path, tokenizer: Tokeniz
     )
     whole, small = TokenSet(data, TRAIN), TokenSet(tmp_path / "small", TRAIN)
     assert len(small.split.shards) > 5
-    assert np.array_equal(whole.tokens(0, len(whole)), small.tokens(0, len(small)))
-    assert np.array_equal(whole.tokens(6000, 25_000), small.tokens(6000, 25_000))  # across shards
+    assert np.array_equal(whole.read(0, len(whole)), small.read(0, len(small)))
+    assert np.array_equal(whole.read(6000, 25_000), small.read(6000, 25_000))  # across shards
     assert np.array_equal(whole.document_bounds, small.document_bounds)
 
 
@@ -92,7 +92,7 @@ def test_a_token_beyond_the_vocabulary(copy: Path) -> None:
     tokens[50] = 60_000
     tokens.flush()
     with pytest.raises(UserError, match="holds token 60000, beyond its vocabulary of 512"):
-        TokenSet(copy, TRAIN).tokens(0, 100)
+        TokenSet(copy, TRAIN).read(0, 100)
 
 
 def test_an_unfinished_folder_is_no_data(tmp_path: Path) -> None:
@@ -112,12 +112,12 @@ few = {len(TokenSet(tmp_path / "many", TRAIN).split.shards)} - 20
 token_set.OPEN_SHARDS = 4
 resource.setrlimit(resource.RLIMIT_NOFILE, (few, few))
 tokens = TokenSet(Path({str(tmp_path / "many")!r}), TRAIN)
-print(int(tokens.tokens(0, len(tokens)).sum()), len(tokens.document_bounds))
+print(int(tokens.read(0, len(tokens)).sum()), len(tokens.document_bounds))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     whole = TokenSet(data, TRAIN)
-    assert done.stdout.split() == [str(whole.tokens(0, len(whole)).sum()), str(len(whole.document_bounds))]
+    assert done.stdout.split() == [str(whole.read(0, len(whole)).sum()), str(len(whole.document_bounds))]
 
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -131,7 +131,7 @@ def test_any_manifest_is_read_or_refused(copy: Path, changes: st.DataObject) -> 
     (copy / "manifest.json").write_bytes(content)
     try:
         tokens = TokenSet(copy, TRAIN)
-        tokens.tokens(0, len(tokens))
+        tokens.read(0, len(tokens))
     except UserError as error:
         assert str(copy) in str(error)
     finally:

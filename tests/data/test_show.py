@@ -84,7 +84,7 @@ def test_samples_are_documents_chosen_by_the_seed(shards: Path, speeches: list[s
     for number, (paragraph, (start, stop)) in enumerate(zip(every, tokens.document_bounds.tolist(), strict=True)):
         heading, text = paragraph.split("\n", 1)
         assert heading == f"train document {number}, {stop - start:,} tokens:"
-        whole = tokenizer.decode(tokens.tokens(start, stop - 1).tolist())
+        whole = tokenizer.decode(tokens.read(start, stop - 1).tolist())
         assert whole in speeches
         assert [line.strip() for line in text.split("\n")] == [line.strip() for line in whole[:CHARACTERS].split("\n")]
 

@@ -46,7 +46,7 @@ def test_scores_are_what_a_plain_loop_finds(trained: dict[str, Run], tokens: Tok
     for score in scores:
         nats, scored = 0.0, []
         for end in targets.ends:
-            window = torch.from_numpy(tokens.tokens(end - score.context - 1, end))
+            window = torch.from_numpy(tokens.read(end - score.context - 1, end))
             logits, _ = checkpoint.lm(window[None, :-1])
             nats += float(F.cross_entropy(logits[0, -8:], window[-8:], reduction="sum"))
             scored += window[-8:].tolist()
@@ -103,7 +103,7 @@ def test_mistakes(trained: dict[str, Run], tmp_path: Path) -> None:
     os.truncate(cut / "weights.safetensors", 3000)
     fail(tostlm("eval", "perplexity", str(cut)), "weights.safetensors does not fit its config")
     (cut / "tokenizer.model").unlink()
-    fail(tostlm("eval", "perplexity", str(cut)), "has no tokenizer.model or tokenizer.json")
+    fail(tostlm("eval", "perplexity", str(cut)), "has no tokenizer.json or tokenizer.model")
 
 
 def test_a_moved_run_reports_where_it_is(trained: dict[str, Run], tmp_path: Path) -> None:

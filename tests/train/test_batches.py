@@ -139,7 +139,7 @@ def test_validation_text_has_the_longest_context_and_the_weights_of_the_blend(
     opened = open_data(run.config(stages, *blend((data, 1), (digits, 1)), "train.eval_tokens=256"), 2)
     batches = list(RankBatches(opened, RankInfo(0, 0, 1), CPU).validation())
     held = TokenSet(digits, VALIDATION)
-    windows = {row.tobytes() for row in held.tokens(0, len(held) // 64 * 64).reshape(-1, 64)}
+    windows = {row.tobytes() for row in held.read(0, len(held) // 64 * 64).reshape(-1, 64)}
     assert sum(row in windows for row in scored_rows(batches)) == 2
     assert len(scored_rows(batches)) == 4
 

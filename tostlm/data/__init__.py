@@ -1,13 +1,20 @@
 """Text to tokens to batches."""
 
-from tostlm.data.loading.loader import ContextStage, Loader, NumpyBatch, common_tokenizer
-from tostlm.data.loading.token_set import TokenSet
+from tostlm.data.loading import ContextStage, Loader, NumpyBatch, TokenSet, TokenSource
 from tostlm.data.preparation.merge import format_counts, merge
 from tostlm.data.preparation.plan import PreparationSettings
 from tostlm.data.preparation.prepare import TaskShard, parse_task, prepare
 from tostlm.data.preparation.selection import Selection, documents
 from tostlm.data.preparation.token_import import import_tokens
-from tostlm.data.shards import MANIFEST, TRAIN, VALIDATION, Manifest, load_tokenizer, read_manifest
+from tostlm.data.shards import (
+    MANIFEST,
+    TRAIN,
+    VALIDATION,
+    Manifest,
+    common_tokenizer,
+    load_tokenizer,
+    read_manifest,
+)
 from tostlm.data.show import show
 from tostlm.data.tokenizers import Tokenizer, import_tokenizer, limit_bytes, train_tokenizer
 from tostlm.data.verification import shard_files, verify, verify_once
@@ -24,6 +31,7 @@ __all__ = [
     "Selection",
     "TaskShard",
     "TokenSet",
+    "TokenSource",
     "Tokenizer",
     "common_tokenizer",
     "documents",

@@ -220,3 +220,26 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             f"{tokenizer.sha256[:12]}, manifest {manifest.tokenizer_sha256[:12]}); prepare the data again"
         )
     return tokenizer
+
+
+def common_tokenizer(folders: Sequence[Path], vocab_size: int | None = None) -> Tokenizer:
+    """Return the tokenizer that all of several prepared folders were made with.
+
+    Args:
+        folders: the prepared folders.
+        vocab_size: that of a model that must be able to embed every token; None without a model.
+
+    Raises:
+        UserError: the folders were made with different tokenizers, or `vocab_size` is less than the tokenizer's.
+    """
+    first, *others = folders
+    tokenizer = load_tokenizer(first)
+    for folder in others:
+        if load_tokenizer(folder).sha256 != tokenizer.sha256:
+            raise UserError(f"{first} and {folder} were prepared with different tokenizers; prepare one of them again")
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"model.vocab_size {vocab_size} is smaller than the {tokenizer.vocab_size} pieces of the tokenizer of "
+            f"{first}; raise model.vocab_size"
+        )
+    return tokenizer

@@ -98,7 +98,7 @@ def sample_documents(folder: Path, split: str, samples: int, seed: int) -> Itera
     for number in sorted(chosen.tolist()):
         start, stop = _bounds(tokens, number)
         # A character has at most four tokens, one a byte.
-        text = tokenizer.decode(tokens.tokens(start, min(stop - 1, start + 4 * CHARACTERS)).tolist())
+        text = tokenizer.decode(tokens.read(start, min(stop - 1, start + 4 * CHARACTERS)).tolist())
         yield f"{split} document {number:,}, {stop - start:,} tokens:\n{_indented(text[:CHARACTERS])}"
 
 

@@ -83,7 +83,7 @@ def score_contexts(
 
 
 def _target_bytes(checkpoint: Checkpoint, tokens: TokenSet, end: int, span: int) -> int:
-    return int(checkpoint.tokenizer.token_bytes[tokens.tokens(end - span, end)].sum())
+    return int(checkpoint.tokenizer.token_bytes[tokens.read(end - span, end)].sum())
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def _total_nats(checkpoint: Checkpoint, tokens: TokenSet, targets: Targets, cont
     device = checkpoint.lm.embed.weight.device
     batch = max(1, PASS_TOKENS // context)
     for first in range(0, len(targets.ends), batch):
-        rows = [tokens.tokens(end - context - 1, end) for end in targets.ends[first : first + batch]]
+        rows = [tokens.read(end - context - 1, end) for end in targets.ends[first : first + batch]]
         window = torch.from_numpy(np.stack(rows)).to(device)  # [batch, context + 1]
         first_target = context + 1 - targets.span
         state = None

@@ -112,7 +112,7 @@ def _open_loader(config: RunConfig, split: str, stages: list[ContextStage], stat
         sets,
         stages,
         config.seed,
-        reset_at=sets[0][0].manifest.eos_id if config.data.reset_at_documents else None,
+        eos_id=sets[0][0].manifest.eos_id if config.data.reset_at_documents else None,
         within_documents=config.data.within_documents,
         stateful=stateful,
     )

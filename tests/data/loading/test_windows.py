@@ -1,4 +1,4 @@
-"""Windows are cut where they may be, every one of them."""
+"""Windows cover exactly the tokens they should, in order."""
 
 from pathlib import Path
 
@@ -18,49 +18,49 @@ def tokens(request: pytest.FixtureRequest, corpus: Path, tokenizer: Tokenizer, t
 
 
 def rows(windows: StreamWindows | DocumentWindows) -> np.ndarray:
-    return np.stack([windows.row(number) for number in range(windows.count)])
+    return np.stack([windows[number] for number in range(len(windows))])
 
 
-def within_documents(tokens: TokenSet, context: int) -> np.ndarray:
-    """Document by document, each with the end before it."""
+def windows_within_documents(tokens: TokenSet, context: int) -> np.ndarray:
+    """Cut windows document by document, each with the end-of-document token before it."""
     found = []
     for first, stop in tokens.document_bounds.tolist():
         start = max(0, first - 1)
         while start + context + 1 <= stop:
-            found.append(tokens.tokens(start, start + context + 1))
+            found.append(tokens.read(start, start + context + 1))
             start += context
     return np.stack(found)
 
 
 @pytest.mark.parametrize("context", [64, 1000])
-def test_windows_of_the_stream(tokens: TokenSet, context: int) -> None:
+def test_stream_windows_cover_all_tokens_but_a_rest_shorter_than_a_window(tokens: TokenSet, context: int) -> None:
     found = rows(StreamWindows(tokens, context))
-    assert np.array_equal(found[:, :-1].ravel(), tokens.tokens(0, len(found) * context))
-    assert np.array_equal(found[:, 1:].ravel(), tokens.tokens(1, len(found) * context + 1))
+    assert np.array_equal(found[:, :-1].ravel(), tokens.read(0, len(found) * context))
+    assert np.array_equal(found[:, 1:].ravel(), tokens.read(1, len(found) * context + 1))
     assert len(tokens) - 1 - len(found) * context < context
 
 
 @pytest.mark.parametrize("context", [16, 64, 1000, 2500])
-def test_windows_within_documents(tokens: TokenSet, context: int) -> None:
+def test_document_windows_lie_within_one_document(tokens: TokenSet, context: int) -> None:
     found = rows(DocumentWindows(tokens, context))
-    assert np.array_equal(found, within_documents(tokens, context))
+    assert np.array_equal(found, windows_within_documents(tokens, context))
     ends = found == tokens.manifest.eos_id
     assert ends[:, 0].any()  # before a document
     assert not ends[:, 1:-1].any()
 
 
-def test_the_longest_document_alone(tokens: TokenSet) -> None:
+def test_a_context_may_be_as_long_as_the_longest_document_and_no_longer(tokens: TokenSet) -> None:
     lengths = np.diff(tokens.document_bounds)[:, 0]
     windows = DocumentWindows(tokens, int(lengths.max()))
-    assert windows.count == (lengths == lengths.max()).sum()
+    assert len(windows) == (lengths == lengths.max()).sum()
     with pytest.raises(UserError) as error:
         DocumentWindows(tokens, int(lengths.max()) + 1)
     assert "no document of the train split of" in str(error.value)
     assert f"a window of {lengths.max() + 1} tokens (the longest has {lengths.max()}, its end" in str(error.value)
 
 
-def test_a_window_of_a_million_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Of three documents two are long enough; one of them is found across the files of a shard each."""
+def test_windows_of_a_million_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Two of three documents are long enough, and each is in a shard of its own."""
     context = 1 << 20
     lengths = (1_500_000, 200_000, context)
     texts = [np.random.default_rng(length).integers(2, tokenizer.vocab_size, length) for length in lengths]
@@ -70,6 +70,6 @@ def test_a_window_of_a_million_tokens(tokenizer: Tokenizer, tmp_path: Path) -> N
         "nanogpt", [tmp_path / "train.bin"], [], tokenizer, tmp_path / "out", heldout_fraction=0, shard_tokens=1_000_000
     )
     windows = DocumentWindows(TokenSet(tmp_path / "out", TRAIN), context)
-    assert windows.count == 2
-    assert np.array_equal(windows.row(0), ids[: context + 1])
-    assert np.array_equal(windows.row(1), ids[1_700_001 : 1_700_001 + context + 1])
+    assert len(windows) == 2
+    assert np.array_equal(windows[0], ids[: context + 1])
+    assert np.array_equal(windows[1], ids[1_700_001 : 1_700_001 + context + 1])

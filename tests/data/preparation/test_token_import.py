@@ -29,7 +29,7 @@ def test_nanogpt_as_nanogpt_splits_it(documents: list[list[int]], tokenizer: Tok
     list(verify(tmp_path / "out"))
     for file, split in ((train, TRAIN), (val, VALIDATION)):
         found = TokenSet(tmp_path / "out", split)
-        assert np.array_equal(found.tokens(0, len(found)), np.fromfile(file, "<u2"))
+        assert np.array_equal(found.read(0, len(found)), np.fromfile(file, "<u2"))
     assert not list((tmp_path / "out").glob("*.lengths"))
 
 

@@ -1,0 +1,7 @@
+"""Loading: token shards to batches, with nothing stored but the shards."""
+
+from tostlm.data.loading.loader import ContextStage, Loader, NumpyBatch
+from tostlm.data.loading.token_set import TokenSet
+from tostlm.data.loading.windows import TokenSource
+
+__all__ = ["ContextStage", "Loader", "NumpyBatch", "TokenSet", "TokenSource"]

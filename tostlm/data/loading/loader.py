@@ -1,139 +1,126 @@
-"""Batches of windows, a pure function of (seed, step, rank, world size).
+"""Batches of windows as a pure function of (seed, step, rank, world size).
 
-Every set is cut into windows of `context` tokens. Which set a sample is of, and which window of it, are seeded
-pseudorandom permutations of numbers, another one each cycle and each epoch, computed and never stored: seeking to a
-step costs nothing, and the windows of a step do not depend on how many ranks share them.
+Every token set is divided into windows of `context` tokens. A sample's number decides which set it is of (`Blend`) and
+which window of the set it is (`permute`, with another permutation each epoch). No order is stored: starting at any step
+costs nothing, and the windows of a step do not depend on how many ranks share them.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from tostlm.data.loading.order import LONGEST_CYCLE, Blend, StreamRows, permuted
-from tostlm.data.loading.windows import DocumentWindows, StreamWindows, Tokens
-from tostlm.data.shards import load_tokenizer
-from tostlm.data.tokenizers import Tokenizer
+from tostlm.data.loading.sampling import MAX_CYCLE, Blend, StreamRows, permute
+from tostlm.data.loading.windows import DocumentWindows, StreamWindows, TokenSource
 from tostlm.errors import UserError
 from tostlm.files import distinct_names
 
 
 class ContextStage(NamedTuple):
-    """From step `first_step` on, steps of `sequences` windows of `context` tokens over all ranks."""
+    """The shape of a batch from step `first_step` on."""
 
     first_step: int
-    context: int
-    sequences: int
+    context: int  # tokens of a window
+    sequences: int  # windows of a step, over all ranks
 
 
 class NumpyBatch(NamedTuple):
-    """What one rank reads at one step: [sequences / world, context] each."""
+    """What one rank reads at one step; all arrays are [sequences / world size, context]."""
 
     inputs: np.ndarray  # int64
-    targets: np.ndarray  # int64, the tokens after the inputs
-    resets: np.ndarray | None  # bool: inputs that the model forgets everything before
+    targets: np.ndarray  # int64: the token after each input
+    document_start_mask: np.ndarray | None  # bool: True where the model forgets all earlier tokens
 
 
 class Loader:
-    """Windows of several sets of tokens, each with a weight; the stages are in order, the first from step 0.
+    """Reads the batches of a run from several token sets.
 
-    `reset_at` is the document end at which the model forgets. The end that precedes a document counts as its first
-    input, as it does in generation, so the model reads each document as if it stood alone. `within_documents` reads
-    of every stage's context only the documents that fill it. With `stateful` there is one stage, and each row of a
-    step goes on where that row of the step before ended, for a model that carries its state from step to step; the
-    first token of a set resets then too.
+    Args:
+        sets: each token set with its relative weight.
+        stages: the shapes of the batches, in order; the first is from step 0.
+        seed: selects the order of the windows.
+        eos_id: the end-of-document token, to return a `document_start_mask` that is True at each of them: the
+            end-of-document token before a document is its first input, as in generation. None for no mask.
+        within_documents: cut windows from single documents, and so read only documents that fill a stage's context.
+        stateful: let each row of a batch continue where the same row of the previous step ended, for a model that
+            carries its state from step to step. The mask is then also True at the first token of a set. There must
+            be only one stage.
 
     Raises:
-        UserError: a set has no window of a stage's context, or a weight too small to be read.
+        UserError: a set has no window of a stage's context, or a weight is too small to ever be sampled.
     """
 
     def __init__(
         self,
-        sets: Sequence[tuple[Tokens, float]],
+        sets: Sequence[tuple[TokenSource, float]],
         stages: Sequence[ContextStage],
         seed: int,
         *,
-        reset_at: int | None = None,
+        eos_id: int | None = None,
         within_documents: bool = False,
         stateful: bool = False,
     ) -> None:
-        self._stages, self._seed, self._reset_at = stages, seed, reset_at
+        self._stages, self._seed, self._eos_id = stages, seed, eos_id
         weights = [weight for _, weight in sets]
-        self._lanes = StreamRows(weights, stages[0].sequences) if stateful else None
+        self._stream_rows = StreamRows(weights, stages[0].sequences) if stateful else None
         self._blend = Blend(weights)
-        parts = self._lanes or self._blend
-        self._shares = [count / parts.length for count in parts.counts]
+        assignment = self._stream_rows or self._blend
+        self._shares = [count / assignment.length for count in assignment.counts]
         for (tokens, weight), share in zip(sets, self._shares, strict=True):
             if not share:
-                of = f"row of a step's {parts.length}" if stateful else f"sample in {LONGEST_CYCLE}"
+                smallest = f"row of a step's {assignment.length}" if stateful else f"sample in {MAX_CYCLE}"
                 raise UserError(
-                    f"the weight {weight} of {tokens.folder} is less than one {of}; raise it or leave the set out"
+                    f"the weight {weight} of {tokens.folder} is less than one {smallest}; raise it or leave the set out"
                 )
-        cut = DocumentWindows if within_documents else StreamWindows
+        window_class = DocumentWindows if within_documents else StreamWindows
         contexts = {stage.context for stage in stages}
-        of_context = {context: [cut(tokens, context) for tokens, _ in sets] for context in contexts}
-        self._windows = [of_context[stage.context] for stage in stages]
+        by_context = {context: [window_class(tokens, context) for tokens, _ in sets] for context in contexts}
+        self._windows = [by_context[stage.context] for stage in stages]
         self._names = distinct_names([tokens.folder for tokens, _ in sets])
 
     def batch(self, step: int, rank: int, world_size: int) -> NumpyBatch:
-        """What `rank` of `world_size` ranks reads at a step; together they read the same, whatever their number."""
+        """Return one rank's part of a step's batch; the parts of all ranks in order are the same for any world size.
+
+        Raises:
+            UserError: a shard is damaged.
+        """
         number = bisect_right(self._stages, step, key=lambda stage: stage.first_step) - 1
         stage = self._stages[number]
-        share = stage.sequences // world_size
-        first = (step - stage.first_step) * stage.sequences + rank * share
-        picks = [self._pick(number, sample) for sample in range(first, first + share)]
-        rows = np.stack([self._windows[number][chosen].row(window) for chosen, window in picks])
+        count = stage.sequences // world_size
+        first = (step - stage.first_step) * stage.sequences + rank * count
+        located = [self._locate(number, sample) for sample in range(first, first + count)]
+        rows = np.stack([self._windows[number][chosen][window] for chosen, window in located])
         inputs = rows[:, :-1]
-        resets = None if self._reset_at is None else inputs == self._reset_at
-        if resets is not None and self._lanes:
-            resets[[window == 0 for _, window in picks], 0] = True
-        return NumpyBatch(inputs, rows[:, 1:], resets)
+        mask = None if self._eos_id is None else inputs == self._eos_id
+        if mask is not None and self._stream_rows:
+            mask[[window == 0 for _, window in located], 0] = True
+        return NumpyBatch(inputs, rows[:, 1:], mask)
 
-    def _pick(self, stage: int, sample: int) -> tuple[int, int]:
-        """Set and window of a sample."""
-        if self._lanes:
-            return self._lanes.pick(sample, [windows.count for windows in self._windows[stage]])
+    def _locate(self, stage: int, sample: int) -> tuple[int, int]:
+        """Return the token set of a stage's sample and the number of the window in it."""
+        if self._stream_rows:
+            return self._stream_rows.locate(sample, [len(windows) for windows in self._windows[stage]])
         key = f"{self._seed}/{stage}"
-        chosen, index = self._blend.pick(sample, key)
-        count = self._windows[stage][chosen].count
+        chosen, index = self._blend.locate(sample, key)
+        count = len(self._windows[stage][chosen])
         epoch, index = divmod(index, count)
-        return chosen, permuted(index, count, f"{key}/{chosen}/{epoch}")
+        return chosen, permute(index, count, f"{key}/{chosen}/{epoch}")
 
     def epochs(self, step: int) -> dict[str, float]:
-        """How often the windows of each set, by name, have been read after `step` steps, summed over the stages."""
-        done = dict.fromkeys(self._names, 0.0)
+        """Return how many times the windows of each set have been read after `step` steps, by the set's name."""
+        totals = dict.fromkeys(self._names, 0.0)
         ends = [*(stage.first_step for stage in self._stages[1:]), step]
-        for stage, end, windows in zip(self._stages, ends, self._windows, strict=True):
+        for stage, end, windows_of_sets in zip(self._stages, ends, self._windows, strict=True):
             samples = max(0, min(step, end) - stage.first_step) * stage.sequences
-            for name, share, cut in zip(self._names, self._shares, windows, strict=True):
-                done[name] += samples * share / cut.count
-        return done
+            for name, share, windows in zip(self._names, self._shares, windows_of_sets, strict=True):
+                totals[name] += samples * share / len(windows)
+        return totals
 
     def steps_within(self, tokens: int) -> int:
-        """Steps of the last stage that read at most `tokens` tokens, and no set more than once; one at least."""
+        """Return how many steps of the last stage read at most `tokens` tokens and no window twice; at least 1."""
         stage, counts = self._stages[-1], zip(self._blend.counts, self._windows[-1], strict=True)
-        once = min(cut.count * self._blend.length // count for count, cut in counts)
-        return max(1, min(tokens // stage.context, once) // stage.sequences)
-
-
-def common_tokenizer(folders: Sequence[Path], vocab_size: int | None = None) -> Tokenizer:
-    """The tokenizer that all of some prepared folders were made with, for a model of `vocab_size` if that is given.
-
-    Raises:
-        UserError: they were not made with the same, or the model has too few rows for its pieces.
-    """
-    first, *others = folders
-    tokenizer = load_tokenizer(first)
-    for folder in others:
-        if load_tokenizer(folder).sha256 != tokenizer.sha256:
-            raise UserError(f"{first} and {folder} were prepared with different tokenizers; prepare one of them again")
-    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"model.vocab_size {vocab_size} is smaller than the {tokenizer.vocab_size} pieces of the tokenizer of "
-            f"{first}; raise model.vocab_size"
-        )
-    return tokenizer
+        one_epoch = min(len(windows) * self._blend.length // count for count, windows in counts)
+        return max(1, min(tokens // stage.context, one_epoch) // stage.sequences)

@@ -1,4 +1,4 @@
-"""Reading a split of a prepared folder as one long array of tokens."""
+"""One split of a prepared folder, read as one long array of tokens."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ import numpy as np
 from tostlm.data.shards import read_manifest
 from tostlm.errors import UserError
 
-OPEN_SHARDS = 64  # of a set at once: each takes a file descriptor, of which a process has few
+OPEN_SHARDS = 64  # of a token set at a time: each needs a file descriptor, and a process has a limited number of them
 
 
 class TokenSet:
-    """One split of a prepared folder, as one long array of tokens, mapped into memory shard by shard.
+    """One split of a prepared folder as one long array of tokens; its shards are memory-mapped when they are read.
+
+    Args:
+        folder: the prepared folder.
+        split: `TRAIN` or `VALIDATION`.
 
     Raises:
-        UserError: the folder is unfinished or of another format, a shard is missing or cut short, the split is empty.
+        UserError: the folder is not prepared, a shard is missing or has another size than its manifest says, or the
+            split holds no tokens.
     """
 
     def __init__(self, folder: Path, split: str) -> None:
@@ -30,14 +35,14 @@ class TokenSet:
         self.split = self.manifest.splits[split]
         if not self.split.tokens:
             raise UserError(
-                f"the {split} split of {folder} holds no tokens; prepare more documents, or another --heldout-fraction "
-                f"than {self.manifest.heldout_fraction}"
+                f"the {split} split of {folder} holds no tokens; prepare more documents, or use another "
+                f"--heldout-fraction than {self.manifest.heldout_fraction}"
             )
         for shard in self.split.shards:
             self._check_size(shard.name + ".bin", shard.tokens * np.dtype(self.manifest.dtype).itemsize)
             self._check_size(shard.name + ".ends", shard.documents * 8)
-        self._starts = np.cumsum([0, *(shard.tokens for shard in self.split.shards)])
-        self._mapped = lru_cache(OPEN_SHARDS)(self._map)
+        self._shard_starts = np.cumsum([0, *(shard.tokens for shard in self.split.shards)])
+        self._open_shard = lru_cache(OPEN_SHARDS)(self._map_shard)
 
     def _check_size(self, name: str, expected: int) -> None:
         path = self.folder / name
@@ -45,7 +50,7 @@ class TokenSet:
         if found != expected:
             raise UserError(f"shard {path} has {found} bytes, its manifest says {expected}; prepare the data again")
 
-    def _map(self, shard: int) -> np.ndarray:
+    def _map_shard(self, shard: int) -> np.ndarray:
         return np.memmap(self.folder / f"{self.split.shards[shard].name}.bin", self.manifest.dtype, mode="r")
 
     def __len__(self) -> int:
@@ -54,17 +59,17 @@ class TokenSet:
     def __str__(self) -> str:
         return f"the {self._name} split of {self.folder}"
 
-    def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start to stop of the split, across shards, as int64.
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Return the tokens of the split from `start` up to `stop`, as int64 [stop - start].
 
         Raises:
-            UserError: an id is outside the vocabulary, so the shard is damaged.
+            UserError: a token is outside the vocabulary, so a shard is damaged.
         """
         parts = []
-        shard = bisect_right(self._starts, start) - 1
+        shard = bisect_right(self._shard_starts, start) - 1
         while start < stop:
-            base = int(self._starts[shard])
-            part = self._mapped(shard)[start - base : stop - base].astype(np.int64)
+            base = int(self._shard_starts[shard])
+            part = self._open_shard(shard)[start - base : stop - base].astype(np.int64)
             if part.size and part.max() >= self.manifest.vocab_size:
                 name = self.folder / f"{self.split.shards[shard].name}.bin"
                 raise UserError(
@@ -73,17 +78,20 @@ class TokenSet:
                 )
             parts.append(part)
             shard += 1
-            start = int(self._starts[shard])
+            start = int(self._shard_starts[shard])
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
-    def shard_bounds(self) -> Iterator[np.ndarray]:
-        """Of one shard after another, `document_bounds` of its documents."""
-        for shard, base in zip(self.split.shards, self._starts, strict=False):
+    def document_bounds_by_shard(self) -> Iterator[np.ndarray]:
+        """Yield, shard by shard, the first and past-the-last token of each document: int64 [documents, 2].
+
+        Tokens are numbered within the split, and a document includes its end-of-document token.
+        """
+        for shard, base in zip(self.split.shards, self._shard_starts, strict=False):
             ends = np.fromfile(self.folder / f"{shard.name}.ends", "<u8")
             edges = np.concatenate([[0], ends.astype(np.int64)]) + base
             yield np.stack([edges[:-1], edges[1:]], axis=1)
 
     @cached_property
     def document_bounds(self) -> np.ndarray:
-        """First and past-the-last token of every document, its document end included: [documents, 2]."""
-        return np.concatenate(list(self.shard_bounds()))
+        """The bounds of all documents of the split, as `document_bounds_by_shard` yields them."""
+        return np.concatenate(list(self.document_bounds_by_shard()))
