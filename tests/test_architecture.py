@@ -1,4 +1,4 @@
-"""The arrows between the packages, held: who may import whom."""
+"""Which packages may import which, and what else keeps the code readable."""
 
 import ast
 import re
@@ -13,6 +13,7 @@ PACKAGE = ROOT / "tostlm"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAY_IMPORT = {  # of tostlm's own packages and modules
     "shapes": set(),
+    "device": set(),
     "parallel": {"shapes"},
     "tssa": {"parallel", "shapes"},
     "model": {"parallel", "shapes", "tssa"},
@@ -22,16 +23,16 @@ MAY_IMPORT = {  # of tostlm's own packages and modules
     "data": {"errors", "files"},
     "launch": {"errors"},
     "checkpoint": {"config", "data", "errors", "files", "launch", "model"},
-    "train": {"checkpoint", "config", "data", "errors", "files", "launch", "model", "tssa"},
-    "doctor": {"checkpoint", "config", "data", "errors", "files", "launch", "model"},
+    "train": {"checkpoint", "config", "data", "device", "errors", "files", "launch", "model", "tssa"},
+    "doctor": {"checkpoint", "config", "data", "device", "errors", "files", "launch", "model"},
     "slurm": {"checkpoint", "config", "data", "doctor", "errors", "files", "launch"},
-    "eval": {"checkpoint", "config", "data", "errors", "files", "model"},
-    "bench": {"config", "data", "errors", "files", "model", "tssa"},
+    "eval": {"checkpoint", "config", "data", "device", "errors", "files", "model"},
+    "bench": {"config", "data", "device", "errors", "files", "model", "tssa"},
     "convert": {"checkpoint", "data", "errors", "files", "model"},
 }
 
 
-def room(path: Path) -> str:
+def package_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -46,21 +47,29 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if room(p) in MAY_IMPORT], ids=lambda p: str(p.relative_to(ROOT)))
-def test_arrows(path: Path) -> None:
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if package_of(p) in MAY_IMPORT], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_a_package_imports_only_what_it_may(path: Path) -> None:
     own = {name.split(".")[1] for name in imports(path) if name.startswith("tostlm.")}
-    assert own - {room(path)} <= MAY_IMPORT[room(path)]
+    assert own - {package_of(path)} <= MAY_IMPORT[package_of(path)]
 
 
-def test_every_room_has_its_arrows() -> None:
-    assert {room(path) for path in FILES} == MAY_IMPORT.keys() | {"__init__", "__main__", "cli", "main", "quickstart"}
+def test_every_package_is_listed() -> None:
+    assert {package_of(path) for path in FILES} == MAY_IMPORT.keys() | {
+        "__init__",
+        "__main__",
+        "cli",
+        "main",
+        "quickstart",
+    }
 
 
 def importers(module: str) -> set[str]:
     return {str(p.relative_to(PACKAGE)) for p in FILES if any(i.split(".")[0] == module for i in imports(p))}
 
 
-def test_each_engine_has_one_door() -> None:
+def test_large_libraries_are_imported_in_few_files() -> None:
     assert importers("deepspeed") == {"train/engine.py", "checkpoint/deepspeed_state.py"}
     assert {path.split("/")[0] for path in importers("transformers")} == {"convert"}
     assert importers("wandb") == {"train/metric_writers.py"}
@@ -69,7 +78,7 @@ def test_each_engine_has_one_door() -> None:
 
 def test_the_operator_and_the_models_import_torch_alone() -> None:
     for path in FILES:
-        if room(path) in ("tssa", "model"):
+        if package_of(path) in ("tssa", "model"):
             foreign = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - {"tostlm"}
             assert foreign <= ({"torch", "triton"} if path.name.startswith("triton") else {"torch"}), path
 

@@ -93,7 +93,7 @@ def test_what_a_step_is_worth(run: Run, capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize("mixer", ["tssa", "softmax"])
 def test_mfu_is_of_the_operations_of_the_mixer(run: Run, mixer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the peak of all devices. TSSA costs the same at any context, softmax C more for each token more."""
-    monkeypatch.setattr(metrics, "_peak_flops", lambda: 1e12)
+    monkeypatch.setattr(metrics, "peak_flops", lambda device: 1e12)
     config = run.config(f"model.layers=[{{mixer: {mixer}}}]")
     with open_metrics(config, 0, RankInfo(0, 0, 4)) as record:
         report(record, 1, context=64)

@@ -14,8 +14,9 @@ import torch
 
 from tostlm import __version__
 from tostlm.config import RunConfig, load_config
+from tostlm.device import best_device, device_name
 from tostlm.files import distinct_names, require_file_writable, write_atomically
-from tostlm.model import LM, ModelConfig, best_device, create_lm, device_name
+from tostlm.model import LM, ModelConfig, create_lm
 
 # dtype of matrix products by a run's precision. Weights in bf16 and optimizer updates are not timed here.
 AUTOCAST = {

@@ -46,8 +46,8 @@ def bench_operator(
     from tostlm.bench import describe_machine
     from tostlm.bench.operator import DTYPES, Shape, plot, table
     from tostlm.bench.operator import bench_operator as time_operator
+    from tostlm.device import best_device
     from tostlm.files import require_file_writable, write_atomically
-    from tostlm.model import best_device
 
     device = best_device()
     sizes = [_parse_shape(shape) for shape in shapes.split(",")]

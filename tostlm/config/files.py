@@ -1,4 +1,4 @@
-"""Reading and writing run configs: one YAML file a run, with dotted overrides."""
+"""Reading and writing run configs: one YAML file per run, dotted overrides, and the configs that are shipped."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
+from importlib.resources import files
 from pathlib import Path
-from typing import Any, ClassVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, NamedTuple, get_args, get_origin, get_type_hints
 
 import pydantic
 import yaml
 
 from tostlm.config.sections import RunConfig, nearest
-from tostlm.config.shipped import find_config
 from tostlm.errors import UserError
 from tostlm.model import MIXERS
 
@@ -31,17 +31,17 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raw = yaml.load(path.read_text(), _Loader)
     except OSError as error:
         raise UserError(f"config {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or no date where one is spelt
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an impossible date
         raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"config {path} must be a mapping of keys, as configs/quickstart.yaml is")
+        raise UserError(f"config {path} must be a mapping of keys; `tostlm config show quickstart` prints one")
     for override in overrides:
         _apply(raw, override)
     return _validate(raw, str(path))
 
 
 def dump_config(config: RunConfig) -> str:
-    """The config as YAML that `load_config` reads."""
+    """Return the config as YAML that `load_config` reads."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
@@ -142,3 +142,46 @@ def _sections_in(hint: Any) -> Iterator[Any]:
         yield hint
     for inner in get_args(hint):
         yield from _sections_in(inner)
+
+
+FOLDER = Path(str(files("tostlm"))) / "configs"  # in a checkout a link to configs/, in a wheel the files themselves
+
+
+class ShippedConfig(NamedTuple):
+    """A config of the package.
+
+    Attributes:
+        name: what commands take for it, as in `tostlm train NAME`.
+        path: its YAML file.
+        summary: the first line of the comment that the file begins with.
+    """
+
+    name: str
+    path: Path
+    summary: str
+
+
+def shipped_configs() -> list[ShippedConfig]:
+    """Return the configs of the package, sorted by name."""
+    return [
+        ShippedConfig(path.stem, path, path.read_text().splitlines()[0].removeprefix("# "))
+        for path in sorted(FOLDER.glob("*.yaml"), key=lambda path: path.stem)
+    ]
+
+
+def find_config(path: Path) -> Path:
+    """Return the file that a command's CONFIG argument means.
+
+    Args:
+        path: a file, which wins where it exists, or the name of a shipped config.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if path.exists():
+        return path
+    shipped = {config.name: config.path for config in shipped_configs()}
+    if str(path) in shipped:
+        return shipped[str(path)]
+    close = nearest(path.stem, shipped)
+    raise UserError(f"config {path} is neither a file nor a shipped config{close}; `tostlm config list` shows them")

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tostlm.device import best_device, device_name, supports_matmul
 from tostlm.doctor.findings import (
     FAIL,
     MAX_NAMED_RANKS,
@@ -25,7 +26,6 @@ from tostlm.doctor.findings import (
     format_ranks,
     unhealthy,
 )
-from tostlm.model import best_device, device_name, supports_matmul
 
 GEMM_SHAPES = ((64, 96, 32), (257, 129, 65), (512, 768, 256))  # rows, inner, columns of the products that are checked
 TIMED_SIDE = {"cpu": 512, "cuda": 8192}  # of the square matrices that are timed

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tostlm.device import best_device
 from tostlm.doctor.findings import (
     FAIL,
     MAX_NAMED_RANKS,
@@ -23,7 +24,6 @@ from tostlm.doctor.findings import (
     unhealthy,
 )
 from tostlm.launch import RankInfo
-from tostlm.model import best_device
 
 ALL_REDUCE_BYTES = {"cpu": (1 << 12, 1 << 20, 1 << 24), "cuda": (1 << 12, 1 << 20, 1 << 24, 1 << 28)}
 MESSAGE_BYTES = {"cpu": 1 << 22, "cuda": 1 << 26}  # to the next rank of the ring

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from tostlm.checkpoint import load_checkpoint
+from tostlm.device import best_device
 from tostlm.errors import UserError
-from tostlm.model import LM, best_device
+from tostlm.model import LM
 
 
 def generate_text(path: Path, prompt: str, tokens: int, temperature: float, top_k: int | None, seed: int) -> str:

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 from tostlm.checkpoint import load_checkpoint, run_folder
 from tostlm.data import VALIDATION, TokenSet
+from tostlm.device import best_device
 from tostlm.errors import UserError
 from tostlm.eval.perplexity import Score, choose_targets, score_contexts
 from tostlm.files import distinct_names, require_writable, write_atomically
-from tostlm.model import best_device
 
 
 class ModelScores(NamedTuple):

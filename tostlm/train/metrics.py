@@ -20,21 +20,13 @@ from tqdm import tqdm
 
 from tostlm.checkpoint import TrainState
 from tostlm.config import RunConfig
+from tostlm.device import best_device, peak_flops
 from tostlm.launch import RankInfo
 from tostlm.model import Mixer, training_flops_per_token
 from tostlm.train.batches import Batch
 from tostlm.train.engine import StepResult, TrainingEngine, compute_loss
 from tostlm.train.metric_writers import MetricsWriter
 
-# Dense bf16 operations a second, from the vendors' data sheets.
-PEAK_FLOPS = {
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-    "MI300X": 1307e12,
-}
 OTHER = "other"  # the time outside of all phases
 PHASES_BESIDE_TRAINING = ("eval", "save", "statistics")  # not counted in the throughput
 
@@ -209,7 +201,7 @@ class Metrics:
             "tokens_per_second": tokens_per_second,
             "tokens_per_second_per_device": tokens_per_second / self._world_size,
         }
-        if peak := _peak_flops():
+        if peak := peak_flops(best_device()):
             flops = training_flops_per_token(self._config.model, context)
             throughput["mfu"] = tokens_per_second * flops / (peak * self._world_size)
         return throughput
@@ -262,13 +254,6 @@ def _peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _peak_flops() -> float | None:
-    if not torch.cuda.is_available():
-        return None
-    name = torch.cuda.get_device_name()
-    return next((peak for chip, peak in PEAK_FLOPS.items() if chip in name), None)
 
 
 @torch.no_grad()

@@ -16,10 +16,11 @@ from tostlm.checkpoint.load import check_resumable, latest_valid_checkpoint, qua
 from tostlm.checkpoint.save import CheckpointSaver
 from tostlm.config import RunConfig, dump_config, matmul_dtype
 from tostlm.data import verify_once
+from tostlm.device import best_device, device_name, supports_matmul
 from tostlm.errors import EXIT_REQUEUE, UserError
 from tostlm.files import lock_for_life, require_writable, write_atomically
 from tostlm.launch import RankInfo
-from tostlm.model import best_device, create_lm, device_name, supports_matmul
+from tostlm.model import create_lm
 from tostlm.train.batches import Batch, RankBatches, RecurrentState, RunData, open_data
 from tostlm.train.engine import (
     StepResult,

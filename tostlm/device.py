@@ -1,4 +1,4 @@
-"""The device that a model runs on by default, its name and what it can compute in."""
+"""The device that models run on by default: its name, what it can compute in, and its peak."""
 
 from __future__ import annotations
 
@@ -6,6 +6,16 @@ import platform
 from pathlib import Path
 
 import torch
+
+# Dense bf16 operations a second, from the vendors' data sheets.
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "MI300X": 1307e12,
+}
 
 
 def best_device() -> torch.device:
@@ -27,3 +37,9 @@ def supports_matmul(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type == "cuda":
         return dtype != torch.bfloat16 or torch.cuda.is_bf16_supported(including_emulation=False)
     return dtype != torch.float16  # which DeepSpeed refuses there
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the peak of a GPU in dense bf16 operations per second; None for a CPU and for GPUs that are not listed."""
+    name = device_name(device) if device.type == "cuda" else ""
+    return next((peak for chip, peak in PEAK_FLOPS.items() if chip in name), None)
