@@ -15,23 +15,23 @@ LENGTHS = [[50, 1, 2, 37], [7, 64, 19], [33, 57]]  # of each row's documents; th
 CONTEXT = 90
 
 
-def resets_of(lengths: list[list[int]]) -> Tensor:
+def document_starts(lengths: list[list[int]]) -> Tensor:
     """True at the first token of each document, [rows, CONTEXT]."""
-    reset = torch.zeros(len(lengths), CONTEXT, dtype=torch.bool)
+    mask = torch.zeros(len(lengths), CONTEXT, dtype=torch.bool)
     for row, own in enumerate(lengths):
-        reset[row, [0, *itertools.accumulate(own[:-1])]] = True
-    return reset
+        mask[row, [0, *itertools.accumulate(own[:-1])]] = True
+    return mask
 
 
 def loss_and_gradients(lm: LM, loss: Tensor) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, list(lm.parameters()))]
 
 
-def in_pieces(lm: LM, tokens: Tensor, reset: Tensor, cuts: list[int]) -> tuple[Tensor, object]:
+def in_pieces(lm: LM, tokens: Tensor, mask: Tensor, cuts: list[int]) -> tuple[Tensor, object]:
     state, pieces = None, []
     for start, stop in itertools.pairwise([0, *cuts, tokens.shape[1]]):
-        own = reset[:, start:stop]
-        # A call without a reset may leave the argument out: the state knows of the earlier ones.
+        own = mask[:, start:stop]
+        # A call without a mask may leave the argument out: the state knows of the earlier ones.
         logits, state = lm(tokens[:, start:stop], state, document_start_mask=own if own.any() else None)
         pieces.append(logits)
     return torch.cat(pieces, 1), state
@@ -42,17 +42,17 @@ def assert_same(found: object, expected: object) -> None:
 
 
 @shapes
-@pytest.mark.parametrize("marked", [True, False], ids=["begins with a reset", "begins without"])
+@pytest.mark.parametrize("marked", [True, False], ids=["begins with a mask", "begins without"])
 def test_packed_documents_cost_and_teach_what_they_do_alone(config: ModelConfig, marked: bool) -> None:
     lm, tokens, targets = double(config), tokens_of(config, 3, CONTEXT), tokens_of(config, 3, CONTEXT, seed=1)
-    reset = resets_of(LENGTHS)
-    reset[:, 0] = marked
+    mask = document_starts(LENGTHS)
+    mask[:, 0] = marked
     alone = torch.zeros((), dtype=torch.float64)
     for row, lengths in enumerate(LENGTHS):
         for x, y in zip(tokens[row].split(lengths), targets[row].split(lengths), strict=True):
             alone = alone + lm(x[None], targets=y[None])[0] * len(x) / tokens.numel()
     expected = loss_and_gradients(lm, alone)
-    packed, _ = lm(tokens, targets=targets, document_start_mask=reset)
+    packed, _ = lm(tokens, targets=targets, document_start_mask=mask)
     for found, wanted in zip(loss_and_gradients(lm, packed), expected, strict=True):
         assert_same(found, wanted)
 
@@ -61,7 +61,7 @@ def test_packed_documents_cost_and_teach_what_they_do_alone(config: ModelConfig,
 def test_without_resets_documents_read_one_another(config: ModelConfig) -> None:
     """The control: were resets ignored, the test above would fail."""
     lm, tokens = double(config), tokens_of(config, 3, 60)
-    packed, _ = lm(tokens, targets=tokens, document_start_mask=resets_of(LENGTHS)[:, :60])
+    packed, _ = lm(tokens, targets=tokens, document_start_mask=document_starts(LENGTHS)[:, :60])
     joined, _ = lm(tokens, targets=tokens)
     assert abs(packed - joined) > 1e-3
 
@@ -70,10 +70,10 @@ def test_without_resets_documents_read_one_another(config: ModelConfig) -> None:
 def test_resets_nowhere_or_at_the_first_token_change_nothing(config: ModelConfig) -> None:
     lm, tokens = double(config), tokens_of(config, 3, 50)
     plain, _ = lm(tokens)
-    reset = torch.zeros(3, 50, dtype=torch.bool)
-    assert_same(lm(tokens, document_start_mask=reset)[0], plain)
-    reset[:, 0] = True
-    assert_same(lm(tokens, document_start_mask=reset)[0], plain)
+    mask = torch.zeros(3, 50, dtype=torch.bool)
+    assert_same(lm(tokens, document_start_mask=mask)[0], plain)
+    mask[:, 0] = True
+    assert_same(lm(tokens, document_start_mask=mask)[0], plain)
 
 
 @shapes
@@ -85,42 +85,42 @@ def test_resets_nowhere_or_at_the_first_token_change_nothing(config: ModelConfig
 )
 def test_pieces_equal_the_whole(config: ModelConfig, cuts: set[int], resets: list[set[int]], at_cuts: bool) -> None:
     lm, tokens = double(config), tokens_of(config, 2, CONTEXT)
-    reset = torch.zeros(2, CONTEXT, dtype=torch.bool)
+    mask = torch.zeros(2, CONTEXT, dtype=torch.bool)
     for row, own in enumerate(resets):
-        reset[row, [45, *own]] = True  # no document is longer than the positions
+        mask[row, [45, *own]] = True  # no document is longer than the positions
     if at_cuts:
-        reset[0, sorted(cuts)] = True
-    whole, end = lm(tokens, document_start_mask=reset)
-    pieces, state = in_pieces(lm, tokens, reset, sorted(cuts))
+        mask[0, sorted(cuts)] = True
+    whole, end = lm(tokens, document_start_mask=mask)
+    pieces, state = in_pieces(lm, tokens, mask, sorted(cuts))
     assert_same(pieces, whole)
     assert_same(state, end)
 
 
 @shapes
 def test_single_steps_equal_the_whole(config: ModelConfig) -> None:
-    lm, tokens, reset = double(config), tokens_of(config, 3, CONTEXT), resets_of(LENGTHS)
-    whole, end = lm(tokens, document_start_mask=reset)
-    steps, state = in_pieces(lm, tokens, reset, list(range(1, CONTEXT)))
+    lm, tokens, mask = double(config), tokens_of(config, 3, CONTEXT), document_starts(LENGTHS)
+    whole, end = lm(tokens, document_start_mask=mask)
+    steps, state = in_pieces(lm, tokens, mask, list(range(1, CONTEXT)))
     assert_same(steps, whole)
     assert_same(state, end)
 
 
 @shapes
 def test_states_of_chosen_sequences_know_their_documents(config: ModelConfig) -> None:
-    lm, tokens, reset = double(config), tokens_of(config, 3, CONTEXT), resets_of(LENGTHS)
-    whole, _ = lm(tokens, document_start_mask=reset)
-    _, state = lm(tokens[:, :60], document_start_mask=reset[:, :60])
+    lm, tokens, mask = double(config), tokens_of(config, 3, CONTEXT), document_starts(LENGTHS)
+    whole, _ = lm(tokens, document_start_mask=mask)
+    _, state = lm(tokens[:, :60], document_start_mask=mask[:, :60])
     rows = torch.tensor([2, 0, 0])
-    found, _ = lm(tokens[rows, 60:], state.select(rows), document_start_mask=reset[rows, 60:])
+    found, _ = lm(tokens[rows, 60:], state.select(rows), document_start_mask=mask[rows, 60:])
     assert_same(found, whole[rows, 60:])
 
 
 @shapes
 def test_what_resets_add_to_a_state(config: ModelConfig) -> None:
-    """Where each sequence's document began; nothing before the first reset, and of the same size after many."""
-    lm, tokens, reset = double(config), tokens_of(config, 3, 60), resets_of(LENGTHS)[:, :60]
+    """Where each sequence's document began; nothing before the first mask, and of the same size after many."""
+    lm, tokens, mask = double(config), tokens_of(config, 3, 60), document_starts(LENGTHS)[:, :60]
     _, plain = lm(tokens)
-    _, state = lm(tokens, document_start_mask=reset)
+    _, state = lm(tokens, document_start_mask=mask)
     assert plain.document_start is None
     assert state.document_start.flatten().tolist() == [53, 7, 33]
     assert state.nbytes == plain.nbytes + 3 * 8
@@ -130,17 +130,17 @@ def test_what_resets_add_to_a_state(config: ModelConfig) -> None:
 @shapes
 def test_positions_bound_a_document_and_not_the_context(config: ModelConfig) -> None:
     lm, tokens = create_lm(config, 0), tokens_of(config, 2, 200)
-    reset = torch.zeros(2, 200, dtype=torch.bool)
-    reset[0, ::64] = True
-    reset[1, ::50] = True
-    _, state = lm(tokens, document_start_mask=reset)
+    mask = torch.zeros(2, 200, dtype=torch.bool)
+    mask[0, ::64] = True
+    mask[1, ::50] = True
+    _, state = lm(tokens, document_start_mask=mask)
     lm(tokens[:, :14], state)
-    reset[0, 128] = False
+    mask[0, 128] = False
     if config.positions is None:
-        lm(tokens, document_start_mask=reset)
+        lm(tokens, document_start_mask=mask)
         return
     with pytest.raises(ValueError, match="a document of 128 tokens is longer than the model's 64 positions"):
-        lm(tokens, document_start_mask=reset)
+        lm(tokens, document_start_mask=mask)
     with pytest.raises(ValueError, match="a document of 65 tokens is longer than the model's 64 positions"):
         lm(tokens[:, :15], state)
 

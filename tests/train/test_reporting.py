@@ -17,7 +17,7 @@ from tests.conftest import Run, succeed
 from tests.train.run_helpers import wait_for_a_checkpoint
 from tostlm.checkpoint import checkpoints, load_checkpoint, read_train_state
 from tostlm.train.batches import Batch, open_data
-from tostlm.tssa import tssa
+from tostlm.tssa import Inputs, tssa_statistics
 
 EVERYTHING = [
     "deepspeed.zero_optimization.stage=3",
@@ -116,7 +116,7 @@ def test_the_statistics_are_the_operators(reported: Reported) -> None:
     line = lines(reported.run, "statistics")[-1]
     assert line.keys() == {"kind", "step", "tokens", "time", "entropy/0", "gate/0", "entropy/2", "gate/2"}
     for layer, w in projected.items():
-        _, _, stats = tssa(w, lm.blocks[layer].mixer.temp, None, 2 ** (-1 / halflives), return_stats=True)
+        stats = tssa_statistics(Inputs(w, lm.blocks[layer].mixer.temp, None, 2 ** (-1 / halflives)))
         assert line[f"entropy/{layer}"] == pytest.approx(float(stats.entropy), abs=1e-5)
         assert line[f"gate/{layer}"] == pytest.approx(float(stats.gate.mean()), abs=1e-5)
 

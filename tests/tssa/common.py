@@ -2,22 +2,22 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tostlm.tssa import State, tssa
+from tostlm.tssa import Inputs, State, tssa, tssa_reference
 
 Operator = Callable[..., tuple[Tensor, State]]
 
 
-class Inputs(NamedTuple):
+class Arguments(NamedTuple):
     w: Tensor
     temp: Tensor
     bias: Tensor | None
     rho: Tensor | None
-    reset: Tensor | None
+    document_start_mask: Tensor | None
     state: State | None
 
     def differentiable(self) -> list[Tensor]:
@@ -26,7 +26,7 @@ class Inputs(NamedTuple):
 
 def draw(
     B: int = 2, T: int = 33, H: int = 3, D: int = 4, bias: str = "none", options: Sequence[str] = (), seed: int = 0
-) -> Inputs:
+) -> Arguments:
     """Random inputs in float64, every floating one asking for its gradient."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -36,17 +36,25 @@ def draw(
     def positive(*shape: int) -> Tensor:
         return (0.5 + torch.rand(*shape, generator=generator, dtype=torch.float64)).requires_grad_()
 
-    return Inputs(
+    return Arguments(
         w=normal(B, T, H * D),
         temp=positive(H),
         bias={"none": lambda: None, "shared": lambda: normal(T, H), "own": lambda: normal(B, T, H)}[bias](),
         rho=torch.linspace(1, 0.5, H, dtype=torch.float64).requires_grad_() if "rho" in options else None,
-        reset=torch.rand(B, T, generator=generator) < 0.1 if "reset" in options else None,
+        document_start_mask=torch.rand(B, T, generator=generator) < 0.1 if "documents" in options else None,
         state=State(positive(B, H * D), positive(B, H), positive(B, H * D)) if "state" in options else None,
     )
 
 
-def outcome(operator: Operator, inputs: Inputs) -> list[Tensor]:
+def reference(
+    w: Tensor, temp: Tensor, bias: Tensor | None = None, rho: Tensor | None = None, *mask_and_state: Any
+) -> tuple[Tensor, State]:
+    """The reference, called as `tssa` is."""
+    mask, state = (*mask_and_state, None, None)[:2]
+    return tssa_reference(Inputs(w, temp, bias, rho, mask), state)
+
+
+def outcome(operator: Operator, inputs: Arguments) -> list[Tensor]:
     """y, the end state and every gradient, from gradients that arrive at y and at the end state.
 
     What arrives are numbers that bf16 holds, the same in every dtype.
@@ -63,13 +71,14 @@ def in_pieces(cuts: Sequence[int]) -> Operator:
     """The operator called piece by piece, each with the state of the one before."""
 
     def operator(
-        w: Tensor, temp: Tensor, bias: Tensor | None, rho: Tensor | None, reset: Tensor | None, state: State | None
+        w: Tensor, temp: Tensor, bias: Tensor | None, rho: Tensor | None, mask: Tensor | None, state: State | None
     ) -> tuple[Tensor, State]:
         ys = []
         edges = [0, *cuts, w.shape[1]]
         for start, stop in itertools.pairwise(edges):
             b = None if bias is None else bias[..., start:stop, :]
-            y, state = tssa(w[:, start:stop], temp, b, rho, None if reset is None else reset[:, start:stop], state)
+            piece_mask = None if mask is None else mask[:, start:stop]
+            y, state = tssa(w[:, start:stop], temp, b, rho, piece_mask, state)
             ys.append(y)
         assert state is not None
         return torch.cat(ys, 1), state

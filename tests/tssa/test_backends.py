@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from tests.tssa.common import Inputs, draw, in_pieces, outcome
-from tostlm.tssa import State, cpp, tssa, tssa_reference
+from tests.tssa.common import Arguments, draw, in_pieces, outcome, reference
+from tostlm.tssa import Inputs, State, cpp, tssa
 from tostlm.tssa.dispatch import VARIABLE, choose
 from tostlm.tssa.operator import forward as custom_op
 
 BACKENDS = ["cpp", "torch"]
 D = 16
-ALL = ("rho", "reset", "state")
+ALL = ("rho", "documents", "state")
 # T, B, H, bias, options
 CASES = [
     *((T, B, 3, "own", options) for T in (1, 2, 31, 33, 63, 127, 128, 129) for B in (1, 3) for options in ((), ALL)),
@@ -52,7 +52,7 @@ def _threads() -> Iterator[None]:
 
 
 @functools.cache
-def inputs(T: int, B: int, H: int, bias: str, options: tuple[str, ...]) -> Inputs:
+def inputs(T: int, B: int, H: int, bias: str, options: tuple[str, ...]) -> Arguments:
     """In float64, each number one that the narrower dtypes hold; the memberships are not saturated."""
     drawn = draw(B, T, H, D, bias, options)
     changed = {"w": drawn.w.detach().bfloat16(), "temp": drawn.temp.detach().float() / 4}
@@ -65,10 +65,10 @@ def inputs(T: int, B: int, H: int, bias: str, options: tuple[str, ...]) -> Input
 
 @functools.cache
 def expected(*case: object) -> list[Tensor]:
-    return outcome(tssa_reference, inputs(*case))
+    return outcome(reference, inputs(*case))
 
 
-def narrowed(full: Inputs, dtype: torch.dtype) -> Inputs:
+def narrowed(full: Arguments, dtype: torch.dtype) -> Arguments:
     """w in that dtype, parameters in fp32 as models keep them."""
     names = ("temp", "bias", "rho")
     narrow = {name: x.detach().float() for name in names if (x := getattr(full, name)) is not None}
@@ -98,12 +98,31 @@ def test_equals_the_reference(case: tuple[object, ...], dtype: torch.dtype, thre
     assert_near(outcome(tssa, narrowed(inputs(*case), dtype)), expected(*case), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_outputs_and_state_gradients_from_what_is_saved(case: tuple[object, ...], dtype: torch.dtype) -> None:
+    drawn = narrowed(inputs(*case), dtype)
+    operands = Inputs(*(None if x is None else x.detach() for x in drawn[:5]))
+    B, _, H, _ = operands.sizes
+    zeros = State.zeros(B, H * D, H)
+    state = zeros if drawn.state is None else State(*(x.detach() for x in drawn.state))
+    backend = choose(operands.w, H)
+    y, _, saved = backend.forward(operands, state)
+    assert error(backend.outputs(operands, saved), y) <= ROUNDING[dtype]
+    grad_y = torch.sin(torch.arange(y.numel())).to(dtype).view_as(y)
+    found = backend.state_grads(operands, saved, grad_y)
+    expected_grads = backend.backward(operands, saved, grad_y, zeros, False).state[1:]
+    for a, b in zip(found, expected_grads, strict=True):
+        assert a.dtype == torch.float64
+        assert error(a, b) < 1e-5
+
+
 @pytest.mark.parametrize("heads_of", [32, 48, 64, 80, 128, 256])
 def test_every_head_width(heads_of: int) -> None:
     drawn = draw(2, 70, 2, heads_of, options=ALL)
     exact = drawn._replace(w=drawn.w.detach().bfloat16().double().requires_grad_(), rho=None)
     exact = exact._replace(temp=(drawn.temp.detach() / heads_of).float().double().requires_grad_())
-    assert_near(outcome(tssa, narrowed(exact, torch.float32)), outcome(tssa_reference, exact), torch.float32)
+    assert_near(outcome(tssa, narrowed(exact, torch.float32)), outcome(reference, exact), torch.float32)
 
 
 @pytest.mark.parametrize("march", ["x86-64", "x86-64-v3"])
@@ -198,7 +217,7 @@ def test_no_result_is_read_from_uninitialised_memory() -> None:
 def test_degenerate_inputs(scale: float, T: int) -> None:
     w = torch.full((1, T, 2 * D), scale, requires_grad=True)
     y, _ = tssa(w, torch.ones(2))
-    exact, _ = tssa_reference(w, torch.ones(2))
+    exact, _ = reference(w, torch.ones(2))
     y.sum().backward()
     assert w.grad is not None
     assert w.grad.isfinite().all()
@@ -212,7 +231,7 @@ def test_a_first_token_has_no_gradient_through_its_share() -> None:
     w = torch.full((1, 1, 2 * D), 1e-4)
     w[..., D:] = 2e-4
     gradients = []
-    for operator in (tssa, tssa_reference):
+    for operator in (tssa, reference):
         x = w.clone().requires_grad_()
         operator(x, torch.tensor([1.0, 0.9]))[0][..., :5].sum().backward()
         gradients.append(x.grad)
@@ -255,10 +274,10 @@ def _peak_bytes(T: int) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_torch_is_told_what_comes_out(dtype: torch.dtype) -> None:
+def test_the_fake_kernel_describes_the_results(dtype: torch.dtype, backend: str) -> None:
     for T in (0, 1, 70):
         x = narrowed(draw(2, T, 3, D, "own", ALL), dtype)
-        arguments = (*[None if a is None else a.detach() for a in x[:5]], *[a.detach() for a in x.state])
+        arguments = (*[None if a is None else a.detach() for a in x[:5]], *[a.detach() for a in x.state], backend)
         torch.library.opcheck(custom_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from tostlm.tssa import Inputs, State
 from tostlm.tssa.triton import BACKEND
 
 SPILL_BYTES = 16  # a thread; more would cost more than smaller tiles
@@ -56,8 +57,8 @@ def test_serves_what_it_can() -> None:
 def test_what_is_saved_is_little_more_than_w() -> None:
     """At most 2.4 bytes a bf16 element, w itself included."""
     B, T, H, D = 1, 4096, 12, 64
-    N, C = BACKEND.saved_states(T), H * D
-    saved = 2 * T * C + 4 * (2 * T * H) + BACKEND.starts_dtype.itemsize * N * (2 * C + H)
+    N, C = len(BACKEND.chunk_starts(T)), H * D
+    saved = 2 * T * C + 4 * (2 * T * H) + BACKEND.saved_dtype.itemsize * N * (2 * C + H)
     assert saved / (B * T * C) <= 2.4
 
 
@@ -74,10 +75,9 @@ def launches(monkeypatch: pytest.MonkeyPatch, heads: int, width: int, decays: bo
     for T in (1, 70):
         w = torch.zeros(B, T, C, dtype=torch.bfloat16)
         decay = (torch.ones(heads), torch.zeros(B, T, dtype=torch.bool)) if decays else (None, None)
-        inputs = (w, temp, torch.zeros(T, heads), *decay)
-        state = [torch.zeros(B, size, dtype=torch.float64) for size in (C, heads, C)]
-        saved = BACKEND.forward(*inputs, *state)[4:]
-        BACKEND.backward(w, *state, *inputs, *saved, decays)
+        inputs, state = Inputs(w, temp, torch.zeros(T, heads), *decay), State.zeros(B, C, heads)
+        _, _, saved = BACKEND.forward(inputs, state)
+        BACKEND.backward(inputs, saved, w, state, decays)
     monkeypatch.undo()
     return found
 

@@ -10,28 +10,30 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tests.tssa.common import Operator, assert_same, draw, in_pieces, outcome
-from tostlm.tssa import State, dispatch, operator, tssa, tssa_reference
+from tests.tssa.common import Operator, assert_same, draw, in_pieces, outcome, reference
+from tostlm.tssa import Inputs, State, dispatch, operator, tssa, tssa_statistics
+
+ALL = ("rho", "documents", "state")
 
 
 @pytest.mark.parametrize("T", [1, 2, 31, 32, 33, 63, 100])
 @pytest.mark.parametrize("bias", ["none", "shared", "own"])
-@pytest.mark.parametrize("options", [(), ("rho",), ("reset",), ("state",), ("rho", "reset", "state")], ids="+".join)
+@pytest.mark.parametrize("options", [(), ("rho",), ("documents",), ("state",), ALL], ids="+".join)
 def test_equals_the_reference(T: int, bias: str, options: tuple[str, ...]) -> None:
     inputs = draw(T=T, bias=bias, options=options)
-    assert_same(outcome(tssa, inputs), outcome(tssa_reference, inputs))
+    assert_same(outcome(tssa, inputs), outcome(reference, inputs))
 
 
 def test_equals_the_reference_over_several_blocks() -> None:
-    inputs = draw(B=1, T=2100, H=2, D=2, bias="shared", options=("rho", "reset", "state"))
-    assert_same(outcome(tssa, inputs), outcome(tssa_reference, inputs), tolerance=1e-8)
+    inputs = draw(B=1, T=2100, H=2, D=2, bias="shared", options=ALL)
+    assert_same(outcome(tssa, inputs), outcome(reference, inputs), tolerance=1e-8)
 
 
 @settings(max_examples=40)
 @given(data=st.data(), T=st.integers(2, 90), seed=st.integers(0, 9))
 def test_pieces_equal_the_whole(data: st.DataObject, T: int, seed: int) -> None:
     cuts = sorted(data.draw(st.sets(st.integers(1, T - 1), max_size=5)))
-    inputs = draw(T=T, bias="own", options=("rho", "reset", "state"), seed=seed)
+    inputs = draw(T=T, bias="own", options=ALL, seed=seed)
     assert_same(outcome(in_pieces(cuts), inputs), outcome(tssa, inputs))
 
 
@@ -40,24 +42,24 @@ def test_single_steps_equal_the_whole() -> None:
     assert_same(outcome(in_pieces(range(1, 40)), inputs), outcome(tssa, inputs))
 
 
-@pytest.mark.parametrize("operator", [tssa, tssa_reference])
+@pytest.mark.parametrize("operator", [tssa, reference])
 def test_gradients_are_derivatives(operator: Operator) -> None:
     inputs = draw(B=2, T=9, H=3, D=2, bias="own", options=("rho", "state"))
-    reset = torch.zeros(2, 9, dtype=torch.bool)
-    reset[0, 4] = reset[1, 0] = True
+    mask = torch.zeros(2, 9, dtype=torch.bool)
+    mask[0, 4] = mask[1, 0] = True
 
     def function(w: Tensor, temp: Tensor, bias: Tensor, rho: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        y, after = operator(w, temp, bias, rho, reset, State(*state))
+        y, after = operator(w, temp, bias, rho, mask, State(*state))
         return y, *after
 
     assert torch.autograd.gradcheck(function, inputs.differentiable())
 
 
-def test_a_reset_is_the_beginning_of_a_document() -> None:
+def test_a_document_start_hides_what_is_before() -> None:
     first, second = draw(T=20, options=("rho",), seed=1), draw(T=30, options=("rho",), seed=2)
-    reset = torch.zeros(2, 50, dtype=torch.bool)
-    reset[:, 20] = True
-    packed, end = tssa(torch.cat([first.w, second.w], 1), first.temp, None, first.rho, reset)
+    mask = torch.zeros(2, 50, dtype=torch.bool)
+    mask[:, 20] = True
+    packed, end = tssa(torch.cat([first.w, second.w], 1), first.temp, None, first.rho, mask)
     alone, alone_end = tssa(second.w, first.temp, None, first.rho)
     assert_same([packed[:, 20:], *end], [alone, *alone_end])
 
@@ -87,7 +89,7 @@ def test_low_precision_costs_its_own_rounding_alone(dtype: torch.dtype, toleranc
     inputs = draw(T=200, bias="shared", options=("rho",))
     low = inputs._replace(**{name: getattr(inputs, name).detach().to(dtype).requires_grad_() for name in ("w", "temp")})
     exact = low._replace(w=low.w.detach().double().requires_grad_(), temp=low.temp.detach().double().requires_grad_())
-    found, expected = outcome(tssa, low), outcome(tssa_reference, exact)
+    found, expected = outcome(tssa, low), outcome(reference, exact)
     assert found[0].dtype == dtype
     assert found[4].dtype == dtype  # the gradient of w
     for a, b in zip(found[:5], expected[:5], strict=True):
@@ -134,7 +136,7 @@ def test_nan_in_one_sequence_stays_there() -> None:
         ({"temp": torch.ones(5)}, "heads dividing 12"),
         ({"bias": torch.zeros(7, 3)}, "bias has shape (7, 3)"),
         ({"rho": torch.ones(1)}, "rho has shape (1,)"),
-        ({"reset": torch.zeros(2, 3, dtype=torch.bool)}, "reset has shape (2, 3)"),
+        ({"document_start_mask": torch.zeros(2, 3, dtype=torch.bool)}, "document_start_mask has shape (2, 3)"),
         ({"state": State.zeros(2, 12, 4)}, "state.mass has shape (2, 4)"),
     ],
 )
@@ -170,17 +172,15 @@ def test_one_prefix_goes_on_in_several_ways() -> None:
 
 
 def test_statistics_say_what_the_operator_did() -> None:
-    inputs = draw(B=2, T=70, options=("rho", "reset"))
-    y, state, stats = tssa(*inputs, return_stats=True)
-    plain, plain_state = tssa(*inputs)
-    assert_same([y, *state], [plain, *plain_state])
+    inputs = draw(B=2, T=70, options=("rho", "documents"))
+    stats = tssa_statistics(Inputs(*inputs[:5]), inputs.state)
 
     B, T, H, D = 2, 70, 3, 4
     Pi, gate, horizon = torch.zeros(B, T, H), torch.zeros(B, T, H, D), torch.zeros(B, T, H)
     w = inputs.w.detach().view(B, T, H, D)
     energy, weighted, mass, count = torch.zeros(B, H, D), torch.zeros(B, H, D), torch.zeros(B, H), torch.zeros(B, H)
     for t in range(T):
-        decay = inputs.rho.detach() * ~inputs.reset[:, t, None]
+        decay = inputs.rho.detach() * ~inputs.document_start_mask[:, t, None]
         energy = decay[..., None] * energy + w[:, t] ** 2
         Pi[:, t] = torch.softmax(inputs.temp.detach() * (w[:, t] ** 2 / energy).sum(-1), -1)
         weighted = decay[..., None] * weighted + Pi[:, t, :, None] * w[:, t] ** 2
@@ -198,9 +198,9 @@ def test_statistics_say_what_the_operator_did() -> None:
 
 def test_torch_sees_one_operator() -> None:
     """Schema, fake kernel and backward agree, and torch.compile breaks no graph."""
-    inputs = draw(T=70, bias="shared", options=("rho", "reset", "state"))
-    torch.library.opcheck(operator.forward, (*inputs[:5], *inputs.state))
-    torch.library.opcheck(operator.forward, (*draw(T=40)[:5], *State.zeros(2, 12, 3)))
+    inputs = draw(T=70, bias="shared", options=ALL)
+    torch.library.opcheck(operator.forward, (*inputs[:5], *inputs.state, None))
+    torch.library.opcheck(operator.forward, (*draw(T=40)[:5], *State.zeros(2, 12, 3), "torch"))
     compiled = torch.compile(lambda w, temp: tssa(w, temp)[0] * 2, fullgraph=True)
     w, temp = inputs.w, inputs.temp
     found, expected = compiled(w, temp), tssa(w, temp)[0] * 2
@@ -222,14 +222,14 @@ def test_under_autocast_and_activation_checkpointing() -> None:
 @pytest.mark.parametrize("name", ["torch", "reference"])
 def test_the_environment_names_the_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = draw(T=40, options=("rho", "state"))
-    expected = outcome(tssa_reference, inputs)
+    expected = outcome(reference, inputs)
     monkeypatch.setenv("TOSTLM_TSSA_BACKEND", name)
     assert_same(outcome(tssa, inputs), expected)
 
 
 def test_a_backend_that_cannot_serve_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOSTLM_TSSA_BACKEND", "fortran")
-    with pytest.raises(ValueError, match="fortran is no backend; use triton, cpp, torch or reference"):
+    with pytest.raises(ValueError, match="'fortran' is not available here; use triton, cpp, torch or reference"):
         tssa(*draw())
 
 

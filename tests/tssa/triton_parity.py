@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tssa.common import Inputs, draw, in_pieces, outcome
-from tostlm.tssa import State, tssa, tssa_reference
+from tests.tssa.common import Arguments, draw, in_pieces, outcome, reference
+from tostlm.tssa import Inputs, State, tssa
 from tostlm.tssa.dispatch import choose
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
+ALL = ("rho", "documents", "state")
 only_gpu = pytest.mark.skipif(not GPU, reason="too large for the interpreter")
 
 
@@ -23,7 +24,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOSTLM_TSSA_BACKEND", "triton")
 
 
-def narrow(inputs: Inputs, dtype: torch.dtype = torch.float32) -> Inputs:
+def narrow(inputs: Arguments, dtype: torch.dtype = torch.float32) -> Arguments:
     """On the device; w in `dtype`, the other inputs in fp32 and the state in fp64, as models have them."""
 
     def to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -31,22 +32,22 @@ def narrow(inputs: Inputs, dtype: torch.dtype = torch.float32) -> Inputs:
 
     parameters = [to(x, torch.float32) for x in (inputs.temp, inputs.bias, inputs.rho)]
     state = None if inputs.state is None else State(*(to(x, torch.float64) for x in inputs.state))
-    reset = None if inputs.reset is None else inputs.reset.to(DEVICE)
-    return Inputs(to(inputs.w, dtype), *parameters, reset, state)
+    mask = None if inputs.document_start_mask is None else inputs.document_start_mask.to(DEVICE)
+    return Arguments(to(inputs.w, dtype), *parameters, mask, state)
 
 
-def exact(inputs: Inputs) -> Inputs:
+def exact(inputs: Arguments) -> Arguments:
     """The same numbers in float64, on the CPU."""
 
     def to(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.detach().cpu().double().requires_grad_(x.requires_grad)
 
     state = None if inputs.state is None else State(*(to(x) for x in inputs.state))
-    reset = None if inputs.reset is None else inputs.reset.cpu()
-    return Inputs(*(to(x) for x in inputs[:4]), reset, state)
+    mask = None if inputs.document_start_mask is None else inputs.document_start_mask.cpu()
+    return Arguments(*(to(x) for x in inputs[:4]), mask, state)
 
 
-def outcome_of(operator: object, inputs: Inputs) -> list[Tensor]:
+def outcome_of(operator: object, inputs: Arguments) -> list[Tensor]:
     """`outcome` on the CPU in float64."""
     return [x.detach().cpu().double() for x in outcome(operator, inputs)]
 
@@ -57,20 +58,20 @@ def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float) 
 
 
 CASES = [
-    (2, 1, 3, 16, "own", ("rho", "reset", "state")),  # one token
+    (2, 1, 3, 16, "own", ALL),  # one token
     (2, 1, 1, 17, "none", ()),
     (2, 33, 3, 20, "none", ()),  # nothing decays; H and D are no powers of two
     (1, 33, 1, 16, "none", ("state",)),
     (2, 64, 2, 16, "shared", ("state",)),
-    (1, 40, 2, 16, "own", ("rho", "reset", "state")),
-    (2, 35, 2, 16, "shared", ("reset",)),
+    (1, 40, 2, 16, "own", ALL),
+    (2, 35, 2, 16, "shared", ("documents",)),
     *(
         pytest.param(*case, marks=only_gpu)
         for case in [
-            (2, 1000, 12, 64, "shared", ("rho", "reset", "state")),
+            (2, 1000, 12, 64, "shared", ALL),
             (3, 333, 5, 100, "own", ("state",)),
             (2, 200, 16, 128, "none", ("rho",)),
-            (2, 100, 4, 256, "own", ("rho", "reset")),
+            (2, 100, 4, 256, "own", ("rho", "documents")),
             (1, 5000, 2, 16, "none", ("rho", "state")),  # several steps of the kernel that chains chunks
         ]
     ),
@@ -81,7 +82,21 @@ CASES = [
 def test_equals_the_reference(B: int, T: int, H: int, D: int, bias: str, options: Sequence[str]) -> None:
     inputs = narrow(draw(B, T, H, D, bias, options))
     assert choose(inputs.w, H).name == "triton"
-    assert_close(outcome_of(tssa, inputs), outcome_of(tssa_reference, exact(inputs)), 1e-5)
+    assert_close(outcome_of(tssa, inputs), outcome_of(reference, exact(inputs)), 1e-5)
+
+
+@pytest.mark.parametrize("T", [1, 40])
+def test_outputs_and_state_gradients_from_what_is_saved(T: int) -> None:
+    inputs = narrow(draw(2, T, 3, 20, "own", ALL))
+    operands = Inputs(*(None if x is None else x.detach() for x in inputs[:5]))
+    assert inputs.state is not None
+    backend = choose(operands.w, 3)
+    y, _, saved = backend.forward(operands, State(*(x.detach() for x in inputs.state)))
+    torch.testing.assert_close(backend.outputs(operands, saved), y, rtol=1e-5, atol=1e-6)
+    zeros = State.zeros(2, 60, 3, DEVICE)
+    expected = backend.backward(operands, saved, torch.sin(y), zeros, False).state[1:]
+    for a, b in zip(backend.state_grads(operands, saved, torch.sin(y)), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
@@ -90,10 +105,10 @@ def test_low_precision_costs_its_own_rounding_alone(T: int, dtype: torch.dtype, 
     inputs = narrow(draw(2, T, 2, 16, "shared"), dtype)
     found = outcome(tssa, inputs)
     assert found[0].dtype == found[4].dtype == dtype  # y and the gradient of w
-    assert_close([x.detach().cpu().double() for x in found], outcome_of(tssa_reference, exact(inputs)), tolerance)
+    assert_close([x.detach().cpu().double() for x in found], outcome_of(reference, exact(inputs)), tolerance)
 
 
-@pytest.mark.parametrize("options", [("state",), pytest.param(("rho", "reset", "state"), marks=only_gpu)], ids="+".join)
+@pytest.mark.parametrize("options", [("state",), pytest.param(ALL, marks=only_gpu)], ids="+".join)
 def test_pieces_equal_the_whole(options: tuple[str, ...]) -> None:
     inputs = narrow(draw(2, 71, 2, 16, "own", options))
     assert_close(outcome_of(in_pieces([1, 2, 40]), inputs), outcome_of(tssa, inputs), 1e-5)
@@ -101,13 +116,13 @@ def test_pieces_equal_the_whole(options: tuple[str, ...]) -> None:
 
 def test_small_first_tokens_keep_their_gradients() -> None:
     """Where a document begins the two parts of dn cancel exactly; their rounding would be large where w is small."""
-    inputs = draw(1, 34, 2, 16, options=("reset",))
-    inputs.reset.zero_()
-    inputs.reset[0, 9] = True
+    inputs = draw(1, 34, 2, 16, options=("documents",))
+    inputs.document_start_mask.zero_()
+    inputs.document_start_mask[0, 9] = True
     scale = torch.ones(34, 1, dtype=torch.float64)
     scale[[0, 9]] = 1e-4
     inputs = narrow(inputs._replace(w=(inputs.w.detach() * scale).requires_grad_()))
-    found, expected = (x[4][0, [0, 9]] for x in (outcome_of(tssa, inputs), outcome_of(tssa_reference, exact(inputs))))
+    found, expected = (x[4][0, [0, 9]] for x in (outcome_of(tssa, inputs), outcome_of(reference, exact(inputs))))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
@@ -116,13 +131,13 @@ def test_no_gradient_of_rho_where_none_is_asked_for() -> None:
     inputs = narrow(inputs._replace(rho=inputs.rho.detach()))
     y, _ = tssa(*inputs)
     y.sum().backward()  # its gradient has stride 0
-    expected, _ = tssa_reference(*(other := exact(inputs)))
+    expected, _ = reference(*(other := exact(inputs)))
     expected.sum().backward()
     assert_close([inputs.w.grad.cpu().double()], [other.w.grad], 1e-5)
 
 
 def test_equal_inputs_give_equal_bits() -> None:
-    inputs = narrow(draw(2, 1000 if GPU else 34, 2, 16, "own", ("rho", "reset", "state") if GPU else ("state",)))
+    inputs = narrow(draw(2, 1000 if GPU else 34, 2, 16, "own", ALL if GPU else ("state",)))
     first, second = outcome(tssa, inputs), outcome(tssa, inputs)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tostlm.tssa import tssa
-from tostlm.tssa.dispatch import VARIABLE
 from tostlm.tssa.reference import EPS, EPS_MASS
 
 AUTHORS, LINEAR, COPY = "authors", "linear", "copy"
@@ -90,10 +88,9 @@ def _contestant(name: str, shape: Shape, device: torch.device) -> Callable[[], t
         AUTHORS: lambda: authors(w, temp),
         LINEAR: lambda: F.linear(w, matrix),
         COPY: lambda: w.clone(),
-    }.get(name, lambda: tssa(w, temp)[0])
+    }.get(name, lambda: tssa(w, temp, backend=name)[0])
 
     def run() -> tuple[float, float]:
-        os.environ[VARIABLE] = name if name not in (AUTHORS, LINEAR, COPY) else ""
         w.grad = temp.grad = matrix.grad = None
         start = _now(device)
         y = function()

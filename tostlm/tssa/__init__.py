@@ -1,46 +1,20 @@
-"""Causal token statistics self-attention (TSSA), linear in the context. Imports torch alone."""
+"""Causal token statistics self-attention (TSSA), an operator linear in the context."""
 
 from __future__ import annotations
 
-import os
-from typing import Literal, overload
-
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from tostlm.tssa.dispatch import REFERENCE, VARIABLE, choose
-from tostlm.tssa.operator import forward as differentiable_forward
+from tostlm.tssa.backend import Inputs
+from tostlm.tssa.context_parallel import context_parallel_operator
+from tostlm.tssa.dispatch import REFERENCE, choose, requested_backend
+from tostlm.tssa.operator import tssa_operator
 from tostlm.tssa.reference import tssa_reference
 from tostlm.tssa.state import State
-from tostlm.tssa.statistics import Statistics, statistics
+from tostlm.tssa.statistics import Statistics, compute_statistics
 
-__all__ = ["State", "Statistics", "tssa", "tssa_reference"]
-
-
-@overload
-def tssa(
-    w: Tensor,
-    temp: Tensor,
-    bias: Tensor | None = None,
-    rho: Tensor | None = None,
-    reset: Tensor | None = None,
-    state: State | None = None,
-    *,
-    return_stats: Literal[False] = False,
-) -> tuple[Tensor, State]: ...
-
-
-@overload
-def tssa(
-    w: Tensor,
-    temp: Tensor,
-    bias: Tensor | None = None,
-    rho: Tensor | None = None,
-    reset: Tensor | None = None,
-    state: State | None = None,
-    *,
-    return_stats: Literal[True],
-) -> tuple[Tensor, State, Statistics]: ...
+__all__ = ["Inputs", "State", "Statistics", "tssa", "tssa_reference", "tssa_statistics"]
 
 
 def tssa(
@@ -48,11 +22,12 @@ def tssa(
     temp: Tensor,
     bias: Tensor | None = None,
     rho: Tensor | None = None,
-    reset: Tensor | None = None,
+    document_start_mask: Tensor | None = None,
     state: State | None = None,
     *,
-    return_stats: bool = False,
-) -> tuple[Tensor, State] | tuple[Tensor, State, Statistics]:
+    group: dist.ProcessGroup | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, State]:
     """Mix tokens causally by their running second moments.
 
     Args:
@@ -60,46 +35,72 @@ def tssa(
             computed in fp32 or wider whatever its dtype.
         temp: [H], temperature of the membership softmax over the heads.
         bias: [T, H] or [B, T, H], added to each channel's share of its energy (the authors' `denom_bias`).
-        rho: [H] in (0, 1], how much of every running sum a token leaves; None is 1, the paper's operator.
-        reset: [B, T] bool, True where a document begins: the sums start again from zero there.
-        state: what the tokens before left; None is the beginning of a document.
-        return_stats: also return `Statistics`, the call's memberships, gates and horizons in numbers.
+        rho: [H] in (0, 1], the factor of every running sum per token; None is 1, the paper's operator.
+        document_start_mask: [B, T] bool, True where a document begins: the sums start again from zero there.
+        state: the state after the tokens before; None at the beginning of a document.
+        group: a process group whose ranks hold consecutive tokens of each sequence, in the group's order. Every rank
+            must call, with its own w, bias and mask, of as many tokens as it likes but none, and with the same temp,
+            rho and state, which is the one before the first rank's tokens.
+        backend: "triton", "cpp", "torch" or "reference"; None takes the one that the environment variable
+            TOSTLM_TSSA_BACKEND names, else the fastest that serves w.
 
     Returns:
-        y [B, T, C] in w's dtype, and the state after the last token. Calls on consecutive pieces of a sequence, each
-        with the state of the one before, equal one call on the whole.
+        y [B, T, C] in w's dtype, and the state after the last token, of all ranks. Calls on consecutive pieces of a
+        sequence, each with the state of the one before, equal one call on the whole. Under a group, gradients are this
+        rank's share: summed over the ranks they are those of the whole.
 
     Raises:
-        ValueError: a shape does not fit the others.
+        ValueError: a shape does not fit the others, or the backend does not serve w.
+
+    Example:
+        >>> w, temp = torch.randn(2, 1000, 64), torch.ones(4)
+        >>> y, state = tssa(w[:, :600], temp)
+        >>> rest, state = tssa(w[:, 600:], temp, state=state)  # as if in one call
+        >>> state.energy.shape, state.mass.shape
+        (torch.Size([2, 64]), torch.Size([2, 4]))
 
     Source: Token Statistics Transformer, arXiv 2412.17810; docs/tssa.md has the forward and backward equations.
     """
-    _check(w, temp, bias, rho, reset, state)
-    if os.environ.get(VARIABLE) == REFERENCE:
-        if return_stats:
-            raise ValueError(f"the {REFERENCE} backend has no statistics; unset {VARIABLE}")
-        y, state = tssa_reference(w, temp, bias, rho, reset, state)
-        return y.to(w.dtype), state
-    B, _, C = w.shape
-    H = temp.shape[0]
-    before = State.zeros(B, C, H, w.device) if state is None else state
-    arguments = (w, temp, bias, rho, reset, *before)
-    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments)
+    y, after, _ = _call(Inputs(w, temp, bias, rho, document_start_mask), state, group, backend)
+    return y, after
+
+
+@torch.no_grad()
+def tssa_statistics(
+    inputs: Inputs, state: State | None = None, *, group: dist.ProcessGroup | None = None
+) -> Statistics:
+    """Return statistics of `tssa` on these inputs, of this rank's tokens."""
+    y, _, Pi = _call(inputs, state, group, None)
+    if Pi is None:
+        raise ValueError(f"the {REFERENCE} backend has no statistics; use another")
+    return compute_statistics(inputs, y, Pi)
+
+
+def _call(
+    inputs: Inputs, state: State | None, group: dist.ProcessGroup | None, backend: str | None
+) -> tuple[Tensor, State, Tensor | None]:
+    """Return y, the final state and the memberships [B, T, H], which the reference keeps to itself."""
+    _check_shapes(inputs, state)
+    B, _, H, D = inputs.sizes
+    if requested_backend(backend) == REFERENCE:
+        if group is not None:
+            raise ValueError(f"the {REFERENCE} backend runs on one rank; use another where ranks share a sequence")
+        y, after = tssa_reference(inputs, state)
+        return y.to(inputs.w.dtype), after, None
+    before = State.zeros(B, H * D, H, inputs.w.device) if state is None else state
+    if group is not None:
+        return context_parallel_operator(inputs, before, group, backend)
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, *before))
     # torch's way through a custom op costs more than one token does, so a call that needs none of it goes around.
-    call = differentiable_forward if learns or torch.compiler.is_compiling() else choose(w, H).forward
-    y, energy, mass, weighted, Pi, *_ = call(*arguments)
-    after = State(energy, mass, weighted)
-    return (y, after, statistics(w, y, Pi, rho, reset)) if return_stats else (y, after)
+    if learns or torch.compiler.is_compiling():
+        y, after, saved = tssa_operator(inputs, before, backend)
+    else:
+        y, after, saved = choose(inputs.w, H, backend).forward(inputs, before)
+    return y, after, saved.Pi
 
 
-def _check(
-    w: Tensor,
-    temp: Tensor,
-    bias: Tensor | None,
-    rho: Tensor | None,
-    reset: Tensor | None,
-    state: State | None,
-) -> None:
+def _check_shapes(inputs: Inputs, state: State | None) -> None:
+    w, temp = inputs.w, inputs.temp
     if w.dim() != 3:
         raise ValueError(f"w has shape {tuple(w.shape)}; it must be [batch, tokens, channels]")
     B, T, C = w.shape
@@ -107,9 +108,9 @@ def _check(
     if temp.dim() != 1 or H == 0 or C % H:
         raise ValueError(f"temp has shape {tuple(temp.shape)}; it must be [heads], heads dividing {C} channels")
     expected: list[tuple[str, Tensor | None, list[tuple[int, ...]]]] = [
-        ("bias", bias, [(T, H), (B, T, H)]),
-        ("rho", rho, [(H,)]),
-        ("reset", reset, [(B, T)]),
+        ("bias", inputs.bias, [(T, H), (B, T, H)]),
+        ("rho", inputs.rho, [(H,)]),
+        ("document_start_mask", inputs.document_start_mask, [(B, T)]),
     ]
     if state is not None:
         expected += [

@@ -1,59 +1,85 @@
-"""What a backend of the operator is and computes.
+"""What a backend of the operator computes, and the named tuples it computes with.
 
-Shapes: B sequences, T tokens, C channels = H heads x D, N blocks of tokens, as each backend cuts them.
+Shapes: B sequences, T tokens, C channels = H heads x D, N chunks of tokens, as each backend cuts them. The compute
+dtype is fp64 for fp64 inputs and fp32 for narrower ones; states are float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tostlm.tssa.state import State
 
-class Forward(NamedTuple):
-    """Results of a forward pass, and what the backward pass needs of it."""
 
-    y: Tensor  # [B, T, C] in w's dtype
-    energy: Tensor  # [B, C] float64, the state after the last token
-    mass: Tensor  # [B, H]
-    weighted: Tensor  # [B, C]
-    Pi: Tensor  # [B, T, H] in the compute dtype, memberships
+class Inputs(NamedTuple):
+    """The operator's inputs beside the state."""
+
+    w: Tensor  # [B, T, C]
+    temp: Tensor  # [H]
+    bias: Tensor | None = None  # [T, H] or [B, T, H]
+    rho: Tensor | None = None  # [H]
+    document_start_mask: Tensor | None = None  # [B, T] bool
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """B, T, H and D."""
+        B, T, C = self.w.shape
+        H = self.temp.shape[0]
+        return B, T, H, C // H
+
+    def decays(self, dtype: torch.dtype) -> Tensor | None:
+        """Return the factor of the running sums before each token, [B, T, H]; None where it is 1 everywhere."""
+        if self.rho is None and self.document_start_mask is None:
+            return None
+        B, T, H, _ = self.sizes
+        decays = torch.ones(H, dtype=dtype, device=self.w.device) if self.rho is None else self.rho.to(dtype)
+        decays = decays.expand(B, T, H)
+        mask = self.document_start_mask
+        return decays if mask is None else decays.masked_fill(mask[..., None], 0.0)
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs of the forward pass beside the inputs."""
+
+    Pi: Tensor  # [B, T, H] in the compute dtype, the memberships
     n: Tensor  # [B, T, H], what temp multiplies
-    starts_energy: Tensor  # [B, N, C], the state before each block
-    starts_mass: Tensor  # [B, N, H]
-    starts_weighted: Tensor  # [B, N, C]
+    chunk_states: State  # [B, N, ...], the state before each chunk, in the backend's `saved_dtype`
 
 
 class Grads(NamedTuple):
-    """Gradients with respect to the inputs; the bias's is D dn."""
+    """Gradients of the inputs and of the initial state. The bias's is D times that of n."""
 
-    dw: Tensor  # [B, T, C] in w's dtype
-    d_temp: Tensor  # [H] in the compute dtype
-    dn: Tensor  # [B, T, H]
-    d_rho: Tensor  # [H], meaningless unless it was wanted
-    d_energy: Tensor  # [B, C] float64
-    d_mass: Tensor  # [B, H]
-    d_weighted: Tensor  # [B, C]
+    w: Tensor  # [B, T, C] in w's dtype
+    temp: Tensor  # [H] in the compute dtype
+    n: Tensor  # [B, T, H]
+    rho: Tensor  # [H], meaningless unless it was asked for
+    state: State
 
 
-@dataclass(frozen=True)
-class Backend:
-    """One implementation. The compute dtype is fp64 for fp64 inputs and fp32 for narrower ones.
+class Backend(NamedTuple):
+    """One implementation of the operator. No result may share memory with an argument.
 
-    `forward(w, temp, bias, rho, reset, energy, mass, weighted)` takes the inputs of `tostlm.tssa.tssa`, the state in
-    float64. No result may share memory with an input.
-
-    `backward(dy, d_energy, d_mass, d_weighted, w, temp, bias, rho, reset, Pi, n, starts_energy, starts_mass,
-    starts_weighted, want_rho)` takes the adjoints of y and of the final state, the inputs, and what the forward pass
-    saved.
+    Attributes:
+        name: by which `backend=` and the environment choose it.
+        serves: whether it serves a device type, a dtype of w and a head width D.
+        chunk_starts: the first token of each of the N chunks of T tokens.
+        saved_dtype: dtype of the saved chunk states, for inputs narrower than fp64.
+        forward: inputs and the initial state -> y [B, T, C] in w's dtype, the final state, and what is saved.
+        outputs: y again, from the inputs and what is saved.
+        state_grads: inputs, what is saved and grad_y -> the gradients of the initial `mass` [B, H] and `weighted`
+            [B, C] in float64 that y causes. The initial energy acts through Pi alone, which is held fixed.
+        backward: inputs, what is saved, grad_y, grad_final_state, whether rho's gradient is wanted -> all gradients.
     """
 
     name: str
-    serves: Callable[[str, torch.dtype, int], bool]  # whether it can: device type, dtype of w, head width D
-    saved_states: Callable[[int], int]  # N for T tokens
-    starts_dtype: torch.dtype  # of the saved states, for inputs narrower than fp64
-    forward: Callable[..., Forward]
-    backward: Callable[..., Grads]
+    serves: Callable[[str, torch.dtype, int], bool]
+    chunk_starts: Callable[[int], range | list[int]]
+    saved_dtype: torch.dtype
+    forward: Callable[[Inputs, State], tuple[Tensor, State, Saved]]
+    outputs: Callable[[Inputs, Saved], Tensor]
+    state_grads: Callable[[Inputs, Saved, Tensor], tuple[Tensor, Tensor]]
+    backward: Callable[[Inputs, Saved, Tensor, State, bool], Grads]

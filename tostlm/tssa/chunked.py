@@ -8,42 +8,33 @@ what it needs from the state before each block; its steps are numbered as in doc
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tostlm.tssa.backend import Backend, Forward, Grads
+from tostlm.tssa.backend import Backend, Grads, Inputs, Saved
 from tostlm.tssa.reference import EPS, EPS_MASS
+from tostlm.tssa.state import State
 
 CHUNK = 32  # tokens in the inner, row-by-row scan
 BLOCK = 1024  # tokens whose temporaries are alive at once
 
 
-def forward(
-    w: Tensor,
-    temp: Tensor,
-    bias: Tensor | None,
-    rho: Tensor | None,
-    reset: Tensor | None,
-    energy: Tensor,
-    mass: Tensor,
-    weighted: Tensor,
-) -> Forward:
+def forward(inputs: Inputs, state: State) -> tuple[Tensor, State, Saved]:
     """See `Backend`."""
-    B, T, C = w.shape
-    H = temp.shape[0]
-    D = C // H
+    w, bias = inputs.w, inputs.bias
+    B, T, H, D = inputs.sizes
     compute = torch.promote_types(w.dtype, torch.float32)  # statistics are never narrower than fp32
-    temp = temp.to(compute)
-    decay = decays(rho, reset, B, T, H, compute)
+    temp, decays = inputs.temp.to(compute), inputs.decays(compute)
     y = torch.empty_like(w, memory_format=torch.contiguous_format)
     Pi = torch.empty(B, T, H, dtype=compute, device=w.device)
     n = torch.empty_like(Pi)
-    s, m, c = energy.view(B, H, D), weighted.view(B, H, D), mass.view(B, H, 1)
-    starts: list[tuple[Tensor, Tensor, Tensor]] = []
+    s, m, c = state.energy.view(B, H, D), state.weighted.view(B, H, D), state.mass.view(B, H, 1)
+    chunk_states: list[tuple[Tensor, Tensor, Tensor]] = []
     for block in blocks(T):
-        starts.append((s, m, c))
-        a = None if decay is None else decay[:, block].contiguous()
+        chunk_states.append((s, c, m))
+        a = None if decays is None else decays[:, block].contiguous()
         x = w[:, block].to(compute).view(B, -1, H, D)
         square = x * x
         running = square.clone()
@@ -54,118 +45,125 @@ def forward(
         Pi_block = torch.softmax(temp * n_block, dim=-1)
         running = square.mul_(Pi_block[..., None])
         m = scan(running, a, m)
-        mass_block = Pi_block[..., None].clone()
-        c = scan(mass_block, a, c)
-        mass_block += EPS_MASS
-        gate = mass_block / running.add_(mass_block)  # 1 / (1 + weighted / mass)
-        y[:, block] = gate.mul_(x).mul_(-Pi_block[..., None]).view(B, -1, C)
+        mass = Pi_block[..., None].clone()
+        c = scan(mass, a, c)
+        mass += EPS_MASS
+        gate = mass / running.add_(mass)  # 1 / (1 + weighted / mass)
+        y[:, block] = gate.mul_(x).mul_(-Pi_block[..., None]).view(B, -1, H * D)
         Pi[:, block], n[:, block] = Pi_block, n_block
 
-    def stacked(which: int, size: int) -> Tensor:
-        saved = [start[which].reshape(B, size) for start in starts]
-        return torch.stack(saved, 1) if saved else energy.new_empty(B, 0, size)
+    def stacked(which: int, like: Tensor) -> Tensor:
+        saved = [states[which].reshape(like.shape) for states in chunk_states]
+        return torch.stack(saved, 1) if saved else like.new_empty(B, 0, like.shape[1])
 
-    after = s.reshape(B, C).clone(), c.reshape(B, H).clone(), m.reshape(B, C).clone()
-    return Forward(y, *after, Pi, n, stacked(0, C), stacked(2, H), stacked(1, C))
+    after = [last.reshape(like.shape).clone() for last, like in zip((s, c, m), state, strict=True)]
+    return y, State(*after), Saved(Pi, n, State(*(stacked(which, like) for which, like in enumerate(state))))
 
 
-def backward(
-    dy: Tensor,
-    d_energy: Tensor,
-    d_mass: Tensor,
-    d_weighted: Tensor,
-    w: Tensor,
-    temp: Tensor,
-    bias: Tensor | None,
-    rho: Tensor | None,
-    reset: Tensor | None,
-    Pi: Tensor,
-    n: Tensor,
-    starts_energy: Tensor,
-    starts_mass: Tensor,
-    starts_weighted: Tensor,
-    want_rho: bool,
-) -> Grads:
-    """See `Backend`."""
-    B, T, C = w.shape
-    H = temp.shape[0]
-    D = C // H
-    compute = Pi.dtype
-    temp = temp.to(compute)
-    decay = decays(rho, reset, B, T, H, compute)
-    dw = torch.empty_like(w, memory_format=torch.contiguous_format)
-    dn = torch.empty_like(n)
-    d_temp = torch.zeros(H, dtype=compute, device=w.device)
-    d_rho = torch.zeros(H, dtype=compute, device=w.device)
-    S, M, Cm = d_energy.view(B, H, D), d_weighted.view(B, H, D), d_mass.view(B, H, 1)
-    for k, block in reversed(list(enumerate(blocks(T)))):
-        s0, m0 = starts_energy[:, k].view(B, H, D), starts_weighted[:, k].view(B, H, D)
-        c0 = starts_mass[:, k].view(B, H, 1)
-        a = None if decay is None else decay[:, block].contiguous()
-        x = w[:, block].to(compute).view(B, -1, H, D)
-        g = dy[:, block].to(compute).view(B, -1, H, D)
-        square = x * x
-        P = Pi[:, block, :, None]
+class _Block(NamedTuple):
+    """What the passes after the first compute again of a block of t tokens."""
 
-        m = square * P
-        scan(m, a, m0)
-        c = P.clone()
-        scan(c, a, c0)
+    tokens: slice
+    a: Tensor | None  # [B, t, H], decays
+    x: Tensor  # [B, t, H, D], w in the compute dtype
+    P: Tensor  # [B, t, H, 1], memberships
+    m: Tensor  # [B, t, H, D], running weighted sums
+    c: Tensor  # [B, t, H, 1], running mass
+    mass: Tensor  # c + EPS_MASS
+    gate: Tensor  # [B, t, H, D]
+
+
+def _replay(inputs: Inputs, saved: Saved, reverse: bool) -> Iterator[tuple[int, _Block]]:
+    B, T, H, D = inputs.sizes
+    decays = inputs.decays(saved.Pi.dtype)
+    order = list(enumerate(blocks(T)))
+    for k, block in reversed(order) if reverse else order:
+        a = None if decays is None else decays[:, block].contiguous()
+        x = inputs.w[:, block].to(saved.Pi.dtype).view(B, -1, H, D)
+        P = saved.Pi[:, block, :, None]
+        m, c = x.square().mul_(P), P.clone()
+        scan(m, a, saved.chunk_states.weighted[:, k].view(B, H, D))
+        scan(c, a, saved.chunk_states.mass[:, k].view(B, H, 1))
         mass = c + EPS_MASS
-        gate = mass / (m + mass)
+        yield k, _Block(block, a, x, P, m, c, mass, mass / (m + mass))
 
-        gated = gate * g  # steps 1 and 2
-        xgated = x * gated
-        share = P / mass
-        dm = xgated * gate
-        dc = (dm - xgated).sum(-1, keepdim=True) * share
-        dm *= share
+
+def _gate_grads(block: _Block, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Steps 1 and 2: A g and v [B, t, H, D], and the local gradients of m [B, t, H, D] and c [B, t, H, 1]."""
+    g = grad_y[:, block.tokens].to(block.x.dtype).view(block.x.shape)
+    gated = block.gate * g
+    v = block.x * gated
+    share = block.P / block.mass
+    dm = v * block.gate
+    dc = (dm - v).sum(-1, keepdim=True) * share
+    return gated, v, dm.mul_(share), dc
+
+
+def outputs(inputs: Inputs, saved: Saved) -> Tensor:
+    """See `Backend`."""
+    y = torch.empty_like(inputs.w, memory_format=torch.contiguous_format)
+    for _, block in _replay(inputs, saved, reverse=False):
+        y[:, block.tokens] = block.gate.mul_(block.x).mul_(-block.P).flatten(2)
+    return y
+
+
+def state_grads(inputs: Inputs, saved: Saved, grad_y: Tensor) -> tuple[Tensor, Tensor]:
+    """See `Backend`."""
+    B, _, H, D = inputs.sizes
+    M = torch.zeros(B, H, D, dtype=torch.float64, device=inputs.w.device)
+    Cm = M.new_zeros(B, H, 1)
+    for _, block in _replay(inputs, saved, reverse=True):
+        *_, dm, dc = _gate_grads(block, grad_y)
+        M, Cm = reverse_scan(dm, block.a, M), reverse_scan(dc, block.a, Cm)
+    return Cm.reshape(B, H), M.reshape(B, H * D)
+
+
+def backward(inputs: Inputs, saved: Saved, grad_y: Tensor, grad_final_state: State, with_rho: bool) -> Grads:
+    """See `Backend`."""
+    w, mask = inputs.w, inputs.document_start_mask
+    B, _, H, D = inputs.sizes
+    compute, chunk_states = saved.Pi.dtype, saved.chunk_states
+    temp = inputs.temp.to(compute)
+    grad_w = torch.empty_like(w, memory_format=torch.contiguous_format)
+    grad_n = torch.empty_like(saved.n)
+    grad_temp, grad_rho = (torch.zeros(H, dtype=compute, device=w.device) for _ in range(2))
+    S, M = (x.view(B, H, D) for x in (grad_final_state.energy, grad_final_state.weighted))
+    Cm = grad_final_state.mass.view(B, H, 1)
+    for k, block in _replay(inputs, saved, reverse=True):
+        tokens, a, x, P, m, c, _, _ = block
+        square = x * x
+        gated, v, dm, dc = _gate_grads(block, grad_y)
         M = reverse_scan(dm, a, M)  # step 3
         Cm = reverse_scan(dc, a, Cm)
-        dPi = (dm * square - xgated).sum(-1) + dc[..., 0]  # step 4
+        dPi = (dm * square - v).sum(-1) + dc[..., 0]  # step 4
         p = P[..., 0]
         dz = p * (dPi - (p * dPi).sum(-1, keepdim=True))  # step 5
-        d_temp += (dz * n[:, block]).sum((0, 1))
-        dn_block = temp * dz
-        dn[:, block] = dn_block
+        grad_temp += (dz * saved.n[:, tokens]).sum((0, 1))
+        dn = temp * dz
+        grad_n[:, tokens] = dn
 
-        s = square.clone()  # step 6
+        s, s0 = square.clone(), chunk_states.energy[:, k].view(B, H, D)  # step 6
         scan(s, a, s0)
         floored = s.clamp_min(EPS)
-        direct = dn_block[..., None] / floored
+        direct = dn[..., None] / floored
         through = square.div_(floored).mul_(direct).masked_fill_(s < EPS, 0.0)
         # Step 7: direct and through are equal at a document's first token, and large where w is small; so they are
         # subtracted first, and what the tokens after it add comes without this token's own share.
         d_square = direct.sub_(through).addcmul_(P, dm)
-        ds, arriving = through.neg_(), S
-        S = reverse_scan(ds, a, arriving)
-        _add_from_the_right(d_square, ds, a, arriving)
-        dw[:, block] = gated.mul_(-P).addcmul_(x, d_square, value=2).view(B, -1, C)
+        ds, incoming = through.neg_(), S
+        S = reverse_scan(ds, a, incoming)
+        _add_from_the_right(d_square, ds, a, incoming)
+        grad_w[:, tokens] = gated.mul_(-P).addcmul_(x, d_square, value=2).view(B, -1, H * D)
 
-        if want_rho:  # step 9
+        if with_rho:  # step 9
+            m0, c0 = chunk_states.weighted[:, k].view(B, H, D), chunk_states.mass[:, k].view(B, H, 1)
             per_token = (ds * _shifted(s, s0) + dm * _shifted(m, m0)).sum(-1) + (dc * _shifted(c, c0))[..., 0]
-            if reset is not None:
-                per_token = per_token.masked_fill(reset[:, block, None], 0.0)
-            d_rho += per_token.sum((0, 1))
+            if mask is not None:
+                per_token = per_token.masked_fill(mask[:, tokens, None], 0.0)
+            grad_rho += per_token.sum((0, 1))
 
-    before = S.reshape(B, C).clone(), Cm.reshape(B, H).clone(), M.reshape(B, C).clone()
-    return Grads(dw, d_temp, dn, d_rho, *before)
-
-
-def decays(rho: Tensor | None, reset: Tensor | None, B: int, T: int, H: int, dtype: torch.dtype) -> Tensor | None:
-    """What the running sums are multiplied by before each token, [B, T, H], or None for 1 everywhere."""
-    if rho is None and reset is None:
-        return None
-    source = rho if rho is not None else reset
-    assert source is not None
-    decay = torch.ones(H, dtype=dtype, device=source.device) if rho is None else rho.to(dtype)
-    decay = decay.expand(B, T, H)
-    return decay if reset is None else decay.masked_fill(reset[..., None], 0.0)
-
-
-def saved_states(T: int) -> int:
-    """Number of blocks of T tokens: whole ones, and the ragged rest."""
-    return (T // CHUNK * CHUNK + BLOCK - 1) // BLOCK + (T % CHUNK + CHUNK - 1) // CHUNK
+    initial = [x.reshape(like.shape).clone() for x, like in zip((S, Cm, M), grad_final_state, strict=True)]
+    return Grads(grad_w, grad_temp, grad_n, grad_rho, State(*initial))
 
 
 def blocks(T: int) -> Iterator[slice]:
@@ -252,8 +250,10 @@ def _shifted(x: Tensor, first: Tensor) -> Tensor:
 BACKEND = Backend(
     name="torch",
     serves=lambda device, dtype, head_width: True,
-    saved_states=saved_states,
-    starts_dtype=torch.float64,
+    chunk_starts=lambda T: [block.start for block in blocks(T)],
+    saved_dtype=torch.float64,
     forward=forward,
+    outputs=outputs,
+    state_grads=state_grads,
     backward=backward,
 )

@@ -1,97 +1,143 @@
-"""Causal TSSA of one sequence split over the ranks of a process group, each holding consecutive tokens.
+"""The operator on sequences that the ranks of a process group share, each holding consecutive tokens.
 
-All a rank needs of those to its left is what they add to the running sums. The memberships need the energy first, so
-there are two exchanges a layer and direction, of C + H and C + 2H numbers a sequence and rank, whatever the number of
-tokens. Shapes: B sequences, T tokens of this rank, C channels = H heads x D, R ranks.
+All a rank needs of the ranks before it is what their tokens add to the running sums. The memberships need the energy
+first, so there are two exchanges per layer and direction, of C + H and C + 2H numbers per sequence and rank, whatever
+the number of tokens. A rank runs the operator once, as if nothing but energy came in before its tokens. What comes in
+of the other two sums is then added to the chunk states, from which the outputs are computed; the backward pass mirrors
+this.
+
+Shapes: B sequences, T tokens of this rank, C channels = H heads x D, N chunks, R ranks.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from tostlm.parallel import all_gather
-from tostlm.tssa import State, tssa
-from tostlm.tssa.chunked import decays
+from tostlm.tssa.backend import Backend, Inputs, Saved
+from tostlm.tssa.dispatch import choose
+from tostlm.tssa.operator import input_grads
+from tostlm.tssa.state import State
 
-CHUNK = 64  # tokens summed in the compute dtype before float64 takes over
+CHUNK = 256  # tokens summed in the compute dtype before float64 takes over
 
 
-def tssa_over_ranks(
-    w: Tensor,
-    temp: Tensor,
-    bias: Tensor | None = None,
-    rho: Tensor | None = None,
-    reset: Tensor | None = None,
-    state: State | None = None,
-    group: dist.ProcessGroup | None = None,
-) -> tuple[Tensor, State]:
-    """`tostlm.tssa.tssa` of the ranks' pieces laid end to end, in the group's order; every rank must call.
+@torch.compiler.disable
+def context_parallel_operator(
+    inputs: Inputs, before: State, group: dist.ProcessGroup, backend: str | None
+) -> tuple[Tensor, State, Tensor]:
+    """Return y and the memberships of this rank's tokens, and the state after the last rank's; every rank must call.
 
     Args:
-        w, bias, reset: of this rank's T tokens; ranks may hold different T, none empty.
-        temp, rho, state: the same on every rank; `state` is the one before the first rank's tokens.
-        group: the process group the sequence is split over.
-
-    Returns:
-        y of this rank's tokens, and on every rank the state after the last rank's. Gradients are this rank's share:
-        summed over the group they are those of the whole.
+        inputs: of this rank's T > 0 tokens; temp and rho are the same on every rank.
+        before: the state before the first rank's tokens, the same on every rank.
+        group: the ranks, in the order of their tokens.
+        backend: as for `tostlm.tssa.tssa`.
     """
-    B, T, C = w.shape
-    H = temp.shape[0]
-    zeros = State.zeros(B, C, H, w.device)
-    before = zeros if state is None else state
-    decay = decays(rho, reset, B, T, H, torch.float64)
-    if decay is None:
-        decay = torch.ones(B, T, H, dtype=torch.float64, device=w.device)
-    kept = decay.prod(1)[..., None]  # [B, H, 1], what these tokens leave of the sums that come in
-
-    local = checkpoint(_local_energy, w, decay, use_reentrant=False)
-    energy_in, energy_out = _prefix(kept, local, before.energy.view(B, H, -1), group)
-    energy = energy_in.reshape(B, C)
-
-    _, own = tssa(w, temp, bias, rho, reset, State(energy, zeros.mass, zeros.weighted))
-    sums_in, sums_out = _prefix(kept, _joined(own), _joined(before), group)
-    y, _ = tssa(w, temp, bias, rho, reset, State(energy, *_split(sums_in)))
-    return y, State(energy_out.reshape(B, C), *_split(sums_out))
+    B, _, H, D = inputs.sizes
+    decays = inputs.decays(torch.float64)
+    kept = before.mass.new_ones(B, H, 1) if decays is None else decays.prod(1)[..., None]  # of the sums coming in
+    own = checkpoint(_sum_energy, inputs.w, decays, H, use_reentrant=False)
+    energies = _chain(before.energy.view(B, H, D), all_gather(torch.cat([kept, own], -1), group))
+    # Indexed out of one tensor, each rank's energy depends on every rank's: so every rank calls the backward pass of
+    # the gather, the first rank too.
+    energy, energy_after = energies[dist.get_rank(group)].flatten(1), energies[-1].flatten(1)
+    chosen = choose(inputs.w, H, backend)
+    y, mass_after, weighted_after, Pi = _Operator.apply(  # type: ignore[no-untyped-call]
+        chosen, group, kept.detach(), *inputs, energy, before.mass, before.weighted
+    )
+    return y, State(energy_after, mass_after, weighted_after), Pi
 
 
-def _joined(state: State) -> Tensor:
-    """Weighted sums and mass of each head: [B, H, D + 1]."""
-    B, H = state.mass.shape
-    return torch.cat([state.weighted.view(B, H, -1), state.mass[..., None]], -1)
+class _Operator(torch.autograd.Function):
+    """y, and the mass and weighted sums after the last rank, once the energy before each rank is known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, backend: Backend, group: dist.ProcessGroup, kept: Tensor, *tensors: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        inputs, before = Inputs(*tensors[:5]), State(*tensors[5:])
+        zeros = before.energy, torch.zeros_like(before.mass), torch.zeros_like(before.weighted)
+        _, own, saved = backend.forward(inputs, State(*zeros))
+        summaries = all_gather(torch.cat([kept, _join(own.mass, own.weighted)], -1), group)
+        sums = _chain(_join(before.mass, before.weighted), summaries)
+        saved = _add_incoming(inputs, saved, sums[dist.get_rank(group)], backend)
+        ctx.backend, ctx.group = backend, group
+        ctx.save_for_backward(kept, *inputs, saved.Pi, saved.n, *saved.chunk_states)
+        ctx.mark_non_differentiable(saved.Pi)
+        return backend.outputs(inputs, saved), *_split(sums[-1]), saved.Pi
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor, grad_mass: Tensor, grad_weighted: Tensor, _: Tensor) -> tuple[Any, ...]:
+        kept, *tensors = ctx.saved_tensors
+        inputs, saved = Inputs(*tensors[:5]), Saved(tensors[5], tensors[6], State(*tensors[7:]))
+        own = _join(*ctx.backend.state_grads(inputs, saved, grad_y))
+        gathered = all_gather(torch.cat([kept, own, _join(grad_mass, grad_weighted)], -1), ctx.group)
+        summaries, final = gathered.tensor_split([1 + own.shape[-1]], -1)
+        rank, ranks = dist.get_rank(ctx.group), dist.get_world_size(ctx.group)
+        incoming = _split(_chain(final.sum(0), summaries.flip(0))[ranks - 1 - rank])
+        grad_after = State(
+            torch.zeros_like(incoming[1]), *incoming
+        )  # the energy's way through later ranks is autograd's
+        needed = ctx.needs_input_grad[3:]
+        grads = ctx.backend.backward(inputs, saved, grad_y, grad_after, inputs.rho is not None and needed[3])
+        before = [grad if rank == 0 else torch.zeros_like(grad) for grad in grads.state[1:]]  # each counts once
+        return None, None, None, *input_grads(grads, inputs, needed), grads.state.energy, *before
+
+
+def _add_incoming(inputs: Inputs, saved: Saved, sums: Tensor, backend: Backend) -> Saved:
+    """Add the sums before this rank's tokens, [B, H, D + 1], to the mass and weighted sums of every chunk state."""
+    B, T, H, D = inputs.sizes
+    starts = torch.tensor(backend.chunk_starts(T), device=sums.device)
+    decays = inputs.decays(torch.float64)
+    incoming = sums[:, None].expand(B, len(starts), H, D + 1)
+    if decays is not None:  # what the tokens before each chunk keep of it
+        reach = torch.cat([torch.ones_like(decays[:, :1]), decays.cumprod(1)], 1)[:, starts]  # [B, N, H]
+        incoming = incoming * reach[..., None]
+    states = saved.chunk_states
+    mass = (states.mass + incoming[..., -1]).to(states.mass.dtype)
+    weighted = (states.weighted + incoming[..., :-1].flatten(2)).to(states.weighted.dtype)
+    return saved._replace(chunk_states=State(states.energy, mass, weighted))
+
+
+def _join(mass: Tensor, weighted: Tensor) -> Tensor:
+    """Return the weighted sums and the mass of each head: [B, H, D + 1]."""
+    return torch.cat([weighted.view(*mass.shape, -1), mass[..., None]], -1)
 
 
 def _split(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Mass [B, H] and weighted [B, C] of what `_joined` made."""
-    return sums[..., -1], sums[..., :-1].flatten(1)
+    """Return mass [B, H] and weighted sums [B, C] from what `_join` returned."""
+    return sums[..., -1].contiguous(), sums[..., :-1].flatten(1)
 
 
-def _local_energy(w: Tensor, decay: Tensor) -> Tensor:
-    """Energy of these tokens after the last of them, from zero: [B, H, D] float64."""
-    B, T, C = w.shape
-    H = decay.shape[-1]
+def _chain(first: Tensor, summaries: Tensor) -> Tensor:
+    """Return x [R + 1, B, H, K] before and after each of R steps x -> kept x + own, summaries [R, B, H, 1 + K]."""
+    values = [first]
+    for summary in summaries:
+        values.append(summary[..., :1] * values[-1] + summary[..., 1:])
+    return torch.stack(values)
+
+
+def _sum_energy(w: Tensor, decays: Tensor | None, H: int) -> Tensor:
+    """Return the energy of these tokens after the last of them, from zero: [B, H, D] float64."""
+    B, _, C = w.shape
+    remaining = None  # [B, T, H] in pieces, of each token after the last
+    if decays is not None:
+        last = torch.ones_like(decays[:, :1])
+        remaining = torch.cat([decays[:, 1:].flip(1).cumprod(1).flip(1), last], 1).split(CHUNK, dim=1)
     compute = torch.promote_types(w.dtype, torch.float32)
-    left = torch.ones_like(decay)  # what is left of each token at the end
-    left[:, :-1] = decay[:, 1:].flip(1).cumprod(1).flip(1)
     energy = torch.zeros(B, H, C // H, dtype=torch.float64, device=w.device)
-    for t in range(0, T, CHUNK):
-        square = w[:, t : t + CHUNK].to(compute).square().view(B, -1, H, C // H)
-        energy = energy + (square * left[:, t : t + CHUNK, :, None].to(compute)).sum(1)
+    # split, unlike slices, has a backward pass that is linear in T
+    for t, piece in enumerate(w.split(CHUNK, dim=1)):
+        square = piece.to(compute).square().view(B, -1, H, C // H)
+        if remaining is not None:
+            square = square * remaining[t][..., None].to(compute)
+        energy = energy + square.sum(1)
     return energy
-
-
-def _prefix(kept: Tensor, local: Tensor, before: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """What comes in to this rank, and what leaves the last one, of x -> kept x + local composed rank by rank.
-
-    kept [B, H, 1]; local, before and both results [B, H, K].
-    """
-    sums = [before]
-    for summary in all_gather(torch.cat([kept, local], -1), group):  # [B, H, 1 + K]
-        sums.append(summary[..., :1] * sums[-1] + summary[..., 1:])
-    # Taken out of the stack, what comes in depends on every rank, if only by zeros: every rank then calls the gather's
-    # backward, the first one too, which nothing comes in to.
-    stacked = torch.stack(sums)
-    return stacked[dist.get_rank(group)], stacked[-1]

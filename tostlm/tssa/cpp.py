@@ -17,12 +17,14 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tostlm.tssa.backend import Backend, Forward, Grads
+from tostlm.tssa.backend import Backend, Grads, Inputs, Saved
 from tostlm.tssa.reference import EPS, EPS_MASS
+from tostlm.tssa.state import State
 
 CHUNK = 64  # tokens whose sums are fp32, and which stay in the cache between passes
 SOURCES = ("kernel.cpp", "passes.h", "simd.h", "team.h")
@@ -31,6 +33,13 @@ FLAGS = (
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
 )
 WIDEST_HEAD = 256
+# The functions' arguments after those that all have.
+FUNCTIONS: dict[str, list[type]] = {
+    "tssa_forward": [ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 9],
+    "tssa_outputs": [ctypes.c_void_p] * 4,
+    "tssa_state_grads": [ctypes.c_void_p] * 6,
+    "tssa_backward": [ctypes.c_void_p] * 13,
+}
 ELEMENTS_PER_THREAD = 32_768  # fewer are done sooner than a thread awakes
 
 _log = logging.getLogger("tostlm")
@@ -42,88 +51,95 @@ def serves(device: str, dtype: torch.dtype, head_width: int) -> bool:
     return device == "cpu" and dtype in (torch.float32, torch.bfloat16) and fits and _library(head_width) is not None
 
 
-def saved_states(T: int) -> int:
-    """Number of chunks of T tokens."""
-    return -(-T // CHUNK)
+def chunk_starts(T: int) -> range:
+    """First token of each chunk of T tokens."""
+    return range(0, T, CHUNK)
 
 
-def forward(
-    w: Tensor,
-    temp: Tensor,
-    bias: Tensor | None,
-    rho: Tensor | None,
-    reset: Tensor | None,
-    energy: Tensor,
-    mass: Tensor,
-    weighted: Tensor,
-) -> Forward:
+def forward(inputs: Inputs, state: State) -> tuple[Tensor, State, Saved]:
     """See `Backend`."""
-    B, T, C = w.shape
-    H = temp.shape[0]
-    N = saved_states(T)
-    w = _dense(w, w.dtype)
-    temp = _dense(temp, torch.float32)
-    bias = None if bias is None else _dense(bias, torch.float32)
-    rho = None if rho is None else _dense(rho, torch.float32)
-    reset = None if reset is None else _dense(reset, torch.bool)
-    # The kernel replaces the state in place.
-    after = _copy(energy), _copy(mass), _copy(weighted)
-    y = torch.empty_like(w)
-    Pi, n = torch.empty(B, T, H), torch.empty(B, T, H)
-    starts = torch.empty(B, N, C), torch.empty(B, N, H), torch.empty(B, N, C)
-    _kernel(C // H).tssa_forward(
-        *_sizes(w, H),
-        w.data_ptr(),
-        temp.data_ptr(),
-        _address(bias),
-        T * H if bias is not None and bias.dim() == 3 else 0,
-        _address(rho),
-        _address(reset),
-        *[x.data_ptr() for x in (y, *after, Pi, n, *starts)],
-    )
-    return Forward(y, *after, Pi, n, *starts)
+    B, T, H, D = inputs.sizes
+    N = len(chunk_starts(T))
+    call = _Call.of(inputs)
+    bias = None if inputs.bias is None else _dense(inputs.bias, torch.float32)
+    after = State(*map(_copy, state))  # the kernel replaces it in place
+    y = torch.empty_like(call.w)
+    chunk_states = State(*(torch.empty(B, N, size) for size in (H * D, H, H * D)))
+    saved = Saved(torch.empty(B, T, H), torch.empty(B, T, H), chunk_states)
+    bias_stride = T * H if bias is not None and bias.dim() == 3 else 0
+    call.run("tssa_forward", bias, bias_stride, y, *after, saved.Pi, saved.n, *saved.chunk_states)
+    return y, after, saved
 
 
-def backward(
-    dy: Tensor,
-    d_energy: Tensor,
-    d_mass: Tensor,
-    d_weighted: Tensor,
-    w: Tensor,
-    temp: Tensor,
-    bias: Tensor | None,
-    rho: Tensor | None,
-    reset: Tensor | None,
-    Pi: Tensor,
-    n: Tensor,
-    starts_energy: Tensor,
-    starts_mass: Tensor,
-    starts_weighted: Tensor,
-    want_rho: bool,
-) -> Grads:
+def outputs(inputs: Inputs, saved: Saved) -> Tensor:
+    """See `Backend`."""
+    call = _Call.of(inputs)
+    y = torch.empty_like(call.w)
+    Pi, _, states = _dense_saved(saved)
+    call.run("tssa_outputs", Pi, states.mass, states.weighted, y)
+    return y
+
+
+def state_grads(inputs: Inputs, saved: Saved, grad_y: Tensor) -> tuple[Tensor, Tensor]:
+    """See `Backend`."""
+    B, _, H, D = inputs.sizes
+    call = _Call.of(inputs)
+    Pi, _, states = _dense_saved(saved)
+    grads = torch.zeros(B, H, dtype=torch.float64), torch.zeros(B, H * D, dtype=torch.float64)
+    call.run("tssa_state_grads", _dense(grad_y, call.w.dtype), Pi, states.mass, states.weighted, *grads)
+    return grads
+
+
+def backward(inputs: Inputs, saved: Saved, grad_y: Tensor, grad_final_state: State, with_rho: bool) -> Grads:
     """See `Backend`. The bias is not needed: n has it."""
-    B, _, C = w.shape
-    H = temp.shape[0]
-    dy, w = _dense(dy, w.dtype), _dense(w, w.dtype)
-    temp = _dense(temp, torch.float32)
-    rho = None if rho is None else _dense(rho, torch.float32)
-    reset = None if reset is None else _dense(reset, torch.bool)
-    saved = [_dense(x, torch.float32) for x in (Pi, n, starts_energy, starts_mass, starts_weighted)]
-    before = _copy(d_energy), _copy(d_mass), _copy(d_weighted)
-    dw, dn = torch.empty_like(w), torch.empty_like(saved[1])
-    d_temp, d_rho = torch.zeros(2, B, H, dtype=torch.float64)
-    _kernel(C // H).tssa_backward(
-        *_sizes(w, H),
-        dy.data_ptr(),
-        w.data_ptr(),
-        temp.data_ptr(),
-        _address(rho),
-        _address(reset),
-        *[x.data_ptr() for x in (*saved, dw, d_temp, dn)],
-        d_rho.data_ptr() if want_rho else None,
-        *[x.data_ptr() for x in before],
+    B, _, H, _ = inputs.sizes
+    call = _Call.of(inputs)
+    Pi, n, states = _dense_saved(saved)
+    grad_state = State(*map(_copy, grad_final_state))  # the kernel replaces it in place by the initial state's
+    grad_w, grad_n = torch.empty_like(call.w), torch.empty_like(n)
+    grad_temp, grad_rho = (torch.zeros(B, H, dtype=torch.float64) for _ in range(2))
+    rho_sums = grad_rho if with_rho else None
+    grad_y = _dense(grad_y, call.w.dtype)
+    call.run("tssa_backward", grad_y, Pi, n, *states, grad_w, grad_temp, grad_n, rho_sums, *grad_state)
+    return Grads(grad_w, grad_temp.sum(0).float(), grad_n, grad_rho.sum(0).float(), grad_state)
+
+
+class _Call(NamedTuple):
+    """The inputs of all functions of the kernel, as it reads them."""
+
+    w: Tensor
+    temp: Tensor
+    rho: Tensor | None
+    document_start_mask: Tensor | None
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> _Call:
+        rho, mask = inputs.rho, inputs.document_start_mask
+        return cls(
+            _dense(inputs.w, inputs.w.dtype),
+            _dense(inputs.temp, torch.float32),
+            None if rho is None else _dense(rho, torch.float32),
+            None if mask is None else _dense(mask, torch.bool),
+        )
+
+    def run(self, function: str, *arguments: Tensor | int | None) -> None:
+        """Call a function of the kernel: is_bf16, threads, B, T, H, w, temp, rho, document_start, and its arguments."""
+        B, T, C = self.w.shape
+        H = self.temp.shape[0]
+        library = _library(C // H)
+        if library is None:
+            raise RuntimeError(f"there is no TSSA kernel for heads of {C // H} channels; see the log")
+        threads = min(torch.get_num_threads(), 1 + self.w.numel() // ELEMENTS_PER_THREAD)
+        sizes = (self.w.dtype is torch.bfloat16, threads, B, T, H)
+        addresses = [x.data_ptr() if isinstance(x, Tensor) else x for x in (*self, *arguments)]
+        getattr(library, function)(*sizes, *addresses)
+
+
+def _dense_saved(saved: Saved) -> Saved:
+    Pi, n, states = saved
+    return Saved(
+        _dense(Pi, torch.float32), _dense(n, torch.float32), State(*(_dense(x, torch.float32) for x in states))
     )
-    return Grads(dw, d_temp.sum(0).float(), dn, d_rho.sum(0).float(), *before)
 
 
 def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -133,24 +149,6 @@ def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _copy(x: Tensor) -> Tensor:
     return x.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
-
-
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
-def _sizes(w: Tensor, H: int) -> tuple[int, int, int, int, int]:
-    """The first arguments of both functions: is_bf16, threads, B, T, H."""
-    B, T, _ = w.shape
-    threads = min(torch.get_num_threads(), 1 + w.numel() // ELEMENTS_PER_THREAD)
-    return w.dtype is torch.bfloat16, threads, B, T, H
-
-
-def _kernel(head_width: int) -> ctypes.CDLL:
-    library = _library(head_width)
-    if library is None:
-        raise RuntimeError(f"there is no TSSA kernel for heads of {head_width} channels; see the log")
-    return library
 
 
 @functools.cache
@@ -164,11 +162,10 @@ def _library(head_width: int) -> ctypes.CDLL | None:
     except OSError as error:
         why = str(error)
     else:
-        sizes = [ctypes.c_int, ctypes.c_int, *[ctypes.c_int64] * 3]
-        pointer = ctypes.c_void_p
-        library.tssa_forward.argtypes = [*sizes, *[pointer] * 3, ctypes.c_int64, *[pointer] * 11]
-        library.tssa_backward.argtypes = [*sizes, *[pointer] * 17]
-        library.tssa_forward.restype = library.tssa_backward.restype = None
+        call = [ctypes.c_int, ctypes.c_int, *[ctypes.c_int64] * 3, *[ctypes.c_void_p] * 4]
+        for function, arguments in FUNCTIONS.items():
+            getattr(library, function).argtypes = [*call, *arguments]
+            getattr(library, function).restype = None
         return library
     _log.warning("the C++ backend of TSSA cannot be built, the torch backend serves instead: %s", why)
     return None
@@ -219,8 +216,10 @@ def _processor() -> str:
 BACKEND = Backend(
     name="cpp",
     serves=serves,
-    saved_states=saved_states,
-    starts_dtype=torch.float32,
+    chunk_starts=chunk_starts,
+    saved_dtype=torch.float32,
     forward=forward,
+    outputs=outputs,
+    state_grads=state_grads,
     backward=backward,
 )

@@ -20,25 +20,34 @@ REFERENCE = "reference"
 _log = logging.getLogger("tostlm")
 
 
-def choose(w: Tensor, heads: int) -> Backend:
-    """The backend for `w` [B, T, C]: the one the environment names, or the fastest that can.
+def requested_backend(name: str | None) -> str:
+    """Return the backend that a caller asks for, else the one that the environment names; "" for the fastest."""
+    return os.environ.get(VARIABLE, "") if name is None else name
+
+
+def choose(w: Tensor, heads: int, backend: str | None = None) -> Backend:
+    """Return the requested backend, or the fastest that serves `w` [B, T, C].
 
     Raises:
-        ValueError: the environment names none, or one that cannot serve `w`.
+        ValueError: there is no such backend, or it does not serve `w`.
     """
-    return _choose(os.environ.get(VARIABLE, ""), w.device.type, w.dtype, int(w.shape[-1]) // int(heads))
+    return _choose(requested_backend(backend), w.device.type, w.dtype, int(w.shape[-1]) // int(heads))
 
 
 @functools.cache
 def _choose(name: str, device: str, dtype: torch.dtype, head_width: int) -> Backend:
     if name not in ("", "torch", *COMPILED):
-        raise ValueError(f"{VARIABLE}={name} is no backend; use {', '.join(COMPILED)}, torch or {REFERENCE}")
+        raise ValueError(
+            f"TSSA backend {name!r} is not available here; use {', '.join(COMPILED)}, torch or {REFERENCE}"
+        )
     for candidate in [name] if name else [own for own, kind in COMPILED.items() if kind == device]:
         backend = TORCH if candidate == "torch" else _load(candidate)
         if backend is not None and backend.serves(device, dtype, head_width):
             break
         if name:
-            raise ValueError(f"{VARIABLE}={name} cannot serve {dtype} on {device} with heads of {head_width} channels")
+            raise ValueError(
+                f"TSSA backend {name} does not serve {dtype} on {device} with heads of {head_width} channels"
+            )
     else:
         backend = TORCH
     _log.info("TSSA of %s on %s with heads of %d channels: backend %s", dtype, device, head_width, backend.name)
@@ -47,6 +56,7 @@ def _choose(name: str, device: str, dtype: torch.dtype, head_width: int) -> Back
 
 def _load(name: str) -> Backend | None:
     try:
-        return importlib.import_module(f"tostlm.tssa.{name}").BACKEND
+        backend: Backend = importlib.import_module(f"tostlm.tssa.{name}").BACKEND
     except ImportError:
         return None
+    return backend

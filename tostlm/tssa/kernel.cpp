@@ -17,7 +17,7 @@ struct Inputs {
   int64_t B, T, H, C;
   const float* temp;
   const float* rho;      // [H] or null for 1
-  const uint8_t* reset;  // [B, T] or null
+  const uint8_t* document_start;  // [B, T] or null
 
   int64_t chunks() const { return (T + CHUNK - 1) / CHUNK; }
   int64_t block(int64_t b, int64_t chunk) const { return b * chunks() + chunk; }
@@ -29,28 +29,28 @@ struct Inputs {
 class Decays {
  public:
   Decays(const Inputs& in, int64_t b, const Member& member)
-      : in_(in), reset_(in.reset ? in.reset + b * in.T : nullptr), first_(member.first(in.H)),
+      : in_(in), document_start_(in.document_start ? in.document_start + b * in.T : nullptr), first_(member.first(in.H)),
         last_(member.last(in.H)), a_(in.H * CHUNK), reach_(in.H * CHUNK), beyond_(in.H * CHUNK), whole_(in.H) {}
 
   void move_to(int64_t chunk) {
     const int rows = in_.rows(chunk);
-    const uint8_t* reset = reset_ ? reset_ + chunk * CHUNK : nullptr;
-    if (reset && std::find(reset, reset + rows, 1) == reset + rows) reset = nullptr;
-    if (rows == rows_ && !reset && !had_reset_) return;
+    const uint8_t* document_start = document_start_ ? document_start_ + chunk * CHUNK : nullptr;
+    if (document_start && std::find(document_start, document_start + rows, 1) == document_start + rows) document_start = nullptr;
+    if (rows == rows_ && !document_start && !had_start_) return;
     rows_ = rows;
-    had_reset_ = reset != nullptr;
-    for (int64_t h = first_; h < last_; h++) fill(h, reset);
+    had_start_ = document_start != nullptr;
+    for (int64_t h = first_; h < last_; h++) fill(h, document_start);
   }
 
   Decay of(int64_t h) const { return {a_ + h * CHUNK, reach_ + h * CHUNK, beyond_ + h * CHUNK, whole_[h]}; }
 
  private:
-  void fill(int64_t h, const uint8_t* reset) {
+  void fill(int64_t h, const uint8_t* document_start) {
     const float rho = in_.rho ? in_.rho[h] : 1;
     float *a = a_ + h * CHUNK, *reach = reach_ + h * CHUNK, *beyond = beyond_ + h * CHUNK;
     double product = 1;
     for (int t = 0; t < rows_; t++) {
-      a[t] = reset && reset[t] ? 0 : rho;
+      a[t] = document_start && document_start[t] ? 0 : rho;
       reach[t] = static_cast<float>(product *= a[t]);
     }
     whole_[h] = product;
@@ -59,10 +59,10 @@ class Decays {
   }
 
   const Inputs& in_;
-  const uint8_t* reset_;
+  const uint8_t* document_start_;
   int64_t first_, last_;
   int rows_ = 0;
-  bool had_reset_ = false;
+  bool had_start_ = false;
   Buffer<float> a_, reach_, beyond_;
   Buffer<double> whole_;
 };
@@ -230,12 +230,8 @@ struct Backward {
     const int64_t block = in.block(b, k), corner = in.corner(b, k, h);
     const float* p = scratch.kept(k).Pi + h * CHUNK;
     float *mass = scratch.mass, *share = scratch.share;
-    double c = starts_mass[block * in.H + h];
-    for (int t = 0; t < rows; t++) {
-      c = c * decay.a[t] + p[t];
-      mass[t] = static_cast<float>(c) + EPS_MASS;
-      share[t] = p[t] / mass[t];
-    }
+    mass_pass(rows, decay, starts_mass[block * in.H + h], p, mass);
+    for (int t = 0; t < rows; t++) share[t] = p[t] / mass[t];
     replay<true>(w + corner, in.C, rows, decay, starts_weighted + block * in.C + h * D, p, scratch.sums);
     double* carry = d_weighted + b * in.C + h * D;
     narrow(carry, scratch.after);
@@ -291,6 +287,56 @@ struct Backward {
   float* partial(Scratch& scratch, int64_t k, int64_t h) const { return scratch.kept(k).partial + h * in.rows(0) * D; }
 };
 
+// The second scan again, a chunk of a head at a time, from memberships that are there.
+template <class X>
+struct Replay {
+  Inputs in;
+  const X* w;
+  const float *Pi, *starts_mass, *starts_weighted;
+
+  // pass(chunk, head, decay, Pi [CHUNK], mass [CHUNK], weighted sums before [D]) for the member's heads.
+  template <class Pass>
+  void over_chunks(int64_t b, const Member& member, bool reverse, const Pass& pass) const {
+    Decays decays(in, b, member);
+    Buffer<float> p(CHUNK), mass(CHUNK);
+    for (int64_t i = 0; i < in.chunks(); i++) {
+      const int64_t k = reverse ? in.chunks() - 1 - i : i, block = in.block(b, k);
+      const int rows = in.rows(k);
+      decays.move_to(k);
+      for (int64_t h = member.first(in.H); h < member.last(in.H); h++) {
+        for (int t = 0; t < rows; t++) p[t] = Pi[(b * in.T + k * CHUNK + t) * in.H + h];
+        mass_pass(rows, decays.of(h), starts_mass[block * in.H + h], p, mass);
+        pass(k, h, decays.of(h), p, mass, starts_weighted + block * in.C + h * D);
+      }
+    }
+  }
+
+  void outputs(int threads, X* y) const {
+    for_sequences(in.B, in.H, threads, [&](int64_t b, Member member) {
+      Buffer<float> own(D);
+      over_chunks(b, member, false,
+                  [&](int64_t k, int64_t h, const Decay& decay, const float* p, const float* mass, const float* start) {
+                    const int64_t corner = in.corner(b, k, h);
+                    output_pass(w + corner, y + corner, in.C, in.rows(k), decay, start, p, mass, own);
+                  });
+    });
+  }
+
+  void state_grads(int threads, const X* dy, double* d_mass, double* d_weighted) const {
+    for_sequences(in.B, in.H, threads, [&](int64_t b, Member member) {
+      Buffer<float> own(D);
+      over_chunks(b, member, true,
+                  [&](int64_t k, int64_t h, const Decay& decay, const float* p, const float* mass, const float* start) {
+                    const int64_t corner = in.corner(b, k, h);
+                    double& carry = d_mass[b * in.H + h];
+                    carry = carry * decay.whole + state_grad_pass(w + corner, dy + corner, in.C, in.rows(k), decay,
+                                                                  start, p, mass, own);
+                    carry_on(d_weighted + b * in.C + h * D, decay.whole, own);
+                  });
+    });
+  }
+};
+
 template <class X>
 void run_forward(const Inputs& in, int threads, const void* w, const float* bias, int64_t bias_stride, void* y,
                  double* energy, double* mass, double* weighted, float* Pi, float* n, float* starts_energy,
@@ -315,21 +361,47 @@ extern "C" {
 
 // The state arrives in energy, mass and weighted, and is replaced by the one after the last token.
 void tssa_forward(int is_bf16, int threads, int64_t B, int64_t T, int64_t H, const void* w, const float* temp,
-                  const float* bias, int64_t bias_stride, const float* rho, const uint8_t* reset, void* y,
+                  const float* rho, const uint8_t* document_start, const float* bias, int64_t bias_stride, void* y,
                   double* energy, double* mass, double* weighted, float* Pi, float* n, float* starts_energy,
                   float* starts_mass, float* starts_weighted) {
-  const Inputs in{B, T, H, H * D, temp, rho, reset};
+  const Inputs in{B, T, H, H * D, temp, rho, document_start};
   (is_bf16 ? run_forward<bf16> : run_forward<float>)(in, threads, w, bias, bias_stride, y, energy, mass, weighted, Pi,
                                                      n, starts_energy, starts_mass, starts_weighted);
 }
 
+// y from memberships and states before the chunks that are there.
+void tssa_outputs(int is_bf16, int threads, int64_t B, int64_t T, int64_t H, const void* w, const float* temp,
+                  const float* rho, const uint8_t* document_start, const float* Pi, const float* starts_mass,
+                  const float* starts_weighted, void* y) {
+  const Inputs in{B, T, H, H * D, temp, rho, document_start};
+  if (is_bf16)
+    Replay<bf16>{in, static_cast<const bf16*>(w), Pi, starts_mass, starts_weighted}.outputs(threads,
+                                                                                            static_cast<bf16*>(y));
+  else
+    Replay<float>{in, static_cast<const float*>(w), Pi, starts_mass, starts_weighted}.outputs(threads,
+                                                                                              static_cast<float*>(y));
+}
+
+// The adjoints of mass and weighted before the first token through y alone; they arrive as zeros.
+void tssa_state_grads(int is_bf16, int threads, int64_t B, int64_t T, int64_t H, const void* w, const float* temp,
+                      const float* rho, const uint8_t* document_start, const void* dy, const float* Pi,
+                      const float* starts_mass, const float* starts_weighted, double* d_mass, double* d_weighted) {
+  const Inputs in{B, T, H, H * D, temp, rho, document_start};
+  if (is_bf16)
+    Replay<bf16>{in, static_cast<const bf16*>(w), Pi, starts_mass, starts_weighted}.state_grads(
+        threads, static_cast<const bf16*>(dy), d_mass, d_weighted);
+  else
+    Replay<float>{in, static_cast<const float*>(w), Pi, starts_mass, starts_weighted}.state_grads(
+        threads, static_cast<const float*>(dy), d_mass, d_weighted);
+}
+
 // The adjoints of the state after arrive in d_energy, d_mass and d_weighted, and are replaced by those of the one
 // before. d_temp and, unless null, d_rho arrive as zeros.
-void tssa_backward(int is_bf16, int threads, int64_t B, int64_t T, int64_t H, const void* dy, const void* w,
-                   const float* temp, const float* rho, const uint8_t* reset, const float* Pi, const float* n,
+void tssa_backward(int is_bf16, int threads, int64_t B, int64_t T, int64_t H, const void* w, const float* temp,
+                   const float* rho, const uint8_t* document_start, const void* dy, const float* Pi, const float* n,
                    const float* starts_energy, const float* starts_mass, const float* starts_weighted, void* dw,
                    double* d_temp, float* dn, double* d_rho, double* d_energy, double* d_mass, double* d_weighted) {
-  const Inputs in{B, T, H, H * D, temp, rho, reset};
+  const Inputs in{B, T, H, H * D, temp, rho, document_start};
   (is_bf16 ? run_backward<bf16> : run_backward<float>)(in, threads, dy, w, Pi, n, starts_energy, starts_mass,
                                                        starts_weighted, dw, d_temp, dn, d_rho, d_energy, d_mass,
                                                        d_weighted);

@@ -1,6 +1,7 @@
-"""The operator as torch sees it: a custom op with a fake kernel and a backward, over whichever backend serves.
+"""The operator as torch sees it: a custom op with a fake kernel and a backward pass, over whichever backend serves.
 
-torch.compile, opcheck and activation checkpointing see one opaque call each way.
+torch.compile, opcheck and activation checkpointing see one opaque call each way. A custom op takes and returns single
+tensors, so this file alone flattens the named tuples of `tostlm.tssa.backend`.
 """
 
 from __future__ import annotations
@@ -10,129 +11,101 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tostlm.tssa.backend import Grads
+from tostlm.tssa.backend import Grads, Inputs, Saved
 from tostlm.tssa.dispatch import choose
+from tostlm.tssa.state import State
 
 # Its own names for every copy of this module: an exported model brings one, and two of them may be loaded at once.
 _NAMESPACE = __name__.replace(".", "_")
+_INPUTS = "Tensor w, Tensor temp, Tensor? bias, Tensor? rho, Tensor? document_start_mask"
+_STATE = "Tensor energy, Tensor mass, Tensor weighted"
+_SAVED = "Tensor Pi, Tensor n, Tensor chunk_energy, Tensor chunk_mass, Tensor chunk_weighted"
+_FORWARD = f"({_INPUTS}, {_STATE}, str? backend) -> ({', '.join(['Tensor'] * 9)})"
+_BACKWARD = (
+    f"({_INPUTS}, {_SAVED}, Tensor grad_y, {_STATE}, bool with_rho, str? backend) -> ({', '.join(['Tensor'] * 7)})"
+)
 
-Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+def tssa_operator(inputs: Inputs, state: State, backend: str | None) -> tuple[Tensor, State, Saved]:
+    """`Backend.forward`, differentiable in y and in the final state."""
+    y, energy, mass, weighted, Pi, n, *chunk_states = forward(*inputs, *state, backend)
+    return y, State(energy, mass, weighted), Saved(Pi, n, State(*chunk_states))
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::forward", mutates_args=())
-def forward(
-    w: Tensor,
-    temp: Tensor,
-    bias: Tensor | None,
-    rho: Tensor | None,
-    reset: Tensor | None,
-    energy: Tensor,
-    mass: Tensor,
-    weighted: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return choose(w, temp.shape[0]).forward(w, temp, bias, rho, reset, energy, mass, weighted)
+def input_grads(
+    grads: Grads, inputs: Inputs, needed: tuple[bool, ...]
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, None]:
+    """Return the gradients of each of the inputs in its dtype, where `needed` says so."""
+    bias, rho, D = inputs.bias, inputs.rho, inputs.sizes[-1]
+    grad_bias = grad_rho = None
+    if bias is not None and needed[2]:
+        grad_bias = (D * (grads.n.sum(0) if bias.dim() == 2 else grads.n)).to(bias.dtype)
+    if rho is not None and needed[3]:
+        grad_rho = grads.rho.to(rho.dtype)
+    return grads.w, grads.temp.to(inputs.temp.dtype), grad_bias, grad_rho, None
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::forward", mutates_args=(), schema=_FORWARD)
+def forward(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, state, backend = Inputs(*arguments[:5]), State(*arguments[5:8]), arguments[8]
+    y, after, saved = choose(inputs.w, inputs.temp.shape[0], backend).forward(inputs, state)
+    return y, *after, saved.Pi, saved.n, *saved.chunk_states
 
 
 @forward.register_fake
-def _(
-    w: Tensor,
-    temp: Tensor,
-    bias: Tensor | None,
-    rho: Tensor | None,
-    reset: Tensor | None,
-    energy: Tensor,
-    mass: Tensor,
-    weighted: Tensor,
-) -> Tensors:
-    B, T, C = w.shape
-    H = temp.shape[0]
-    backend = choose(w, H)
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, backend = Inputs(*arguments[:5]), choose(arguments[0], arguments[1].shape[0], arguments[8])
+    w = inputs.w
+    B, T, H, D = inputs.sizes
+    C, N = H * D, len(backend.chunk_starts(T))
     compute = torch.promote_types(w.dtype, torch.float32)
-    saved = torch.promote_types(w.dtype, backend.starts_dtype)
-    N = backend.saved_states(T)
+    saved = torch.promote_types(w.dtype, backend.saved_dtype)
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return w.new_empty(shape, dtype=dtype)
 
     return (
         empty(B, T, C, dtype=w.dtype),
-        empty(B, C, dtype=torch.float64),
-        empty(B, H, dtype=torch.float64),
-        empty(B, C, dtype=torch.float64),
-        empty(B, T, H, dtype=compute),
-        empty(B, T, H, dtype=compute),
-        empty(B, N, C, dtype=saved),
-        empty(B, N, H, dtype=saved),
-        empty(B, N, C, dtype=saved),
+        *(empty(B, size, dtype=torch.float64) for size in (C, H, C)),
+        *(empty(B, T, H, dtype=compute) for _ in range(2)),
+        *(empty(B, N, size, dtype=saved) for size in (C, H, C)),
     )
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::backward", mutates_args=())
-def backward(
-    dy: Tensor,
-    d_energy: Tensor,
-    d_mass: Tensor,
-    d_weighted: Tensor,
-    w: Tensor,
-    temp: Tensor,
-    bias: Tensor | None,
-    rho: Tensor | None,
-    reset: Tensor | None,
-    Pi: Tensor,
-    n: Tensor,
-    starts_energy: Tensor,
-    starts_mass: Tensor,
-    starts_weighted: Tensor,
-    want_rho: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    saved = (Pi, n, starts_energy, starts_mass, starts_weighted)
-    arriving = (dy, d_energy, d_mass, d_weighted)
-    return choose(w, temp.shape[0]).backward(*arriving, w, temp, bias, rho, reset, *saved, want_rho)
+@torch.library.custom_op(f"{_NAMESPACE}::backward", mutates_args=(), schema=_BACKWARD)
+def backward(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, saved = Inputs(*arguments[:5]), Saved(arguments[5], arguments[6], State(*arguments[7:10]))
+    grad_y, grad_state, with_rho, backend = arguments[10], State(*arguments[11:14]), *arguments[14:]
+    grads = choose(inputs.w, inputs.temp.shape[0], backend).backward(inputs, saved, grad_y, grad_state, with_rho)
+    return *grads[:4], *grads.state
 
 
 @backward.register_fake
-def _(
-    dy: Tensor,
-    d_energy: Tensor,
-    d_mass: Tensor,
-    d_weighted: Tensor,
-    w: Tensor,
-    temp: Tensor,
-    bias: Tensor | None,
-    rho: Tensor | None,
-    reset: Tensor | None,
-    Pi: Tensor,
-    n: Tensor,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dw = torch.empty_like(w, memory_format=torch.contiguous_format)
-    per_head = Pi.new_empty(temp.shape)
-    d_before = torch.empty_like(d_energy), torch.empty_like(d_mass), torch.empty_like(d_weighted)
-    return (dw, per_head, torch.empty_like(n), torch.empty_like(per_head), *d_before)
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    w, temp, Pi = arguments[0], arguments[1], arguments[5]
+    grad_w = torch.empty_like(w, memory_format=torch.contiguous_format)
+    per_head = [Pi.new_empty(temp.shape) for _ in range(2)]
+    return grad_w, per_head[0], torch.empty_like(Pi), per_head[1], *map(torch.empty_like, arguments[11:14])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    w, temp, bias, rho, reset, *state = inputs
     ctx.set_materialize_grads(False)  # nothing arrives at what is only saved
-    ctx.state_shapes = [x.shape for x in state]
-    ctx.save_for_backward(w, temp, bias, rho, reset, *output[4:])
+    ctx.state_shapes, ctx.backend = [x.shape for x in inputs[5:8]], inputs[8]
+    ctx.save_for_backward(*inputs[:5], *output[4:])
 
 
-def _backward(ctx: Any, dy: Tensor | None, *d_state: Tensor | None) -> tuple[Tensor | None, ...]:
-    w, temp, bias, rho, reset, *saved = ctx.saved_tensors
-    dy = torch.zeros_like(w) if dy is None else dy
-    arriving = [
-        w.new_zeros(shape, dtype=torch.float64) if d is None else d
-        for d, shape in zip(d_state[:3], ctx.state_shapes, strict=True)
+def _backward(ctx: Any, grad_y: Tensor | None, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # activation checkpointing unpacks them once
+    inputs = Inputs(*saved[:5])
+    grad_state = [
+        inputs.w.new_zeros(shape, dtype=torch.float64) if grad is None else grad
+        for grad, shape in zip(grad_outputs[:3], ctx.state_shapes, strict=True)
     ]
-    want_rho = rho is not None and ctx.needs_input_grad[3]
-    found = Grads(*backward(dy, *arriving, w, temp, bias, rho, reset, *saved, want_rho))
-    d_bias = None
-    if bias is not None and ctx.needs_input_grad[2]:
-        D = w.shape[-1] // temp.shape[0]
-        d_bias = (D * (found.dn.sum(0) if bias.dim() == 2 else found.dn)).to(bias.dtype)
-    d_rho = found.d_rho.to(rho.dtype) if want_rho else None
-    return found.dw, found.d_temp.to(temp.dtype), d_bias, d_rho, None, found.d_energy, found.d_mass, found.d_weighted
+    grad_y = torch.zeros_like(inputs.w) if grad_y is None else grad_y
+    with_rho = inputs.rho is not None and ctx.needs_input_grad[3]
+    found = backward(*saved, grad_y, *grad_state, with_rho, ctx.backend)
+    grads = Grads(found[0], found[1], found[2], found[3], State(*found[4:]))
+    return *input_grads(grads, inputs, ctx.needs_input_grad), *grads.state, None
 
 
 forward.register_autograd(_backward, setup_context=_setup)

@@ -83,6 +83,44 @@ void output_pass(const X* w, X* y, int64_t C, int rows, const Decay& decay, cons
   }
 }
 
+// c'_t of a chunk from the mass c before it.
+inline void mass_pass(int rows, const Decay& decay, double c, const float* Pi, float* mass) {
+  for (int t = 0; t < rows; t++) {
+    c = c * decay.a[t] + Pi[t];
+    mass[t] = static_cast<float>(c) + EPS_MASS;
+  }
+}
+
+// What e_t and f_t of steps 1 and 2 add to the adjoints of the state before the chunk: `own` [D] of the weighted sums,
+// and the result of the mass.
+template <class X>
+double state_grad_pass(const X* w, const X* dy, int64_t C, int rows, const Decay& decay, const float* before,
+                       const float* Pi, const float* mass, float* own) {
+  double d_mass = 0;
+  for (int j = 0; j < D; j += TILE) {
+    Vector m[VECTORS] = {}, in[VECTORS], total[VECTORS] = {};
+    for (int i = 0; i < VECTORS; i++) in[i] = load(before + j + i * LANES);
+    for (int t = 0; t < rows; t++) {
+      const float share = decay.reach[t] * (Pi[t] / mass[t]);
+      const Vector a = splat(decay.a[t]), reach = splat(decay.reach[t]), c = splat(mass[t]), p = splat(Pi[t]);
+      Vector closed = {};
+      for (int i = 0; i < VECTORS; i++) {
+        const int64_t at = t * C + j + i * LANES;
+        prefetch(dy + at + AHEAD * C);
+        const Vector x = load(w + at), g = load(dy + at);
+        m[i] = m[i] * a + x * x * p;
+        const Vector A = c * reciprocal(at_most(FLT_MAX, c + (m[i] + reach * in[i])));
+        const Vector v = x * A * g, vA = v * A;
+        total[i] += vA * splat(share);
+        closed += v - vA;
+      }
+      d_mass -= share * sum(closed);
+    }
+    for (int i = 0; i < VECTORS; i++) store(own + j + i * LANES, total[i]);
+  }
+  return d_mass;
+}
+
 // A scan again, every row kept: sums [rows + 1, D], before the first token and after each. WEIGHTED by Pi or not.
 template <bool WEIGHTED, class X>
 void replay(const X* w, int64_t C, int rows, const Decay& decay, const float* before, const float* Pi, float* sums) {

@@ -7,6 +7,7 @@ tostlm[triton]`). With TRITON_INTERPRET=1 it serves the CPU too, for tests: slow
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import triton
 from torch import Tensor
 
 from tostlm.tssa import triton_backward, triton_forward
-from tostlm.tssa.backend import Backend, Forward, Grads
+from tostlm.tssa.backend import Backend, Grads, Inputs, Saved
 from tostlm.tssa.state import State
 
 CHUNK = 32  # tokens; the tiles of 64 do not fit the registers of the backward pass
@@ -33,9 +34,15 @@ def serves(device: str, dtype: torch.dtype, head_width: int) -> bool:
     return reachable and dtype in DTYPES and head_width in HEAD_WIDTHS
 
 
-def saved_states(T: int) -> int:
-    """Number of chunks of T tokens."""
-    return -(-T // CHUNK)
+def chunk_starts(T: int) -> range:
+    """First token of each chunk of T tokens."""
+    return range(0, T, CHUNK)
+
+
+def _device_of(w: Tensor) -> AbstractContextManager[None]:
+    """Make w's GPU the current one, on which Triton launches."""
+    manager: AbstractContextManager[None] = torch.cuda.device_of(w)  # type: ignore[no-untyped-call]
+    return manager
 
 
 def _warps(elements: int) -> int:
@@ -50,15 +57,16 @@ class _Call:
     w: Tensor
     temp: Tensor
     rho: Tensor | None
-    reset: Tensor | None
+    document_start: Tensor | None
 
     @classmethod
-    def of(cls, w: Tensor, temp: Tensor, rho: Tensor | None, reset: Tensor | None) -> _Call:
+    def of(cls, inputs: Inputs) -> _Call:
+        rho, mask = inputs.rho, inputs.document_start_mask
         return cls(
-            w.contiguous(),
-            temp.float().contiguous(),
+            inputs.w.contiguous(),
+            inputs.temp.float().contiguous(),
             None if rho is None else rho.float().contiguous(),
-            None if reset is None else reset.contiguous().view(torch.uint8),
+            None if mask is None else mask.contiguous().view(torch.uint8),
         )
 
     @property
@@ -71,11 +79,11 @@ class _Call:
 
     @property
     def chunks(self) -> int:
-        return saved_states(self.w.shape[1])
+        return len(chunk_starts(self.w.shape[1]))
 
     @property
     def decays(self) -> bool:
-        return self.rho is not None or self.reset is not None
+        return self.rho is not None or self.document_start is not None
 
     def per_head(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """An empty [B, N, H]."""
@@ -104,7 +112,7 @@ class _Call:
         D = self.head_width
         DP = triton.next_power_of_2(D)
         sizes = {"T": self.w.shape[1], "N": self.chunks, "H": self.heads, "D": D, "DP": DP, "L": CHUNK}
-        decay = {"rho": self.rho, "reset": self.reset, "DECAYS": self.decays}
+        decay = {"rho": self.rho, "document_start": self.document_start, "DECAYS": self.decays}
         return {**sizes, **decay, "num_warps": _warps(CHUNK * DP)}
 
 
@@ -136,141 +144,143 @@ class _Chain(NamedTuple):
         )  # fmt: skip
 
 
-def forward(
-    w: Tensor,
-    temp: Tensor,
-    bias: Tensor | None,
-    rho: Tensor | None,
-    reset: Tensor | None,
-    energy: Tensor,
-    mass: Tensor,
-    weighted: Tensor,
-) -> Forward:
+def forward(inputs: Inputs, state: State) -> tuple[Tensor, State, Saved]:
     """See `Backend`."""
-    B, T, _ = w.shape
-    call = _Call.of(w, temp, rho, reset)
-    before = State(energy.contiguous(), mass.contiguous(), weighted.contiguous())
-    after = State(*(torch.empty_like(x) for x in before))
-    Pi, n = (w.new_empty((B, T, call.heads), dtype=torch.float32) for _ in range(2))
-    result = Forward(torch.empty_like(call.w), *after, Pi, n, *call.states())
+    B, T, H, _ = inputs.sizes
+    call = _Call.of(inputs)
+    before = State(*(x.contiguous() for x in state))
+    y, after = torch.empty_like(call.w), State(*map(torch.empty_like, before))
+    Pi, n = (call.w.new_empty((B, T, H), dtype=torch.float32) for _ in range(2))
+    result = y, after, Saved(Pi, n, call.states())
     if B * T == 0:
-        for x, start in zip(after, before, strict=True):
-            x.copy_(start)
-        return result
-    bias = None if bias is None else bias.float().contiguous()
-    bias_stride = T * call.heads if bias is not None and bias.dim() == 3 else 0
-    with torch.cuda.device_of(w):
-        (_one_token if T == 1 else _chunks)(call, bias, bias_stride, before, result)
+        return y, State(*map(torch.clone, before)), result[2]
+    bias = None if inputs.bias is None else inputs.bias.float().contiguous()
+    bias_stride = T * H if bias is not None and bias.dim() == 3 else 0
+    with _device_of(inputs.w):
+        (_forward_one_token if T == 1 else _forward_chunks)(call, bias, bias_stride, before, *result)
     return result
 
 
-def _one_token(call: _Call, bias: Tensor | None, bias_stride: int, before: State, result: Forward) -> None:
+def _forward_one_token(
+    call: _Call, bias: Tensor | None, bias_stride: int, before: State, y: Tensor, after: State, saved: Saved
+) -> None:
     H, D = call.heads, call.head_width
     HP, DP = triton.next_power_of_2(H), triton.next_power_of_2(D)
     triton_forward.one_token_kernel[(call.w.shape[0],)](
-        call.w, call.temp, bias, bias_stride, call.rho, call.reset, *before, *result,
-        H, HP, D, DP, num_warps=_warps(HP * DP),
+        call.w, call.temp, bias, bias_stride, call.rho, call.document_start, *before, y, *after,
+        saved.Pi, saved.n, *saved.chunk_states, H, HP, D, DP, num_warps=_warps(HP * DP),
     )  # fmt: skip
 
 
-def _chunks(call: _Call, bias: Tensor | None, bias_stride: int, before: State, result: Forward) -> None:
-    starts = State(result.starts_energy, result.starts_mass, result.starts_weighted)
-    after = State(result.energy, result.mass, result.weighted)
+def _forward_chunks(
+    call: _Call, bias: Tensor | None, bias_stride: int, before: State, y: Tensor, after: State, saved: Saved
+) -> None:
     products = call.per_head(torch.float64) if call.decays else None
-    chain = _Chain(call.states(), starts, before, after, products, reverse=False)
+    chain = _Chain(call.states(), saved.chunk_states, before, after, products, reverse=False)
     call.over_heads(triton_forward.energy_sums_kernel, sums=chain.sums.energy, products=products)
     chain.carry_energy()
     call.over_chunks(
-        triton_forward.memberships_kernel, bias=bias, bias_stride=bias_stride, starts_energy=starts.energy,
-        Pi=result.Pi, n=result.n, sums_weighted=chain.sums.weighted, sums_mass=chain.sums.mass,
+        triton_forward.memberships_kernel, bias=bias, bias_stride=bias_stride,
+        chunk_energy=saved.chunk_states.energy, Pi=saved.Pi, n=saved.n,
+        sums_weighted=chain.sums.weighted, sums_mass=chain.sums.mass,
     )  # fmt: skip
     chain.carry_weighted_and_mass()
+    _outputs(call, saved, y)
+
+
+def _outputs(call: _Call, saved: Saved, y: Tensor) -> None:
+    states = saved.chunk_states
     call.over_heads(
-        triton_forward.outputs_kernel, y=result.y, Pi=result.Pi,
-        starts_weighted=starts.weighted, starts_mass=starts.mass,
-    )  # fmt: skip
+        triton_forward.outputs_kernel, y=y, Pi=saved.Pi, chunk_weighted=states.weighted, chunk_mass=states.mass
+    )
 
 
-def backward(
-    dy: Tensor,
-    d_energy: Tensor,
-    d_mass: Tensor,
-    d_weighted: Tensor,
-    w: Tensor,
-    temp: Tensor,
-    bias: Tensor | None,
-    rho: Tensor | None,
-    reset: Tensor | None,
-    Pi: Tensor,
-    n: Tensor,
-    starts_energy: Tensor,
-    starts_mass: Tensor,
-    starts_weighted: Tensor,
-    want_rho: bool,
-) -> Grads:
+def outputs(inputs: Inputs, saved: Saved) -> Tensor:
     """See `Backend`."""
-    B, T, _ = w.shape
-    call = _Call.of(w, temp, rho, reset)
-    after = State(d_energy.contiguous(), d_mass.contiguous(), d_weighted.contiguous())
-    before = State(*(torch.empty_like(x) for x in after))
-    dw, dn = torch.empty_like(call.w), torch.empty_like(n)
-    d_temp, d_rho = torch.zeros_like(call.temp), torch.zeros_like(call.temp)
+    call = _Call.of(inputs)
+    y = torch.empty_like(call.w)
+    if y.numel():
+        with _device_of(inputs.w):
+            _outputs(call, saved, y)
+    return y
+
+
+def state_grads(inputs: Inputs, saved: Saved, grad_y: Tensor) -> tuple[Tensor, Tensor]:
+    """See `Backend`."""
+    B, T, H, D = inputs.sizes
+    call = _Call.of(inputs)
+    zeros, grads = (State.zeros(B, H * D, H, inputs.w.device) for _ in range(2))
+    if B * T:
+        with _device_of(inputs.w):
+            _carry_state_grads(call, saved, grad_y.contiguous(), zeros, grads)
+    return grads.mass, grads.weighted
+
+
+def _carry_state_grads(call: _Call, saved: Saved, grad_y: Tensor, after: State, before: State) -> _Chain:
+    """Fill the mass and weighted sums' gradients before the first token, and return those that come into each chunk."""
+    products = call.per_head(torch.float64) if call.decays else None
+    chain = _Chain(call.states(), call.states(), after, before, products, reverse=True)
+    call.over_heads(
+        triton_backward.gate_grad_sums_kernel, grad_y=grad_y, Pi=saved.Pi,
+        chunk_weighted=saved.chunk_states.weighted, chunk_mass=saved.chunk_states.mass,
+        sums_weighted=chain.sums.weighted, sums_mass=chain.sums.mass, products=products,
+    )  # fmt: skip
+    chain.carry_weighted_and_mass()
+    return chain
+
+
+def backward(inputs: Inputs, saved: Saved, grad_y: Tensor, grad_final_state: State, with_rho: bool) -> Grads:
+    """See `Backend`."""
+    B, T, H, _ = inputs.sizes
+    call = _Call.of(inputs)
+    after = State(*(x.contiguous() for x in grad_final_state))
+    grads = Grads(
+        torch.empty_like(call.w), torch.zeros_like(call.temp), torch.empty_like(saved.n), torch.zeros_like(call.temp),
+        State(*map(torch.empty_like, after)),
+    )  # fmt: skip
     if B * T == 0:
-        return Grads(dw, d_temp, dn, d_rho, *(x.clone() for x in after))
-    temp_sums, rho_sums = call.per_head(), call.per_head() if want_rho else None
-    starts = State(starts_energy, starts_mass, starts_weighted)
-    with torch.cuda.device_of(w):
-        _chunks_back(call, dy.contiguous(), Pi, n, starts, after, before, dw, dn, temp_sums, rho_sums)
-    d_temp += temp_sums.sum((0, 1), dtype=torch.float64)
+        return grads._replace(state=State(*map(torch.clone, after)))
+    temp_sums, rho_sums = call.per_head(), call.per_head() if with_rho else None
+    with _device_of(inputs.w):
+        _backward_chunks(call, saved, grad_y.contiguous(), after, grads, temp_sums, rho_sums)
+    grads.temp.add_(temp_sums.sum((0, 1), dtype=torch.float64))
     if rho_sums is not None:
         assert call.rho is not None
         total = rho_sums.sum((0, 1), dtype=torch.float64)
-        for d, start in zip(before, starts, strict=True):  # the first token's share
-            total += (d * start[:, 0]).view(B, call.heads, -1).sum((0, 2))
-        d_rho += total / call.rho
-    return Grads(dw, d_temp, dn, d_rho, *before)
+        for grad, states in zip(grads.state, saved.chunk_states, strict=True):  # the first token's share
+            total += (grad * states[:, 0]).view(B, H, -1).sum((0, 2))
+        grads.rho.add_(total / call.rho)
+    return grads
 
 
-def _chunks_back(
-    call: _Call,
-    dy: Tensor,
-    Pi: Tensor,
-    n: Tensor,
-    starts: State,
-    after: State,
-    before: State,
-    dw: Tensor,
-    dn: Tensor,
-    temp_sums: Tensor,
-    rho_sums: Tensor | None,
+def _backward_chunks(
+    call: _Call, saved: Saved, grad_y: Tensor, after: State, grads: Grads, temp_sums: Tensor, rho_sums: Tensor | None
 ) -> None:
-    """Fills `before`, `dw`, `dn`, and the chunks' shares of d_temp and of rho d_rho."""
-    products = call.per_head(torch.float64) if call.decays else None
-    chain = _Chain(call.states(), call.states(), after, before, products, reverse=True)
-    sums, arriving = chain.sums, chain.incoming
-    call.over_heads(
-        triton_backward.gate_adjoint_sums_kernel, dy=dy, Pi=Pi, starts_weighted=starts.weighted,
-        starts_mass=starts.mass, sums_weighted=sums.weighted, sums_mass=sums.mass, products=products,
-    )  # fmt: skip
-    chain.carry_weighted_and_mass()
+    """Fill the gradients, and the chunks' shares of temp's gradient and of rho times rho's."""
+    chain = _carry_state_grads(call, saved, grad_y, after, grads.state)
+    incoming, states = chain.incoming, saved.chunk_states
     call.over_chunks(
-        triton_backward.membership_adjoints_kernel, dy=dy, Pi=Pi, n=n, starts_energy=starts.energy,
-        starts_weighted=starts.weighted, starts_mass=starts.mass, arriving_weighted=arriving.weighted,
-        arriving_mass=arriving.mass, dn=dn, temp_sums=temp_sums, sums_energy=sums.energy,
+        triton_backward.membership_grads_kernel, grad_y=grad_y, Pi=saved.Pi, n=saved.n,
+        chunk_energy=states.energy, chunk_weighted=states.weighted, chunk_mass=states.mass,
+        incoming_weighted=incoming.weighted, incoming_mass=incoming.mass,
+        grad_n=grads.n, temp_sums=temp_sums, sums_energy=chain.sums.energy,
     )  # fmt: skip
     chain.carry_energy()
     call.over_heads(
-        triton_backward.input_adjoints_kernel, dy=dy, Pi=Pi, dn=dn, starts_energy=starts.energy,
-        starts_weighted=starts.weighted, starts_mass=starts.mass, arriving_energy=arriving.energy,
-        arriving_weighted=arriving.weighted, arriving_mass=arriving.mass, dw=dw, rho_sums=rho_sums,
+        triton_backward.input_grads_kernel, grad_y=grad_y, Pi=saved.Pi, grad_n=grads.n,
+        chunk_energy=states.energy, chunk_weighted=states.weighted, chunk_mass=states.mass,
+        incoming_energy=incoming.energy, incoming_weighted=incoming.weighted, incoming_mass=incoming.mass,
+        grad_w=grads.w, rho_sums=rho_sums,
     )  # fmt: skip
 
 
 BACKEND = Backend(
     name="triton",
     serves=serves,
-    saved_states=saved_states,
-    starts_dtype=torch.float32,
+    chunk_starts=chunk_starts,
+    saved_dtype=torch.float32,
     forward=forward,
+    outputs=outputs,
+    state_grads=state_grads,
     backward=backward,
 )

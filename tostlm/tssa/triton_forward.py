@@ -1,19 +1,20 @@
 """Triton kernels of causal TSSA. The equations and the steps' numbers are those of docs/tssa.md.
 
-Layout: w, y and their adjoints are [B, T, H, D], Pi, n and dn [B, T, H], all contiguous. Time is cut into B N chunks of
-L tokens; [B, N, ...] holds one value a chunk. DP and HP are D and H padded to powers of two, as Triton's tiles must be.
+Layout: w, y and their gradients are [B, T, H, D], Pi, n and grad_n [B, T, H], all contiguous. Time is cut into B N
+chunks of L tokens; [B, N, ...] holds one value per chunk. DP and HP are D and H padded to powers of two, as Triton's
+tiles must be.
 
 Each pass is three phases, because each of its two scans needs what the one before left at every token. A phase takes
 what comes into its chunk, and sums what leaves it if nothing came in; `carry_kernel` then chains the chunks:
 
-    forward     energy_sums       | carry | memberships        | carry | outputs
-    backward    gate_adjoint_sums | carry | membership_adjoints | carry | input_adjoints
+    forward     energy_sums    | carry | memberships      | carry | outputs
+    backward    gate_grad_sums | carry | membership_grads | carry | input_grads
 
-Forward, "comes in" is the state before the chunk's first token. Backward, it is the adjoint from the right, already
+Forward, "comes in" is the state before the chunk's first token. Backward, it is the gradient from the right, already
 multiplied by the decay of the token it comes from. A program is a chunk and a head, or a chunk where the softmax joins
 the heads. Sums inside a chunk are fp32, between chunks fp64. No atomics: equal inputs give equal bits.
 
-Where `rho` and `reset` are both None nothing decays (DECAYS is False), and scans are plain sums.
+Where `rho` and `document_start` are both None nothing decays (DECAYS is False), and scans are plain sums.
 """
 
 import triton
@@ -58,13 +59,13 @@ def rows(chunk, T, N, L: tl.constexpr):
 
 
 @triton.jit
-def decay_at(rho, reset, h, row, inside):
+def decay_at(rho, document_start, h, row, inside):
     """What the running sums are multiplied by before each token [L]; 1 outside of the chunk."""
     decay = tl.full(row.shape, 1.0, tl.float32)
     if rho is not None:
         decay *= tl.load(rho + h)
-    if reset is not None:
-        decay = tl.where(tl.load(reset + row, mask=inside, other=0) != 0, 0.0, decay)
+    if document_start is not None:
+        decay = tl.where(tl.load(document_start + row, mask=inside, other=0) != 0, 0.0, decay)
     return tl.where(inside, decay, 1.0)
 
 
@@ -141,7 +142,7 @@ def _carry(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def energy_sums_kernel(
-    w, sums, products, rho, reset, T, N, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, L: tl.constexpr,
+    w, sums, products, rho, document_start, T, N, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, L: tl.constexpr,
     DECAYS: tl.constexpr,
 ):  # fmt: skip
     """Phase 1 of the forward pass: the energy each chunk adds, and the product of its decays."""
@@ -151,15 +152,15 @@ def energy_sums_kernel(
     x = tl.load(w + offsets, mask=mask, other=0.0).to(tl.float32)
     square = x * x
     if DECAYS:
-        decay = decay_at(rho, reset, h, row, inside)
-        square *= tl.cumprod(decay_at(rho, reset, h, row + 1, next_inside), 0, reverse=True)[:, None]
+        decay = decay_at(rho, document_start, h, row, inside)
+        square *= tl.cumprod(decay_at(rho, document_start, h, row + 1, next_inside), 0, reverse=True)[:, None]
         tl.store(products + chunk * H + h, tl.reduce(decay.to(tl.float64), 0, multiply))
     store_sum(sums, square, chunk, h, H, D, DP)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def memberships_kernel(
-    w, temp, bias, bias_stride, rho, reset, starts_energy, Pi, n, sums_weighted, sums_mass, T, N,
+    w, temp, bias, bias_stride, rho, document_start, chunk_energy, Pi, n, sums_weighted, sums_mass, T, N,
     H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, L: tl.constexpr, DECAYS: tl.constexpr,
 ):  # fmt: skip
     """Phase 2 of the forward pass: n and Pi, and what each chunk adds to `weighted` and `mass`."""
@@ -171,8 +172,8 @@ def memberships_kernel(
     for h in range(H):
         offsets, mask = tile(row, inside, h, H, D, DP)
         x = tl.load(w + offsets, mask=mask, other=0.0).to(tl.float32)
-        start = load_incoming(starts_energy, chunk, h, H, D, DP)
-        energy = scan(x * x, decay_at(rho, reset, h, row, inside)[:, None], start, DECAYS, False)
+        start = load_incoming(chunk_energy, chunk, h, H, D, DP)
+        energy = scan(x * x, decay_at(rho, document_start, h, row, inside)[:, None], start, DECAYS, False)
         n_tile = tl.where(heads[None, :] == h, tl.sum(x * x / tl.maximum(energy, EPS), 1)[:, None], n_tile)
     if bias is not None:
         at = (chunk // N) * bias_stride + t[:, None] * H + heads[None, :]
@@ -188,26 +189,26 @@ def memberships_kernel(
         x = tl.load(w + offsets, mask=mask, other=0.0).to(tl.float32)
         p = column(Pi_tile, h, HP)
         if DECAYS:
-            p *= tl.cumprod(decay_at(rho, reset, h, row + 1, next_inside), 0, reverse=True)
+            p *= tl.cumprod(decay_at(rho, document_start, h, row + 1, next_inside), 0, reverse=True)
         store_sum(sums_weighted, x * x * p[:, None], chunk, h, H, D, DP)
         tl.store(sums_mass + chunk * H + h, tl.sum(p, 0))
 
 
 @triton.jit
 def gates(
-    x, p, decay, starts_weighted, starts_mass, chunk, h, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    x, p, decay, chunk_weighted, chunk_mass, chunk, h, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     DECAYS: tl.constexpr,
 ):  # fmt: skip
     """m_t [L, DP], c'_t [L] and A_t [L, DP] of a chunk."""
-    start = load_incoming(starts_weighted, chunk, h, H, D, DP)
+    start = load_incoming(chunk_weighted, chunk, h, H, D, DP)
     m = scan(x * x * p[:, None], decay[:, None], start, DECAYS, False)
-    mass = scan(p, decay, tl.load(starts_mass + chunk * H + h), DECAYS, False) + EPS_MASS
+    mass = scan(p, decay, tl.load(chunk_mass + chunk * H + h), DECAYS, False) + EPS_MASS
     return m, mass, mass[:, None] / (mass[:, None] + m)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def outputs_kernel(
-    w, y, Pi, rho, reset, starts_weighted, starts_mass, T, N, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    w, y, Pi, rho, document_start, chunk_weighted, chunk_mass, T, N, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     L: tl.constexpr, DECAYS: tl.constexpr,
 ):  # fmt: skip
     """Phase 3 of the forward pass: y."""
@@ -216,15 +217,15 @@ def outputs_kernel(
     offsets, mask = tile(row, inside, h, H, D, DP)
     x = tl.load(w + offsets, mask=mask, other=0.0).to(tl.float32)
     p = tl.load(Pi + row * H + h, mask=inside, other=0.0)
-    decay = decay_at(rho, reset, h, row, inside)
-    _, _, gate = gates(x, p, decay, starts_weighted, starts_mass, chunk, h, H, D, DP, DECAYS)
+    decay = decay_at(rho, document_start, h, row, inside)
+    _, _, gate = gates(x, p, decay, chunk_weighted, chunk_mass, chunk, h, H, D, DP, DECAYS)
     tl.store(y + offsets, (-x * p[:, None] * gate).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def one_token_kernel(
-    w, temp, bias, bias_stride, rho, reset, energy, mass, weighted, y, energy_after, mass_after, weighted_after,
-    Pi, n, starts_energy, starts_mass, starts_weighted,
+    w, temp, bias, bias_stride, rho, document_start, energy, mass, weighted,
+    y, energy_after, mass_after, weighted_after, Pi, n, chunk_energy, chunk_mass, chunk_weighted,
     H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
     """The whole forward pass of one token, a sequence a program: what decoding calls."""
@@ -239,14 +240,14 @@ def one_token_kernel(
     s = tl.load(energy + at, mask=mask, other=0.0)
     m = tl.load(weighted + at, mask=mask, other=0.0)
     c = tl.load(mass + at_head, mask=is_head, other=0.0)
-    tl.store(starts_energy + at, s.to(tl.float32), mask=mask)
-    tl.store(starts_weighted + at, m.to(tl.float32), mask=mask)
-    tl.store(starts_mass + at_head, c.to(tl.float32), mask=is_head)
+    tl.store(chunk_energy + at, s.to(tl.float32), mask=mask)
+    tl.store(chunk_weighted + at, m.to(tl.float32), mask=mask)
+    tl.store(chunk_mass + at_head, c.to(tl.float32), mask=is_head)
     decay = tl.full((HP,), 1.0, tl.float64)
     if rho is not None:
         decay *= tl.load(rho + h, mask=is_head, other=1.0)
-    if reset is not None:
-        decay = tl.where(tl.load(reset + b) != 0, 0.0, decay)
+    if document_start is not None:
+        decay = tl.where(tl.load(document_start + b) != 0, 0.0, decay)
     s = decay[:, None] * s + square
     n_tile = tl.sum(square / tl.maximum(s.to(tl.float32), EPS), 1)
     if bias is not None:

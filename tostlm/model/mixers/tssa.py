@@ -12,12 +12,9 @@ from tostlm.model.config import MixerOptions, ModelConfig
 from tostlm.model.mixers.base import Mixer
 from tostlm.model.positions import SequencePositions
 from tostlm.shapes import Float
-from tostlm.tssa import State, tssa
-from tostlm.tssa.context_parallel import tssa_over_ranks
+from tostlm.tssa import Inputs, State, tssa, tssa_statistics
 
 OPERATOR_FLOPS = 12  # per channel and token, forward: the elementwise steps of the operator
-
-Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, State | None]  # of tssa()
 
 
 @dataclass(frozen=True)
@@ -59,8 +56,7 @@ class TSSA(Mixer):
     def forward(
         self, x: Float[Tensor, "B T C"], positions: SequencePositions, state: State | None
     ) -> tuple[Float[Tensor, "B T C"], State]:
-        operands = self._operands(x, positions, state)
-        y, state = tssa(*operands) if positions.group is None else tssa_over_ranks(*operands, positions.group)
+        y, state = tssa(*self._inputs(x, positions), state, group=positions.group)
         return self.out_proj(y), state
 
     @torch.no_grad()
@@ -83,16 +79,16 @@ class TSSA(Mixer):
 
         See `tostlm.tssa.Statistics` for their definitions.
         """
-        found = tssa(*self._operands(x, positions, state), return_stats=True)[2]
+        found = tssa_statistics(self._inputs(x, positions), state, group=positions.group)
         return {"entropy": found.entropy, "gate": found.gate.mean()}
 
-    def _operands(self, x: Tensor, positions: SequencePositions, state: State | None) -> Operands:
+    def _inputs(self, x: Tensor, positions: SequencePositions) -> Inputs:
         bias = None if self.bias is None else positions.lookup(self.bias)
         rho = None
         if self.options.halflife_tokens is not None:
             first, last = self.options.halflife_tokens
             rho = _decay_per_token(first, last, self.config.heads, x.device)
-        return self.in_proj(x), self.temp, bias, rho, positions.document_start_mask, state
+        return Inputs(self.in_proj(x), self.temp, bias, rho, positions.document_start_mask)
 
 
 def _decay_per_token(first: float, last: float, heads: int, device: torch.device) -> Tensor:
