@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from tostlm.errors import EXIT_USER_ERROR, UserError, error_summary
 from tostlm.launch import RankInfo
 
+Value = TypeVar("Value")
 Measurement = Callable[[], object]  # its value must be something that JSON holds
 
 END = "end"
@@ -31,11 +32,14 @@ REPORTED_ERRORS = (UserError, OSError, RuntimeError, MemoryError)  # become find
 
 
 class Answer(NamedTuple):
-    """What a rank measured, or why it could not; `stuck` if it was still measuring at the timeout."""
+    """What a rank measured, as JSON holds it, or why it could not."""
 
-    value: Any
+    value: object
     error: str = ""
-    stuck: bool = False
+
+
+class MeasurementError(Exception):
+    """A measurement failed, or was not done in time."""
 
 
 class RankTimeout(Exception):
@@ -66,13 +70,12 @@ class Coordinator:
         self._worker = self._new_worker()
         self._asked, self._timed_out = 0, set[int]()
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        connected = self._run_with_timeout(timeout_seconds, self._connect)
-        if connected.stuck or connected.error:
+        try:
+            self._store = self._run_with_timeout(timeout_seconds, self._connect)
+        except MeasurementError as error:
             if rank_info.rank == 0:
-                reason = connected.error or "no answer"
-                raise UserError(f"rank 0 cannot listen at {address} ({reason}); choose another port")
-            raise _rank_0_unreachable(rank_info, f"at {address}")
-        self._store: dist.Store = connected.value
+                raise UserError(f"rank 0 cannot listen at {address} ({error}); choose another port") from None
+            raise _rank_0_unreachable(rank_info, f"at {address}") from None
 
     def _connect(self) -> dist.Store:
         served_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -110,20 +113,16 @@ class Coordinator:
         deadline = time.monotonic() + self.timeout_seconds + GRACE_SECONDS
         self._store.set(f"question/{self._asked}", question)
         self._answer(measurements[question])
-        missing = self._wait_for_ranks(f"answer/{self._asked}", deadline)
-        if missing:
+        if missing := self._wait_for_ranks(f"answer/{self._asked}", deadline):
             raise RankTimeout(missing)
         texts = [self._store.get(f"answer/{self._asked}/{rank}") for rank in range(self.rank_info.world_size)]
         return [Answer(*json.loads(text)) for text in texts]
 
     def end(self) -> None:
-        """On rank 0: let the other ranks go, and wait until those that answer have read that.
-
-        The store may be rank 0's own and must outlive their last read.
-        """
+        """On rank 0: end the session, and wait until the other ranks have read that: the store may be rank 0's own."""
         self._asked += 1
         self._store.set(f"question/{self._asked}", END)
-        self._answer(_measure_nothing)
+        self._answer(_acknowledge)
         self._wait_for_ranks(f"answer/{self._asked}", time.monotonic() + GRACE_SECONDS)
 
     def serve(self, measurements: Mapping[str, Measurement]) -> None:
@@ -138,18 +137,20 @@ class Coordinator:
         while question != END:
             self._asked += 1
             question = self._read(f"question/{self._asked}").decode()
-            self._answer(_measure_nothing if question == END else measurements[question])
+            self._answer(_acknowledge if question == END else measurements[question])
 
     def _read(self, key: str) -> bytes:
         """Return a value that rank 0 sets, which may take as long as rank 0 waits for other ranks."""
-        answer = self._run_with_timeout(2 * self.timeout_seconds + GRACE_SECONDS, lambda: self._store.get(key))
-        if answer.stuck or answer.error:
-            raise _rank_0_unreachable(self.rank_info, f"from {_host_name()}")
-        value: bytes = answer.value
-        return value
+        try:
+            return self._run_with_timeout(2 * self.timeout_seconds + GRACE_SECONDS, lambda: self._store.get(key))
+        except MeasurementError:
+            raise _rank_0_unreachable(self.rank_info, f"from {_host_name()}") from None
 
     def _answer(self, measurement: Measurement) -> None:
-        answer = self._run_with_timeout(self.timeout_seconds, measurement)
+        try:
+            answer = Answer(self._run_with_timeout(self.timeout_seconds, measurement))
+        except MeasurementError as error:
+            answer = Answer(None, str(error))
         self._store.set(f"answer/{self._asked}/{self.rank_info.rank}", json.dumps(answer))
 
     def _wait_for_ranks(self, prefix: str, deadline: float) -> list[int]:
@@ -162,16 +163,16 @@ class Coordinator:
             time.sleep(POLL_SECONDS)
         return []
 
-    def _run_with_timeout(self, seconds: float, work: Measurement) -> Answer:
+    def _run_with_timeout(self, seconds: float, work: Callable[[], Value]) -> Value:
         future = self._worker.submit(work)
         wait([future], seconds)
         if not future.done():
             self._worker = self._new_worker()  # the old one may hang for ever
-            return Answer(None, f"not done within {seconds:g} s", stuck=True)
+            raise MeasurementError(f"not done within {seconds:g} s")
         try:
-            return Answer(future.result())
+            return future.result()
         except REPORTED_ERRORS as error:
-            return Answer(None, error_summary(error))
+            raise MeasurementError(error_summary(error)) from None
 
     def _new_worker(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(1, "answer", _choose_device, (self.rank_info.local_rank,))
@@ -201,8 +202,8 @@ def _rank_0_unreachable(rank_info: RankInfo, where: str) -> BaseException:
     return UserError(f"rank 0 does not answer {where}; check that it runs and that its port can be reached")
 
 
-def _measure_nothing() -> None:
-    pass
+def _acknowledge() -> None:
+    """Measure nothing: the answer shows that the end of the session was read."""
 
 
 def _host_name() -> str:
