@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from tostlm.checkpoint import CONFIG, checkpoints
 from tostlm.config import load_config
@@ -55,7 +55,7 @@ def _restarts(events: list[Event]) -> str:
 
 def _progress(run_dir: Path) -> dict[str, str]:
     """Return step, speed and remaining time of the last line that training logged, and the newest checkpoint."""
-    report = next((line for line in map(_parse_report, reversed(_tail(run_dir / "metrics.jsonl"))) if line), None)
+    report = next(filter(None, map(_parse_report, reversed(_tail(run_dir / "metrics.jsonl")))), None)
     found = checkpoints(run_dir)
     saved = {"checkpoint": str(found[-1])} if found else {}
     if report is None or not (run_dir / CONFIG).exists():
@@ -70,13 +70,12 @@ def _progress(run_dir: Path) -> dict[str, str]:
     return {"step": f"{text}, logged {_format_duration(time.time() - report['time'])} ago", **saved}
 
 
-def _parse_report(line: str) -> dict[str, Any] | None:
-    """Return a line of metrics.jsonl if it is a whole training report."""
-    try:
-        report = json.loads(line)
-    except ValueError:
-        return None
-    return report if report.get("kind") == "train" else None
+def _parse_report(line: str) -> dict[str, float] | None:
+    """Return the numbers of a line of metrics.jsonl if it is a whole training report."""
+    with suppress(ValueError):
+        report: dict[str, float] = json.loads(line)
+        return report if report.pop("kind", None) == "train" else None
+    return None
 
 
 def _failure(history: JobHistory, events: list[Event]) -> dict[str, str]:
