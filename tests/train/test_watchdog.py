@@ -28,7 +28,7 @@ LIMIT = 5.0
 def beat(
     rank: int, writes: int = 1, step: int = 7, phase_index: int = 2, idle: float = 8.0, status: str | None = None
 ) -> Heartbeat:
-    return Heartbeat(rank, "node", "boot", 100 + rank, "1", step, "forward", phase_index, 20, writes, idle, status)
+    return Heartbeat(rank, "node", "boot", 100 + rank, "1", step, "forward", phase_index, writes, idle, status)
 
 
 def verdict(earlier: list[Heartbeat], later: list[Heartbeat], world_size: int = 3) -> list[int]:

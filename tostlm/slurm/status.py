@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from tostlm.checkpoint import CONFIG, checkpoints
@@ -71,11 +70,12 @@ def _progress(run_dir: Path) -> dict[str, str]:
 
 
 def _parse_report(line: str) -> dict[str, float] | None:
-    """Return the numbers of a line of metrics.jsonl if it is a whole training report."""
-    with suppress(ValueError):
-        report: dict[str, float] = json.loads(line)
-        return report if report.pop("kind", None) == "train" else None
-    return None
+    """Return a line of metrics.jsonl if it is a whole training report."""
+    try:
+        report = json.loads(line)
+    except ValueError:
+        return None
+    return dict(report) if report.get("kind") == "train" else None
 
 
 def _failure(history: JobHistory, events: list[Event]) -> dict[str, str]:

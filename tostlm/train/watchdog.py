@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple, NoReturn
 
 from tostlm.config import RunConfig
@@ -52,21 +51,16 @@ class Heartbeat(NamedTuple):
     step: int  # finished steps
     phase: str
     phase_index: int  # phases that the main thread has begun in this step: the same position in the code on all ranks
-    signs_of_life: int  # of the main thread, since its start
     writes: int  # of this file by the watching thread
-    idle_seconds: float  # since the main thread's last sign of life; below 0 while it may still start up
+    idle_seconds: float  # since the main thread's last progress; below 0 while it may still start up
     status: str | None = None
-
-    @property
-    def position(self) -> str:
-        return f"step {self.step} ({self.phase})"
 
     @property
     def name(self) -> str:
         return f"rank {self.rank} on {self.host} (pid {self.pid})"
 
     def process_is_gone(self, pid_namespace: str) -> bool:
-        """Return whether the rank's process has ended, as far as it can be seen from `pid_namespace`."""
+        """Return whether the rank's process has ended, as far as `pid_namespace` shows."""
         return bool(pid_namespace) and self.pid_namespace == pid_namespace and _start_of(self.pid) != self.process_start
 
 
@@ -94,12 +88,9 @@ def frozen_ranks(earlier: Heartbeats, later: Heartbeats, world_size: int) -> lis
 
 
 def stalled_ranks(earlier: Heartbeats, later: Heartbeats, world_size: int, max_idle_seconds: float) -> list[int]:
-    """Return the ranks that all others wait for, judged by two readings of all heartbeats.
+    """Return the ranks that all others wait for, judged by two readings: frozen ranks, or else those furthest behind.
 
-    A frozen rank is found before one that writes heartbeats; if all write them, the ranks furthest behind are found.
-
-    Args:
-        max_idle_seconds: while the main thread of any rank was idle for less, no rank counts as stalled.
+    While the main thread of any rank was idle for less than `max_idle_seconds`, no rank counts as stalled.
     """
     frozen = frozen_ranks(earlier, later, world_size)
     writing = [beat for rank, beat in later.items() if rank not in frozen]
@@ -122,15 +113,14 @@ class _MainThread(NamedTuple):
     step: int
     phase: str
     phase_index: int
-    signs_of_life: int
     idle_from: float  # monotonic seconds
 
 
 class Watchdog:
     """Ends this process with `EXIT_LOST_RANK` when a rank hangs or dies, and names that rank.
 
-    A context manager, which every rank enters before its first step, once rank 0 has called `clear_heartbeats`. An
-    error that only reports a lost peer ends the process in it; all other errors leave it.
+    A context manager that every rank enters before its first step, after rank 0 has called `clear_heartbeats`. An error
+    that only reports a lost peer ends the process; all other errors are raised.
     """
 
     def __init__(self, config: RunConfig, ranks: RankInfo) -> None:
@@ -142,7 +132,7 @@ class Watchdog:
         self._host, self._pid_namespace = socket.gethostname(), _pid_namespace()
         self._process_start = _start_of(os.getpid())
         self._start_allowance = max(0.0, START_SECONDS - self._timeout)
-        self._main = _MainThread(0, "start", 0, 0, time.monotonic() + self._start_allowance)
+        self._main = _MainThread(0, "start", 0, time.monotonic() + self._start_allowance)
         self._first_step: int | None = None
         self._status: str | None = None
         self._writes = 0
@@ -157,15 +147,13 @@ class Watchdog:
         """
         if self._first_step is None:
             self._first_step = step
-        before = self._main
-        index = before.phase_index + 1 if step == before.step else 1
+        index = self._main.phase_index + 1 if step == self._main.step else 1
         allowance = self._start_allowance if step == self._first_step else 0.0
-        self._main = _MainThread(step, phase, index, before.signs_of_life + 1, time.monotonic() + allowance)
+        self._main = _MainThread(step, phase, index, time.monotonic() + allowance)
 
     def keep_alive(self) -> None:
         """Record that the main thread waits for a disk, which may take long, and does not hang."""
-        signs_of_life = self._main.signs_of_life + 1
-        self._main = self._main._replace(signs_of_life=signs_of_life, idle_from=time.monotonic())
+        self._main = self._main._replace(idle_from=time.monotonic())
 
     def __enter__(self) -> Watchdog:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -177,9 +165,7 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._ending.acquire()  # blocks for ever if the watching thread is about to end the process
         if isinstance(error, Exception):
             if is_lost_peer(error):
@@ -227,7 +213,6 @@ class Watchdog:
             step=main.step,
             phase=main.phase,
             phase_index=main.phase_index,
-            signs_of_life=main.signs_of_life,
             writes=self._writes,
             idle_seconds=round(time.monotonic() - main.idle_from, 1),
             status=self._status,
@@ -266,7 +251,7 @@ class Watchdog:
             since = beats[self._rank] if frozen else beats[stalled[0]]
             folder = self._write_report(since.step, stalled, frozen, beats)
             subject = f"{_names(stalled, beats)} {'has' if len(stalled) == 1 else 'have'}"
-            progress = f"made no progress since {since.position} for {idle:.0f} s"
+            progress = f"made no progress since step {since.step} ({since.phase}) for {idle:.0f} s"
             _print(f"{subject} {progress}; stacks are in {folder}; {ADVICE}")
             with suppress(OSError):
                 reported.touch()
@@ -336,20 +321,16 @@ class Watchdog:
         while True:
             beats = self._read_heartbeats()
             late = time.monotonic() >= deadline
-            explained = [
-                rank
-                for rank in range(self._world_size)
-                if rank not in beats or beats[rank].status in (FAILED, LOST_PEER, HUNG)
-            ]
+            unexplained = {rank: beat for rank, beat in beats.items() if beat.status is None}
             frozen = frozen_ranks(first, beats, self._world_size) if late else []
             gone = [
                 rank
-                for rank, beat in beats.items()
-                if rank not in explained and (rank in frozen or beat.process_is_gone(self._pid_namespace))
+                for rank, beat in unexplained.items()
+                if rank in frozen or beat.process_is_gone(self._pid_namespace)
             ]
             # A rank that failed, hung or ended well has printed why, or its launcher knows.
-            reported = any(rank not in beats or beats[rank].status in (FAILED, HUNG) for rank in explained)
-            if gone or reported or late or len(explained) == self._world_size:
+            reported = len(beats) < self._world_size or any(beat.status in (FAILED, HUNG) for beat in beats.values())
+            if gone or reported or late or not unexplained:
                 break
             time.sleep(POLL_SECONDS)
         if self._rank == min(rank for rank in beats if rank not in gone):
