@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from tostlm.config import RunConfig, matmul_dtype
 from tostlm.doctor import hardware, network, run_inputs
-from tostlm.doctor.coordinator import Coordinator, Measurement, RankTimeout
-from tostlm.doctor.findings import Finding, build_report, format_ranks, summarize_failures, unhealthy
+from tostlm.doctor.coordinator import Coordinator, DoctorAborted, Measurement
+from tostlm.doctor.findings import Finding, build_report, summarize_failures
 from tostlm.errors import UserError
 from tostlm.files import require_file_writable, write_atomically
 from tostlm.launch import RankInfo
@@ -26,8 +26,6 @@ def run_doctor(config: RunConfig, rank_info: RankInfo, timeout_seconds: float, o
     Rank 0 prints a line for each check as it is made, and writes them all to `out` as JSON.
 
     Args:
-        config: of the run.
-        rank_info: this process's rank.
         timeout_seconds: a rank that does not answer within it is unhealthy.
         out: a .json file.
 
@@ -70,13 +68,6 @@ def _measurements(config: RunConfig, coordinator: Coordinator) -> dict[str, Meas
     }
 
 
-class _ExaminationAborted(Exception):
-    """No more checks can be made, for the reason that the finding gives."""
-
-    def __init__(self, finding: Finding) -> None:
-        self.finding = finding
-
-
 class _Examination:
     """The checks that rank 0 makes, in order. Collectives come last: a failure there ends the examination."""
 
@@ -87,10 +78,10 @@ class _Examination:
     def run(self) -> Iterator[Finding]:
         """Yield one finding after another."""
         try:
-            self._gather_hosts()
+            self._coordinator.gather_hosts()
             yield from self._check_each_rank()
             yield from self._check_collectives()
-        except _ExaminationAborted as aborted:
+        except DoctorAborted as aborted:
             yield aborted.finding
         self._coordinator.end()
 
@@ -117,7 +108,7 @@ class _Examination:
 
     def _check_collectives(self) -> Iterator[Finding]:
         hosts = self._coordinator.hosts
-        self._ask("connect", lambda none: none)
+        self._ask("connect", lambda nothing: nothing)
         yield network.check_all_reduces(self._ask("all-reduce", network.AllReduce._make), hosts)
         if self._coordinator.rank_info.world_size > 1:
             yield from _check_repeatedly(
@@ -127,41 +118,13 @@ class _Examination:
             )
             yield network.check_clocks(self._ask("clock", list)[0], hosts)
 
-    def _gather_hosts(self) -> None:
-        coordinator = self._coordinator
-        try:
-            coordinator.gather_hosts()
-        except RankTimeout as timeout:
-            missing = f"rank(s) {', '.join(map(str, timeout.ranks))} of {coordinator.rank_info.world_size}"
-            measured = f"{missing} did not arrive within {coordinator.timeout_seconds:g} s"
-            remedy = "check that they started and can reach rank 0's address, or exclude their hosts"
-            raise _ExaminationAborted(Finding("ranks", "FAIL", measured, remedy, timeout.ranks)) from None
+    def _ask(self, question: str, decode: Callable[[Any], Measured]) -> list[Measured]:
+        return self._coordinator.ask(question, self._measurements[question], decode)
 
     def _ask_hosts(self, question: str, decode: Callable[[Any], Measured]) -> list[tuple[int, Measured]]:
         """Return the first rank of each host and what it measured."""
         answers = self._ask(question, lambda value: None if value is None else decode(value))
         return [(rank, answer) for rank, answer in enumerate(answers) if answer is not None]
-
-    def _ask(self, question: str, decode: Callable[[Any], Measured]) -> list[Measured]:
-        """Return what all ranks measured; `decode` makes it of what JSON holds.
-
-        Raises:
-            _ExaminationAborted: some ranks did not answer, or could not measure.
-        """
-        hosts = self._coordinator.hosts
-        try:
-            answers = self._coordinator.ask(question, self._measurements)
-        except RankTimeout as timeout:
-            reason = f"no answer within {self._coordinator.timeout_seconds:g} s"
-            raise _ExaminationAborted(unhealthy(question, timeout.ranks, hosts, reason)) from None
-        failed = [rank for rank, answer in enumerate(answers) if answer.error]
-        if not failed:
-            return [decode(answer.value) for answer in answers]
-        reason = answers[failed[0]].error
-        if len(failed) < len(answers):
-            raise _ExaminationAborted(unhealthy(question, failed, hosts, reason))
-        remedy = "check that all hosts reach each other by the network interface that they use"
-        raise _ExaminationAborted(Finding(question, "FAIL", f"{format_ranks(failed, hosts)}: {reason}", remedy))
 
 
 def _check_repeatedly(

@@ -11,14 +11,15 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from tostlm.doctor.findings import Finding, format_ranks, unhealthy
 from tostlm.errors import EXIT_USER_ERROR, UserError, error_summary
 from tostlm.launch import RankInfo
 
@@ -34,7 +35,7 @@ REPORTED_ERRORS = (UserError, OSError, RuntimeError, MemoryError)  # become find
 class Answer(NamedTuple):
     """What a rank measured, as JSON holds it, or why it could not."""
 
-    value: object
+    value: Any
     error: str = ""
 
 
@@ -42,20 +43,15 @@ class MeasurementError(Exception):
     """A measurement failed, or was not done in time."""
 
 
-class RankTimeout(Exception):
-    """Some ranks did not answer in time."""
+class DoctorAborted(Exception):
+    """Ranks did not answer, or could not measure, so that no more checks can be made; the finding names them."""
 
-    def __init__(self, ranks: Sequence[int]) -> None:
-        super().__init__(ranks)
-        self.ranks = tuple(ranks)
+    def __init__(self, finding: Finding) -> None:
+        self.finding = finding
 
 
 class Coordinator:
-    """One rank's connection to all others.
-
-    Args:
-        rank_info: this process's rank.
-        timeout_seconds: for each answer.
+    """One rank's connection to all others, which answer within `timeout_seconds`.
 
     Attributes:
         hosts: the host of each rank; "" for one that has not arrived.
@@ -93,7 +89,7 @@ class Coordinator:
         """On rank 0: learn the hosts of all ranks.
 
         Raises:
-            RankTimeout: some ranks did not arrive.
+            DoctorAborted: some ranks did not arrive.
         """
         self._store.set("here/0", _host_name())
         missing = self._wait_for_ranks("here", time.monotonic() + self.timeout_seconds)
@@ -101,22 +97,39 @@ class Coordinator:
             self.hosts[rank] = self._store.get(f"here/{rank}").decode()
         self._store.set("hosts", json.dumps(self.hosts))
         if missing:
-            raise RankTimeout(missing)
+            ranks = f"rank(s) {', '.join(map(str, missing))} of {self.rank_info.world_size}"
+            measured = f"{ranks} did not arrive within {self.timeout_seconds:g} s"
+            remedy = "check that they started and can reach rank 0's address, or exclude their hosts"
+            raise DoctorAborted(Finding("ranks", "FAIL", measured, remedy, tuple(missing)))
 
-    def ask(self, question: str, measurements: Mapping[str, Measurement]) -> list[Answer]:
-        """On rank 0: return the answers of all ranks, which measure at the same time.
+    def ask(self, question: str, measurement: Measurement, decode: Callable[[Any], Value]) -> list[Value]:
+        """On rank 0: return what each rank measured, all at the same time.
+
+        Args:
+            question: the name of the measurement on the other ranks.
+            measurement: rank 0's own.
+            decode: makes what was measured of what JSON holds.
 
         Raises:
-            RankTimeout: some ranks did not answer.
+            DoctorAborted: some ranks did not answer, or could not measure.
         """
         self._asked += 1
         deadline = time.monotonic() + self.timeout_seconds + GRACE_SECONDS
         self._store.set(f"question/{self._asked}", question)
-        self._answer(measurements[question])
+        self._answer(measurement)
         if missing := self._wait_for_ranks(f"answer/{self._asked}", deadline):
-            raise RankTimeout(missing)
+            reason = f"no answer within {self.timeout_seconds:g} s"
+            raise DoctorAborted(unhealthy(question, missing, self.hosts, reason))
         texts = [self._store.get(f"answer/{self._asked}/{rank}") for rank in range(self.rank_info.world_size)]
-        return [Answer(*json.loads(text)) for text in texts]
+        answers = [Answer(*json.loads(text)) for text in texts]
+        failed = [rank for rank, answer in enumerate(answers) if answer.error]
+        if not failed:
+            return [decode(answer.value) for answer in answers]
+        reason = answers[failed[0]].error
+        if len(failed) < len(answers):
+            raise DoctorAborted(unhealthy(question, failed, self.hosts, reason))
+        remedy = "check that all hosts reach each other by the network interface that they use"
+        raise DoctorAborted(Finding(question, "FAIL", f"{format_ranks(failed, self.hosts)}: {reason}", remedy))
 
     def end(self) -> None:
         """On rank 0: end the session, and wait until the other ranks have read that: the store may be rank 0's own."""

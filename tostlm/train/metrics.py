@@ -9,7 +9,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ class PhaseTimers:
         self._marks.append((self._phases[-1], self._now()))
         self._count()
 
-    def _now(self) -> _Event:
+    def _now(self) -> _CpuEvent | torch.cuda.Event:
         if not self._on_cuda:
             return _CpuEvent()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -83,18 +83,8 @@ class PhaseTimers:
         """Count the events that have passed, so that their number stays small between reports."""
         while len(self._marks) > 1 and self._marks[1][1].query():
             (_, start), (name, end) = self._marks.popleft(), self._marks[0]
-            self.last[name] = start.elapsed_time(end) / 1000
+            self.last[name] = start.elapsed_time(end) / 1000  # type: ignore[arg-type]  # both are of one kind
             self._seconds[name] += self.last[name]
-
-
-class _Event(Protocol):
-    """The methods of `torch.cuda.Event` that timers use."""
-
-    def query(self) -> bool: ...
-
-    def synchronize(self) -> None: ...
-
-    def elapsed_time(self, end_event: Any) -> float: ...
 
 
 class _CpuEvent:

@@ -50,9 +50,9 @@ class Heartbeat(NamedTuple):
     process_start: str  # distinguishes the process from a later one with the same pid
     step: int  # finished steps
     phase: str
-    phase_index: int  # phases that the main thread has begun in this step: the same position in the code on all ranks
-    writes: int  # of this file by the watching thread
-    idle_seconds: float  # since the main thread's last progress; below 0 while it may still start up
+    phase_index: int = 0  # phases begun in this step: the same position in the code on all ranks
+    writes: int = 0  # of this file by the watching thread
+    idle_seconds: float = 0.0  # since the main thread's last progress; below 0 while it may still start up
     status: str | None = None
 
     @property
@@ -107,15 +107,6 @@ def clear_heartbeats(config: RunConfig) -> None:
     shutil.rmtree(_heartbeats_folder(config), ignore_errors=True)
 
 
-class _MainThread(NamedTuple):
-    """The main thread's progress. It is replaced whole, so that the watching thread never reads half of an update."""
-
-    step: int
-    phase: str
-    phase_index: int
-    idle_from: float  # monotonic seconds
-
-
 class Watchdog:
     """Ends this process with `EXIT_LOST_RANK` when a rank hangs or dies, and names that rank.
 
@@ -129,10 +120,13 @@ class Watchdog:
         self._interval = min(10.0, max(0.2, self._timeout / 10))
         self._run_dir, self._folder = config.run_dir, _heartbeats_folder(config)
         self._verdict = self._folder / "verdict"  # made by the first rank that finds a rank stalled; ends all others
-        self._host, self._pid_namespace = socket.gethostname(), _pid_namespace()
-        self._process_start = _start_of(os.getpid())
+        self._pid_namespace, process_start = _pid_namespace(), _start_of(os.getpid())
         self._start_allowance = max(0.0, START_SECONDS - self._timeout)
-        self._main = _MainThread(0, "start", 0, time.monotonic() + self._start_allowance)
+        host, pid = socket.gethostname(), os.getpid()
+        start = Heartbeat(self._rank, host, self._pid_namespace, pid, process_start, step=0, phase="start")
+        # The main thread's progress, and from when on it counts as idle. The pair is replaced whole, so that the
+        # watching thread never reads half of an update.
+        self._main = start, time.monotonic() + self._start_allowance
         self._first_step: int | None = None
         self._status: str | None = None
         self._writes = 0
@@ -147,13 +141,14 @@ class Watchdog:
         """
         if self._first_step is None:
             self._first_step = step
-        index = self._main.phase_index + 1 if step == self._main.step else 1
+        before, _ = self._main
+        index = before.phase_index + 1 if step == before.step else 1
         allowance = self._start_allowance if step == self._first_step else 0.0
-        self._main = _MainThread(step, phase, index, time.monotonic() + allowance)
+        self._main = before._replace(step=step, phase=phase, phase_index=index), time.monotonic() + allowance
 
     def keep_alive(self) -> None:
         """Record that the main thread waits for a disk, which may take long, and does not hang."""
-        self._main = self._main._replace(idle_from=time.monotonic())
+        self._main = self._main[0], time.monotonic()
 
     def __enter__(self) -> Watchdog:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -186,7 +181,7 @@ class Watchdog:
         earlier: Heartbeats | None = None
         while not self._done.wait(self._interval):
             self._write_heartbeat()
-            idle = time.monotonic() - self._main.idle_from
+            idle = time.monotonic() - self._main[1]
             if idle < READ_AFTER * self._timeout and not self._verdict.exists():
                 earlier = None
                 continue
@@ -203,20 +198,9 @@ class Watchdog:
             earlier = earlier or later
 
     def _heartbeat(self) -> Heartbeat:
-        main = self._main
-        return Heartbeat(
-            rank=self._rank,
-            host=self._host,
-            pid_namespace=self._pid_namespace,
-            pid=os.getpid(),
-            process_start=self._process_start,
-            step=main.step,
-            phase=main.phase,
-            phase_index=main.phase_index,
-            writes=self._writes,
-            idle_seconds=round(time.monotonic() - main.idle_from, 1),
-            status=self._status,
-        )
+        progress, idle_from = self._main
+        idle_seconds = round(time.monotonic() - idle_from, 1)
+        return progress._replace(writes=self._writes, idle_seconds=idle_seconds, status=self._status)
 
     def _write_heartbeat(self) -> None:
         with self._writing, suppress(OSError):  # a full disk ends a run where it saves, not here
@@ -335,7 +319,7 @@ class Watchdog:
             time.sleep(POLL_SECONDS)
         if self._rank == min(rank for rank in beats if rank not in gone):
             if gone:
-                _print(f"{_names(gone, beats)} died without an error message in step {self._main.step}; {ADVICE}")
+                _print(f"{_names(gone, beats)} died without an error message in step {self._main[0].step}; {ADVICE}")
             elif not reported:
                 name = beats[self._rank].name
                 _print(f"{name} lost its connection to the other ranks ({error_summary(error)}); {ADVICE}")
