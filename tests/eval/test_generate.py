@@ -39,7 +39,7 @@ def test_rows_beyond_the_tokenizer_are_never_written(trained: dict[str, Run]) ->
     assert set(itertools.islice(generate(lm, [1], 7, temperature=5.0), 100)) <= set(range(7))
 
 
-def test_the_verb(trained: dict[str, Run]) -> None:
+def test_the_subcommand(trained: dict[str, Run]) -> None:
     run = str(trained["softmax"].dir)
     assert succeed(tostlm("generate", run, "--prompt", "Fellow citizens", "--tokens", "8")).startswith(
         "Fellow citizens"

@@ -41,7 +41,7 @@ def cluster(machines: Cluster) -> Iterator[Cluster]:
     )
 
 
-class Job:
+class ClusterJob:
     """A run on the cluster, and what its folder holds about its jobs."""
 
     def __init__(self, cluster: Cluster, run: Run) -> None:
@@ -102,8 +102,8 @@ class Job:
 
 
 @pytest.fixture
-def job(cluster: Cluster, run: Run) -> Job:
-    return Job(cluster, run)
+def job(cluster: Cluster, run: Run) -> ClusterJob:
+    return ClusterJob(cluster, run)
 
 
 def site_with_wrapper(folder: Path, text: str) -> Path:

@@ -10,7 +10,7 @@ import yaml
 
 from tests.conftest import ROOT, Run, fail, succeed, tostlm
 from tests.data.preparation.test_prepare import content
-from tests.slurm.conftest import Job
+from tests.slurm.conftest import ClusterJob
 from tostlm.checkpoint import checkpoints
 from tostlm.data import Tokenizer
 from tostlm.files import locked
@@ -98,7 +98,7 @@ def test_a_run_folder_that_cannot_be_written(run: Run) -> None:
     fail(tostlm(*command), "cannot write in /proc/nowhere")
 
 
-def test_slurm_errors_are_one_line_and_queue_nothing(job: Job) -> None:
+def test_slurm_errors_are_one_line_and_queue_nothing(job: ClusterJob) -> None:
     for arguments, word in (
         (["--partition", "nope"], "Invalid partition name specified"),
         (["--time", "99-0"], "Requested time limit is invalid"),
@@ -112,7 +112,7 @@ def test_slurm_errors_are_one_line_and_queue_nothing(job: Job) -> None:
     assert not job.events()
 
 
-def test_a_run_is_submitted_once_and_its_inputs_are_saved(job: Job) -> None:
+def test_a_run_is_submitted_once_and_its_inputs_are_saved(job: ClusterJob) -> None:
     job.cluster.ask("sbatch", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 100")
     printed = job.submit("train.steps=7", "--nodes", "2")
     assert f"tostlm submit status {job.run.dir}" in printed
@@ -133,7 +133,7 @@ def test_a_run_is_submitted_once_and_its_inputs_are_saved(job: Job) -> None:
     fail(job.command("submit", "cancel", str(job.run.dir)), "has no queued or running job")
 
 
-def test_a_run_that_trains_without_slurm_is_not_submitted(job: Job) -> None:
+def test_a_run_that_trains_without_slurm_is_not_submitted(job: ClusterJob) -> None:
     local = job.run.start("train.steps=100000")
     job.wait_for(lambda: job.steps() > 0)
     command = ["submit", "pretrain", str(job.run.file), "train.steps=100000"]
@@ -143,7 +143,7 @@ def test_a_run_that_trains_without_slurm_is_not_submitted(job: Job) -> None:
     assert not job.events()
 
 
-def test_a_sweep_is_an_array_of_runs(job: Job) -> None:
+def test_a_sweep_is_an_array_of_runs(job: ClusterJob) -> None:
     job.run.dir = job.run.dir.with_name("a sweep")  # a folder name that needs quoting
     printed = job.submit("train.steps=3", f"run_dir={job.run.dir}", "--sweep", "optimizer.lr=1e-2,3e-3")
     assert "an array of 2 runs" in printed
@@ -165,7 +165,7 @@ def test_a_finished_run_is_not_queued(trained: dict[str, Run]) -> None:
 
 
 def test_prepare_jobs_make_the_same_data_as_one_process(
-    job: Job, speeches: list[str], tokenizer: Tokenizer, tmp_path: Path
+    job: ClusterJob, speeches: list[str], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     (tmp_path / "t.model").write_bytes(tokenizer.content)
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in speeches))
@@ -185,7 +185,7 @@ def test_prepare_jobs_make_the_same_data_as_one_process(
     )
 
 
-def test_eval_bench_and_convert_jobs(job: Job, trained: dict[str, Run]) -> None:
+def test_eval_bench_and_convert_jobs(job: ClusterJob, trained: dict[str, Run]) -> None:
     run = trained["tssa"]
     tasks = {
         "eval": [str(run.dir), "--contexts", "16,32", "--windows", "2"],
@@ -206,6 +206,6 @@ def test_eval_bench_and_convert_jobs(job: Job, trained: dict[str, Run]) -> None:
     fail(job.command("submit", "bench", "--repeats=1"), "give the arguments of `tostlm bench train`")
 
 
-def test_first_node_agrees_with_scontrol(job: Job) -> None:
+def test_first_node_agrees_with_scontrol(job: ClusterJob) -> None:
     for names in ("node[1-2]", "node2", "gpu[07-09,12],node1", "a,b[1-2]", "n[3,1-2]", "r1n[001-128]"):
         assert first_node(names) == job.cluster.ask("scontrol", "show", "hostnames", names).splitlines()[0]

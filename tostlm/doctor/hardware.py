@@ -48,19 +48,19 @@ def measure_device(dtype: torch.dtype) -> Device:
 
 def check_devices(devices: Sequence[Device], hosts: Sequence[str]) -> Finding:
     """Check that every rank has a device of its own, all of the same kind."""
-    odd, usual = find_minority([device.kind for device in devices])
-    if odd:
-        reason = f"on {devices[odd[0]].name}, the others on {devices[usual].name}"
-        return unhealthy("devices", odd, hosts, reason, "find out why the driver does not see the GPUs")
+    minority, usual = find_minority([device.kind for device in devices])
+    if minority:
+        reason = f"on {devices[minority[0]].name}, the others on {devices[usual].name}"
+        return unhealthy("devices", minority, hosts, reason, "find out why the driver does not see the GPUs")
     uuids = [device.uuid for device in devices]
     for uuid in filter(None, uuids):
         if uuids.count(uuid) > 1:
             ranks = [rank for rank, other in enumerate(uuids) if other == uuid]
             remedy = "start no more ranks on a host than it has GPUs"
             return Finding("devices", "FAIL", f"{format_ranks(ranks, hosts)} share the GPU {uuid}", remedy)
-    odd, usual = find_minority([device.name for device in devices])
-    if odd:
-        measured = f"{format_ranks(odd, hosts)}: {devices[odd[0]].name}, elsewhere {devices[usual].name}"
+    minority, usual = find_minority([device.name for device in devices])
+    if minority:
+        measured = f"{format_ranks(minority, hosts)}: {devices[minority[0]].name}, elsewhere {devices[usual].name}"
         return Finding("devices", "warn", measured, "all ranks run at the pace of the slowest")
     ranks_on = Counter(hosts)
     idle = [rank for rank, device in enumerate(devices) if device.visible_gpus > ranks_on[hosts[rank]]]

@@ -49,13 +49,13 @@ def _digest(content: bytes) -> str:
 
 def check_versions(versions: Sequence[dict[str, str]], hosts: Sequence[str]) -> Finding:
     """Check that all ranks have the same software and config."""
-    odd, usual = find_minority([tuple(each.items()) for each in versions])
-    if not odd:
+    minority, usual = find_minority([tuple(each.items()) for each in versions])
+    if not minority:
         return Finding("versions", "ok", ", ".join(f"{name} {version}" for name, version in versions[0].items()))
-    theirs, ours = versions[odd[0]], versions[usual]
+    theirs, ours = versions[minority[0]], versions[usual]
     differing = [key for key in ours if theirs[key] != ours[key]]
-    reason = ", ".join(f"{key} is {theirs[key]} on rank {odd[0]}, elsewhere {ours[key]}" for key in differing)
-    return unhealthy("versions", odd, hosts, reason, "install the same there")
+    reason = ", ".join(f"{key} is {theirs[key]} on rank {minority[0]}, elsewhere {ours[key]}" for key in differing)
+    return unhealthy("versions", minority, hosts, reason, "install the same there")
 
 
 def total_parameters(config: RunConfig) -> int:
@@ -257,9 +257,9 @@ def check_data(found: Sequence[tuple[int, PreparedData]], hosts: Sequence[str]) 
         return Finding("data", "FAIL", bad[0][1].error)
     if bad:
         return unhealthy("data", [rank for rank, _ in bad], hosts, bad[0][1].error)
-    odd, _ = find_minority([data.contents for _, data in found])
-    if odd:
-        ranks = [found[index][0] for index in odd]
+    minority, _ = find_minority([data.contents for _, data in found])
+    if minority:
+        ranks = [found[index][0] for index in minority]
         return unhealthy("data", ranks, hosts, "it holds other data", "copy the same data there")
     checked, total = found[0][1].checked_bytes, found[0][1].total_bytes
     share = f"{format_quantity(checked, 'B')} of" if checked < total else "all"

@@ -25,7 +25,7 @@ SCRIPT, CONFIG, SITE, CODE = "pretrain.sbatch", "config.yaml", "site.env", "code
 SUBMITTED, STARTED, ENDED, MESSAGE, CANCELLED = "submitted", "started", "ended", "message", "cancelled"
 
 
-class Event(TypedDict):
+class JobEvent(TypedDict):
     """A line of jobs.jsonl."""
 
     event: str
@@ -58,16 +58,16 @@ class JobHistory:
         self.logs = self.folder / LOGS
 
     def add(self, event: str, job: str, **facts: object) -> None:
-        """Append an event of a job with its time and the other keys of `Event`."""
+        """Append an event of a job with its time and the other keys of `JobEvent`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / JOBS).open("a") as file:
             file.write(json.dumps({"event": event, "job": job, "time": round(time.time(), 1), **facts}) + "\n")
 
-    def events(self, job: str | None = None) -> list[Event]:
+    def events(self, job: str | None = None) -> list[JobEvent]:
         """Return all events, or those of one job, oldest first."""
         return [event for event in self._read() if job in (None, event["job"])]
 
-    def _read(self) -> Iterator[Event]:
+    def _read(self) -> Iterator[JobEvent]:
         file = self.folder / JOBS
         for line in file.read_text().splitlines() if file.exists() else ():
             try:

@@ -51,7 +51,7 @@ def run_job(
         UserError: this process runs in no job, the config is wrong, the run's folder cannot be written, or Slurm
             refuses to restart the job.
     """
-    job = Job(load_config(config_file, overrides))
+    job = SlurmJob(load_config(config_file, overrides))
     require_writable(job.history.logs)
     steps = JobSteps(job.history, job.id, job.srun_layout(ranks_per_node))
     if job.is_over():
@@ -67,7 +67,7 @@ def run_job(
     return job.follow_up(result, on_stop)
 
 
-class Job:
+class SlurmJob:
     """The job that this process runs in, and the run that it trains."""
 
     def __init__(self, config: RunConfig) -> None:

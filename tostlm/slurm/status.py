@@ -11,7 +11,7 @@ from tostlm.checkpoint import CONFIG, checkpoints
 from tostlm.config import load_config
 from tostlm.errors import EXIT_REQUEUE, UserError
 from tostlm.slurm.commands import QueuedJob, queued_jobs, run_slurm
-from tostlm.slurm.history import CANCELLED, ENDED, MESSAGE, STARTED, Event, JobHistory
+from tostlm.slurm.history import CANCELLED, ENDED, MESSAGE, STARTED, JobEvent, JobHistory
 
 TAIL_BYTES, TAIL_LINES = 1 << 16, 8
 
@@ -45,7 +45,7 @@ def _describe_queued(history: JobHistory, job: QueuedJob) -> str:
     return f"{job.job} {job.state.lower()}{where}{_restarts(history.events(job.job))}"
 
 
-def _restarts(events: list[Event]) -> str:
+def _restarts(events: list[JobEvent]) -> str:
     restarts = sum(event["event"] == STARTED for event in events) - 1
     if restarts < 1:
         return ""
@@ -78,7 +78,7 @@ def _parse_report(line: str) -> dict[str, float] | None:
     return dict(report) if report.get("kind") == "train" else None
 
 
-def _failure(history: JobHistory, events: list[Event]) -> dict[str, str]:
+def _failure(history: JobHistory, events: list[JobEvent]) -> dict[str, str]:
     """Return the last lines of the rank that failed, if the newest start did."""
     end = next((event for event in reversed(events) if event["event"] in (ENDED, CANCELLED)), None)
     if end is None or end["event"] == CANCELLED or end["exit_code"] in (0, EXIT_REQUEUE):
