@@ -79,12 +79,14 @@ def test_a_model_larger_than_gpu_memory_is_refused(run: Run) -> None:
     site = run.file.with_name("site.env")
     site.write_text("echo output of a module\nexport TOSTLM_GPU_MEMORY_GIB=0.0002\n")
     fail(tostlm(*command, "--site", str(site)), "above TOSTLM_GPU_MEMORY_GIB=0.0002")
+    site.write_text("echo no such module >&2\nexit 3\n")
+    fail(tostlm(*command, "--site", str(site)), "site.env ends bash with code 3 (no such module)")
 
 
 def test_errors_without_slurm(run: Run, tmp_path: Path) -> None:
     path = f"{tmp_path}:/usr/bin:/bin"
     if any((Path(folder) / "sbatch").exists() for folder in path.split(":")):  # then hide Slurm
-        for name in ("bash", "git"):
+        for name in ("bash", "env", "git"):
             (tmp_path / name).symlink_to(f"/usr/bin/{name}")
         path = str(tmp_path)
     command = ["submit", "pretrain", str(run.file)]
@@ -151,7 +153,7 @@ def test_a_sweep_is_an_array_of_runs(job: ClusterJob) -> None:
     runs = [job.run.dir / name for name in ("optimizer.lr=1e-2", "optimizer.lr=3e-3")]
     rates = []
     for run in runs:
-        assert checkpoints(run)[-1].name == "step-00000003", job.printed()
+        assert checkpoints(run)[-1].name == "step-00000003", job.details()
         rates.append(yaml.safe_load((run / "config.yaml").read_text())["optimizer"]["lr"])
     assert rates == [1e-2, 3e-3]
     printed = succeed(job.command("submit", "status", str(job.run.dir)))

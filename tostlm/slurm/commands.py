@@ -77,14 +77,17 @@ def site_environment(site: Path | None, environment: Mapping[str, str] = os.envi
     """Return the environment variables after a site.env was sourced; without one, `environment` itself.
 
     Raises:
-        UserError: site.env ends with an error.
+        UserError: site.env ends the shell that sources it.
     """
     if site is None:
         return dict(environment)
     command = ["bash", "-c", '. "$0" >&2; exec env -0', str(site)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     if result.returncode:
-        raise UserError(f"{site} ends with an error: {' '.join(result.stderr.split())}; source it in bash to see why")
+        printed = " ".join(result.stderr.split()) or "it prints no reason"
+        raise UserError(
+            f"{site} ends bash with code {result.returncode} ({printed}); it may only set up the environment"
+        )
     return dict(variable.split("=", 1) for variable in result.stdout.split("\0") if variable)
 
 
