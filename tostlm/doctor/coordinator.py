@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from tostlm.doctor.findings import Finding, format_ranks, unhealthy
 from tostlm.errors import EXIT_USER_ERROR, UserError, error_summary
@@ -73,9 +74,9 @@ class Coordinator:
                 raise UserError(f"rank 0 cannot listen at {address} ({error}); choose another port") from None
             raise _rank_0_unreachable(rank_info, f"at {address}") from None
 
-    def _connect(self) -> dist.Store:
+    def _connect(self) -> Store:
         served_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        store = dist.TCPStore(
+        store = dist.TCPStore(  # type: ignore[attr-defined, unused-ignore]  # torch does not list it
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=self.rank_info.rank == 0 and not served_by_torchrun,
@@ -83,7 +84,7 @@ class Coordinator:
             wait_for_workers=False,
         )
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return dist.PrefixStore(f"doctor/{attempt}", store)
+        return PrefixStore(f"doctor/{attempt}", store)
 
     def gather_hosts(self) -> None:
         """On rank 0: learn the hosts of all ranks.
@@ -202,7 +203,7 @@ class Coordinator:
         """
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-            store=dist.PrefixStore("group", self._store.clone()),  # type: ignore[attr-defined]  # missing in torch's stubs
+            store=PrefixStore("group", self._store.clone()),  # type: ignore[attr-defined]  # missing in torch's stubs
             rank=self.rank_info.rank,
             world_size=self.rank_info.world_size,
             timeout=timedelta(seconds=3 * self.timeout_seconds),  # longer than ours, which reports the rank at fault
