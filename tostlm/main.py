@@ -12,7 +12,7 @@ from tostlm.cli import app
 from tostlm.errors import EXIT_BUG, EXIT_LOST_RANK, EXIT_USER_ERROR, UserError, error_summary, is_lost_peer
 from tostlm.launch import EXIT_REPORT, exit_rank
 
-MENDABLE = (  # limits of a disk, and paths that cannot be written
+USER_ERRNOS = (  # a full disk, and paths that cannot be written
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM),
     *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
 )
@@ -37,25 +37,25 @@ def _run() -> int:
     except UserError as error:
         return _fail(str(error))
     except OSError as error:
-        if error.errno not in MENDABLE:
-            return _defect()
+        if error.errno not in USER_ERRNOS:
+            return _report_bug()
         where = f" ({error.filename})" if error.filename else ""
         return _fail(f"{error.strerror}{where}; free or choose another place and try again: what was finished stays")
     except (MemoryError, RuntimeError) as error:
-        if "RANK" in os.environ and is_lost_peer(error):  # before training; the lost one and its launcher say why
+        if "RANK" in os.environ and is_lost_peer(error):  # before training; its launcher reports the reason
             return EXIT_LOST_RANK
         if not isinstance(error, MemoryError) and "allocate" not in str(error) and "out of memory" not in str(error):
-            return _defect()
+            return _report_bug()
         return _fail(f"out of memory ({error_summary(error)}); use a smaller model, context or micro-batch")
     except SystemExit as ending:  # typer's own; it turns an interruption into one
-        if ending.code == EXIT_INTERRUPTED and "RANK" not in os.environ:  # of a rank its launcher says it
-            print("\ntostlm: interrupted; the same command goes on from what is finished", file=sys.stderr)
+        if ending.code == EXIT_INTERRUPTED and "RANK" not in os.environ:  # of a rank, its launcher reports it
+            print("\ntostlm: interrupted; the same command continues from what is finished", file=sys.stderr)
         code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
         if _is_rank():
             exit_rank(code, silent=code in (EXIT_USER_ERROR, EXIT_LOST_RANK))  # rank 0 reports what it found for all
         return code
     except Exception:
-        return _defect()
+        return _report_bug()
     return 0
 
 
@@ -66,6 +66,6 @@ def _fail(message: str) -> int:
     return EXIT_USER_ERROR
 
 
-def _defect() -> int:
+def _report_bug() -> int:
     traceback.print_exc()
     return EXIT_BUG

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from tostlm.bench import report_training
 from tostlm.checkpoint import checkpoint_folder, load_checkpoint
-from tostlm.config import RunConfig, find_config, load_config
-from tostlm.data import MANIFEST
+from tostlm.config import find_config, load_config
+from tostlm.convert import export_hf, sample
+from tostlm.data import MANIFEST, PreparationSettings, Tokenizer, documents, prepare, train_tokenizer
+from tostlm.eval import evaluate_perplexity
 from tostlm.files import write_atomically
 from tostlm.launch import run_local
 
@@ -39,92 +42,65 @@ def quickstart(configs: Path | None, processes: int) -> None:
         UserError: the configs are missing, or a step cannot be done.
     """
     names = ("quickstart", "quickstart-gpt2")
-    tost_file, gpt2_file = (configs / f"{name}.yaml" if configs else find_config(Path(name)) for name in names)
-    tost, gpt2 = load_config(tost_file), load_config(gpt2_file)
-    (prepared, _), *_ = tost.data.sets
-    root = prepared.parent
+    tost, gpt2 = (configs / f"{name}.yaml" if configs else find_config(Path(name)) for name in names)
+    steps = _steps(tost, gpt2, processes)
+    root = steps[0].output.parent
     durations = []
-    for step in _steps(tost_file, gpt2_file, tost, gpt2, prepared, processes):
+    for step in steps:
         start = time.monotonic()
         finished = step.output.exists()
         print(f"\n== {step.name}{': finished before' if finished else ''}", flush=True)
         if not finished:
             step.run()
-        durations.append((step, "before" if finished else f"{time.monotonic() - start:.0f} s"))
+        durations.append("before" if finished else f"{time.monotonic() - start:.0f} s")
 
     print(f"\n{(root / 'throughput.txt').read_text()}\n{(root / 'perplexity.txt').read_text()}")
     print(f"\n{'step':<24}{'took':>8}  where")
-    for step, duration in durations:
+    for step, duration in zip(steps, durations, strict=True):
         print(f"{step.name:<24}{duration:>8}  {step.output}")
     print(f"\nTensorBoard: tensorboard --logdir {root}.  To start over, remove {root}.")
 
 
-def _steps(
-    tost_file: Path, gpt2_file: Path, tost: RunConfig, gpt2: RunConfig, prepared: Path, processes: int
-) -> Sequence[PipelineStep]:
+def _steps(tost_file: Path, gpt2_file: Path, processes: int) -> list[PipelineStep]:
+    tost, gpt2 = load_config(tost_file), load_config(gpt2_file)
+    (prepared, _), *_ = tost.data.sets
     root = prepared.parent
     tokenizer, exported = root / "tokenizer.model", root / "hf"
-    return (
-        PipelineStep("tokenizer", tokenizer, lambda: _train_tokenizer(tost, tokenizer)),
-        PipelineStep("token shards", prepared / MANIFEST, lambda: _prepare(tokenizer, prepared)),
+    sample_file, perplexity_file, throughput_file = (root / f"{n}.txt" for n in ("sample", "perplexity", "throughput"))
+
+    def prepare_text() -> None:
+        settings = PreparationSettings(sources=(SOURCE,), heldout_fraction=HELDOUT_FRACTION)
+        manifest = prepare(settings, Tokenizer.load(tokenizer), prepared)
+        assert manifest is not None
+        for name, split in manifest.splits.items():
+            print(f"{name}: {split.tokens:,} tokens of {split.documents} documents")
+
+    def train(config_file: Path) -> None:
+        if code := run_local(["train", str(config_file)], processes):
+            raise SystemExit(code)
+
+    def measure_perplexity() -> None:
+        text = evaluate_perplexity([tost.run_dir, gpt2.run_dir], CONTEXTS, None, windows=64, out=root)
+        write_atomically(perplexity_file, text)
+
+    def measure_throughput() -> None:
+        text = report_training([tost_file, gpt2_file], BENCH_CONTEXTS, 8192, 3, None, root / "throughput.json")
+        write_atomically(throughput_file, text)
+
+    def write_sample() -> None:
+        text = sample(exported, PROMPT, tokens=80)
+        print(text)
+        write_atomically(sample_file, text + "\n")
+
+    return [
         PipelineStep(
-            "train ToST", checkpoint_folder(tost.run_dir, tost.train.steps), lambda: _train(tost_file, processes)
+            "tokenizer", tokenizer, lambda: train_tokenizer(documents([SOURCE]), tost.model.vocab_size, tokenizer)
         ),
-        PipelineStep(
-            "train GPT-2", checkpoint_folder(gpt2.run_dir, gpt2.train.steps), lambda: _train(gpt2_file, processes)
-        ),
-        PipelineStep("perplexity by context", root / "perplexity.txt", lambda: _perplexity(tost, gpt2, root)),
-        PipelineStep("tokens per second", root / "throughput.txt", lambda: _throughput(tost_file, gpt2_file, root)),
-        PipelineStep("Hugging Face export", exported, lambda: _export(tost, exported)),
-        PipelineStep("sample", root / "sample.txt", lambda: _sample(exported, root / "sample.txt")),
-    )
-
-
-def _train_tokenizer(config: RunConfig, out: Path) -> None:
-    from tostlm.data import documents, train_tokenizer
-
-    train_tokenizer(documents([SOURCE]), config.model.vocab_size, out)
-
-
-def _prepare(tokenizer: Path, out: Path) -> None:
-    from tostlm.data import PreparationSettings, Tokenizer, prepare
-
-    settings = PreparationSettings(sources=(SOURCE,), heldout_fraction=HELDOUT_FRACTION)
-    manifest = prepare(settings, Tokenizer.load(tokenizer), out)
-    assert manifest is not None
-    for name, split in manifest.splits.items():
-        print(f"{name}: {split.tokens:,} tokens of {split.documents} documents")
-
-
-def _train(config_file: Path, processes: int) -> None:
-    code = run_local(["train", str(config_file)], processes)
-    if code:
-        raise SystemExit(code)
-
-
-def _perplexity(tost: RunConfig, gpt2: RunConfig, root: Path) -> None:
-    from tostlm.eval import evaluate_perplexity
-
-    text = evaluate_perplexity([tost.run_dir, gpt2.run_dir], CONTEXTS, None, windows=64, out=root)
-    write_atomically(root / "perplexity.txt", text)
-
-
-def _throughput(tost_file: Path, gpt2_file: Path, root: Path) -> None:
-    from tostlm.bench import report_training
-
-    text = report_training([tost_file, gpt2_file], BENCH_CONTEXTS, 8192, 3, None, root / "throughput.json")
-    write_atomically(root / "throughput.txt", text)
-
-
-def _export(config: RunConfig, out: Path) -> None:
-    from tostlm.convert import export_hf
-
-    export_hf(load_checkpoint(config.run_dir), out)
-
-
-def _sample(exported: Path, out: Path) -> None:
-    from tostlm.convert import sample
-
-    text = sample(exported, PROMPT, tokens=80)
-    print(text)
-    write_atomically(out, text + "\n")
+        PipelineStep("token shards", prepared / MANIFEST, prepare_text),
+        PipelineStep("train ToST", checkpoint_folder(tost.run_dir, tost.train.steps), lambda: train(tost_file)),
+        PipelineStep("train GPT-2", checkpoint_folder(gpt2.run_dir, gpt2.train.steps), lambda: train(gpt2_file)),
+        PipelineStep("perplexity by context", perplexity_file, measure_perplexity),
+        PipelineStep("tokens per second", throughput_file, measure_throughput),
+        PipelineStep("Hugging Face export", exported, lambda: export_hf(load_checkpoint(tost.run_dir), exported)),
+        PipelineStep("sample", sample_file, write_sample),
+    ]

@@ -3,18 +3,20 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.conftest import ROOT, Run, succeed, tostlm
 from tostlm.bench import Rate, bench_training, table
 from tostlm.config import load_config
+from tostlm.model import LM
 
 
-def test_every_model_at_every_context(monkeypatch) -> None:
+def test_every_model_at_every_context(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
 
-    def record(lm, precision: str, sequences: int, context: int) -> float:
-        assert precision == "autocast bfloat16"
+    def record(lm: LM, dtype: torch.dtype, sequences: int, context: int) -> float:
+        assert dtype == torch.bfloat16
         passes.append((lm.config.layers[0].mixer, lm.config.positions, sequences, context))
         return 0.5
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def exported(trained: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) 
     return folders
 
 
-def downstream(python: str, folder: Path, tokens: list[int], cache: Path) -> dict:
+def downstream(python: str, folder: Path, tokens: list[int], cache: Path) -> dict[str, Any]:
     """Run DOWNSTREAM outside of this repository, without tostlm, sentencepiece and jaxtyping."""
     blocked = (
         "import sys; sys.modules['tostlm'] = None; sys.modules['sentencepiece'] = None; del sys.modules['tostlm']\n"
@@ -63,10 +64,11 @@ def downstream(python: str, folder: Path, tokens: list[int], cache: Path) -> dic
         env={**os.environ, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"},
     )
     assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
 
 
-def assert_same_model(found: dict, checkpoint: Checkpoint, tokens: list[int]) -> None:
+def assert_same_model(found: dict[str, Any], checkpoint: Checkpoint, tokens: list[int]) -> None:
     logits = checkpoint.lm(torch.tensor([tokens]))[0][0, -1]
     torch.testing.assert_close(torch.tensor(found["logits"]), logits, rtol=1e-3, atol=1e-4)
     assert found["ids"] == checkpoint.tokenizer.encode("Fellow citizens of the")

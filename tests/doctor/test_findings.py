@@ -7,16 +7,7 @@ import torch
 
 from tests.conftest import Run
 from tostlm.doctor import hardware, network, run_inputs
-from tostlm.doctor.findings import (
-    FAIL,
-    OK,
-    WARN,
-    Finding,
-    build_report,
-    format_quantity,
-    format_ranks,
-    summarize_failures,
-)
+from tostlm.doctor.findings import Finding, build_report, format_quantity, format_ranks, summarize_failures
 
 NODES = ["a", "a", "b", "b", "c", "c"]
 CPU = hardware.Device("cpu", "EPYC", 10**9, True, "", 0)
@@ -36,9 +27,9 @@ def links(*rates: float) -> list[network.Link]:
 
 def test_a_rank_with_another_version_is_unhealthy() -> None:
     own = {"torch": "2.13.0", "tostlm": "0.1.0"}
-    assert run_inputs.check_versions([own] * 6, NODES).level == OK
+    assert run_inputs.check_versions([own] * 6, NODES).level == "ok"
     found = run_inputs.check_versions([own, own, own, {**own, "torch": "2.12.0"}, own, own], NODES)
-    assert (found.level, found.unhealthy_ranks) == (FAIL, (3,))
+    assert (found.level, found.unhealthy_ranks) == ("FAIL", (3,))
     assert found.measured == "rank 3 on b is unhealthy: torch is 2.12.0 on rank 3, elsewhere 2.13.0"
     assert found.remedy == "install the same there, or exclude b"
 
@@ -50,12 +41,12 @@ def test_of_two_versions_rank_0_has_the_right_one() -> None:
 @pytest.mark.parametrize(
     ("found", "level", "words"),
     [
-        ([CPU] * 4, OK, "4 x EPYC on a, b"),
-        ([gpu(0), gpu(1), gpu(2), gpu(3)], OK, "4 x H100 on a, b"),
-        ([gpu(0), gpu(1), gpu(2), CPU], FAIL, "rank 3 on b is unhealthy: on EPYC, the others on H100"),
-        ([gpu(0), gpu(1), gpu(2), gpu(2)], FAIL, "ranks 2 on b, 3 on b share the GPU GPU-2"),
-        ([gpu(0), gpu(1), gpu(2), gpu(3, name="A100")], WARN, "rank 3 on b: A100, elsewhere H100"),
-        ([gpu(n, visible=8) for n in range(4)], WARN, "a has 8 GPUs and 2 ranks"),
+        ([CPU] * 4, "ok", "4 x EPYC on a, b"),
+        ([gpu(0), gpu(1), gpu(2), gpu(3)], "ok", "4 x H100 on a, b"),
+        ([gpu(0), gpu(1), gpu(2), CPU], "FAIL", "rank 3 on b is unhealthy: on EPYC, the others on H100"),
+        ([gpu(0), gpu(1), gpu(2), gpu(2)], "FAIL", "ranks 2 on b, 3 on b share the GPU GPU-2"),
+        ([gpu(0), gpu(1), gpu(2), gpu(3, name="A100")], "warn", "rank 3 on b: A100, elsewhere H100"),
+        ([gpu(n, visible=8) for n in range(4)], "warn", "a has 8 GPUs and 2 ranks"),
     ],
 )
 def test_device_findings(found: list[hardware.Device], level: str, words: str) -> None:
@@ -75,7 +66,7 @@ def test_device_findings(found: list[hardware.Device], level: str, words: str) -
 def test_a_rank_is_slow_below_0_7_of_the_median(speeds: list[float], slow: tuple[int, ...]) -> None:
     (found,) = hardware.check_gemms(gemms(*speeds), NODES)
     assert found.unhealthy_ranks == slow
-    assert found.level == (FAIL if slow else OK)
+    assert found.level == ("FAIL" if slow else "ok")
 
 
 def test_a_slow_rank_is_reported_with_its_fraction_of_the_median() -> None:
@@ -91,7 +82,7 @@ def test_a_slow_rank_is_reported_with_its_fraction_of_the_median() -> None:
 )
 def test_wrong_products_fail(wrong: hardware.Gemm) -> None:
     (found,) = hardware.check_gemms([*gemms(1, 1, 1, 1, 1), wrong], NODES)
-    assert (found.level, found.unhealthy_ranks) == (FAIL, (5,))
+    assert (found.level, found.unhealthy_ranks) == ("FAIL", (5,))
     assert "off by" in found.measured
 
 
@@ -122,7 +113,7 @@ def test_wrong_sums_name_the_rank_unless_all_are_wrong() -> None:
     assert "1 GB/s at 1 MB" in network.check_all_reduces([right, right], NODES).measured
     assert network.check_all_reduces([right, wrong, right], NODES).unhealthy_ranks == (1,)
     found = network.check_all_reduces([wrong, wrong], NODES)
-    assert (found.level, found.unhealthy_ranks) == (FAIL, ())
+    assert (found.level, found.unhealthy_ranks) == ("FAIL", ())
 
 
 @pytest.mark.parametrize(
@@ -139,11 +130,11 @@ def test_wrong_sums_name_the_rank_unless_all_are_wrong() -> None:
 def test_links_below_half_of_comparable_links_are_slow(rates: list[float], exclude: set[str]) -> None:
     (found,) = network.check_links(links(*rates), NODES)
     assert {NODES[rank] for rank in found.unhealthy_ranks} == exclude
-    assert found.level == (FAIL if exclude else OK)
+    assert found.level == ("FAIL" if exclude else "ok")
 
 
 def test_two_links_are_not_compared() -> None:
-    assert network.check_links(links(1, 100), ["a", "a"])[0].level == OK
+    assert network.check_links(links(1, 100), ["a", "a"])[0].level == "ok"
 
 
 def test_a_damaged_message_names_both_ends() -> None:
@@ -151,42 +142,42 @@ def test_a_damaged_message_names_both_ends() -> None:
     assert found.measured == "ranks 1 on a, 2 on b are unhealthy: 1 on a -> 2 on b: messages arrive damaged"
 
 
-@pytest.mark.parametrize(("ahead", "level"), [(0.9, OK), (1.1, WARN), (-2.0, WARN)])
+@pytest.mark.parametrize(("ahead", "level"), [(0.9, "ok"), (1.1, "warn"), (-2.0, "warn")])
 def test_clock_skew_above_a_second_warns(ahead: float, level: str) -> None:
     found = network.check_clocks([(0.0, 0.0), (ahead, 0.001)], ["a", "b"])
     assert found.level == level
-    assert level == OK or f"rank 1 on b: {ahead:+.1f} s" in found.measured
+    assert level == "ok" or f"rank 1 on b: {ahead:+.1f} s" in found.measured
 
 
 def test_a_slow_round_trip_is_not_skew() -> None:
-    assert network.check_clocks([(0.0, 0.0), (1.5, 2.0)], ["a", "b"]).level == OK
+    assert network.check_clocks([(0.0, 0.0), (1.5, 2.0)], ["a", "b"]).level == "ok"
 
 
 @pytest.mark.parametrize(
     ("overrides", "found", "level", "words"),
     [
-        ([], [CPU] * 2, OK, "8 sequences per step, 2 gradient accumulation steps; fp32, ZeRO stage 1"),
-        ([], [CPU] * 3, FAIL, "does not divide into 3 ranks"),
+        ([], [CPU] * 2, "ok", "8 sequences per step, 2 gradient accumulation steps; fp32, ZeRO stage 1"),
+        ([], [CPU] * 3, "FAIL", "does not divide into 3 ranks"),
         (
             ["train.context_parallel_size=4"],
             [CPU] * 2,
-            FAIL,
+            "FAIL",
             "2 ranks do not form whole groups of train.context_parallel_size 4",
         ),
         (
             ["deepspeed.bf16.enabled=true"],
             [gpu(0), gpu(1, supports_dtype=False)],
-            FAIL,
+            "FAIL",
             "bf16, which rank 1 on a cannot",
         ),
         (
             ["deepspeed.fp16.enabled=true"],
             [CPU._replace(supports_dtype=False)] * 2,
-            FAIL,
+            "FAIL",
             "fp16, which ranks 0 on a, 1 on a cannot",
         ),
-        (["model.width=4096"], [CPU] * 2, WARN, "of 500 MB per rank"),
-        (["model.width=4096"], [gpu(0), gpu(1)], OK, "of 80 GB per rank"),
+        (["model.width=4096"], [CPU] * 2, "warn", "of 500 MB per rank"),
+        (["model.width=4096"], [gpu(0), gpu(1)], "ok", "of 80 GB per rank"),
     ],
 )
 def test_config_against_devices(
@@ -236,13 +227,13 @@ def test_free_space_against_checkpoints(run: Run) -> None:
         seen = [(2 * host, run_inputs.Disk(True, int(one * share), 1e9, "")) for host, share in enumerate(free)]
         return run_inputs.check_disk(seen, config, NODES)
 
-    assert finding(9, 9).level == OK
-    assert finding(9, 2.5).level == WARN
-    assert finding(9, 0.5).level == FAIL
+    assert finding(9, 9).level == "ok"
+    assert finding(9, 2.5).level == "warn"
+    assert finding(9, 0.5).level == "FAIL"
     not_shared = run_inputs.check_disk(
         [(0, run_inputs.Disk(True, one, 1e9, "")), (2, run_inputs.Disk(False, 0, 0, ""))], config, NODES
     )
-    assert (not_shared.level, not_shared.unhealthy_ranks) == (FAIL, (2,))
+    assert (not_shared.level, not_shared.unhealthy_ranks) == ("FAIL", (2,))
     assert "does not show there what rank 0 wrote" in not_shared.measured
 
 
@@ -254,9 +245,9 @@ def test_formats() -> None:
 
 def test_failures_are_one_line_with_each_remedy_once(tmp_path: Path) -> None:
     findings = [
-        Finding("gemm", FAIL, "rank 3 is unhealthy: slow", "exclude b", (3,)),
-        Finding("clock", WARN, "off", "start NTP"),
-        Finding("ring", FAIL, "rank 3 is unhealthy: slow too", "exclude b", (3,)),
+        Finding("gemm", "FAIL", "rank 3 is unhealthy: slow", "exclude b", (3,)),
+        Finding("clock", "warn", "off", "start NTP"),
+        Finding("ring", "FAIL", "rank 3 is unhealthy: slow too", "exclude b", (3,)),
     ]
     assert (
         summarize_failures(findings)

@@ -10,7 +10,6 @@ from tests.conftest import Run
 from tostlm.checkpoint.layout import COMPLETE, PROGRESS, TrainState, checkpoint_folder
 from tostlm.data import Tokenizer, train_tokenizer
 from tostlm.doctor import run_inputs
-from tostlm.doctor.findings import FAIL, OK
 from tostlm.errors import UserError
 
 
@@ -18,7 +17,7 @@ def test_small_data_is_checksummed_completely(run: Run, data: Path) -> None:
     found = run_inputs.measure_data(run.config(), 0)
     sizes = [path.stat().st_size for path in data.iterdir() if path.suffix in (".bin", ".ends", ".hashes")]
     assert (found.checked_bytes, found.total_bytes) == (sum(sizes), sum(sizes))
-    assert run_inputs.check_data([(0, found)], ["a"]).level == OK
+    assert run_inputs.check_data([(0, found)], ["a"]).level == "ok"
 
 
 def test_each_host_checksums_another_sample_of_large_data(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,7 +38,7 @@ def test_a_sample_stays_within_its_budget() -> None:
 def test_a_tokenizer_larger_than_the_vocabulary_fails(run: Run) -> None:
     found = run_inputs.measure_data(run.config("model.vocab_size=300"), 0)
     finding = run_inputs.check_data([(0, found)], ["a"])
-    assert finding.level == FAIL
+    assert finding.level == "FAIL"
     assert "model.vocab_size 300 is smaller than the 512 pieces" in finding.measured
 
 
@@ -66,15 +65,15 @@ def test_resume_reports_the_newest_step(run: Run, tokenizer: Tokenizer) -> None:
     assert "starts at step 0" in run_inputs.check_resume(run.config()).measured
     folder = save(run, tokenizer)
     finding = run_inputs.check_resume(run.config())
-    assert (finding.level, finding.measured) == (OK, f"from step 3, {folder}")
+    assert (finding.level, finding.measured) == ("ok", f"from step 3, {folder}")
     (folder / PROGRESS).write_text("{")
-    assert run_inputs.check_resume(run.config()).level == FAIL
+    assert run_inputs.check_resume(run.config()).level == "FAIL"
 
 
 def test_resume_with_another_tokenizer_fails(run: Run, speeches: list[str], tmp_path: Path) -> None:
     save(run, train_tokenizer(speeches, 400, tmp_path / "other.model"))
     finding = run_inputs.check_resume(run.config())
-    assert finding.level == FAIL
+    assert finding.level == "FAIL"
     assert "was trained with another tokenizer" in finding.measured
 
 
@@ -84,7 +83,7 @@ def test_a_disk_too_small_for_a_checkpoint_fails(run: Run, small_disk: Path) -> 
         found = run_inputs.measure_disk(config, 0)
     assert (found.shared, found.error) == (True, "")
     finding = run_inputs.check_disk([(0, found)], config, ["a"])
-    assert finding.level == FAIL
+    assert finding.level == "FAIL"
     assert "2.1 MB free" in finding.measured
     assert list(small_disk.iterdir()) == []
 
@@ -103,7 +102,7 @@ def test_a_full_disk_fails(run: Run, small_disk: Path) -> None:
         (small_disk / "ballast").write_bytes(b"x" * stats.f_bavail * stats.f_frsize)
         found = run_inputs.measure_disk(config, 0)
     finding = run_inputs.check_disk([(0, found)], config, ["a"])
-    assert finding.level == FAIL
+    assert finding.level == "FAIL"
     assert "cannot write in" in finding.measured and "No space left on device" in finding.measured
 
 

@@ -27,8 +27,8 @@ def test_steps_equal_reading_again(trained: dict[str, Run], mixer: str) -> None:
 def test_sampling_is_seeded_and_top_k_narrows_it(trained: dict[str, Run]) -> None:
     lm = load_checkpoint(trained["tssa"].dir).lm
 
-    def text(**options: float) -> list[int]:
-        return list(itertools.islice(generate(lm, [1], 512, **options), 30))
+    def text(temperature: float = 1.0, top_k: int | None = None, seed: int = 0) -> list[int]:
+        return list(itertools.islice(generate(lm, [1], 512, temperature=temperature, top_k=top_k, seed=seed), 30))
 
     assert text(seed=1) == text(seed=1) != text(seed=2)
     assert text(seed=1, top_k=1) == text(temperature=0)
@@ -39,7 +39,7 @@ def test_rows_beyond_the_tokenizer_are_never_written(trained: dict[str, Run]) ->
     assert set(itertools.islice(generate(lm, [1], 7, temperature=5.0), 100)) <= set(range(7))
 
 
-def test_the_verb(trained: dict[str, Run]) -> None:
+def test_the_subcommand(trained: dict[str, Run]) -> None:
     run = str(trained["softmax"].dir)
     assert succeed(tostlm("generate", run, "--prompt", "Fellow citizens", "--tokens", "8")).startswith(
         "Fellow citizens"

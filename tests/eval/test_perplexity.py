@@ -67,7 +67,7 @@ def test_no_document_is_long_enough(tokens: TokenSet) -> None:
         choose_targets(tokens, [16, 90_000], windows=5)
 
 
-def test_the_verb(trained: dict[str, Run], tmp_path: Path) -> None:
+def test_the_subcommand(trained: dict[str, Run], tmp_path: Path) -> None:
     paths = [str(trained[mixer].dir) for mixer in ("tssa", "softmax")]
     command = [
         "eval",

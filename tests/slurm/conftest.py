@@ -41,7 +41,7 @@ def cluster(machines: Cluster) -> Iterator[Cluster]:
     )
 
 
-class Job:
+class ClusterJob:
     """A run on the cluster, and what its folder holds about its jobs."""
 
     def __init__(self, cluster: Cluster, run: Run) -> None:
@@ -52,7 +52,7 @@ class Job:
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run `tostlm ARGUMENTS` on the login node."""
         path = {key: self.cluster.environment[key] for key in ("PATH", "SLURM_CONF")}
-        return Program(*arguments, cwd=self.run.file.parent, **path).end()
+        return Program(*arguments, cwd=self.run.file.parent, **path).end()  # type: ignore[arg-type]
 
     def submit(self, *arguments: str) -> str:
         printed = succeed(self.command("submit", "pretrain", str(self.run.file), *arguments))
@@ -102,8 +102,8 @@ class Job:
 
 
 @pytest.fixture
-def job(cluster: Cluster, run: Run) -> Job:
-    return Job(cluster, run)
+def job(cluster: Cluster, run: Run) -> ClusterJob:
+    return ClusterJob(cluster, run)
 
 
 def site_with_wrapper(folder: Path, text: str) -> Path:

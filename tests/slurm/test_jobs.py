@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from tests.conftest import ROOT, Run, succeed
 from tests.slurm.cluster import Cluster, wait_until
-from tests.slurm.conftest import Job, site_with_wrapper
+from tests.slurm.conftest import ClusterJob, site_with_wrapper
 from tostlm.checkpoint import checkpoints, read_train_state
 from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.alone
 TWO_NODES = ("--nodes", "2", "--gpus-per-node", "1")
 
 
-def exit_codes(job: Job) -> list[int]:
+def exit_codes(job: ClusterJob) -> list[int]:
     return [event["exit_code"] for event in job.events("ended")]
 
 
@@ -56,7 +56,7 @@ def test_sbatch_by_hand_on_two_nodes(cluster: Cluster, tmp_path: Path, data: Pat
     assert (run_dir / "slurm" / "logs" / f"{done.stdout.strip()}-rank-1.log").exists()
 
 
-def test_preemption_at_a_random_step_keeps_the_losses(job: Job, data: Path, tmp_path: Path) -> None:
+def test_preemption_at_a_random_step_keeps_the_losses(job: ClusterJob, data: Path, tmp_path: Path) -> None:
     steps = "train.steps=150"
     (tmp_path / "undisturbed").mkdir()
     undisturbed = Run(tmp_path / "undisturbed", data)
@@ -77,7 +77,7 @@ def test_preemption_at_a_random_step_keeps_the_losses(job: Job, data: Path, tmp_
         assert job.run.metrics(kind, key) == undisturbed.metrics(kind, key)
 
 
-def test_stuck_and_killed_ranks_are_named_and_the_job_restarts(job: Job) -> None:
+def test_stuck_and_killed_ranks_are_named_and_the_job_restarts(job: ClusterJob) -> None:
     """A job that is asked to stop is requeued within seconds."""
     endless = ("train.steps=100000", "train.save_every_steps=5", "train.keep_last_checkpoints=2")
     job.submit(*endless, "train.hang_timeout_seconds=10", *TWO_NODES)
@@ -118,7 +118,7 @@ def test_stuck_and_killed_ranks_are_named_and_the_job_restarts(job: Job) -> None
     assert "was cancelled and is not started again" in job.log()
 
 
-def test_the_job_restarts_when_a_lost_node_returns(job: Job) -> None:
+def test_the_job_restarts_when_a_lost_node_returns(job: ClusterJob) -> None:
     job.submit("train.steps=100000", "train.save_every_steps=5", "train.keep_last_checkpoints=2", *TWO_NODES)
     job.wait_for(lambda: job.steps() > 8)
     job.cluster.crash("node2")
@@ -128,7 +128,7 @@ def test_the_job_restarts_when_a_lost_node_returns(job: Job) -> None:
     assert job.wait_for(lambda: len(job.events("started")) > starts and job.steps() != before, 90) < 60
 
 
-def test_a_range_of_nodes_uses_the_nodes_that_are_up(job: Job) -> None:
+def test_a_range_of_nodes_uses_the_nodes_that_are_up(job: ClusterJob) -> None:
     """It uses two of three nodes, over which the batch splits, and one when the others are lost."""
     endless = ("train.steps=100000", "train.save_every_steps=5", "train.keep_last_checkpoints=2")
     job.submit(*endless, "--nodes", "1-4", "--gpus-per-node", "1")
@@ -145,7 +145,7 @@ def test_a_range_of_nodes_uses_the_nodes_that_are_up(job: Job) -> None:
     assert max(job.run.metrics("train")) > resumed
 
 
-def test_a_bug_is_not_restarted_for_ever(job: Job, tmp_path: Path) -> None:
+def test_a_bug_is_not_restarted_for_ever(job: ClusterJob, tmp_path: Path) -> None:
     broken = "import tostlm.data as d; d.Loader.batch = lambda *_: 1 / 0; from tostlm.main import main; main()"
     text = f'[ "$1" != train ] || exec python -c "{broken}" "$@"'
     job.submit("--site", str(site_with_wrapper(tmp_path, text)))
@@ -156,7 +156,7 @@ def test_a_bug_is_not_restarted_for_ever(job: Job, tmp_path: Path) -> None:
     assert "ZeroDivisionError" in printed and "with exit code 1" in printed
 
 
-def test_an_unhealthy_node_is_excluded(job: Job, tmp_path: Path) -> None:
+def test_an_unhealthy_node_is_excluded(job: ClusterJob, tmp_path: Path) -> None:
     wrong = "import torch; right = torch.matmul; torch.matmul = lambda a, b: right(a, b) * 1.001"
     main = "from tostlm.main import main; main()"
     text = f'[ "$1 $(hostname)" != "doctor node2" ] || exec python -c "{wrong}; {main}" "$@"'
@@ -173,7 +173,7 @@ SHORT = ("train.steps=100000", "train.time_limit_minutes=0.05", "train.save_ever
 
 
 @pytest.mark.slow
-def test_a_chain_continues_across_time_limits(job: Job) -> None:
+def test_a_chain_continues_across_time_limits(job: ClusterJob) -> None:
     assert "after it, one after another: " in job.submit(*SHORT, "--chain", "2")
     job.wait_for(job.gone)
     first, second = job.events("ended")
@@ -182,7 +182,7 @@ def test_a_chain_continues_across_time_limits(job: Job) -> None:
     assert [event["job"] for event in job.events("submitted")] == [first["job"], second["job"]]
 
 
-def test_with_until_done_each_job_queues_the_next(job: Job) -> None:
+def test_with_until_done_each_job_queues_the_next(job: ClusterJob) -> None:
     job.submit(*SHORT, "--until-done")
     job.wait_for(lambda: len(job.events("started")) == 2 and len(job.events("submitted")) == 3)
     first, second, third = (event["job"] for event in job.events("submitted"))
@@ -199,7 +199,7 @@ def test_with_until_done_each_job_queues_the_next(job: Job) -> None:
     assert f"cancelled the jobs that waited for it: {job.events('submitted')[-1]['job']}" in job.log()
 
 
-def test_a_job_cancelled_by_scancel_does_not_restart(job: Job) -> None:
+def test_a_job_cancelled_by_scancel_does_not_restart(job: ClusterJob) -> None:
     job.submit("train.steps=100000")
     job.wait_for(lambda: job.steps() > 2)
     job.cluster.ask("scancel", job.id)
@@ -210,7 +210,7 @@ def test_a_job_cancelled_by_scancel_does_not_restart(job: Job) -> None:
 
 
 @pytest.mark.slow
-def test_a_job_waits_for_a_controller_that_does_not_answer(job: Job) -> None:
+def test_a_job_waits_for_a_controller_that_does_not_answer(job: ClusterJob) -> None:
     job.submit("train.steps=200")
     job.wait_for(lambda: job.steps() > 5)
     controller = int((job.cluster.folder / "slurmctld.pid").read_text())
@@ -224,7 +224,7 @@ def test_a_job_waits_for_a_controller_that_does_not_answer(job: Job) -> None:
 
 
 @pytest.mark.slow
-def test_a_job_saves_before_its_time_limit_and_restarts(job: Job) -> None:
+def test_a_job_saves_before_its_time_limit_and_restarts(job: ClusterJob) -> None:
     job.submit("train.steps=100000", "train.save_every_steps=50000", "--time", "2:00", "--warning-seconds", "30")
     job.wait_for(lambda: len(job.events("started")) == 2, 240)
     assert exit_codes(job) == [EXIT_REQUEUE]

@@ -10,7 +10,7 @@ import yaml
 
 from tests.conftest import ROOT, Run, fail, succeed, tostlm
 from tests.data.preparation.test_prepare import content
-from tests.slurm.conftest import Job
+from tests.slurm.conftest import ClusterJob
 from tostlm.checkpoint import checkpoints
 from tostlm.data import Tokenizer
 from tostlm.files import locked
@@ -79,12 +79,14 @@ def test_a_model_larger_than_gpu_memory_is_refused(run: Run) -> None:
     site = run.file.with_name("site.env")
     site.write_text("echo output of a module\nexport TOSTLM_GPU_MEMORY_GIB=0.0002\n")
     fail(tostlm(*command, "--site", str(site)), "above TOSTLM_GPU_MEMORY_GIB=0.0002")
+    site.write_text("echo no such module >&2\nexit 3\n")
+    fail(tostlm(*command, "--site", str(site)), "site.env ends bash with code 3 (no such module)")
 
 
 def test_errors_without_slurm(run: Run, tmp_path: Path) -> None:
     path = f"{tmp_path}:/usr/bin:/bin"
     if any((Path(folder) / "sbatch").exists() for folder in path.split(":")):  # then hide Slurm
-        for name in ("bash", "git"):
+        for name in ("bash", "env", "git"):
             (tmp_path / name).symlink_to(f"/usr/bin/{name}")
         path = str(tmp_path)
     command = ["submit", "pretrain", str(run.file)]
@@ -98,7 +100,7 @@ def test_a_run_folder_that_cannot_be_written(run: Run) -> None:
     fail(tostlm(*command), "cannot write in /proc/nowhere")
 
 
-def test_slurm_errors_are_one_line_and_queue_nothing(job: Job) -> None:
+def test_slurm_errors_are_one_line_and_queue_nothing(job: ClusterJob) -> None:
     for arguments, word in (
         (["--partition", "nope"], "Invalid partition name specified"),
         (["--time", "99-0"], "Requested time limit is invalid"),
@@ -112,7 +114,7 @@ def test_slurm_errors_are_one_line_and_queue_nothing(job: Job) -> None:
     assert not job.events()
 
 
-def test_a_run_is_submitted_once_and_its_inputs_are_saved(job: Job) -> None:
+def test_a_run_is_submitted_once_and_its_inputs_are_saved(job: ClusterJob) -> None:
     job.cluster.ask("sbatch", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 100")
     printed = job.submit("train.steps=7", "--nodes", "2")
     assert f"tostlm submit status {job.run.dir}" in printed
@@ -133,7 +135,7 @@ def test_a_run_is_submitted_once_and_its_inputs_are_saved(job: Job) -> None:
     fail(job.command("submit", "cancel", str(job.run.dir)), "has no queued or running job")
 
 
-def test_a_run_that_trains_without_slurm_is_not_submitted(job: Job) -> None:
+def test_a_run_that_trains_without_slurm_is_not_submitted(job: ClusterJob) -> None:
     local = job.run.start("train.steps=100000")
     job.wait_for(lambda: job.steps() > 0)
     command = ["submit", "pretrain", str(job.run.file), "train.steps=100000"]
@@ -143,7 +145,7 @@ def test_a_run_that_trains_without_slurm_is_not_submitted(job: Job) -> None:
     assert not job.events()
 
 
-def test_a_sweep_is_an_array_of_runs(job: Job) -> None:
+def test_a_sweep_is_an_array_of_runs(job: ClusterJob) -> None:
     job.run.dir = job.run.dir.with_name("a sweep")  # a folder name that needs quoting
     printed = job.submit("train.steps=3", f"run_dir={job.run.dir}", "--sweep", "optimizer.lr=1e-2,3e-3")
     assert "an array of 2 runs" in printed
@@ -151,7 +153,7 @@ def test_a_sweep_is_an_array_of_runs(job: Job) -> None:
     runs = [job.run.dir / name for name in ("optimizer.lr=1e-2", "optimizer.lr=3e-3")]
     rates = []
     for run in runs:
-        assert checkpoints(run)[-1].name == "step-00000003", job.printed()
+        assert checkpoints(run)[-1].name == "step-00000003", job.details()
         rates.append(yaml.safe_load((run / "config.yaml").read_text())["optimizer"]["lr"])
     assert rates == [1e-2, 3e-3]
     printed = succeed(job.command("submit", "status", str(job.run.dir)))
@@ -165,7 +167,7 @@ def test_a_finished_run_is_not_queued(trained: dict[str, Run]) -> None:
 
 
 def test_prepare_jobs_make_the_same_data_as_one_process(
-    job: Job, speeches: list[str], tokenizer: Tokenizer, tmp_path: Path
+    job: ClusterJob, speeches: list[str], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     (tmp_path / "t.model").write_bytes(tokenizer.content)
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in speeches))
@@ -185,7 +187,7 @@ def test_prepare_jobs_make_the_same_data_as_one_process(
     )
 
 
-def test_eval_bench_and_convert_jobs(job: Job, trained: dict[str, Run]) -> None:
+def test_eval_bench_and_convert_jobs(job: ClusterJob, trained: dict[str, Run]) -> None:
     run = trained["tssa"]
     tasks = {
         "eval": [str(run.dir), "--contexts", "16,32", "--windows", "2"],
@@ -206,6 +208,6 @@ def test_eval_bench_and_convert_jobs(job: Job, trained: dict[str, Run]) -> None:
     fail(job.command("submit", "bench", "--repeats=1"), "give the arguments of `tostlm bench train`")
 
 
-def test_first_node_agrees_with_scontrol(job: Job) -> None:
+def test_first_node_agrees_with_scontrol(job: ClusterJob) -> None:
     for names in ("node[1-2]", "node2", "gpu[07-09,12],node1", "a,b[1-2]", "n[3,1-2]", "r1n[001-128]"):
         assert first_node(names) == job.cluster.ask("scontrol", "show", "hostnames", names).splitlines()[0]

@@ -136,7 +136,9 @@ def test_an_interrupted_run_goes_on(run: Run) -> None:
     os.killpg(program.pid, signal.SIGINT)  # what a terminal's Ctrl-C does
     ended = program.end(60)
     assert ended.returncode == 130
-    assert ended.stderr.strip().splitlines() == ["tostlm: interrupted; the same command goes on from what is finished"]
+    assert ended.stderr.strip().splitlines() == [
+        "tostlm: interrupted; the same command continues from what is finished"
+    ]
 
     reached = read_train_state(checkpoints(run.dir)[-1]).step
     succeed(run.train(f"train.steps={reached + 2}", nproc=2))

@@ -28,7 +28,7 @@ LIMIT = 5.0
 def beat(
     rank: int, writes: int = 1, step: int = 7, phase_index: int = 2, idle: float = 8.0, status: str | None = None
 ) -> Heartbeat:
-    return Heartbeat(rank, "node", "boot", 100 + rank, "1", step, "forward", phase_index, 20, writes, idle, status)
+    return Heartbeat(rank, "node", "boot", 100 + rank, "1", step, "forward", phase_index, writes, idle, status)
 
 
 def verdict(earlier: list[Heartbeat], later: list[Heartbeat], world_size: int = 3) -> list[int]:
@@ -61,7 +61,7 @@ def test_a_rank_that_reported_why_it_ends_is_not_stalled(status: str) -> None:
     assert verdict(EARLIER, [beat(0, 3), beat(1, status=status), beat(2)]) == [2]
 
 
-class Job:
+class WatchedRun:
     """A training run on two ranks that has saved a checkpoint."""
 
     def __init__(self, run: Run) -> None:
@@ -81,8 +81,8 @@ class Job:
 
 
 @pytest.fixture
-def job(run: Run) -> Job:
-    return Job(run)
+def job(run: Run) -> WatchedRun:
+    return WatchedRun(run)
 
 
 def stick() -> None:
@@ -104,7 +104,7 @@ def assert_resumes(run: Run) -> None:
 
 
 @pytest.mark.parametrize("victim", [1, 0])
-def test_a_stopped_rank_is_named_within_the_timeout(job: Job, victim: int) -> None:
+def test_a_stopped_rank_is_named_within_the_timeout(job: WatchedRun, victim: int) -> None:
     """Rank 0 too, whose process holds torch's store."""
     os.kill(job.beats[victim].pid, signal.SIGSTOP)
     line = job.end(TIMEOUT)
@@ -125,7 +125,7 @@ def test_a_stopped_rank_is_named_within_the_timeout(job: Job, victim: int) -> No
         assert folder.exists()
 
 
-def test_a_killed_rank_is_named_at_once(job: Job) -> None:
+def test_a_killed_rank_is_named_at_once(job: WatchedRun) -> None:
     os.kill(job.beats[1].pid, signal.SIGKILL)
     line = job.end(10)
     assert re.fullmatch(

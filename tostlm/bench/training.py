@@ -13,18 +13,10 @@ from typing import NamedTuple
 import torch
 
 from tostlm import __version__
-from tostlm.config import RunConfig, load_config
+from tostlm.config import RunConfig, load_config, matmul_dtype
 from tostlm.device import best_device, device_name
 from tostlm.files import distinct_names, require_file_writable, write_atomically
 from tostlm.model import LM, ModelConfig, create_lm
-
-# dtype of matrix products by a run's precision. Weights in bf16 and optimizer updates are not timed here.
-AUTOCAST = {
-    "bf16": torch.bfloat16,
-    "autocast bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "autocast float16": torch.float16,
-}
 
 
 class Rate(NamedTuple):
@@ -38,15 +30,13 @@ class Rate(NamedTuple):
 def report_training(
     configs: Sequence[Path], contexts: Sequence[int], tokens: int, repeats: int, threads: int | None, out: Path | None
 ) -> str:
-    """Time the models of some configs and return the table of their speeds; write it to `out` as JSON too.
+    """Time the models of some configs and return the table of their speeds.
 
     Args:
         configs: files of run configs, or names of shipped ones.
-        contexts: context lengths in tokens.
-        tokens: tokens of a pass.
-        repeats: timed passes of each model at each context.
+        contexts, tokens, repeats: see `bench_training`.
         threads: of torch on the CPU; None leaves its default.
-        out: a .json file.
+        out: a .json file to write the speeds to as well.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -74,17 +64,16 @@ def bench_training(
     repeats: int,
     device: torch.device,
 ) -> list[Rate]:
-    """Time forward and backward passes of several models.
+    """Time forward and backward passes of several models, without the optimizer.
 
     The models take turns, pass by pass, so that a change of the machine's speed meets all of them. Position tables are
-    made as long as the context.
+    made as long as the context. Products are in the run's dtype, weights in fp32.
 
     Args:
         runs: run configs by the name to report.
         contexts: context lengths in tokens.
         tokens: tokens per pass; one context where that is longer.
         repeats: timed passes per model and context, after one that warms up.
-        device: where to run.
     """
     rates = []
     for context in contexts:
@@ -93,7 +82,7 @@ def bench_training(
         seconds: dict[str, list[float]] = {name: [] for name in lms}
         for repeat in range(repeats + 1):
             for name, lm in lms.items():
-                elapsed = _time_pass(lm, runs[name].precision, sequences, context)
+                elapsed = _time_pass(lm, matmul_dtype(runs[name]), sequences, context)
                 if repeat:  # the first warms up
                     seconds[name].append(elapsed)
         rates += [Rate(name, context, sequences * context / statistics.median(seconds[name])) for name in lms]
@@ -105,12 +94,12 @@ def _model(config: ModelConfig, context: int, device: torch.device) -> LM:
     return create_lm(replace(config, positions=positions), seed=0).to(device)
 
 
-def _time_pass(lm: LM, precision: str, sequences: int, context: int) -> float:
+def _time_pass(lm: LM, dtype: torch.dtype, sequences: int, context: int) -> float:
     device = lm.embed.weight.device
     tokens = torch.randint(lm.config.vocab_size, (sequences, context + 1), device=device)
     _wait(device)
     start = time.perf_counter()
-    with torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         loss, _ = lm(tokens[:, :-1], targets=tokens[:, 1:])
     loss.backward()
     _wait(device)

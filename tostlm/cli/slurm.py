@@ -2,84 +2,33 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated
 
 import typer
 
 from tostlm.cli.app import ConfigFile, Overrides, submit_app
 from tostlm.errors import UserError
 
-if TYPE_CHECKING:
-    from tostlm.slurm import Resources
-
 DEFAULT_SITE = Path("slurm/site.env")
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="the run's folder")]
 Doctor = Annotated[bool, typer.Option("--doctor", help="check the nodes first; exclude those that fail")]
 
-
-class SbatchOptions(NamedTuple):
-    """What the options that all submitting subcommands share amount to."""
-
-    resources: Resources
-    site: Path | None
-    dry_run: bool
-
-
-def _sbatch_options(
-    nodes: Annotated[str, typer.Option(metavar="N|MIN-MAX", help="nodes; of a range, those free at each start")] = "1",
-    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="GPUs of each node")] = None,
-    cpus_per_rank: Annotated[int | None, typer.Option(min=1, help="cores of a rank")] = None,
-    time: Annotated[str | None, typer.Option(metavar="D-HH:MM:SS", help="time limit of a job")] = None,
-    partition: Annotated[str | None, typer.Option(help="default, as for the next two: site.env's")] = None,
-    account: Annotated[str | None, typer.Option()] = None,
-    qos: Annotated[str | None, typer.Option()] = None,
-    sbatch: Annotated[
-        list[str] | None, typer.Option("--sbatch", metavar="NAME=VALUE", help="any other option of sbatch")
-    ] = None,
-    site: Annotated[
-        Path | None, typer.Option(help="the cluster's settings; default: TOSTLM_SITE, or slurm/site.env if it exists")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the script, and submit nothing")] = False,
-) -> SbatchOptions:
-    from tostlm.slurm import Resources
-
-    resources = Resources(
-        nodes, gpus_per_node or 0, 1, cpus_per_rank, time, partition, account, qos, tuple(sbatch or ())
-    )
-    return SbatchOptions(resources, _find_site(site), dry_run)
-
-
-def _with_sbatch_options(default_gpus: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a subcommand the options of `_sbatch_options`; it gets their result as its argument `options`."""
-    shared = [
-        option.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for option in inspect.signature(_sbatch_options, eval_str=True).parameters.values()
-    ]
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = [
-            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            for parameter in inspect.signature(command, eval_str=True).parameters.values()
-            if parameter.name != "options"
-        ]
-
-        def run(**values: Any) -> None:
-            given = {option.name: values.pop(option.name) for option in shared}
-            if given["gpus_per_node"] is None:
-                given["gpus_per_node"] = default_gpus
-            command(options=_sbatch_options(**given), **values)
-
-        run.__doc__ = command.__doc__
-        run.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
-        return run
-
-    return decorate
+# What every subcommand that submits a job takes.
+Nodes = Annotated[str, typer.Option(metavar="N|MIN-MAX", help="nodes; of a range, those free at each start")]
+GpusPerNode = Annotated[int | None, typer.Option(min=0, help="GPUs of each node")]
+CpusPerRank = Annotated[int | None, typer.Option(min=1, help="cores of a rank")]
+TimeLimit = Annotated[str | None, typer.Option(metavar="D-HH:MM:SS", help="time limit of a job")]
+Partition = Annotated[str | None, typer.Option(help="default, as for the next two: site.env's")]
+SbatchOptions = Annotated[
+    list[str] | None, typer.Option("--sbatch", metavar="NAME=VALUE", help="any other option of sbatch")
+]
+Site = Annotated[
+    Path | None, typer.Option(help="the cluster's settings; default: TOSTLM_SITE, or slurm/site.env if it exists")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the script, and submit nothing")]
 
 
 def _find_site(site: Path | None) -> Path | None:
@@ -92,9 +41,7 @@ def _find_site(site: Path | None) -> Path | None:
 
 
 @submit_app.command("pretrain")
-@_with_sbatch_options(default_gpus=0)
 def submit_pretrain(
-    options: Any,
     config: ConfigFile,
     overrides: Overrides = None,
     ranks_per_node: Annotated[
@@ -107,32 +54,53 @@ def submit_pretrain(
     warning_seconds: Annotated[
         int, typer.Option(min=10, help="how long before the time limit the run is asked to save and stop")
     ] = 120,
+    nodes: Nodes = "1",
+    gpus_per_node: GpusPerNode = None,
+    cpus_per_rank: CpusPerRank = None,
+    time: TimeLimit = None,
+    partition: Partition = None,
+    account: str | None = None,
+    qos: str | None = None,
+    sbatch: SbatchOptions = None,
+    site: Site = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Train a run as a job that is started again until the run is finished."""
     from tostlm import slurm
 
     if chain > 1 and until_done:
         raise UserError(f"--chain {chain} and --until-done both say how the run continues; give one")
-    ranks = ranks_per_node or options.resources.gpus_per_node or 1
-    resources = replace(options.resources, ranks_per_node=ranks)
+    gpus, ranks = gpus_per_node or 0, ranks_per_node or gpus_per_node or 1
+    resources = slurm.Resources(nodes, gpus, ranks, cpus_per_rank, time, partition, account, qos, sbatch or ())
     policy = slurm.RestartPolicy(chain, until_done, doctor, warning_seconds)
-    print(slurm.submit_pretrain(config, overrides or [], resources, policy, sweep or [], options.site, options.dry_run))
+    text = slurm.submit_pretrain(config, overrides or [], resources, policy, sweep or [], _find_site(site), dry_run)
+    print(text)
 
 
 def _add_task(kind: str, help_text: str, default_gpus: int) -> None:
     """Add the subcommand that submits another subcommand as a job."""
 
     @submit_app.command(kind, help=help_text, context_settings={"ignore_unknown_options": True})
-    @_with_sbatch_options(default_gpus)
     def submit(
-        options: Any,
         arguments: Annotated[
             list[str], typer.Argument(metavar="ARGUMENT...", help="the arguments of the subcommand itself")
         ],
+        nodes: Nodes = "1",
+        gpus_per_node: GpusPerNode = None,
+        cpus_per_rank: CpusPerRank = None,
+        time: TimeLimit = None,
+        partition: Partition = None,
+        account: str | None = None,
+        qos: str | None = None,
+        sbatch: SbatchOptions = None,
+        site: Site = None,
+        dry_run: DryRun = False,
     ) -> None:
         from tostlm import slurm
 
-        print(slurm.submit_task(kind, arguments, options.resources, options.site, options.dry_run))
+        gpus = default_gpus if gpus_per_node is None else gpus_per_node
+        resources = slurm.Resources(nodes, gpus, 1, cpus_per_rank, time, partition, account, qos, sbatch or ())
+        print(slurm.submit_task(kind, arguments, resources, _find_site(site), dry_run))
 
 
 _add_task("prepare", "Prepare text as an array of --nodes tasks, and merge what they made.", 0)

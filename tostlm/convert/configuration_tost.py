@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from tostlm.model.config import ModelConfig
 
 
-class TostConfig(PretrainedConfig):
+class TostConfig(PretrainedConfig):  # type: ignore[misc, unused-ignore]  # it has no types
     """A transformers configuration whose own keys are those of `ModelConfig`, mixer options as dictionaries."""
 
     model_type = "tost"

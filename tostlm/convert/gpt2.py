@@ -33,20 +33,14 @@ def to_gpt2(lm: LM, eos_id: int) -> GPT2LMHeadModel:
         n_head=lm.config.heads,
         activation_function="gelu",
         layer_norm_epsilon=lm.norm.eps,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
         bos_token_id=eos_id,
         eos_token_id=eos_id,
         dtype=torch.float32,
     )
     model = GPT2LMHeadModel(config)
     assert lm.positions is not None
-    weights = {
-        "wte.weight": lm.embed.weight,
-        "wpe.weight": lm.positions.weight,
-        "ln_f.weight": lm.norm.weight,
-    }
+    weights = {"wte.weight": lm.embed.weight, "wpe.weight": lm.positions.weight, "ln_f.weight": lm.norm.weight}
     for layer, block in enumerate(lm.blocks):
         weights |= {f"h.{layer}.{name}": value for name, value in _block(block).items()}
     state = {name: torch.zeros_like(value) for name, value in model.transformer.state_dict().items()}

@@ -57,9 +57,8 @@ def export_hf(checkpoint: Checkpoint, out: Path) -> None:
 
 def _write(checkpoint: Checkpoint, folder: Path) -> None:
     lm, eos_id = checkpoint.lm, checkpoint.tokenizer.eos_id
-    model: transformers.PreTrainedModel
     if is_gpt2(lm):
-        model = to_gpt2(lm, eos_id)
+        model: transformers.PreTrainedModel = to_gpt2(lm, eos_id)
     else:
         config = TostConfig.from_model(
             lm.config,
@@ -97,7 +96,9 @@ def _standalone_sources(lm: LM) -> dict[str, str]:
     while pending:
         module = pending.pop()
         if _flat_name(module) not in sources:
-            source = _source(module)
+            spec = importlib.util.find_spec(module)
+            assert spec is not None and spec.origin is not None
+            source = Path(spec.origin).read_text()
             pending += INTERNAL_IMPORT.findall(source)
             relative = INTERNAL_IMPORT.sub(lambda match: f"from .{_flat_name(match[1])} import", source)
             sources[_flat_name(module)] = relative
@@ -108,12 +109,6 @@ def _standalone_sources(lm: LM) -> dict[str, str]:
 
 def _flat_name(module: str) -> str:
     return module.removeprefix("tostlm.convert.").replace(".", "_")
-
-
-def _source(module: str) -> str:
-    spec = importlib.util.find_spec(module)
-    assert spec is not None and spec.origin is not None
-    return Path(spec.origin).read_text()
 
 
 @torch.no_grad()
@@ -140,7 +135,7 @@ def _check(checkpoint: Checkpoint, folder: Path) -> None:
 
 def _stepwise(model: Any, tokens: Tensor) -> Tensor:
     past, logits = None, []
-    for token in tokens.split(1, dim=1):
+    for token in torch.split(tokens, 1, dim=1):
         output = model(token, past_key_values=past, use_cache=True)
         past = output.past_key_values
         logits.append(output.logits)

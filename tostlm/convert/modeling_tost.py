@@ -18,7 +18,7 @@ from tostlm.model.mixers.base import options_from_dict
 UNPADDED = "run sequences of one length together, others one by one"
 
 
-class TostForCausalLM(PreTrainedModel, GenerationMixin):
+class TostForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc, unused-ignore]  # they have no types
     """A causal LM for `AutoModelForCausalLM`, whose `past_key_values` is the LM's state, of constant size for ToST.
 
     Batches may be padded on the right for scoring, where padding changes nothing before it. Left-padded batches, and

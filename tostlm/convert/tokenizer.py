@@ -9,25 +9,14 @@ import tokenizers
 from tokenizers import decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from tostlm.data.tokenizers import (
-    METASPACE,
-    FastTokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
-    parse_tokenizer_json,
-)
+from tostlm.data.tokenizers import METASPACE, FastTokenizer, SentencePieceTokenizer, Tokenizer, parse_tokenizer_json
 
 
 def save_tokenizer(tokenizer: Tokenizer, positions: int | None, folder: Path) -> None:
-    """Write tokenizer.json and its configuration to a folder.
+    """Write tokenizer.json and its configuration to a folder, for a model with a number of positions, if it has any.
 
     Ids are the same as the tokenizer's for every text that does not spell a special token: transformers reads such a
     text, as `<|endoftext|>`, as the special token itself.
-
-    Args:
-        tokenizer: the tokenizer to write.
-        positions: longest context of the model in tokens; None without a limit.
-        folder: where to write.
     """
     if isinstance(tokenizer, FastTokenizer):
         fast = _without_end(tokenizer)

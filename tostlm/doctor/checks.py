@@ -9,15 +9,8 @@ from typing import Any, TypeVar
 
 from tostlm.config import RunConfig, matmul_dtype
 from tostlm.doctor import hardware, network, run_inputs
-from tostlm.doctor.coordinator import Answer, Coordinator, Measurement, RankTimeout
-from tostlm.doctor.findings import (
-    FAIL,
-    Finding,
-    build_report,
-    format_ranks,
-    summarize_failures,
-    unhealthy,
-)
+from tostlm.doctor.coordinator import Coordinator, DoctorAborted, Measurement
+from tostlm.doctor.findings import Finding, build_report, summarize_failures
 from tostlm.errors import UserError
 from tostlm.files import require_file_writable, write_atomically
 from tostlm.launch import RankInfo
@@ -33,8 +26,6 @@ def run_doctor(config: RunConfig, rank_info: RankInfo, timeout_seconds: float, o
     Rank 0 prints a line for each check as it is made, and writes them all to `out` as JSON.
 
     Args:
-        config: of the run.
-        rank_info: this process's rank.
         timeout_seconds: a rank that does not answer within it is unhealthy.
         out: a .json file.
 
@@ -77,14 +68,6 @@ def _measurements(config: RunConfig, coordinator: Coordinator) -> dict[str, Meas
     }
 
 
-class _ExaminationAborted(Exception):
-    """No more checks can be made, for the reason that the finding gives."""
-
-    def __init__(self, finding: Finding) -> None:
-        super().__init__(finding)
-        self.finding = finding
-
-
 class _Examination:
     """The checks that rank 0 makes, in order. Collectives come last: a failure there ends the examination."""
 
@@ -95,80 +78,53 @@ class _Examination:
     def run(self) -> Iterator[Finding]:
         """Yield one finding after another."""
         try:
-            self._gather_hosts()
+            self._coordinator.gather_hosts()
             yield from self._check_each_rank()
             yield from self._check_collectives()
-        except _ExaminationAborted as aborted:
+        except DoctorAborted as aborted:
             yield aborted.finding
         self._coordinator.end()
 
     def _check_each_rank(self) -> Iterator[Finding]:
         config, hosts = self._config, self._coordinator.hosts
-        yield run_inputs.check_versions(self._ask("versions"), hosts)
-        devices = [hardware.Device(*value) for value in self._ask("devices")]
+        yield run_inputs.check_versions(self._ask("versions", dict), hosts)
+        devices = self._ask("devices", hardware.Device._make)
         yield hardware.check_devices(devices, hosts)
         yield run_inputs.check_config(config, devices, hosts)
         yield from _check_repeatedly(
-            lambda: [hardware.Gemm(*value) for value in self._ask("gemm")],
+            lambda: self._ask("gemm", hardware.Gemm._make),
             hardware.combine_gemms,
             lambda gemms: hardware.check_gemms(gemms, hosts),
         )
         try:
             with run_inputs.marked_run_dir(config.run_dir):
-                disks = [(rank, run_inputs.Disk(*value)) for rank, value in enumerate(self._ask("disk")) if value]
-                yield run_inputs.check_disk(disks, config, hosts)
+                yield run_inputs.check_disk(self._ask_hosts("disk", run_inputs.Disk._make), config, hosts)
         except (UserError, OSError) as error:
-            yield Finding("disk", FAIL, str(error))
-        data = [(rank, run_inputs.PreparedData(*value)) for rank, value in enumerate(self._ask("data")) if value]
+            yield Finding("disk", "FAIL", str(error))
+        data = self._ask_hosts("data", run_inputs.PreparedData._make)
         yield run_inputs.check_data(data, hosts)
         if not any(each.error for _, each in data):
             yield run_inputs.check_resume(config)
 
     def _check_collectives(self) -> Iterator[Finding]:
         hosts = self._coordinator.hosts
-        self._ask("connect")
-        yield network.check_all_reduces([network.AllReduce(*value) for value in self._ask("all-reduce")], hosts)
+        self._ask("connect", lambda nothing: nothing)
+        yield network.check_all_reduces(self._ask("all-reduce", network.AllReduce._make), hosts)
         if self._coordinator.rank_info.world_size > 1:
             yield from _check_repeatedly(
-                lambda: [network.Link(*value) for value in self._ask("ring")],
+                lambda: self._ask("ring", network.Link._make),
                 network.combine_links,
                 lambda links: network.check_links(links, hosts),
             )
-            yield network.check_clocks(self._ask("clock")[0], hosts)
+            yield network.check_clocks(self._ask("clock", list)[0], hosts)
 
-    def _gather_hosts(self) -> None:
-        coordinator = self._coordinator
-        try:
-            coordinator.gather_hosts()
-        except RankTimeout as timeout:
-            ranks = ", ".join(map(str, timeout.ranks))
-            measured = (
-                f"rank(s) {ranks} of {coordinator.rank_info.world_size} did not arrive within "
-                f"{coordinator.timeout_seconds:g} s"
-            )
-            remedy = "check that they started and can reach rank 0's address, or exclude their hosts"
-            raise _ExaminationAborted(Finding("ranks", FAIL, measured, remedy, timeout.ranks)) from None
+    def _ask(self, question: str, decode: Callable[[Any], Measured]) -> list[Measured]:
+        return self._coordinator.ask(question, self._measurements[question], decode)
 
-    def _ask(self, question: str) -> list[Any]:
-        """Return what all ranks measured, as JSON holds it.
-
-        Raises:
-            _ExaminationAborted: some ranks did not answer, or could not measure.
-        """
-        hosts = self._coordinator.hosts
-        try:
-            answers: list[Answer] = self._coordinator.ask(question, self._measurements)
-        except RankTimeout as timeout:
-            reason = f"no answer within {self._coordinator.timeout_seconds:g} s"
-            raise _ExaminationAborted(unhealthy(question, timeout.ranks, hosts, reason)) from None
-        failed = [rank for rank, answer in enumerate(answers) if answer.error]
-        if not failed:
-            return [answer.value for answer in answers]
-        reason = answers[failed[0]].error
-        if len(failed) < len(answers):
-            raise _ExaminationAborted(unhealthy(question, failed, hosts, reason))
-        remedy = "check that all hosts reach each other by the network interface that they use"
-        raise _ExaminationAborted(Finding(question, FAIL, f"{format_ranks(failed, hosts)}: {reason}", remedy))
+    def _ask_hosts(self, question: str, decode: Callable[[Any], Measured]) -> list[tuple[int, Measured]]:
+        """Return the first rank of each host and what it measured."""
+        answers = self._ask(question, lambda value: None if value is None else decode(value))
+        return [(rank, answer) for rank, answer in enumerate(answers) if answer is not None]
 
 
 def _check_repeatedly(
@@ -181,5 +137,5 @@ def _check_repeatedly(
     while True:
         rounds.append(measure())
         findings = check([combine(of_rank) for of_rank in zip(*rounds, strict=True)])
-        if len(rounds) == MAX_ROUNDS or all(finding.level != FAIL for finding in findings):
+        if len(rounds) == MAX_ROUNDS or all(finding.level != "FAIL" for finding in findings):
             return findings

@@ -4,32 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
-from typing import Final, Literal, NamedTuple, TypedDict, TypeVar
+from typing import Literal, NamedTuple, TypedDict, TypeVar
 
 Value = TypeVar("Value", bound=Hashable)
 
-OK: Final = "ok"
-WARN: Final = "warn"
-FAIL: Final = "FAIL"
 MAX_NAMED_RANKS = 8  # in one message
 
 
 class Finding(NamedTuple):
-    """The result of one check.
-
-    Attributes:
-        check: the check's name.
-        level: ok, warn or FAIL.
-        measured: what was found.
-        remedy: what to do about it.
-        unhealthy_ranks: ranks whose host is at fault.
-    """
+    """The result of one check."""
 
     check: str
     level: Literal["ok", "warn", "FAIL"]
-    measured: str
-    remedy: str = ""
-    unhealthy_ranks: tuple[int, ...] = ()
+    measured: str  # what was found
+    remedy: str = ""  # what to do about it
+    unhealthy_ranks: tuple[int, ...] = ()  # whose host is at fault
 
     def format_line(self) -> str:
         """Return the finding as a line of the printed table."""
@@ -51,7 +40,7 @@ def unhealthy(check: str, ranks: Sequence[int], hosts: Sequence[str], reason: st
     verb = "is" if len(ranks) == 1 else "are"
     exclude = f"exclude {', '.join(unique(hosts[rank] for rank in ranks))}"
     remedy = f"{repair}, or {exclude}" if repair else exclude
-    return Finding(check, FAIL, f"{format_ranks(ranks, hosts)} {verb} unhealthy: {reason}", remedy, tuple(ranks))
+    return Finding(check, "FAIL", f"{format_ranks(ranks, hosts)} {verb} unhealthy: {reason}", remedy, tuple(ranks))
 
 
 def format_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
@@ -86,7 +75,7 @@ def find_minority(values: Sequence[Hashable]) -> tuple[list[int], int]:
 
 def summarize_failures(findings: Sequence[Finding]) -> str:
     """Return all failures in one line, then each remedy once; "" if nothing failed."""
-    failed = [finding for finding in findings if finding.level == FAIL]
+    failed = [finding for finding in findings if finding.level == "FAIL"]
     remedies = unique(finding.remedy for finding in failed if finding.remedy)
     return "; ".join([*(f"{finding.check}: {finding.measured}" for finding in failed), *remedies])
 

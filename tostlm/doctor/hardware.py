@@ -15,17 +15,7 @@ import torch
 from torch import Tensor
 
 from tostlm.device import best_device, device_name, supports_matmul
-from tostlm.doctor.findings import (
-    FAIL,
-    MAX_NAMED_RANKS,
-    OK,
-    WARN,
-    Finding,
-    find_minority,
-    format_quantity,
-    format_ranks,
-    unhealthy,
-)
+from tostlm.doctor.findings import MAX_NAMED_RANKS, Finding, find_minority, format_quantity, format_ranks, unhealthy
 
 GEMM_SHAPES = ((64, 96, 32), (257, 129, 65), (512, 768, 256))  # rows, inner, columns of the products that are checked
 TIMED_SIDE = {"cpu": 512, "cuda": 8192}  # of the square matrices that are timed
@@ -34,23 +24,14 @@ SLOW_FRACTION = 0.7  # of the median speed; a rank below it is unhealthy
 
 
 class Device(NamedTuple):
-    """The device that a rank computes on.
+    """The device that a rank computes on."""
 
-    Attributes:
-        kind: cuda or cpu.
-        name: the product's name.
-        memory_bytes: of the GPU, or of the host.
-        supports_dtype: whether it multiplies in the run's dtype.
-        uuid: the GPU's, whatever its index; "" for a CPU.
-        visible_gpus: GPUs that the rank sees.
-    """
-
-    kind: str
-    name: str
-    memory_bytes: int
-    supports_dtype: bool
-    uuid: str
-    visible_gpus: int
+    kind: str  # cuda or cpu
+    name: str  # of the product
+    memory_bytes: int  # of the GPU, or of the host
+    supports_dtype: bool  # multiplies in the run's dtype
+    uuid: str  # of the GPU, whatever its index; "" for a CPU
+    visible_gpus: int  # that the rank sees
 
 
 def measure_device(dtype: torch.dtype) -> Device:
@@ -67,44 +48,36 @@ def measure_device(dtype: torch.dtype) -> Device:
 
 def check_devices(devices: Sequence[Device], hosts: Sequence[str]) -> Finding:
     """Check that every rank has a device of its own, all of the same kind."""
-    odd, usual = find_minority([device.kind for device in devices])
-    if odd:
-        reason = f"on {devices[odd[0]].name}, the others on {devices[usual].name}"
-        return unhealthy("devices", odd, hosts, reason, "find out why the driver does not see the GPUs")
-    ranks_of_gpu: dict[str, list[int]] = {}
-    for rank, device in enumerate(devices):
-        ranks_of_gpu.setdefault(device.uuid, []).append(rank)
-    for uuid, ranks in ranks_of_gpu.items():
-        if uuid and len(ranks) > 1:
+    minority, usual = find_minority([device.kind for device in devices])
+    if minority:
+        reason = f"on {devices[minority[0]].name}, the others on {devices[usual].name}"
+        return unhealthy("devices", minority, hosts, reason, "find out why the driver does not see the GPUs")
+    uuids = [device.uuid for device in devices]
+    for uuid in filter(None, uuids):
+        if uuids.count(uuid) > 1:
+            ranks = [rank for rank, other in enumerate(uuids) if other == uuid]
             remedy = "start no more ranks on a host than it has GPUs"
-            return Finding("devices", FAIL, f"{format_ranks(ranks, hosts)} share the GPU {uuid}", remedy)
-    odd, usual = find_minority([device.name for device in devices])
-    if odd:
-        measured = f"{format_ranks(odd, hosts)}: {devices[odd[0]].name}, elsewhere {devices[usual].name}"
-        return Finding("devices", WARN, measured, "all ranks run at the pace of the slowest")
+            return Finding("devices", "FAIL", f"{format_ranks(ranks, hosts)} share the GPU {uuid}", remedy)
+    minority, usual = find_minority([device.name for device in devices])
+    if minority:
+        measured = f"{format_ranks(minority, hosts)}: {devices[minority[0]].name}, elsewhere {devices[usual].name}"
+        return Finding("devices", "warn", measured, "all ranks run at the pace of the slowest")
     ranks_on = Counter(hosts)
     idle = [rank for rank, device in enumerate(devices) if device.visible_gpus > ranks_on[hosts[rank]]]
     if idle:
         host = hosts[idle[0]]
         measured = f"{host} has {devices[idle[0]].visible_gpus} GPUs and {ranks_on[host]} ranks"
-        return Finding("devices", WARN, measured, "start a rank for each GPU")
-    return Finding("devices", OK, f"{len(devices)} x {devices[0].name} on {', '.join(ranks_on)}")
+        return Finding("devices", "warn", measured, "start a rank for each GPU")
+    return Finding("devices", "ok", f"{len(devices)} x {devices[0].name} on {', '.join(ranks_on)}")
 
 
 class Gemm(NamedTuple):
-    """A rank's matrix products.
+    """A rank's matrix products."""
 
-    Attributes:
-        dtype: of the products that were timed, the run's.
-        worst_error: the largest error of an element, as a fraction of what rounding may cause.
-        deterministic: whether repeated products had the same bits.
-        flops: floating-point operations per second.
-    """
-
-    dtype: str
-    worst_error: float
-    deterministic: bool
-    flops: float
+    dtype: str  # of the products that were timed, the run's
+    worst_error: float  # the largest error of an element, as a fraction of what rounding may cause
+    deterministic: bool  # repeated products had the same bits
+    flops: float  # floating-point operations per second
 
 
 def measure_gemm(dtype: torch.dtype) -> Gemm:
@@ -178,4 +151,4 @@ def check_gemms(gemms: Sequence[Gemm], hosts: Sequence[str]) -> list[Finding]:
         findings.append(unhealthy("gemm", slow, hosts, reason))
     slowest, fastest = (format_quantity(speed, "FLOP/s") for speed in (min(speeds), max(speeds)))
     spread = f"{slowest} ({format_ranks([speeds.index(min(speeds))], hosts)}) to {fastest}"
-    return findings or [Finding("gemm", OK, f"correct and deterministic; {gemms[0].dtype} {spread}")]
+    return findings or [Finding("gemm", "ok", f"correct and deterministic; {gemms[0].dtype} {spread}")]

@@ -13,16 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tostlm.device import best_device
-from tostlm.doctor.findings import (
-    FAIL,
-    MAX_NAMED_RANKS,
-    OK,
-    WARN,
-    Finding,
-    format_quantity,
-    format_ranks,
-    unhealthy,
-)
+from tostlm.doctor.findings import MAX_NAMED_RANKS, Finding, format_quantity, format_ranks, unhealthy
 from tostlm.launch import RankInfo
 
 ALL_REDUCE_BYTES = {"cpu": (1 << 12, 1 << 20, 1 << 24), "cuda": (1 << 12, 1 << 20, 1 << 24, 1 << 28)}
@@ -70,17 +61,14 @@ def measure_link(rank_info: RankInfo) -> Link:
     device = best_device()
     size, world_size = MESSAGE_BYTES[device.type], rank_info.world_size
     after, before = (rank_info.rank + 1) % world_size, (rank_info.rank - 1) % world_size
-    sent, received = (_message(sender, size, device) for sender in (rank_info.rank, before))
+    ramp = torch.arange(size // 4, device=device)
+    sent, received = (ramp.add(sender).remainder(251).float() for sender in (rank_info.rank, before))
     expected, exact, times = received.clone(), True, []
     for _ in range(REPEATS):
         received.zero_()
         times.append(_time_call(partial(_exchange, sent, after, received, before), device))
         exact = exact and torch.equal(received, expected)
     return Link(exact, size / min(times))
-
-
-def _message(sender: int, size: int, device: torch.device) -> Tensor:
-    return torch.arange(size // 4, device=device).add(sender).remainder(251).float()
 
 
 def _exchange(sent: Tensor, after: int, received: Tensor, before: int) -> None:
@@ -104,12 +92,12 @@ def check_all_reduces(results: Sequence[AllReduce], hosts: Sequence[str]) -> Fin
         return unhealthy("all-reduce", wrong, hosts, "sums of integers are wrong")
     if wrong:
         remedy = "see gemm and ring for the rank at fault, or else check the network's driver"
-        return Finding("all-reduce", FAIL, "sums of integers are wrong on all ranks", remedy)
+        return Finding("all-reduce", "FAIL", "sums of integers are wrong on all ranks", remedy)
     rates = []
     for index, (size, _) in enumerate(results[0].seconds):
         slowest = max(result.seconds[index][1] for result in results)
         rates.append(f"{format_quantity(size / slowest, 'B/s')} at {format_quantity(size, 'B')}")
-    return Finding("all-reduce", OK, f"exact; {', '.join(rates)} (algorithm bandwidth, bytes / time)")
+    return Finding("all-reduce", "ok", f"exact; {', '.join(rates)} (algorithm bandwidth, bytes / time)")
 
 
 def check_links(links: Sequence[Link], hosts: Sequence[str]) -> list[Finding]:
@@ -138,7 +126,7 @@ def check_links(links: Sequence[Link], hosts: Sequence[str]) -> list[Finding]:
     last = min(rates, key=lambda rank: rates[rank])
     fastest = format_quantity(max(rates.values()), "B/s")
     spread = f"{format_quantity(rates[last], 'B/s')} ({_format_link(last, hosts)}) to {fastest}"
-    return findings or [Finding("ring", OK, f"exact; {spread}")]
+    return findings or [Finding("ring", "ok", f"exact; {spread}")]
 
 
 def _link_failure(links: Sequence[int], hosts: Sequence[str], reason: str) -> Finding:
@@ -197,6 +185,6 @@ def check_clocks(offsets: Sequence[tuple[float, float]], hosts: Sequence[str]) -
     if wrong:
         ahead = ", ".join(f"{offsets[rank][0]:+.1f}" for rank in wrong[:MAX_NAMED_RANKS])
         measured = f"{format_ranks(wrong, hosts)}: {ahead} s from rank 0"
-        return Finding("clock", WARN, measured, "start NTP there; times in logs are not comparable")
+        return Finding("clock", "warn", measured, "start NTP there; times in logs are not comparable")
     offset, error = max(offsets, key=lambda measured: abs(measured[0]))
-    return Finding("clock", OK, f"within {1e3 * abs(offset):.2f} ms of rank 0's, +- {1e3 * error:.2f} ms")
+    return Finding("clock", "ok", f"within {1e3 * abs(offset):.2f} ms of rank 0's, +- {1e3 * error:.2f} ms")

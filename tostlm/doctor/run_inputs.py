@@ -19,16 +19,7 @@ import tostlm
 from tostlm.checkpoint import checkpoints, read_train_state
 from tostlm.config import RunConfig, batch_plan, dump_config
 from tostlm.data import TRAIN, VALIDATION, Tokenizer, TokenSet, common_tokenizer, read_manifest, shard_files, verify
-from tostlm.doctor.findings import (
-    FAIL,
-    OK,
-    WARN,
-    Finding,
-    find_minority,
-    format_quantity,
-    format_ranks,
-    unhealthy,
-)
+from tostlm.doctor.findings import Finding, find_minority, format_quantity, format_ranks, unhealthy
 from tostlm.doctor.hardware import Device
 from tostlm.errors import UserError
 from tostlm.files import require_writable
@@ -43,11 +34,10 @@ SAMPLE_BYTES = 1 << 28  # of shards, checksummed on each host; at least one file
 
 def measure_versions(config: RunConfig) -> dict[str, str]:
     """Return this rank's versions, and digests of tostlm's source and of the config, which change without a version."""
-    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     sources = sorted(Path(tostlm.__file__).parent.rglob("*.py"))
     return {
         "python": platform.python_version(),
-        **versions,
+        **{package: importlib.metadata.version(package) for package in PACKAGES},
         "source of tostlm": _digest(b"".join(path.read_bytes() for path in sources)),
         "config": _digest(dump_config(config).encode()),
     }
@@ -59,13 +49,13 @@ def _digest(content: bytes) -> str:
 
 def check_versions(versions: Sequence[dict[str, str]], hosts: Sequence[str]) -> Finding:
     """Check that all ranks have the same software and config."""
-    odd, usual = find_minority([tuple(each.items()) for each in versions])
-    if not odd:
-        return Finding("versions", OK, ", ".join(f"{name} {version}" for name, version in versions[0].items()))
-    theirs, ours = versions[odd[0]], versions[usual]
+    minority, usual = find_minority([tuple(each.items()) for each in versions])
+    if not minority:
+        return Finding("versions", "ok", ", ".join(f"{name} {version}" for name, version in versions[0].items()))
+    theirs, ours = versions[minority[0]], versions[usual]
     differing = [key for key in ours if theirs[key] != ours[key]]
-    reason = ", ".join(f"{key} is {theirs[key]} on rank {odd[0]}, elsewhere {ours[key]}" for key in differing)
-    return unhealthy("versions", odd, hosts, reason, "install the same there")
+    reason = ", ".join(f"{key} is {theirs[key]} on rank {minority[0]}, elsewhere {ours[key]}" for key in differing)
+    return unhealthy("versions", minority, hosts, reason, "install the same there")
 
 
 def total_parameters(config: RunConfig) -> int:
@@ -96,17 +86,17 @@ def check_config(config: RunConfig, devices: Sequence[Device], hosts: Sequence[s
     try:
         plan = batch_plan(config, world_size)
     except UserError as error:
-        return Finding("config", FAIL, str(error))
+        return Finding("config", "FAIL", str(error))
     unable = [rank for rank, device in enumerate(devices) if not device.supports_dtype]
     if unable:
         measured = f"precision is {config.precision}, which {format_ranks(unable, hosts)} cannot multiply in"
-        return Finding("config", FAIL, measured, "train in fp32, or on other devices")
+        return Finding("config", "FAIL", measured, "train in fp32, or on other devices")
     measured = (
         f"{plan.sequences} sequences per step, {plan.accumulation} gradient accumulation steps; {config.precision}, "
         f"ZeRO stage {config.zero_stage}"
     )
     if any(key.startswith("offload_") for key in config.deepspeed.get("zero_optimization", {})):
-        return Finding("config", OK, measured)
+        return Finding("config", "ok", measured)
     ranks_on, need = Counter(hosts), model_memory_bytes(config, world_size)
     available = min(
         device.memory_bytes / (ranks_on[host] if device.kind == "cpu" else 1)
@@ -114,24 +104,17 @@ def check_config(config: RunConfig, devices: Sequence[Device], hosts: Sequence[s
     )
     measured += f"; model and optimizer take {format_quantity(need, 'B')} of {format_quantity(available, 'B')} per rank"
     if need > available:
-        return Finding("config", WARN, measured, "raise the ZeRO stage, start more ranks or offload the optimizer")
-    return Finding("config", OK, measured)
+        return Finding("config", "warn", measured, "raise the ZeRO stage, start more ranks or offload the optimizer")
+    return Finding("config", "ok", measured)
 
 
 class Disk(NamedTuple):
-    """The run's folder as one host sees it.
+    """The run's folder as one host sees it."""
 
-    Attributes:
-        shared: whether the host sees the file that rank 0 created there.
-        free_bytes: free space.
-        write_bytes_per_second: to the disk itself.
-        error: why nothing could be written, or "".
-    """
-
-    shared: bool
-    free_bytes: int
-    write_bytes_per_second: float
-    error: str
+    shared: bool  # the host sees the file that rank 0 created there
+    free_bytes: int = 0
+    write_bytes_per_second: float = 0.0  # to the disk itself
+    error: str = ""  # why nothing could be written
 
 
 @contextmanager
@@ -158,7 +141,7 @@ def measure_disk(config: RunConfig, rank: int) -> Disk:
     """Write and sync a file beside rank 0's marker, and remove it again. One rank of each host calls this."""
     folder = config.run_dir
     if not (folder / MARKER).exists():
-        return Disk(False, 0, 0.0, "")
+        return Disk(shared=False)
     free = shutil.disk_usage(folder).free
     probe = folder / f"{MARKER}-{rank}"
     content = os.urandom(CHUNK_BYTES)
@@ -170,9 +153,9 @@ def measure_disk(config: RunConfig, rank: int) -> Disk:
                 file.write(content[: size - written])
             file.flush()
             os.fsync(file.fileno())
-        return Disk(True, free, size / (time.perf_counter() - start), "")
+        return Disk(True, free, size / (time.perf_counter() - start))
     except OSError as error:
-        return Disk(True, free, 0.0, str(error.strerror))
+        return Disk(True, free, error=str(error.strerror))
     finally:
         with suppress(OSError):
             probe.unlink(missing_ok=True)
@@ -195,11 +178,10 @@ def checkpoints_to_come(config: RunConfig) -> int:
 
 
 def check_disk(disks: Sequence[tuple[int, Disk]], config: RunConfig, hosts: Sequence[str]) -> Finding:
-    """Check that all hosts share the run's folder and that it holds the run's checkpoints.
+    """Check that all hosts share the run's folder and that it has room for the checkpoints to come.
 
     Args:
         disks: a rank of each host and what it measured.
-        config: of the run.
         hosts: of each rank.
     """
     run_dir = config.run_dir
@@ -209,37 +191,28 @@ def check_disk(disks: Sequence[tuple[int, Disk]], config: RunConfig, hosts: Sequ
         return unhealthy("disk", not_shared, hosts, reason, "put run_dir on a file system that all hosts share")
     for rank, disk in disks:
         if disk.error:
-            return unhealthy(
-                "disk", [rank], hosts, f"cannot write in {run_dir}: {disk.error}", "free space or repair it"
-            )
+            reason = f"cannot write in {run_dir}: {disk.error}"
+            return unhealthy("disk", [rank], hosts, reason, "free space or repair it")
     one, count = checkpoint_bytes(config), checkpoints_to_come(config)
     rank, fullest = min(disks, key=lambda pair: pair[1].free_bytes)
     slowest = min(disk.write_bytes_per_second for _, disk in disks)
-    need = f"{count} checkpoints of {format_quantity(one, 'B')}"
-    measured = f"{format_quantity(fullest.free_bytes, 'B')} free in {run_dir} for {need}"
+    free, needed = format_quantity(fullest.free_bytes, "B"), format_quantity(one, "B")
+    measured = f"{free} free in {run_dir} for {count} checkpoints of {needed}"
     if fullest.free_bytes < one:
         remedy = "free space or choose another run_dir"
-        return Finding("disk", FAIL, f"{measured} ({format_ranks([rank], hosts)})", remedy)
+        return Finding("disk", "FAIL", f"{measured} ({format_ranks([rank], hosts)})", remedy)
     if fullest.free_bytes < count * one:
-        return Finding("disk", WARN, measured, "free space or set train.keep_last_checkpoints")
-    speed = f"the slowest host writes {format_quantity(slowest, 'B/s')}"
-    return Finding("disk", OK, f"{measured}, {speed}")
+        return Finding("disk", "warn", measured, "free space or set train.keep_last_checkpoints")
+    return Finding("disk", "ok", f"{measured}, the slowest host writes {format_quantity(slowest, 'B/s')}")
 
 
 class PreparedData(NamedTuple):
-    """The prepared folders as one host sees them.
+    """The prepared folders as one host sees them."""
 
-    Attributes:
-        contents: digests of all folders' contents.
-        checked_bytes: bytes of shards that were checksummed.
-        total_bytes: bytes of all shards.
-        error: what is wrong with them, or "".
-    """
-
-    contents: str
-    checked_bytes: int
-    total_bytes: int
-    error: str
+    contents: str = ""  # digests of all folders' contents
+    checked_bytes: int = 0  # of shards that were checksummed
+    total_bytes: int = 0  # of all shards
+    error: str = ""  # what is wrong with them
 
 
 def measure_data(config: RunConfig, rank: int) -> PreparedData:
@@ -260,10 +233,10 @@ def measure_data(config: RunConfig, rank: int) -> PreparedData:
             checked += sum(sizes[name] for name in verify(folder, chosen))
             total += sum(sizes.values())
     except UserError as error:
-        return PreparedData("", 0, 0, str(error))
+        return PreparedData(error=str(error))
     except OSError as error:
-        return PreparedData("", 0, 0, f"{error.filename} cannot be read: {error.strerror}")
-    return PreparedData(contents, checked, total, "")
+        return PreparedData(error=f"{error.filename} cannot be read: {error.strerror}")
+    return PreparedData(contents, checked, total)
 
 
 def _choose_sample(sizes: dict[str, int], budget: int, seed: int) -> list[str]:
@@ -281,33 +254,33 @@ def check_data(found: Sequence[tuple[int, PreparedData]], hosts: Sequence[str]) 
     """Check that every host reads the same undamaged data; `found` has a rank of each host and what it measured."""
     bad = [(rank, data) for rank, data in found if data.error]
     if len(bad) == len(found):
-        return Finding("data", FAIL, bad[0][1].error)
+        return Finding("data", "FAIL", bad[0][1].error)
     if bad:
         return unhealthy("data", [rank for rank, _ in bad], hosts, bad[0][1].error)
-    odd, _ = find_minority([data.contents for _, data in found])
-    if odd:
-        ranks = [found[index][0] for index in odd]
+    minority, _ = find_minority([data.contents for _, data in found])
+    if minority:
+        ranks = [found[index][0] for index in minority]
         return unhealthy("data", ranks, hosts, "it holds other data", "copy the same data there")
     checked, total = found[0][1].checked_bytes, found[0][1].total_bytes
     share = f"{format_quantity(checked, 'B')} of" if checked < total else "all"
     which = "each" if len(found) > 1 else "the"
     measured = f"{share} {format_quantity(total, 'B')} checksummed on {which} host, one tokenizer"
-    return Finding("data", OK, measured)
+    return Finding("data", "ok", measured)
 
 
 def check_resume(config: RunConfig) -> Finding:
     """Check that the newest checkpoint in the run's folder, as rank 0 sees it, has the tokenizer of the data."""
     found = checkpoints(config.run_dir)
     if not found:
-        return Finding("resume", OK, f"no checkpoint in {config.run_dir}: the run starts at step 0")
+        return Finding("resume", "ok", f"no checkpoint in {config.run_dir}: the run starts at step 0")
     newest: Path = found[-1]
     try:
         step = read_train_state(newest).step
         theirs = Tokenizer.from_folder(newest).sha256
         ours = common_tokenizer(config.data.folders).sha256
     except UserError as error:
-        return Finding("resume", FAIL, str(error))
+        return Finding("resume", "FAIL", str(error))
     if theirs != ours:
         measured = f"checkpoint {newest} was trained with another tokenizer than the data has"
-        return Finding("resume", FAIL, measured, "choose another run_dir, or the data it was trained on")
-    return Finding("resume", OK, f"from step {step}, {newest}")
+        return Finding("resume", "FAIL", measured, "choose another run_dir, or the data it was trained on")
+    return Finding("resume", "ok", f"from step {step}, {newest}")

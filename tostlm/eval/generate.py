@@ -37,10 +37,8 @@ def generate_text(path: Path, prompt: str, tokens: int, temperature: float, top_
     if positions is not None and len(start) + tokens - 1 > positions:
         fits = positions - len(start) + 1
         remedy = f"ask for at most {fits} --tokens" if fits > 0 else "shorten the prompt"
-        raise UserError(
-            f"a prompt of {len(start)} tokens and {tokens} more are longer than the model's {positions} positions; "
-            f"{remedy}"
-        )
+        lengths = f"a prompt of {len(start)} tokens and {tokens} more"
+        raise UserError(f"{lengths} are longer than the model's {positions} positions; {remedy}")
     generated = generate(checkpoint.lm, start, tokenizer.vocab_size, temperature=temperature, top_k=top_k, seed=seed)
     text = itertools.takewhile(lambda token: token != tokenizer.eos_id, itertools.islice(generated, tokens))
     return tokenizer.decode([*start, *text])  # in one call: some tokenizers write a space before a document's start
@@ -55,12 +53,10 @@ def generate(
     Each step reads one token and the state, so with mixers of constant state it costs the same after any context.
 
     Args:
-        lm: the model.
         prompt: token ids, at least one.
         vocab_size: only ids below it are sampled; the embedding may have more rows than the tokenizer has tokens.
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: sample among the likeliest `top_k` tokens; None among all.
-        seed: of the random generator.
 
     Raises:
         ValueError: the context becomes longer than the model's positions.
@@ -76,8 +72,7 @@ def generate(
         else:
             if top_k is not None:
                 last = last.where(last >= last.topk(min(top_k, len(last))).values[-1], -torch.inf)
-            token = torch.multinomial(
-                torch.softmax((last - last.max()).double() / temperature, -1), 1, generator=generator
-            )[0]
+            probabilities = torch.softmax((last - last.max()).double() / temperature, -1)
+            token = torch.multinomial(probabilities, 1, generator=generator)[0]
         yield int(token)
         tokens = token.view(1, 1)

@@ -73,17 +73,14 @@ def score_contexts(
             f"prepare the text again with {checkpoint.path / checkpoint.tokenizer.file_name}"
         )
     limit = checkpoint.config.model.positions
-    text_bytes = sum(_target_bytes(checkpoint, tokens, end, targets.span) for end in targets.ends)
-    count = len(targets.ends) * targets.span
+    scored = np.concatenate([tokens.read(end - targets.span, end) for end in targets.ends])
+    text_bytes = int(checkpoint.tokenizer.token_bytes[scored].sum())
+    count = len(scored)
     for context in sorted(contexts):
         if limit is not None and context > limit:
             return
         nats = _total_nats(checkpoint, tokens, targets, context)
         yield Score(context, nats / count, nats / math.log(2) / text_bytes, math.exp(nats / count))
-
-
-def _target_bytes(checkpoint: Checkpoint, tokens: TokenSet, end: int, span: int) -> int:
-    return int(checkpoint.tokenizer.token_bytes[tokens.read(end - span, end)].sum())
 
 
 @torch.no_grad()
@@ -96,7 +93,7 @@ def _total_nats(checkpoint: Checkpoint, tokens: TokenSet, targets: Targets, cont
         window = torch.from_numpy(np.stack(rows)).to(device)  # [batch, context + 1]
         first_target = context + 1 - targets.span
         state = None
-        for piece in window[:, : first_target - 1].split(PASS_TOKENS, dim=1):
+        for piece in torch.split(window[:, : first_target - 1], PASS_TOKENS, dim=1):
             _, state = checkpoint.lm.hidden(piece, state)
         scored = window[:, first_target:]
         loss, _ = checkpoint.lm(window[:, first_target - 1 : -1], state, scored)

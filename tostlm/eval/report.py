@@ -52,9 +52,8 @@ def evaluate_perplexity(
     for name, checkpoint in zip(distinct_names(folders), checkpoints, strict=True):
         positions = checkpoint.config.model.positions
         if positions is not None and positions < min(contexts):
-            raise UserError(
-                f"{checkpoint.path} has {positions} positions, fewer than the shortest of --contexts, {min(contexts)}"
-            )
+            shortest = f"the shortest of --contexts, {min(contexts)}"
+            raise UserError(f"{checkpoint.path} has {positions} positions, fewer than {shortest}")
         scores = list(score_contexts(checkpoint, tokens, targets, contexts))
         models.append(ModelScores(name, str(checkpoint.path), checkpoint.progress.step, positions, scores))
     facts = {"data": str(tokens.folder), "targets": len(targets.ends) * targets.span}
@@ -64,10 +63,7 @@ def evaluate_perplexity(
 
 def write_report(models: Sequence[ModelScores], facts: Mapping[str, object], out: Path) -> None:
     """Write perplexity.json, perplexity.csv and perplexity.png to the folder `out`."""
-    content = {
-        **facts,
-        "models": [{**m._asdict(), "scores": [s._asdict() for s in m.scores]} for m in models],
-    }
+    content = {**facts, "models": [{**m._asdict(), "scores": [s._asdict() for s in m.scores]} for m in models]}
     write_atomically(out / "perplexity.json", json.dumps(content, indent=2) + "\n")
     rows = io.StringIO()
     writer = csv.writer(rows, lineterminator="\n")

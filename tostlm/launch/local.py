@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from subprocess import Popen, TimeoutExpired
 from types import FrameType
 
@@ -43,26 +43,16 @@ def run_local(arguments: Sequence[str], processes: int) -> int:
             child.kill()
         sys.exit(128 + number)
 
-    try:
+    with contextlib.ExitStack() as at_exit:
+        at_exit.callback(_end_all, children)
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
         for variables in rank_env(processes):
             command = [sys.executable, "-m", "tostlm", *arguments]
             environment = {**threads, **os.environ, **variables}
             children.append(Popen(command, env=environment, preexec_fn=end_with_parent))
-        with _signal_handlers({signal.SIGTERM: forward, signal.SIGUSR1: forward, signal.SIGHUP: end_at_once}):
-            return _wait(children, received)
-    finally:
-        _end_all(children)
-
-
-@contextlib.contextmanager
-def _signal_handlers(handlers: Mapping[int, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, handler in ((signal.SIGTERM, forward), (signal.SIGUSR1, forward), (signal.SIGHUP, end_at_once)):
+            at_exit.callback(signal.signal, number, signal.signal(number, handler))
+        return _wait(children, received)
 
 
 def _wait(children: Children, received: Sequence[int]) -> int:

@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,6 @@ CONTROLLER_DOWN = re.compile(
     "|standby mode|temporarily unable"
 )
 ERROR_PREFIX = re.compile(r"^(sbatch|scontrol|squeue|scancel|slurm_\w+)?\s*(error|allocation failure)?:\s*")
-SOURCE_SITE_THEN_SBATCH = '[ -z "$0" ] || . "$0" >&2; exec sbatch "$@"'
 
 
 class QueuedJob(NamedTuple):
@@ -38,15 +37,13 @@ class _ControllerDown(Exception):
 
 
 def run_slurm(*command: str, environment: dict[str, str] | None = None) -> str:
-    """Run one of Slurm's commands and return what it prints.
-
-    Inside a job it is retried while the controller does not answer. Outside, where a person waits, it is not.
+    """Run one of Slurm's commands and return what it prints; inside a job, retry while the controller does not answer.
 
     Raises:
         UserError: the command is not on this machine or refuses, or the controller does not answer.
     """
-    # sbatch, which runs through bash, is never retried: the job may be queued although the answer was lost.
-    retries = "SLURM_PROCID" in os.environ and command[0] != "bash"
+    # sbatch is never retried: the job may be queued although the answer was lost.
+    retries = "SLURM_PROCID" in os.environ and command[0] != "sbatch"
     deadline = time.monotonic() + (RETRY_TIMEOUT_SECONDS if retries else 0)
     while True:
         try:
@@ -58,42 +55,60 @@ def run_slurm(*command: str, environment: dict[str, str] | None = None) -> str:
 
 
 def _run_once(command: Sequence[str], environment: dict[str, str] | None) -> str:
-    program, *arguments = ("sbatch", *command[4:]) if command[0] == "bash" else command
     try:
         result = subprocess.run(
             command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_SECONDS, env=environment
         )
     except FileNotFoundError:
-        result = None
+        raise UserError(
+            f"{command[0]} is not on this machine; run this where Slurm's commands are, as on a login node"
+        ) from None
     except subprocess.TimeoutExpired:
-        raise _ControllerDown(f"{program} did not answer within {COMMAND_TIMEOUT_SECONDS} s") from None
-    if result is None or result.returncode == 127:
-        raise UserError(f"{program} is not on this machine; run this where Slurm's commands are, as on a login node")
+        raise _ControllerDown(f"{command[0]} did not answer within {COMMAND_TIMEOUT_SECONDS} s") from None
     if result.returncode:
         if found := CONTROLLER_DOWN.search(result.stderr):
-            raise _ControllerDown(f"{program}: {found[0]}")
+            raise _ControllerDown(f"{command[0]}: {found[0]}")
         lines = [ERROR_PREFIX.sub("", ln) for ln in f"{result.stdout}\n{result.stderr}".splitlines() if ln.strip()]
-        raise UserError(f"Slurm refuses: {'; '.join(lines)} (`{program} {' '.join(arguments)}`)")
+        raise UserError(f"Slurm refuses: {'; '.join(lines)} (`{' '.join(command)}`)")
     return result.stdout.strip()
+
+
+def site_environment(site: Path | None, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the environment variables after a site.env was sourced; without one, `environment` itself.
+
+    Raises:
+        UserError: site.env ends the shell that sources it.
+    """
+    if site is None:
+        return dict(environment)
+    command = ["bash", "-c", '. "$0" >&2; exec env -0', str(site)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if result.returncode:
+        printed = " ".join(result.stderr.split()) or "it prints no reason"
+        raise UserError(
+            f"{site} ends bash with code {result.returncode} ({printed}); it may only set up the environment"
+        )
+    return dict(variable.split("=", 1) for variable in result.stdout.split("\0") if variable)
 
 
 def submit_script(script: Path, site: Path | None, *options: str) -> str:
     """Submit a batch script and return the job's number.
 
     Args:
-        script: the batch script.
         site: a site.env, sourced first for the SBATCH_* variables that it sets.
-        options: more options of sbatch.
+        options: of sbatch.
 
     Raises:
         UserError: Slurm refuses the script. Nothing is queued then.
     """
     # A job that submits another job must not pass its own allocation on.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SRUN_"))}
-    if "SLURM_CONF" in os.environ:
-        environment["SLURM_CONF"] = os.environ["SLURM_CONF"]
-    sbatch = ["bash", "-c", SOURCE_SITE_THEN_SBATCH, str(site or "")]
-    output = run_slurm(*sbatch, "--parsable", *options, str(script), environment=environment)
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key == "SLURM_CONF" or not key.startswith(("SLURM_", "SRUN_"))
+    }
+    environment = site_environment(site, environment)
+    output = run_slurm("sbatch", "--parsable", *options, str(script), environment=environment)
     job = output.splitlines()[-1].partition(";")[0]  # JOB, or JOB;CLUSTER
     if not job.isdecimal():
         raise UserError(f"sbatch printed no job number: {output!r}; look for the job with squeue")
@@ -101,11 +116,7 @@ def submit_script(script: Path, site: Path | None, *options: str) -> str:
 
 
 def submit_dependent_script(jobs: Sequence[str], script: Path, site: Path | None, *options: str) -> str:
-    """Submit a script that depends on jobs submitted before. If Slurm refuses it, those jobs are cancelled too.
-
-    Raises:
-        UserError: Slurm refuses the script.
-    """
+    """Submit a script that depends on jobs submitted before. If Slurm refuses it, cancel those jobs and raise."""
     try:
         return submit_script(script, site, *options)
     except UserError:

@@ -15,7 +15,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, NotRequired, TypedDict
 
 from tostlm.checkpoint import checkpoints, step_of
 from tostlm.errors import EXIT_LOST_RANK
@@ -23,7 +23,24 @@ from tostlm.errors import EXIT_LOST_RANK
 FOLDER, LOGS, JOBS = "slurm", "logs", "jobs.jsonl"
 SCRIPT, CONFIG, SITE, CODE = "pretrain.sbatch", "config.yaml", "site.env", "code.txt"
 SUBMITTED, STARTED, ENDED, MESSAGE, CANCELLED = "submitted", "started", "ended", "message", "cancelled"
-Event = dict[str, Any]
+
+
+class JobEvent(TypedDict):
+    """A line of jobs.jsonl."""
+
+    event: str
+    job: str
+    time: float
+    step: NotRequired[int]  # started, ended: of the newest checkpoint
+    nodes: NotRequired[str]  # started
+    log: NotRequired[str]  # started: of the job and of rank 0
+    exit_code: NotRequired[int]  # ended
+    rank: NotRequired[int]  # ended: the first rank that failed
+    exclude: NotRequired[list[str]]  # ended: nodes that the doctor found unhealthy
+    text: NotRequired[str]  # message
+    after: NotRequired[str]  # submitted: the job before it in its chain
+    runs: NotRequired[list[str]]  # submitted: the folders of a sweep's runs, each a task of the array
+    command: NotRequired[str]  # submitted: the subcommand of a job that does not train
 
 
 class StartResult(NamedTuple):
@@ -34,29 +51,23 @@ class StartResult(NamedTuple):
 
 
 class JobHistory:
-    """The events of a run's jobs, appended to jobs.jsonl.
-
-    Attributes:
-        run_dir: the run's folder.
-        folder: `run_dir`/slurm.
-        logs: the folder of the jobs' logs.
-    """
+    """The events of a run's jobs, in its folder `run_dir`/slurm."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir, self.folder = run_dir, run_dir / FOLDER
         self.logs = self.folder / LOGS
 
     def add(self, event: str, job: str, **facts: object) -> None:
-        """Append an event of a job with its time and further facts."""
+        """Append an event of a job with its time and the other keys of `JobEvent`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / JOBS).open("a") as file:
             file.write(json.dumps({"event": event, "job": job, "time": round(time.time(), 1), **facts}) + "\n")
 
-    def events(self, job: str | None = None) -> list[Event]:
+    def events(self, job: str | None = None) -> list[JobEvent]:
         """Return all events, or those of one job, oldest first."""
         return [event for event in self._read() if job in (None, event["job"])]
 
-    def _read(self) -> Iterator[Event]:
+    def _read(self) -> Iterator[JobEvent]:
         file = self.folder / JOBS
         for line in file.read_text().splitlines() if file.exists() else ():
             try:

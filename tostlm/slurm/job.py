@@ -28,17 +28,11 @@ NOT_STARTED = (EXIT_USER_ERROR, 126, 127)  # a shell's exit codes for a command 
 
 
 class StepExit(NamedTuple):
-    """How a job step ended.
+    """How a job step ended."""
 
-    Attributes:
-        code: exit code of the first rank that failed, or 0.
-        rank: that rank.
-        exclude: nodes that the doctor found unhealthy.
-    """
-
-    code: int
-    rank: int = 0
-    exclude: Sequence[str] = ()
+    code: int  # of the first rank that failed, or 0
+    rank: int = 0  # that rank
+    exclude: Sequence[str] = ()  # nodes that the doctor found unhealthy
 
 
 def run_job(
@@ -47,7 +41,6 @@ def run_job(
     """Train until the run is finished or this job has to end, and return the job's exit code.
 
     Args:
-        config_file: the run's config.
         overrides: KEY=VALUE of the config.
         on_stop: what follows when the job was asked to stop.
         doctor: check the nodes before training.
@@ -58,7 +51,7 @@ def run_job(
         UserError: this process runs in no job, the config is wrong, the run's folder cannot be written, or Slurm
             refuses to restart the job.
     """
-    job = Job(load_config(config_file, overrides))
+    job = SlurmJob(load_config(config_file, overrides))
     require_writable(job.history.logs)
     steps = JobSteps(job.history, job.id, job.srun_layout(ranks_per_node))
     if job.is_over():
@@ -74,12 +67,8 @@ def run_job(
     return job.follow_up(result, on_stop)
 
 
-class Job:
-    """The job that this process runs in, and the run that it trains.
-
-    Raises:
-        UserError: this process runs in no job.
-    """
+class SlurmJob:
+    """The job that this process runs in, and the run that it trains."""
 
     def __init__(self, config: RunConfig) -> None:
         if "SLURM_JOB_ID" not in os.environ:
@@ -120,13 +109,11 @@ class Job:
         return True
 
     def record_start(self) -> None:
-        """Record that this job has started, on which nodes and with which log."""
         log = str(Path("/proc/self/fd/1").readlink())
         nodes = os.environ["SLURM_JOB_NODELIST"]
         self.history.add(STARTED, self.id, step=self.history.step(), nodes=nodes, log=log)
 
     def record_end(self, result: StepExit) -> None:
-        """Record how this start of the job ended."""
         facts = {"exit_code": result.code, "rank": result.rank, "exclude": list(result.exclude)}
         self.history.add(ENDED, self.id, step=self.history.step(), **facts)
 

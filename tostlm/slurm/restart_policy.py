@@ -25,23 +25,15 @@ class OnStop(StrEnum):
 
 
 class RestartPolicy(NamedTuple):
-    """How a pretraining job continues, and what it does before training.
+    """How a pretraining job continues, and what it does before training."""
 
-    Attributes:
-        chain: jobs in a row, each with its own time limit.
-        until_done: each job queues the next one.
-        doctor: check the nodes first, and restart without those that fail.
-        warning_seconds: how long before its time limit a job is asked to stop.
-    """
-
-    chain: int = 1
-    until_done: bool = False
-    doctor: bool = False
-    warning_seconds: int = 120
+    chain: int = 1  # jobs in a row, each with its own time limit
+    until_done: bool = False  # each job queues the next one
+    doctor: bool = False  # check the nodes first, and restart without those that fail
+    warning_seconds: int = 120  # how long before its time limit a job is asked to stop
 
     @property
     def on_stop(self) -> OnStop:
-        """What follows a job of this policy that was asked to stop."""
         if self.until_done:
             return OnStop.SUCCESSOR
         return OnStop.END if self.chain > 1 else OnStop.REQUEUE

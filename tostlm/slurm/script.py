@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tostlm.errors import UserError
@@ -24,7 +24,7 @@ class Resources:
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
-    sbatch: Sequence[str] = field(default_factory=tuple)  # NAME=VALUE of any other option of sbatch
+    sbatch: Sequence[str] = ()  # NAME=VALUE of any other option of sbatch
 
     def node_range(self) -> tuple[int, int]:
         """Return the smallest and the largest number of nodes; they differ only for MIN-MAX.
@@ -44,28 +44,14 @@ class Resources:
         return fewest < most
 
     def sbatch_options(self) -> list[str]:
-        """Return the options for sbatch."""
         if self.has_node_range:  # with --ntasks Slurm would take the fewest nodes that hold the tasks of MIN nodes
-            ranks: dict[str, int | None] = {"mincpus": self.ranks_per_node * (self.cpus_per_rank or 1)}
+            ranks: dict[str, str | int | None] = {"mincpus": self.ranks_per_node * (self.cpus_per_rank or 1)}
         else:
             ranks = {"ntasks-per-node": self.ranks_per_node, "cpus-per-task": self.cpus_per_rank}
-        named = {
-            "nodes": self.nodes,
-            **ranks,
-            "gpus-per-node": self.gpus_per_node or None,
-            "time": self.time,
-            "partition": self.partition,
-            "account": self.account,
-            "qos": self.qos,
-        }
+        named = {"nodes": self.nodes, **ranks, "gpus-per-node": self.gpus_per_node or None}
+        named |= {"time": self.time, "partition": self.partition, "account": self.account, "qos": self.qos}
         options = [f"--{name}={value}" for name, value in named.items() if value is not None]
         return options + [f"--{option}" for option in self.sbatch]
-
-    def shell_settings(self) -> list[str]:
-        """Return the lines of the script that set what sbatch cannot be told for a range of nodes."""
-        return (
-            [f"export SLURM_CPUS_PER_TASK={self.cpus_per_rank}"] if self.has_node_range and self.cpus_per_rank else []
-        )
 
 
 def batch_script(made_by: str, options: Sequence[str], site: Path | None, commands: Sequence[str]) -> str:

@@ -6,13 +6,12 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 from tostlm.checkpoint import CONFIG, checkpoints
 from tostlm.config import load_config
 from tostlm.errors import EXIT_REQUEUE, UserError
 from tostlm.slurm.commands import QueuedJob, queued_jobs, run_slurm
-from tostlm.slurm.history import CANCELLED, ENDED, MESSAGE, STARTED, Event, JobHistory
+from tostlm.slurm.history import CANCELLED, ENDED, MESSAGE, STARTED, JobEvent, JobHistory
 
 TAIL_BYTES, TAIL_LINES = 1 << 16, 8
 
@@ -46,7 +45,7 @@ def _describe_queued(history: JobHistory, job: QueuedJob) -> str:
     return f"{job.job} {job.state.lower()}{where}{_restarts(history.events(job.job))}"
 
 
-def _restarts(events: list[Event]) -> str:
+def _restarts(events: list[JobEvent]) -> str:
     restarts = sum(event["event"] == STARTED for event in events) - 1
     if restarts < 1:
         return ""
@@ -55,7 +54,7 @@ def _restarts(events: list[Event]) -> str:
 
 def _progress(run_dir: Path) -> dict[str, str]:
     """Return step, speed and remaining time of the last line that training logged, and the newest checkpoint."""
-    report = next((line for line in map(_parse_report, reversed(_tail(run_dir / "metrics.jsonl"))) if line), None)
+    report = next(filter(None, map(_parse_report, reversed(_tail(run_dir / "metrics.jsonl")))), None)
     found = checkpoints(run_dir)
     saved = {"checkpoint": str(found[-1])} if found else {}
     if report is None or not (run_dir / CONFIG).exists():
@@ -70,16 +69,16 @@ def _progress(run_dir: Path) -> dict[str, str]:
     return {"step": f"{text}, logged {_format_duration(time.time() - report['time'])} ago", **saved}
 
 
-def _parse_report(line: str) -> dict[str, Any] | None:
+def _parse_report(line: str) -> dict[str, float] | None:
     """Return a line of metrics.jsonl if it is a whole training report."""
     try:
         report = json.loads(line)
     except ValueError:
         return None
-    return report if report.get("kind") == "train" else None
+    return dict(report) if report.get("kind") == "train" else None
 
 
-def _failure(history: JobHistory, events: list[Event]) -> dict[str, str]:
+def _failure(history: JobHistory, events: list[JobEvent]) -> dict[str, str]:
     """Return the last lines of the rank that failed, if the newest start did."""
     end = next((event for event in reversed(events) if event["event"] in (ENDED, CANCELLED)), None)
     if end is None or end["event"] == CANCELLED or end["exit_code"] in (0, EXIT_REQUEUE):

@@ -21,7 +21,7 @@ from tostlm.data import common_tokenizer
 from tostlm.doctor import model_memory_bytes
 from tostlm.errors import UserError
 from tostlm.files import locked, require_writable, write_atomically
-from tostlm.slurm.commands import queued_jobs, submit_dependent_script, submit_script
+from tostlm.slurm.commands import queued_jobs, site_environment, submit_dependent_script, submit_script
 from tostlm.slurm.history import CODE, CONFIG, LOGS, SCRIPT, SITE, SUBMITTED, JobHistory
 from tostlm.slurm.restart_policy import OnStop, RestartPolicy
 from tostlm.slurm.script import Resources, batch_script
@@ -42,10 +42,7 @@ def submit_pretrain(
     """Submit a run, or the runs of a sweep as an array, and return what to tell the user.
 
     Args:
-        config_file: the run's config.
         overrides: KEY=VALUE of the config.
-        resources: what the job asks of Slurm.
-        policy: how the run continues after a job.
         sweep: KEY=A,B,C each; every combination of the values becomes a run.
         site: the cluster's site.env.
         dry_run: return the batch script and submit nothing.
@@ -87,12 +84,7 @@ def submit_pretrain(
 
 
 def _check_run(config: RunConfig, resources: Resources, memory_gib: float | None) -> None:
-    """Check a config against what its job will have.
-
-    Raises:
-        UserError: the ranks of some allowed number of nodes cannot share its batch, its data are not prepared or do
-            not fit the model, or the model does not fit a GPU.
-    """
+    """Check a run's batch and memory on every allowed number of nodes, and its data, before it is queued."""
     for nodes in resources.node_range():
         world_size = nodes * resources.ranks_per_node
         batch_plan(config, world_size)
@@ -107,10 +99,7 @@ def _check_run(config: RunConfig, resources: Resources, memory_gib: float | None
 
 def _gpu_memory_gib(site: Path | None) -> float | None:
     """Return TOSTLM_GPU_MEMORY_GIB of the environment, or else of site.env; None where neither sets it."""
-    value = os.environ.get("TOSTLM_GPU_MEMORY_GIB", "")
-    if not value and site is not None:
-        command = ["bash", "-c", '. "$0" >&2; printf %s "${TOSTLM_GPU_MEMORY_GIB-}"', str(site)]
-        value = subprocess.run(command, capture_output=True, text=True).stdout
+    value = os.environ.get("TOSTLM_GPU_MEMORY_GIB") or site_environment(site).get("TOSTLM_GPU_MEMORY_GIB")
     try:
         return float(value) if value else None
     except ValueError:
@@ -137,10 +126,9 @@ def _sweep_runs(config_file: Path, overrides: Sequence[str], run_dir: Path, swee
         if not equals or not all(values.split(",")):
             raise UserError(f"--sweep {axis} must be a key and its values, as in optimizer.lr=1e-3,3e-4")
         axes.append([f"{key}={value}" for value in values.split(",")])
-    combinations = itertools.product(*axes)
     return [
         load_config(config_file, [*overrides, *values, f"run_dir={run_dir / ','.join(values)}"])
-        for values in combinations
+        for values in itertools.product(*axes)
     ]
 
 
@@ -160,19 +148,21 @@ def _pretrain_script(
         f"--chdir={Path.cwd()}",
         *([f"--array=0-{len(configs) - 1}"] if is_array else []),
     ]
-    job = ["tostlm submit job"]
+    config, before = shlex.quote(str(configs[0])), []
     if is_array:
         listed = "\n".join(f"    {shlex.quote(str(config))}" for config in configs)
-        before = [f"configs=(\n{listed}\n)"]
-        job.append('"${configs[$SLURM_ARRAY_TASK_ID]}"')
-    else:
-        before = []
-        job.append(shlex.quote(str(configs[0])))
-    job += [f"--ranks-per-node {resources.ranks_per_node}"] * resources.has_node_range
-    job += [f"--on-stop {policy.on_stop}"] * (policy.on_stop is not OnStop.REQUEUE) + ["--doctor"] * policy.doctor
+        config, before = '"${configs[$SLURM_ARRAY_TASK_ID]}"', [f"configs=(\n{listed}\n)"]
+    job = f"tostlm submit job {config}"
+    if resources.has_node_range:
+        job += f" --ranks-per-node {resources.ranks_per_node}"
+        if resources.cpus_per_rank:  # which sbatch cannot be told for a range of nodes
+            before.append(f"export SLURM_CPUS_PER_TASK={resources.cpus_per_rank}")
+    if policy.on_stop is not OnStop.REQUEUE:
+        job += f" --on-stop {policy.on_stop}"
+    if policy.doctor:
+        job += " --doctor"
     own_site = history.folder / SITE if site else None
-    commands = [*resources.shell_settings(), *before, " ".join(job)]
-    return batch_script("tostlm submit pretrain", options, own_site, commands)
+    return batch_script("tostlm submit pretrain", options, own_site, [*before, job])
 
 
 def _job_name(run_dir: Path) -> str:
@@ -198,13 +188,10 @@ def _code_version() -> str:
     folder = Path(tostlm.__file__).parent
     lines = [f"tostlm {tostlm.__version__} in {folder}"]
     for command in (["rev-parse", "HEAD"], ["status", "--short"], ["diff", "HEAD"]):
-        try:
-            result = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, timeout=60)
-        except (OSError, subprocess.TimeoutExpired):
-            break
-        if result.returncode:  # not a git checkout
-            break
-        lines += [f"\n# git {' '.join(command)}", result.stdout.rstrip()]
+        with suppress(OSError, subprocess.SubprocessError):  # no git, or not a checkout
+            git = ["git", "-C", str(folder), *command]
+            result = subprocess.run(git, capture_output=True, text=True, timeout=60, check=True)
+            lines += [f"\n# git {' '.join(command)}", result.stdout.rstrip()]
     packages = {f"{found.name}=={found.version}" for found in importlib.metadata.distributions()}
     return "\n".join([*lines, "\n# packages", *sorted(packages, key=str.lower)]) + "\n"
 
@@ -229,7 +216,6 @@ def submit_task(kind: str, arguments: Sequence[str], resources: Resources, site:
     Args:
         kind: a key of TASK_COMMANDS.
         arguments: the subcommand's own arguments.
-        resources: what the job asks of Slurm.
         site: the cluster's site.env.
         dry_run: return the batch scripts and submit nothing.
 

@@ -27,17 +27,13 @@ log = logging.getLogger(__name__)
 class MetricsWriter:
     """Writes a run's numbers to every destination, each step once.
 
-    Opening a writer at a step, or rewinding it, removes what was written of later steps, except events. A number that
-    is not finite is null in metrics.jsonl and missing elsewhere.
-
-    Args:
-        step: the finished steps of the run.
+    Opening a writer after `step` steps, or rewinding it, removes what was written of later steps, except events. A
+    number that is not finite is null in metrics.jsonl and missing elsewhere.
     """
 
     def __init__(self, config: RunConfig, step: int) -> None:
         self._run_dir, self._batch_tokens = config.run_dir, config.train.batch_tokens
-        project = config.train.wandb_project
-        self._wandb = WandbRun(config, project) if project is not None else None
+        self._wandb = WandbRun(config) if config.train.wandb_project is not None else None
         self._open(step)
 
     def _open(self, step: int) -> None:
@@ -129,13 +125,13 @@ class WandbRun:
     rollback W&B has some steps twice.
     """
 
-    def __init__(self, config: RunConfig, project: str) -> None:
+    def __init__(self, config: RunConfig) -> None:
         import wandb
 
         self._run: Any = None
         with self._ignore_failures():
             self._run = wandb.init(
-                project=project,
+                project=config.train.wandb_project,
                 name=config.run_dir.name,
                 id=_wandb_id(config.run_dir),
                 resume="allow",

@@ -9,8 +9,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +72,7 @@ class PhaseTimers:
         self._marks.append((self._phases[-1], self._now()))
         self._count()
 
-    def _now(self) -> _Event:
+    def _now(self) -> _CpuEvent | torch.cuda.Event:
         if not self._on_cuda:
             return _CpuEvent()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -84,18 +83,8 @@ class PhaseTimers:
         """Count the events that have passed, so that their number stays small between reports."""
         while len(self._marks) > 1 and self._marks[1][1].query():
             (_, start), (name, end) = self._marks.popleft(), self._marks[0]
-            self.last[name] = start.elapsed_time(end) / 1000
+            self.last[name] = start.elapsed_time(end) / 1000  # type: ignore[arg-type]  # both are of one kind
             self._seconds[name] += self.last[name]
-
-
-class _Event(Protocol):
-    """The methods of `torch.cuda.Event` that timers use."""
-
-    def query(self) -> bool: ...
-
-    def synchronize(self) -> None: ...
-
-    def elapsed_time(self, end_event: Any) -> float: ...
 
 
 class _CpuEvent:
@@ -118,11 +107,7 @@ class Metrics:
     """Reports a run's numbers in files and on the terminal, as lines and as a progress bar.
 
     Rank 0 reports for all; on the other ranks the methods do nothing. Times and memory are those of rank 0. A context
-    manager: it closes the files at exit.
-
-    Args:
-        start_step: the finished steps of the run; numbers of later steps, from an interrupted run, are removed.
-        timers: the timers of the phases data, forward, backward, step, eval, save and statistics.
+    manager: it closes the files at exit. Numbers of steps after `start_step`, from an interrupted run, are removed.
     """
 
     def __init__(self, config: RunConfig, start_step: int, ranks: RankInfo, timers: PhaseTimers) -> None:
@@ -131,21 +116,14 @@ class Metrics:
         self._writer: MetricsWriter | None = None
         if ranks.rank == 0:
             self._writer = MetricsWriter(config, start_step)
-            self._bar = tqdm(
-                total=config.train.steps,
-                initial=start_step,
-                desc="train",
-                unit=" steps",
-                disable=not sys.stderr.isatty(),
-            )
+            steps, hidden = config.train.steps, not sys.stderr.isatty()
+            self._bar = tqdm(total=steps, initial=start_step, desc="train", unit=" steps", disable=hidden)
             self._bar_values: dict[str, str] = {}
 
     def __enter__(self) -> Metrics:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._writer is not None:
             self._bar.close()
             self._writer.close(failed=error is not None)
@@ -161,9 +139,8 @@ class Metrics:
         """Report a training step.
 
         Args:
-            state: the progress of the run after the step.
-            result: the outcome of the step.
-            learning_rates: learning rate of each optimizer group, by its name.
+            state: after the step.
+            learning_rates: of each optimizer group, by its name.
             context: tokens of a sequence.
             epochs: how often each data set, by its name, has been read so far.
         """
@@ -258,12 +235,9 @@ def _peak_memory_bytes() -> int:
 
 @torch.no_grad()
 def layer_statistics(engine: TrainingEngine, batch: Batch) -> dict[str, float]:
-    """Return the statistics that the mixers of the model's layers define, from one forward pass on this rank's tokens.
+    """Return the statistics that the layers' mixers define, such as entropy/0 of layer 0, from one forward pass.
 
-    Every rank must call this, because a forward pass needs all ranks at ZeRO stage 3.
-
-    Returns:
-        `NAME/LAYER` -> value, such as entropy/0 and gate/0 of a TSSA layer; empty if no mixer defines statistics.
+    They are of this rank's tokens. Every rank must call this, because a forward pass needs all ranks at ZeRO stage 3.
     """
     found: dict[str, Tensor] = {}
 

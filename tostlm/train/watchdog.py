@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple, NoReturn
 
 from tostlm.config import RunConfig
@@ -51,22 +50,17 @@ class Heartbeat(NamedTuple):
     process_start: str  # distinguishes the process from a later one with the same pid
     step: int  # finished steps
     phase: str
-    phase_index: int  # phases that the main thread has begun in this step: the same position in the code on all ranks
-    signs_of_life: int  # of the main thread, since its start
-    writes: int  # of this file by the watching thread
-    idle_seconds: float  # since the main thread's last sign of life; below 0 while it may still start up
+    phase_index: int = 0  # phases begun in this step: the same position in the code on all ranks
+    writes: int = 0  # of this file by the watching thread
+    idle_seconds: float = 0.0  # since the main thread's last progress; below 0 while it may still start up
     status: str | None = None
-
-    @property
-    def position(self) -> str:
-        return f"step {self.step} ({self.phase})"
 
     @property
     def name(self) -> str:
         return f"rank {self.rank} on {self.host} (pid {self.pid})"
 
     def process_is_gone(self, pid_namespace: str) -> bool:
-        """Return whether the rank's process has ended, as far as it can be seen from `pid_namespace`."""
+        """Return whether the rank's process has ended, as far as `pid_namespace` shows."""
         return bool(pid_namespace) and self.pid_namespace == pid_namespace and _start_of(self.pid) != self.process_start
 
 
@@ -94,12 +88,9 @@ def frozen_ranks(earlier: Heartbeats, later: Heartbeats, world_size: int) -> lis
 
 
 def stalled_ranks(earlier: Heartbeats, later: Heartbeats, world_size: int, max_idle_seconds: float) -> list[int]:
-    """Return the ranks that all others wait for, judged by two readings of all heartbeats.
+    """Return the ranks that all others wait for, judged by two readings: frozen ranks, or else those furthest behind.
 
-    A frozen rank is found before one that writes heartbeats; if all write them, the ranks furthest behind are found.
-
-    Args:
-        max_idle_seconds: while the main thread of any rank was idle for less, no rank counts as stalled.
+    While the main thread of any rank was idle for less than `max_idle_seconds`, no rank counts as stalled.
     """
     frozen = frozen_ranks(earlier, later, world_size)
     writing = [beat for rank, beat in later.items() if rank not in frozen]
@@ -116,21 +107,11 @@ def clear_heartbeats(config: RunConfig) -> None:
     shutil.rmtree(_heartbeats_folder(config), ignore_errors=True)
 
 
-class _MainThread(NamedTuple):
-    """The main thread's progress. It is replaced whole, so that the watching thread never reads half of an update."""
-
-    step: int
-    phase: str
-    phase_index: int
-    signs_of_life: int
-    idle_from: float  # monotonic seconds
-
-
 class Watchdog:
     """Ends this process with `EXIT_LOST_RANK` when a rank hangs or dies, and names that rank.
 
-    A context manager, which every rank enters before its first step, once rank 0 has called `clear_heartbeats`. An
-    error that only reports a lost peer ends the process in it; all other errors leave it.
+    A context manager that every rank enters before its first step, after rank 0 has called `clear_heartbeats`. An error
+    that only reports a lost peer ends the process; all other errors are raised.
     """
 
     def __init__(self, config: RunConfig, ranks: RankInfo) -> None:
@@ -139,10 +120,13 @@ class Watchdog:
         self._interval = min(10.0, max(0.2, self._timeout / 10))
         self._run_dir, self._folder = config.run_dir, _heartbeats_folder(config)
         self._verdict = self._folder / "verdict"  # made by the first rank that finds a rank stalled; ends all others
-        self._host, self._pid_namespace = socket.gethostname(), _pid_namespace()
-        self._process_start = _start_of(os.getpid())
+        self._pid_namespace, process_start = _pid_namespace(), _start_of(os.getpid())
         self._start_allowance = max(0.0, START_SECONDS - self._timeout)
-        self._main = _MainThread(0, "start", 0, 0, time.monotonic() + self._start_allowance)
+        host, pid = socket.gethostname(), os.getpid()
+        start = Heartbeat(self._rank, host, self._pid_namespace, pid, process_start, step=0, phase="start")
+        # The main thread's progress, and from when on it counts as idle. The pair is replaced whole, so that the
+        # watching thread never reads half of an update.
+        self._main = start, time.monotonic() + self._start_allowance
         self._first_step: int | None = None
         self._status: str | None = None
         self._writes = 0
@@ -157,15 +141,14 @@ class Watchdog:
         """
         if self._first_step is None:
             self._first_step = step
-        before = self._main
+        before, _ = self._main
         index = before.phase_index + 1 if step == before.step else 1
         allowance = self._start_allowance if step == self._first_step else 0.0
-        self._main = _MainThread(step, phase, index, before.signs_of_life + 1, time.monotonic() + allowance)
+        self._main = before._replace(step=step, phase=phase, phase_index=index), time.monotonic() + allowance
 
     def keep_alive(self) -> None:
         """Record that the main thread waits for a disk, which may take long, and does not hang."""
-        signs_of_life = self._main.signs_of_life + 1
-        self._main = self._main._replace(signs_of_life=signs_of_life, idle_from=time.monotonic())
+        self._main = self._main[0], time.monotonic()
 
     def __enter__(self) -> Watchdog:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -177,9 +160,7 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._ending.acquire()  # blocks for ever if the watching thread is about to end the process
         if isinstance(error, Exception):
             if is_lost_peer(error):
@@ -200,7 +181,7 @@ class Watchdog:
         earlier: Heartbeats | None = None
         while not self._done.wait(self._interval):
             self._write_heartbeat()
-            idle = time.monotonic() - self._main.idle_from
+            idle = time.monotonic() - self._main[1]
             if idle < READ_AFTER * self._timeout and not self._verdict.exists():
                 earlier = None
                 continue
@@ -217,21 +198,9 @@ class Watchdog:
             earlier = earlier or later
 
     def _heartbeat(self) -> Heartbeat:
-        main = self._main
-        return Heartbeat(
-            rank=self._rank,
-            host=self._host,
-            pid_namespace=self._pid_namespace,
-            pid=os.getpid(),
-            process_start=self._process_start,
-            step=main.step,
-            phase=main.phase,
-            phase_index=main.phase_index,
-            signs_of_life=main.signs_of_life,
-            writes=self._writes,
-            idle_seconds=round(time.monotonic() - main.idle_from, 1),
-            status=self._status,
-        )
+        progress, idle_from = self._main
+        idle_seconds = round(time.monotonic() - idle_from, 1)
+        return progress._replace(writes=self._writes, idle_seconds=idle_seconds, status=self._status)
 
     def _write_heartbeat(self) -> None:
         with self._writing, suppress(OSError):  # a full disk ends a run where it saves, not here
@@ -266,7 +235,7 @@ class Watchdog:
             since = beats[self._rank] if frozen else beats[stalled[0]]
             folder = self._write_report(since.step, stalled, frozen, beats)
             subject = f"{_names(stalled, beats)} {'has' if len(stalled) == 1 else 'have'}"
-            progress = f"made no progress since {since.position} for {idle:.0f} s"
+            progress = f"made no progress since step {since.step} ({since.phase}) for {idle:.0f} s"
             _print(f"{subject} {progress}; stacks are in {folder}; {ADVICE}")
             with suppress(OSError):
                 reported.touch()
@@ -336,25 +305,21 @@ class Watchdog:
         while True:
             beats = self._read_heartbeats()
             late = time.monotonic() >= deadline
-            explained = [
-                rank
-                for rank in range(self._world_size)
-                if rank not in beats or beats[rank].status in (FAILED, LOST_PEER, HUNG)
-            ]
+            unexplained = {rank: beat for rank, beat in beats.items() if beat.status is None}
             frozen = frozen_ranks(first, beats, self._world_size) if late else []
             gone = [
                 rank
-                for rank, beat in beats.items()
-                if rank not in explained and (rank in frozen or beat.process_is_gone(self._pid_namespace))
+                for rank, beat in unexplained.items()
+                if rank in frozen or beat.process_is_gone(self._pid_namespace)
             ]
             # A rank that failed, hung or ended well has printed why, or its launcher knows.
-            reported = any(rank not in beats or beats[rank].status in (FAILED, HUNG) for rank in explained)
-            if gone or reported or late or len(explained) == self._world_size:
+            reported = len(beats) < self._world_size or any(beat.status in (FAILED, HUNG) for beat in beats.values())
+            if gone or reported or late or not unexplained:
                 break
             time.sleep(POLL_SECONDS)
         if self._rank == min(rank for rank in beats if rank not in gone):
             if gone:
-                _print(f"{_names(gone, beats)} died without an error message in step {self._main.step}; {ADVICE}")
+                _print(f"{_names(gone, beats)} died without an error message in step {self._main[0].step}; {ADVICE}")
             elif not reported:
                 name = beats[self._rank].name
                 _print(f"{name} lost its connection to the other ranks ({error_summary(error)}); {ADVICE}")
