@@ -30,7 +30,7 @@ def mean_cross_entropy(
     """
     scored = (targets != IGNORE).sum().clamp_min(1)
     learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    total: Tensor = _SumCrossEntropy.apply(x.flatten(0, -2), weight, targets.flatten(), learns)
+    total: Tensor = _SumCrossEntropy.apply(x.flatten(0, -2), weight, targets.flatten(), learns)  # type: ignore[no-untyped-call]
     return total / scored
 
 

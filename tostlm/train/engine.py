@@ -110,7 +110,7 @@ def context_parallel_group(size: int) -> dist.ProcessGroup | None:
     """
     if size == 1:
         return None
-    group: dist.ProcessGroup = dist.new_subgroups(size)[0]  # type: ignore[no-untyped-call]
+    group: dist.ProcessGroup = dist.new_subgroups(size)[0]
     return group
 
 

@@ -75,7 +75,7 @@ class PhaseTimers:
     def _now(self) -> _CpuEvent | torch.cuda.Event:
         if not self._on_cuda:
             return _CpuEvent()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 

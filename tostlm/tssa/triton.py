@@ -41,7 +41,7 @@ def chunk_starts(T: int) -> range:
 
 def _device_of(w: Tensor) -> AbstractContextManager[None]:
     """Make w's GPU the current one, on which Triton launches."""
-    manager: AbstractContextManager[None] = torch.cuda.device_of(w)  # type: ignore[no-untyped-call]
+    manager: AbstractContextManager[None] = torch.cuda.device_of(w)
     return manager
 
 
