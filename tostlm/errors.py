@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 
 EXIT_BUG, EXIT_USER_ERROR = 1, 2
-EXIT_REQUEUE = 75  # stopped on request with everything saved: the same command goes on
-EXIT_LOST_RANK = 76  # a rank died or hung: the same command goes on from the newest checkpoint
+EXIT_REQUEUE = 75  # stopped on request with everything saved: the same command resumes
+EXIT_LOST_RANK = 76  # a rank died or hung: the same command resumes from the newest checkpoint
 
-# What gloo, NCCL and torch's store say of a process at the other end.
+# Messages of gloo, NCCL and torch's store about a process at the other end.
 LOST_PEER = re.compile(
     "Connection (closed|reset) by peer|Connection refused|Broken pipe|Connection was likely closed|Timed out waiting"
     "|remote process exited|NCCL communicator was aborted"
@@ -16,21 +16,21 @@ LOST_PEER = re.compile(
 
 
 class UserError(Exception):
-    """A mistake the user can mend, or a limit of the machine.
+    """A mistake that the user can fix, or a limit of the machine.
 
     The message names the value, the rule and the way out. The command line prints it as one line and exits with
-    code 2; every other exception is a defect of this project and keeps its traceback.
+    code 2; every other exception is a bug in this project and keeps its traceback.
     """
 
 
 def error_summary(error: BaseException) -> str:
-    """An exception's message in one line, or its kind where it has none."""
+    """Return an exception's message in one line, or the name of its class where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def is_lost_peer(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came of, is a collective's that lost the process at its other end."""
+    """Return whether an error, or one that caused it, is a collective that lost the process at its other end."""
     while error is not None:
         if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
             return True

@@ -1,4 +1,4 @@
-"""Exit codes when a rank fails before the first step: a lost rank is restartable, a defect is no user error."""
+"""Exit codes when a rank fails before the first step: a lost rank is restartable, a bug is no user error."""
 
 import os
 import subprocess
@@ -42,7 +42,7 @@ def exhaust_memory_in_initialize() -> None:
 
 
 def broken(*_: object) -> None:
-    raise ZeroDivisionError("a defect in the checks")
+    raise ZeroDivisionError("a bug in the checks")
 
 
 def break_checks() -> None:
@@ -63,7 +63,7 @@ def test_running_out_of_memory_while_deepspeed_starts_is_reported_as_that(run: R
     assert second.returncode == EXIT_LOST_RANK
 
 
-def test_a_defect_in_the_checks_of_rank_0_is_no_user_error(run: Run) -> None:
+def test_a_bug_in_the_checks_of_rank_0_is_no_user_error(run: Run) -> None:
     first, second = train_two_ranks(run, break_checks, 0)
     assert first.returncode == EXIT_BUG
     assert "ZeroDivisionError" in first.stderr

@@ -61,8 +61,8 @@ def outcome(operator: Operator, inputs: Arguments) -> list[Tensor]:
     """
     y, state = operator(*inputs)
     outputs = [y, *state]
-    arriving = [torch.sin(torch.arange(x.numel()).double()).bfloat16().to(x.dtype).view_as(x) for x in outputs]
-    gradients = torch.autograd.grad(outputs, inputs.differentiable(), arriving, allow_unused=True)
+    output_grads = [torch.sin(torch.arange(x.numel()).double()).bfloat16().to(x.dtype).view_as(x) for x in outputs]
+    gradients = torch.autograd.grad(outputs, inputs.differentiable(), output_grads, allow_unused=True)
     zeros = [torch.zeros_like(x) for x in inputs.differentiable()]
     return [*outputs, *(z if g is None else g for g, z in zip(gradients, zeros, strict=True))]
 

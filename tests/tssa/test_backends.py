@@ -141,10 +141,10 @@ def test_no_tokens_change_nothing() -> None:
     y, state = tssa(*drawn)
     assert y.shape == (2, 0, 3 * D)
     assert all(torch.equal(a, b) for a, b in zip(state, drawn.state, strict=True))
-    arriving = [torch.full_like(x, 2.0) for x in state]
-    gradients = torch.autograd.grad([*state], [drawn.temp, *drawn.state], arriving)
+    output_grads = [torch.full_like(x, 2.0) for x in state]
+    gradients = torch.autograd.grad([*state], [drawn.temp, *drawn.state], output_grads)
     assert torch.equal(gradients[0], torch.zeros(3))
-    assert all(torch.equal(a, b) for a, b in zip(gradients[1:], arriving, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(gradients[1:], output_grads, strict=True))
 
 
 @pytest.mark.parametrize("B", [1, 3])

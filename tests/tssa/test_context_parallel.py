@@ -20,14 +20,14 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
-def arriving(x: torch.Tensor) -> torch.Tensor:
+def output_grad(x: torch.Tensor) -> torch.Tensor:
     return torch.sin(torch.arange(x.numel()).double()).view_as(x)
 
 
 def whole(inputs: Arguments) -> list[torch.Tensor]:
     """y, the end state, and the gradients of sum(y g) + sum(end state g')."""
     y, after = tssa(*inputs)
-    gradients = torch.autograd.grad([y, *after], inputs.differentiable(), [arriving(y), *map(arriving, after)])
+    gradients = torch.autograd.grad([y, *after], inputs.differentiable(), [output_grad(y), *map(output_grad, after)])
     return [y, *after, *gradients]
 
 
@@ -54,8 +54,8 @@ def on_rank(rank: int, world_size: int) -> list[tuple[list[torch.Tensor], list[t
         )
         forward_bytes = sent.bytes
         # The end state is on every rank; its share of the loss is counted once.
-        weight = arriving(torch.empty(inputs.w.shape))[:, piece]
-        loss = (y * weight).sum() + sum((x * arriving(x)).sum() for x in after) / world_size
+        weight = output_grad(torch.empty(inputs.w.shape))[:, piece]
+        loss = (y * weight).sum() + sum((x * output_grad(x)).sum() for x in after) / world_size
         gradients = [g.contiguous() for g in torch.autograd.grad(loss, inputs.differentiable())]
         for gradient in gradients:
             dist.all_reduce(gradient)
@@ -95,7 +95,7 @@ def in_narrow_dtypes(rank: int, world_size: int) -> list[float]:
         tokens = slice(64 * rank, 64 * (rank + 1))
         piece = w.detach()[:, tokens].clone().requires_grad_()
         own, _ = tssa(piece, temp, bias[tokens], rho.detach().float(), mask[:, tokens], before, group=dist.group.WORLD)
-        weight = arriving(y).to(dtype)
+        weight = output_grad(y).to(dtype)
         (grad,) = torch.autograd.grad(y, w, weight)
         (own_grad,) = torch.autograd.grad(own, piece, weight[:, tokens])
         for a, b in ((own, y[:, tokens]), (own_grad, grad[:, tokens])):

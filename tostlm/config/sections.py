@@ -95,7 +95,7 @@ DEEPSPEED_KEYS = (
 DEEPSPEED_BLOCKS = ("bf16", "data_types", "fp16", "torch_autocast", "zero_optimization")
 
 
-# The options of some registered mixer, told apart by their key `mixer`.
+# The options of some registered mixer, distinguished by their key `mixer`.
 AnyMixerOptions: Any = Annotated[
     Union[tuple(mixer.options_class for mixer in MIXERS.values())],  # noqa: UP007  (the members are known at run time)
     pydantic.Field(discriminator="mixer"),

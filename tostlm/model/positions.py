@@ -56,19 +56,19 @@ class SequencePositions(NamedTuple):
         rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
         start, end = past + rank * T, past + ranks * T
         numbers = torch.arange(start, start + T, device=device)
-        own = last = of_all_ranks = document_start
+        own = last = starts_of_all_ranks = document_start
         if document_start_mask is not None:
             before = 0 if document_start is None else document_start
-            own = of_all_ranks = numbers.where(document_start_mask, before).cummax(1).values
+            own = starts_of_all_ranks = numbers.where(document_start_mask, before).cummax(1).values
             last = own[:, -1:].clone()  # a view would keep all T alive
             if group is not None:
                 lasts = all_gather(last, group).cummax(0).values
                 last = lasts[-1]
-                own = of_all_ranks = own.maximum(lasts[rank - 1]) if rank else own
+                own = starts_of_all_ranks = own.maximum(lasts[rank - 1]) if rank else own
                 if with_attention_mask:
-                    of_all_ranks = all_gather(own, group).movedim(0, 1).flatten(1)  # [B, S]
+                    starts_of_all_ranks = all_gather(own, group).movedim(0, 1).flatten(1)  # [B, S]
         positions = numbers if own is None else numbers - own
-        mask = _attention_mask(past, end, of_all_ranks, device) if with_attention_mask else None
+        mask = _attention_mask(past, end, starts_of_all_ranks, device) if with_attention_mask else None
         return cls(start, end, document_start_mask, own, last, positions, mask, group)
 
     def lookup(self, table: Float[Tensor, "P K"]) -> Float[Tensor, "*positions K"]:

@@ -1,4 +1,4 @@
-"""What causal TSSA remembers of the tokens before: three running sums."""
+"""The state of causal TSSA: three running sums over the tokens before."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class State(NamedTuple):
-    """The running sums of one layer: 2C + H numbers a sequence, whatever the context.
+    """The running sums of one layer: 2C + H numbers per sequence, whatever the context.
 
     They are kept in float64, because a sum over a million tokens loses its newest terms in anything narrower.
     """
@@ -21,7 +21,7 @@ class State(NamedTuple):
 
     @classmethod
     def zeros(cls, batch: int, width: int, heads: int, device: torch.device | str = "cpu") -> State:
-        """The state before the first token of a document."""
+        """Return the state before the first token of a document."""
 
         def empty(size: int) -> Tensor:
             return torch.zeros(batch, size, dtype=torch.float64, device=device)
@@ -29,20 +29,20 @@ class State(NamedTuple):
         return cls(empty(width), empty(heads), empty(width))
 
     def repeat(self, times: int) -> State:
-        """Every sequence's state `times` times in a row, [B times, ...]: to go on from one prefix in several ways."""
+        """Return each state `times` times in a row, [B times, ...], to continue one prefix in several ways."""
         return State(*(x.repeat_interleave(times, 0) for x in self))
 
     def detach(self) -> State:
-        """The same numbers without their history: where truncated backpropagation cuts."""
+        """Return the same numbers without their autograd history, as truncated backpropagation through time needs."""
         return State(*(x.detach() for x in self))
 
     def to(self, device: torch.device | str) -> State:
-        """The state on another device."""
+        """Return the state on another device."""
         return State(*(x.to(device) for x in self))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory: 8 (2C + H) a sequence."""
+        """Bytes of memory: 8 (2C + H) per sequence."""
         return sum(x.nbytes for x in self)
 
     def save(self, path: Path) -> None:
@@ -51,9 +51,9 @@ class State(NamedTuple):
 
     @classmethod
     def load(cls, path: Path) -> State:
-        """Read what `save` wrote, onto the CPU; nothing but tensors is unpickled."""
+        """Read a file that `save` wrote, onto the CPU; nothing but tensors is unpickled."""
         return cls(**torch.load(path, map_location="cpu", weights_only=True))
 
     def select(self, rows: Tensor) -> State:
-        """The states of the sequences `rows` [B'] (beam search reorders and repeats sequences so)."""
+        """Return the states of the sequences `rows` [B'], as beam search reorders and repeats them."""
         return State(*(x.index_select(0, rows) for x in self))
