@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tests.conftest import Run
-from tests.train.engines import CARRY, KEPT_STEP, LAST_STEP, Job, run_jobs
+from tests.train.engines import KEPT_STEP, LAST_STEP, RECURRENT_STATE, Job, run_jobs
 from tostlm.checkpoint.deepspeed_state import KINDS
-from tostlm.checkpoint.layout import checkpoint_folder, load_checkpoint, read_carry, read_train_state
+from tostlm.checkpoint.layout import checkpoint_folder, load_checkpoint, read_recurrent_state, read_train_state
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}  # of a loss
 ENGINES = [(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
@@ -107,15 +107,15 @@ class TestEveryEngine:
         written = tensors_of(matrix.folder / name)
         assert bits(tensors_of(matrix.resumed(name, world_size, shift))) == bits(written)
         facts = matrix.results[world_size, shift][number]
-        progress = read_train_state(checkpoint_folder(matrix.folder / name, KEPT_STEP))
-        assert (progress.step, progress.world_size, progress.zero_stage) == (KEPT_STEP, 2, stage)
+        state = read_train_state(checkpoint_folder(matrix.folder / name, KEPT_STEP))
+        assert (state.step, state.world_size, state.zero_stage) == (KEPT_STEP, 2, stage)
         assert facts["weights_unlike_masters"] == []
-        assert facts["adam_steps"] == [progress.optimizer_steps]
+        assert facts["adam_steps"] == [state.optimizer_steps]
         assert facts["shared_counts"] == 0
         assert facts["weight_decays"] == [0.1, 0.0]
-        assert facts["loss_scale"] == progress.loss_scale
+        assert facts["loss_scale"] == state.loss_scale
 
-    def test_is_saved_whole_in_fp32(self, matrix: Matrix, number: int) -> None:
+    def test_is_saved_in_full_and_in_fp32(self, matrix: Matrix, number: int) -> None:
         stage, precision = ENGINES[number]
         folder = checkpoint_folder(matrix.folder / f"{stage} {precision}", KEPT_STEP)
         found, lm = tensors_of(matrix.folder / f"{stage} {precision}"), load_checkpoint(folder).lm
@@ -133,12 +133,12 @@ class TestEveryEngine:
 
 def test_an_overflow_is_remembered_and_is_no_update(matrix: Matrix) -> None:
     for stage in (1, 2, 3):
-        progress = read_train_state(checkpoint_folder(matrix.folder / f"{stage} fp16", KEPT_STEP))
-        assert progress.optimizer_steps == KEPT_STEP - 1
-        assert progress.loss_scale is not None
-        assert progress.loss_scale["cur_iter"] == KEPT_STEP
-        assert progress.loss_scale["last_overflow_iter"] in (1, 2)
-        assert progress.loss_scale["cur_hysteresis"] == 1  # of 2: the next overflow halves the scale
+        state = read_train_state(checkpoint_folder(matrix.folder / f"{stage} fp16", KEPT_STEP))
+        assert state.optimizer_steps == KEPT_STEP - 1
+        assert state.loss_scale is not None
+        assert state.loss_scale["cur_iter"] == KEPT_STEP
+        assert state.loss_scale["last_overflow_iter"] in (1, 2)
+        assert state.loss_scale["cur_hysteresis"] == 1  # of 2: the next overflow halves the scale
 
 
 def test_without_its_file_of_weights_a_model_is_its_masters(matrix: Matrix) -> None:
@@ -151,7 +151,7 @@ def test_without_its_file_of_weights_a_model_is_its_masters(matrix: Matrix) -> N
     assert all(after[name].dtype == torch.bfloat16 and after[name].equal(before[name]) for name in before)
 
 
-def test_what_a_run_carries_is_kept(run: Run, tmp_path: Path) -> None:
+def test_the_recurrent_state_is_saved(run: Run, tmp_path: Path) -> None:
     overrides = [
         *options(1, "fp32"),
         "data.stateful=true",
@@ -160,11 +160,11 @@ def test_what_a_run_carries_is_kept(run: Run, tmp_path: Path) -> None:
     ]
     run_jobs(1, [Job(str(run.file), overrides)], tmp_path / "jobs")
     folder = checkpoint_folder(run.dir, KEPT_STEP)
-    carried = read_carry(folder)
-    assert carried.keys() == CARRY.keys()
-    assert all(carried[name].equal(CARRY[name]) for name in CARRY)
+    restored = read_recurrent_state(folder)
+    assert restored.keys() == RECURRENT_STATE.keys()
+    assert all(restored[name].equal(RECURRENT_STATE[name]) for name in RECURRENT_STATE)
     assert not (folder / "weights.safetensors").exists()
-    assert "carry.safetensors" in json.loads((folder / "COMPLETE").read_text())
+    assert "recurrent_state.safetensors" in json.loads((folder / "COMPLETE").read_text())
 
 
 @pytest.mark.slow

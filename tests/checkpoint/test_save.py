@@ -1,4 +1,4 @@
-"""Checkpoints that survive: kills, damage, full disks, strangers, and what is kept of them."""
+"""Checkpoints that survive kills, damage and full disks; unrecognized folders; which checkpoints are kept."""
 
 import json
 import os
@@ -18,8 +18,8 @@ from tests.train.test_faults import harm
 from tests.warm import Program
 from tostlm.checkpoint.layout import TrainState, checkpoint_folder, checkpoints, load_checkpoint, read_train_state
 from tostlm.checkpoint.load import latest_valid_checkpoint
-from tostlm.checkpoint.save import partial_of, to_remove
-from tostlm.checkpoint.state_files import FILE_BYTES, pack, write_file
+from tostlm.checkpoint.save import expired_checkpoints, partial_folder
+from tostlm.checkpoint.state_files import FILE_BYTES, assign_files, write_file
 from tostlm.config import dump_config
 from tostlm.errors import UserError
 from tostlm.launch.local import rank_env
@@ -40,7 +40,7 @@ def test_every_file_is_data(trained: dict[str, Run]) -> None:
         assert files == {
             "COMPLETE",
             "config.yaml",
-            "progress.json",
+            "train_state.json",
             "state/00000.safetensors",
             "tokenizer.model",
             "weights.safetensors",
@@ -54,15 +54,15 @@ def test_every_file_is_data(trained: dict[str, Run]) -> None:
 
 def test_a_run_says_where_it_was(trained: dict[str, Run]) -> None:
     run = trained["tssa"]
-    progress = read_train_state(checkpoints(run.dir)[-1])
-    assert progress == TrainState(
+    state = read_train_state(checkpoints(run.dir)[-1])
+    assert state == TrainState(
         step=6,
         data_step=6,
         validation_loss=run.metrics("validation")[6],
         optimizer_steps=6,
         world_size=1,
         zero_stage=1,
-        data_sha256=progress.data_sha256,
+        data_sha256=state.data_sha256,
     )
 
 
@@ -110,8 +110,7 @@ def test_the_one_before_a_damaged_checkpoint_is_used(copy: Run, capsys: pytest.C
     damage(newest)
     assert latest_valid_checkpoint(copy.config()) == before
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"tostlm: checkpoint {newest} is damaged ({words}")
-    assert line.endswith("put aside as step-00000006.damaged")
+    assert line.startswith(f"tostlm: checkpoint {newest} is quarantined as step-00000006.damaged: {words}")
     assert [path.name for path in checkpoints(copy.dir)] == ["step-00000003"]
     assert (newest.parent / "step-00000006.damaged").is_dir()
     assert latest_valid_checkpoint(copy.config()) == before
@@ -125,7 +124,7 @@ def test_a_run_goes_on_from_the_one_before(copy: Run) -> None:
     result = copy.train()
     succeed(result)
     (line,) = result.stderr.strip().splitlines()
-    assert "is damaged (00000.safetensors has another checksum) and put aside" in line
+    assert "is quarantined as step-00000006.damaged: 00000.safetensors has another checksum" in line
     assert copy.metrics("train") == expected
     assert latest_valid_checkpoint(copy.config()) == newest
 
@@ -139,13 +138,13 @@ def test_nothing_is_begun_anew_over_damaged_checkpoints(copy: Run) -> None:
     assert len(list((copy.dir / "checkpoints").glob("*.damaged"))) == 2
 
 
-@pytest.mark.parametrize("stranger", ["step-00000009/engine", "global_step9", "checkpoint-9", "step-00000009"])
-def test_checkpoints_of_another_kind_are_not_trained_over(copy: Run, stranger: str) -> None:
-    folder = copy.dir / "checkpoints" / stranger
-    folder.mkdir(parents=True)
-    with pytest.raises(UserError, match=rf"{stranger.partition('/')[0]} is no checkpoint that this version reads"):
+@pytest.mark.parametrize("folder", ["step-00000009/engine", "global_step9", "checkpoint-9", "step-00000009"])
+def test_checkpoints_of_another_kind_are_not_trained_over(copy: Run, folder: str) -> None:
+    path = copy.dir / "checkpoints" / folder
+    path.mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"{folder.partition('/')[0]} is no checkpoint that this version reads"):
         latest_valid_checkpoint(copy.config())
-    assert folder.is_dir()
+    assert path.is_dir()
 
 
 def test_what_a_killed_save_left_is_removed(copy: Run) -> None:
@@ -194,7 +193,7 @@ def occupy(path: Path, engine: object) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_cannot_write_ends_all(run: Run, rank: int) -> None:
-    unwritten = partial_of(checkpoint_folder(run.dir, 3))
+    unwritten = partial_folder(checkpoint_folder(run.dir, 3))
     its_file = unwritten / "state" / f"0000{rank}.safetensors"
     spoil = partial(harm, 1, partial(occupy, its_file))
     first, second = rank_env(2)
@@ -213,9 +212,11 @@ def kept(folders: dict[int, float | None], root: Path, **train: object) -> list[
     for step, loss in folders.items():
         folder = checkpoint_folder(root, step)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "progress.json").write_text(json.dumps(TrainState(step=step, validation_loss=loss)._asdict()))
+        (folder / "train_state.json").write_text(json.dumps(TrainState(step=step, validation_loss=loss)._asdict()))
     found = [checkpoint_folder(root, step) for step in folders]
-    removed = to_remove(run.config(*(f"train.{key}={json.dumps(value)}" for key, value in train.items())), found)
+    removed = expired_checkpoints(
+        run.config(*(f"train.{key}={json.dumps(value)}" for key, value in train.items())), found
+    )
     return [step for step in folders if checkpoint_folder(root, step) not in removed]
 
 
@@ -234,19 +235,19 @@ def test_what_is_kept(tmp_path: Path) -> None:
 def test_parameters_are_shared_out_evenly(ranks: int) -> None:
     layers = {f"{kind}{number}": size for number in range(48) for kind, size in (("a", 50 << 20), ("b", 4000))}
     sizes = {"embed": 1 << 30, **layers}
-    packed = pack(sizes, ranks)
-    assert sorted(name for files in packed for names in files for name in names) == sorted(sizes)
-    full = [[sum(sizes[name] for name in names) for names in files] for files in packed]
+    assigned = assign_files(sizes, ranks)
+    assert sorted(name for files in assigned for names in files for name in names) == sorted(sizes)
+    full = [[sum(sizes[name] for name in names) for names in files] for files in assigned]
     assert max(map(sum, full)) <= max(1.1 * sum(map(sum, full)) / ranks, sizes["embed"])
-    for files, bytes_of_files in zip(packed, full, strict=True):
+    for files, bytes_of_files in zip(assigned, full, strict=True):
         assert files
         for names, size in zip(files, bytes_of_files, strict=True):
             assert size <= 1.1 * FILE_BYTES or names == ["embed"]
-    assert packed == pack(dict(reversed(sizes.items())), ranks)  # names and sizes decide
+    assert assigned == assign_files(dict(reversed(sizes.items())), ranks)  # names and sizes decide
 
 
 def test_few_parameters_leave_ranks_without_files() -> None:
-    assert pack({"a": 1, "b": 1}, ranks=3) == [[["a"]], [["b"]], []]
+    assert assign_files({"a": 1, "b": 1}, ranks=3) == [[["a"]], [["b"]], []]
 
 
 def test_a_file_is_what_safetensors_reads(tmp_path: Path) -> None:

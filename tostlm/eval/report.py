@@ -56,7 +56,7 @@ def evaluate_perplexity(
                 f"{checkpoint.path} has {positions} positions, fewer than the shortest of --contexts, {min(contexts)}"
             )
         scores = list(score_contexts(checkpoint, tokens, targets, contexts))
-        models.append(ModelScores(name, str(checkpoint.path), checkpoint.progress.step, positions, scores))
+        models.append(ModelScores(name, str(checkpoint.path), checkpoint.train_state.step, positions, scores))
     facts = {"data": str(tokens.folder), "targets": len(targets.ends) * targets.span}
     write_report(models, facts, out)
     return f"{table(models, contexts)}\nwritten to {out}/perplexity.json, .csv and .png"
