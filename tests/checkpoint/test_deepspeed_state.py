@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,16 @@ import torch
 from torch import Tensor
 
 from tests.conftest import Run
-from tests.train.engines import CARRY, KEPT_STEP, LAST_STEP, Job, run_jobs
+from tests.processes import on_ranks
+from tests.train.engines import KEPT_STEP, LAST_STEP, RECURRENT_STATE, Job, run_jobs
+from tostlm.checkpoint import layout
 from tostlm.checkpoint.deepspeed_state import KINDS
-from tostlm.checkpoint.layout import checkpoint_folder, load_checkpoint, read_carry, read_train_state
+from tostlm.checkpoint.layout import checkpoint_folder, load_checkpoint, read_recurrent_state, read_train_state
+from tostlm.checkpoint.load import resume
+from tostlm.config import batch_plan, load_config
+from tostlm.launch import RankInfo
+from tostlm.model import create_lm
+from tostlm.train.engine import start_engine
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}  # of a loss
 ENGINES = [(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
@@ -107,15 +115,15 @@ class TestEveryEngine:
         written = tensors_of(matrix.folder / name)
         assert bits(tensors_of(matrix.resumed(name, world_size, shift))) == bits(written)
         facts = matrix.results[world_size, shift][number]
-        progress = read_train_state(checkpoint_folder(matrix.folder / name, KEPT_STEP))
-        assert (progress.step, progress.world_size, progress.zero_stage) == (KEPT_STEP, 2, stage)
+        state = read_train_state(checkpoint_folder(matrix.folder / name, KEPT_STEP))
+        assert (state.step, state.world_size, state.zero_stage) == (KEPT_STEP, 2, stage)
         assert facts["weights_unlike_masters"] == []
-        assert facts["adam_steps"] == [progress.optimizer_steps]
+        assert facts["adam_steps"] == [state.optimizer_steps]
         assert facts["shared_counts"] == 0
         assert facts["weight_decays"] == [0.1, 0.0]
-        assert facts["loss_scale"] == progress.loss_scale
+        assert facts["loss_scale"] == state.loss_scale
 
-    def test_is_saved_whole_in_fp32(self, matrix: Matrix, number: int) -> None:
+    def test_is_saved_in_full_and_in_fp32(self, matrix: Matrix, number: int) -> None:
         stage, precision = ENGINES[number]
         folder = checkpoint_folder(matrix.folder / f"{stage} {precision}", KEPT_STEP)
         found, lm = tensors_of(matrix.folder / f"{stage} {precision}"), load_checkpoint(folder).lm
@@ -131,14 +139,58 @@ class TestEveryEngine:
         assert found["embed.weight/exp_avg_sq"].count_nonzero() > 0
 
 
+class CountingSlice:
+    """A tensor in a file of safetensors that counts the bytes that are read of it."""
+
+    total = 0
+
+    def __init__(self, stored: Any) -> None:
+        self.get_shape, self._stored = stored.get_shape, stored
+
+    def __getitem__(self, index: object) -> Tensor:
+        part: Tensor = self._stored[index]
+        CountingSlice.total += part.nbytes
+        return part
+
+
+def resume_counting_bytes(file: str, checkpoint: Path, rank: int, world_size: int) -> list[int]:
+    """Return the bytes that this rank reads to resume at each ZeRO stage."""
+    read_elements = layout._read_elements
+    layout._read_elements = lambda stored, wanted: read_elements(CountingSlice(stored), wanted)
+    found = []
+    for stage in range(4):
+        config, CountingSlice.total = load_config(Path(file), options(stage, "fp32")), 0
+        engine = start_engine(
+            config, create_lm(config.model, 0), batch_plan(config, world_size), RankInfo(rank, rank, world_size)
+        )
+        resume(engine, checkpoint)
+        found.append(CountingSlice.total)
+        engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_rank_reads_its_own_part_of_a_checkpoint(matrix: Matrix, world_size: int, tmp_path: Path) -> None:
+    """Beside it at most a row at each end of each tensor, which it shares with another rank."""
+    folder = checkpoint_folder(matrix.folder / "0 fp32", KEPT_STEP)
+    tensors = tensors_of(matrix.folder / "0 fp32").values()
+    total, rows = sum(x.nbytes for x in tensors), sum(2 * x[0].nbytes for x in tensors)
+    read = on_ranks(world_size, partial(resume_counting_bytes, str(matrix.run.file), folder), tmp_path / "ranks")
+    for rank in read:
+        assert rank[0] == total  # without ZeRO
+        assert all(of_stage <= total / world_size + rows for of_stage in rank[1:])
+    for stage in (1, 2, 3):
+        assert total <= sum(rank[stage] for rank in read) <= total + world_size * rows
+
+
 def test_an_overflow_is_remembered_and_is_no_update(matrix: Matrix) -> None:
     for stage in (1, 2, 3):
-        progress = read_train_state(checkpoint_folder(matrix.folder / f"{stage} fp16", KEPT_STEP))
-        assert progress.optimizer_steps == KEPT_STEP - 1
-        assert progress.loss_scale is not None
-        assert progress.loss_scale["cur_iter"] == KEPT_STEP
-        assert progress.loss_scale["last_overflow_iter"] in (1, 2)
-        assert progress.loss_scale["cur_hysteresis"] == 1  # of 2: the next overflow halves the scale
+        state = read_train_state(checkpoint_folder(matrix.folder / f"{stage} fp16", KEPT_STEP))
+        assert state.optimizer_steps == KEPT_STEP - 1
+        assert state.loss_scale is not None
+        assert state.loss_scale["cur_iter"] == KEPT_STEP
+        assert state.loss_scale["last_overflow_iter"] in (1, 2)
+        assert state.loss_scale["cur_hysteresis"] == 1  # of 2: the next overflow halves the scale
 
 
 def test_without_its_file_of_weights_a_model_is_its_masters(matrix: Matrix) -> None:
@@ -151,7 +203,7 @@ def test_without_its_file_of_weights_a_model_is_its_masters(matrix: Matrix) -> N
     assert all(after[name].dtype == torch.bfloat16 and after[name].equal(before[name]) for name in before)
 
 
-def test_what_a_run_carries_is_kept(run: Run, tmp_path: Path) -> None:
+def test_the_recurrent_state_is_saved(run: Run, tmp_path: Path) -> None:
     overrides = [
         *options(1, "fp32"),
         "data.stateful=true",
@@ -160,11 +212,11 @@ def test_what_a_run_carries_is_kept(run: Run, tmp_path: Path) -> None:
     ]
     run_jobs(1, [Job(str(run.file), overrides)], tmp_path / "jobs")
     folder = checkpoint_folder(run.dir, KEPT_STEP)
-    carried = read_carry(folder)
-    assert carried.keys() == CARRY.keys()
-    assert all(carried[name].equal(CARRY[name]) for name in CARRY)
+    restored = read_recurrent_state(folder)
+    assert restored.keys() == RECURRENT_STATE.keys()
+    assert all(restored[name].equal(RECURRENT_STATE[name]) for name in RECURRENT_STATE)
     assert not (folder / "weights.safetensors").exists()
-    assert "carry.safetensors" in json.loads((folder / "COMPLETE").read_text())
+    assert "recurrent_state.safetensors" in json.loads((folder / "COMPLETE").read_text())
 
 
 @pytest.mark.slow

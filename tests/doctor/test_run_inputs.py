@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Run
-from tostlm.checkpoint.layout import COMPLETE, PROGRESS, TrainState, checkpoint_folder
+from tostlm.checkpoint.layout import COMPLETE, TRAIN_STATE, TrainState, checkpoint_folder
 from tostlm.data import Tokenizer, train_tokenizer
 from tostlm.doctor import run_inputs
 from tostlm.errors import UserError
@@ -56,7 +56,7 @@ def save(run: Run, tokenizer: Tokenizer) -> Path:
     folder = checkpoint_folder(run.dir, 3)
     folder.mkdir(parents=True)
     (folder / tokenizer.file_name).write_bytes(tokenizer.content)
-    (folder / PROGRESS).write_text(json.dumps(TrainState(step=3)._asdict()))
+    (folder / TRAIN_STATE).write_text(json.dumps(TrainState(step=3)._asdict()))
     (folder / COMPLETE).touch()
     return folder
 
@@ -66,7 +66,7 @@ def test_resume_reports_the_newest_step(run: Run, tokenizer: Tokenizer) -> None:
     folder = save(run, tokenizer)
     finding = run_inputs.check_resume(run.config())
     assert (finding.level, finding.measured) == ("ok", f"from step 3, {folder}")
-    (folder / PROGRESS).write_text("{")
+    (folder / TRAIN_STATE).write_text("{")
     assert run_inputs.check_resume(run.config()).level == "FAIL"
 
 

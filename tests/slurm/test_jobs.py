@@ -50,8 +50,8 @@ def test_sbatch_by_hand_on_two_nodes(cluster: Cluster, tmp_path: Path, data: Pat
     assert done.returncode == 0, done.stderr
     log = tmp_path / f"{done.stdout.strip()}.log"
     wait_until(lambda: not cluster.ask("squeue", "-h"), lambda: log.read_text())
-    progress = read_train_state(checkpoints(run_dir)[-1])
-    assert (progress.step, progress.world_size) == (3, 2), log.read_text()
+    state = read_train_state(checkpoints(run_dir)[-1])
+    assert (state.step, state.world_size) == (3, 2), log.read_text()
     assert "step 3/3" in log.read_text()
     assert (run_dir / "slurm" / "logs" / f"{done.stdout.strip()}-rank-1.log").exists()
 

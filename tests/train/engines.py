@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from tests.processes import on_ranks
-from tostlm.checkpoint.deepspeed_state import gather_state, loss_scale, state_numels, whole_weights
+from tostlm.checkpoint.deepspeed_state import gather_state, gather_weights, loss_scale, state_numels
 from tostlm.checkpoint.layout import TrainState, checkpoint_folder
 from tostlm.checkpoint.load import resume
 from tostlm.checkpoint.save import CheckpointSaver
@@ -22,7 +22,7 @@ from tostlm.train.engine import TrainingEngine, start_engine, train_step
 from tostlm.train.trainer import learning_rate
 
 KEPT_STEP, LAST_STEP = 3, 6  # of a job: the step that it saves and may be resumed from, and the last one
-CARRY = {"sums": torch.arange(6, dtype=torch.float64).view(2, 3), "reset": torch.tensor([True, False])}
+RECURRENT_STATE = {"sums": torch.arange(6, dtype=torch.float64).view(2, 3), "reset": torch.tensor([True, False])}
 
 
 class Job(NamedTuple):
@@ -69,7 +69,7 @@ def run_job(job: Job, ranks: RankInfo) -> dict[str, Any]:
             losses[step + 1] = result.loss
             state = state.advance(result.skipped)
             if step + 1 == KEPT_STEP:
-                saver.save(engine, state, CARRY if config.data.stateful else {})
+                saver.save(engine, state, RECURRENT_STATE if config.data.stateful else {})
         batches.close()
     engine.destroy()
     return {"losses": losses, **facts}
@@ -77,7 +77,7 @@ def run_job(job: Job, ranks: RankInfo) -> dict[str, Any]:
 
 def state_facts(engine: TrainingEngine) -> dict[str, Any]:
     """Return what must hold of an engine right after it was restored."""
-    weights = whole_weights(engine)
+    weights = gather_weights(engine)
     masters = gather_state(engine, dict.fromkeys(state_numels(engine), 0))
     counts = [state["step"] for state in engine.basic_optimizer.state.values()]
     tensors = [count for count in counts if isinstance(count, torch.Tensor)]

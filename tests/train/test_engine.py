@@ -13,7 +13,7 @@ import torch
 from tests.conftest import Run
 from tests.processes import on_ranks
 from tests.train.run_helpers import zero_options
-from tostlm.checkpoint.deepspeed_state import whole_weights
+from tostlm.checkpoint.deepspeed_state import gather_weights
 from tostlm.launch import RankInfo
 from tostlm.model import create_lm
 from tostlm.train.batches import Batch, RankBatches, RecurrentState, open_data
@@ -63,7 +63,7 @@ def bad_among_good(run: Run, ranks: RankInfo, stage: int, bf16: str, more: tuple
         return train_step(engine, parts, 1e-3, is_bad, False, recurrent_state, lambda name: nullcontext())
 
     def weights() -> dict[str, torch.Tensor]:
-        return whole_weights(engine)
+        return gather_weights(engine)
 
     good = [step(0), step(1)]
     before = weights()

@@ -73,9 +73,9 @@ BACK = ("train.bad_steps_before_rollback=2", "train.save_every_steps=2", "train.
 
 def test_a_run_that_has_gone_bad_goes_back_and_leaves_the_data_out(run: Run) -> None:
     succeed(train_with(lost_weights, 5, run, *BACK))
-    progress = read_train_state(checkpoints(run.dir)[-1])
-    assert (progress.step, progress.data_step) == (8, 10)  # steps 5 and 6 of the data were left out
-    assert (progress.skipped_steps, progress.rollbacks) == (2, 1)
+    state = read_train_state(checkpoints(run.dir)[-1])
+    assert (state.step, state.data_step) == (8, 10)  # steps 5 and 6 of the data were left out
+    assert (state.skipped_steps, state.rollbacks) == (2, 1)
     assert list(run.metrics("train")) == list(range(1, 9))
     assert [(event["step"], event["event"]) for event in events(run)] == [
         (5, "skipped"),

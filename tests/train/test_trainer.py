@@ -63,8 +63,8 @@ def test_every_stage_trains_alike_and_resumes_exactly(run: Run, single: Run, sta
     shutil.rmtree(checkpoints(run.dir)[-1])
     succeed(run.train(*zero_options(stage, bf16), nproc=2))
     assert {key: run.metrics(kind, key) for kind, key in REPORTED} == before
-    progress = read_train_state(checkpoints(run.dir)[-1])
-    assert (progress.step, progress.world_size) == (6, 2)
+    state = read_train_state(checkpoints(run.dir)[-1])
+    assert (state.step, state.world_size) == (6, 2)
 
 
 def test_autocast_trains_alike(run: Run, single: Run) -> None:

@@ -1,14 +1,18 @@
-"""The state of a DeepSpeed engine by parameter, whole and in fp32: what no ZeRO stage and no number of ranks changes.
+"""A DeepSpeed engine's training state by parameter: fp32 master weights and Adam's moments, at every ZeRO stage.
 
-DeepSpeed keeps master weights and Adam's moments in tensors that its stages lay out differently: whole, flat, or flat
-and cut among the ranks. Here each parameter's stretch of them on this rank is found, once for all stages.
+The stages lay these out differently: one tensor per parameter, flat tensors, or flat tensors partitioned over the
+ranks. Here each parameter's fragment on this rank is found, once for all stages.
+
+DeepSpeed's own accessors do not serve all of them: `safe_get_full_*` and `safe_set_full_*` do nothing at stage 0, fail
+for moments before the first step, and need whole tensors on every rank; `safe_get_local_*` and `safe_set_local_*` exist
+at stage 3 alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import deepspeed
 import torch
@@ -28,12 +32,32 @@ class DeepSpeedOptimizer(Protocol):
     param_groups: list[dict[str, Any]]
 
 
+class Stage3Optimizer(DeepSpeedOptimizer, Protocol):
+    """The part of DeepSpeed's `DeepSpeedZeroOptimizer_Stage3` that is used here."""
+
+    grad_position: dict[int, tuple[int, int, int]]  # by parameter id: group, offset in its flat tensor, elements
+    fp16_groups: list[list[Tensor]]
+    fp32_partitioned_groups_flat: list[Tensor]
+
+    def get_param_id(self, param: Tensor) -> int: ...
+    def checkpoint_event_prologue(self) -> None: ...
+    def checkpoint_event_epilogue(self) -> None: ...
+    def _reassign_or_swap_out_partitioned_parameters(self, sub_group_id: int) -> None: ...
+
+
+class Stage1And2Optimizer(DeepSpeedOptimizer, Protocol):
+    """The part of DeepSpeed's `DeepSpeedZeroOptimizer` and `BF16_Optimizer` that is used here."""
+
+    def update_lp_params(self) -> None: ...
+
+
 class DeepSpeedEngine(Protocol):
     """The part of `deepspeed.DeepSpeedEngine` that tostlm uses; DeepSpeed itself has no type annotations."""
 
     module: LM
     optimizer: DeepSpeedOptimizer
     basic_optimizer: torch.optim.Optimizer  # AdamW itself, which `optimizer` wraps under ZeRO
+    torch_autocast_z0_gradscaler: torch.amp.GradScaler | None
     device: torch.device
     global_steps: int
     global_samples: int
@@ -56,77 +80,96 @@ class DeepSpeedEngine(Protocol):
 
 
 class Fragment(NamedTuple):
-    """Where this rank has a part of a flattened parameter; of no elements where it has none."""
+    """The part of a flattened parameter that lies in this rank's optimizer; it may have no elements."""
 
-    begin: int  # in the parameter
-    numel: int
-    held: Tensor  # a tensor that Adam updates, and has its state by
-    offset: int  # in `held`
+    elements: range  # of the parameter
+    owner: Tensor  # the tensor that Adam updates and has its state by
+    offset: int  # of the first element, in `owner`
 
 
 def state_keys(name: str) -> list[str]:
-    """What a parameter's master weight and moments are called in a checkpoint."""
+    """Return the keys of a parameter's master weight and moments in a checkpoint: NAME/KIND."""
     return [f"{name}/{kind}" for kind in KINDS]
 
 
-def state_numels(engine: Any) -> dict[str, int]:
-    """Elements of each parameter by name, in the model's order."""
-    return {name: _shape(parameter).numel() for name, parameter in engine.module.named_parameters()}
+def state_numels(engine: DeepSpeedEngine) -> dict[str, int]:
+    """Return the number of elements of each parameter by name, in the model's order."""
+    return {name: _full_shape(parameter).numel() for name, parameter in engine.module.named_parameters()}
+
+
+def state_elements(engine: DeepSpeedEngine) -> dict[str, range]:
+    """Return which elements of each flattened tensor NAME/KIND lie in this rank's optimizer."""
+    elements: dict[str, range] = {}
+    for name, parameter in engine.module.named_parameters():
+        elements |= dict.fromkeys(state_keys(name), _fragment(engine, parameter).elements)
+    return elements
 
 
 @torch.no_grad()
-def gather_state(engine: Any, rank_of: Mapping[str, int]) -> dict[str, Tensor]:
-    """Copies on the host of the tensors NAME/KIND whose NAME is this rank's by `rank_of`; every rank must call.
+def gather_state(engine: DeepSpeedEngine, rank_of: Mapping[str, int]) -> dict[str, Tensor]:
+    """Return host copies of the state of the parameters assigned to this rank. Every rank must call this.
 
-    Beside them a rank holds one whole tensor at a time.
+    Besides these, a rank holds one full tensor at a time.
+
+    Args:
+        rank_of: the rank to which each parameter is assigned, by name.
+
+    Returns:
+        NAME/KIND: fp32 tensors in the parameters' shapes.
     """
     gathered = {}
+    partitioned = engine.zero_optimization()
     for name, parameter in engine.module.named_parameters():
-        own, cut = rank_of[name] == dist.get_rank(), engine.zero_optimization()
-        stretch = _stretch(engine, parameter)
-        for key, kind in zip(state_keys(name), KINDS, strict=True) if own or cut else ():
-            whole = torch.zeros(_shape(parameter).numel(), dtype=torch.float32, device=engine.device)
-            whole[stretch.begin : stretch.begin + stretch.numel] = _part(engine, stretch, kind)
-            if cut:  # one rank has each element and the others zero bits, whose sum as integers is exact, even of -0.0
-                dist.reduce(whole.view(torch.int32), dst=rank_of[name])
+        own = rank_of[name] == dist.get_rank()
+        fragment = _fragment(engine, parameter)
+        for key, kind in zip(state_keys(name), KINDS, strict=True) if own or partitioned else ():
+            full = torch.zeros(_full_shape(parameter).numel(), dtype=torch.float32, device=engine.device)
+            full[fragment.elements.start : fragment.elements.stop] = _view(engine, fragment, kind)
+            if partitioned:
+                # One rank has each element, the others zero bits: their sum as integers is exact, even for -0.0.
+                dist.reduce(full.view(torch.int32), dst=rank_of[name])
             if own:
-                gathered[key] = whole.view(_shape(parameter)).cpu()
+                gathered[key] = full.view(_full_shape(parameter)).cpu()
     return gathered
 
 
 @torch.no_grad()
-def restore_state(engine: Any, tensors: Iterable[tuple[str, Tensor]], optimizer_steps: int) -> None:
-    """Write whole tensors NAME/KIND into the engine, and Adam's count; every rank must call, with all of them."""
+def restore_state(engine: DeepSpeedEngine, fragments: Iterable[tuple[str, Tensor]], optimizer_steps: int) -> None:
+    """Write a training state into the engine. Every rank must call this.
+
+    Args:
+        fragments: of each tensor NAME/KIND, flattened, the elements that `state_elements` returns on this rank.
+        optimizer_steps: the number of updates that Adam's bias correction counts.
+    """
     parameters = dict(engine.module.named_parameters())
-    if engine.zero_optimization_partition_weights():
-        engine.optimizer.checkpoint_event_prologue()  # parameters kept whole are cut again, to be gathered anew
-    for key, tensor in tensors:
+    if stage3 := _stage3(engine):
+        stage3.checkpoint_event_prologue()  # partitions the parameters that are kept whole; the epilogue gathers them
+    for key, elements in fragments:
         name, _, kind = key.rpartition("/")
-        stretch = _stretch(engine, parameters[name])
-        if stretch.numel:
-            _part(engine, stretch, kind).copy_(tensor.flatten()[stretch.begin : stretch.begin + stretch.numel])
-    for held in _held(engine):
-        state = _adam(engine, held)
-        step = state["step"]  # DeepSpeed's own Adam counts in an int, torch's in a tensor
+        _view(engine, _fragment(engine, parameters[name]), kind).copy_(elements)
+    for owner in _owners(engine):
+        state = _adam_state(engine, owner)
+        step = state["step"]  # DeepSpeed's CPU Adam counts in an int, torch's in a tensor
         state["step"] = torch.full_like(step, optimizer_steps) if isinstance(step, Tensor) else optimizer_steps
     _copy_masters_to_model(engine)
 
 
-def optimizer_steps(engine: Any) -> int:
-    """The updates that Adam has made."""
-    return int(_adam(engine, _held(engine)[0])["step"])
+def optimizer_steps(engine: DeepSpeedEngine) -> int:
+    """Return the number of updates that Adam has made."""
+    return int(_adam_state(engine, _owners(engine)[0])["step"])
 
 
-def loss_scale(engine: Any) -> dict[str, float] | None:
-    """The state of fp16's dynamic loss scale; None where there is none."""
+def loss_scale(engine: DeepSpeedEngine) -> dict[str, float] | None:
+    """Return the state of fp16's dynamic loss scale; None if there is none."""
     if grad_scaler := _grad_scaler(engine):
-        return grad_scaler.state_dict()
-    scaler = _loss_scaler(engine)
-    return scaler and {key: getattr(scaler, key) for key in LOSS_SCALE if hasattr(scaler, key)}
+        return dict(grad_scaler.state_dict())
+    if scaler := _loss_scaler(engine):
+        return {key: getattr(scaler, key) for key in LOSS_SCALE if hasattr(scaler, key)}
+    return None
 
 
-def restore_loss_scale(engine: Any, values: Mapping[str, float] | None) -> None:
-    """Write what `loss_scale` gave, at another ZeRO stage too."""
+def restore_loss_scale(engine: DeepSpeedEngine, values: Mapping[str, float] | None) -> None:
+    """Restore the state that `loss_scale` returned, also at another ZeRO stage; None changes nothing."""
     if values is None:
         return
     if grad_scaler := _grad_scaler(engine):
@@ -137,96 +180,96 @@ def restore_loss_scale(engine: Any, values: Mapping[str, float] | None) -> None:
                 setattr(scaler, key, value)
 
 
-def whole_weights(engine: Any) -> dict[str, Tensor]:
-    """The model as it computes, on the host of rank 0, empty elsewhere; every rank must call."""
-    cut = engine.zero_optimization_partition_weights()
+def gather_weights(engine: DeepSpeedEngine) -> dict[str, Tensor]:
+    """Return host copies of the model's weights in its own dtype on rank 0, {} elsewhere. Every rank must call this."""
     weights = {}
     for name, parameter in engine.module.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter]) if cut else nullcontext():
+        with deepspeed.zero.GatheredParameters([parameter]) if _stage3(engine) else nullcontext():
             if dist.get_rank() == 0:
                 weights[name] = parameter.detach().to("cpu", copy=True)
     return weights
 
 
-def _shape(parameter: Tensor) -> torch.Size:
-    return getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 empties a parameter between its uses
+def _full_shape(parameter: Tensor) -> torch.Size:
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 empties parameters between uses
+    return shape
 
 
-def _stretch(engine: Any, parameter: Any) -> Fragment:
-    optimizer, numel = engine.optimizer, _shape(parameter).numel()
-    if engine.zero_optimization_partition_weights():
-        group, offset, share = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        begin = min(numel, share * dist.get_rank())  # the last shares are padded
-        return Fragment(begin, min(share, numel - begin), optimizer.fp32_partitioned_groups_flat[group], offset)
+def _fragment(engine: DeepSpeedEngine, parameter: Tensor) -> Fragment:
+    numel = _full_shape(parameter).numel()
+    if stage3 := _stage3(engine):
+        group, offset, share = stage3.grad_position[stage3.get_param_id(parameter)]
+        start = min(numel, share * dist.get_rank())  # the last shares are padded
+        return Fragment(range(start, min(numel, start + share)), stage3.fp32_partitioned_groups_flat[group], offset)
     if engine.zero_optimization():
-        mapping = parameter._hp_mapping
+        mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]  # deepspeed.utils.tensor_fragment
         if mapping is None:
-            return Fragment(0, 0, _held(engine)[0], 0)
-        (held,) = optimizer.param_groups[mapping.param_group_index]["params"]
-        address = mapping.hp_fragment_address
-        return Fragment(mapping.lp_fragment_address.start, address.numel, held, address.start)
-    return Fragment(0, numel, _master(optimizer, parameter), 0)
+            return Fragment(range(0), _owners(engine)[0], 0)
+        (owner,) = engine.optimizer.param_groups[mapping.param_group_index]["params"]
+        start, offset = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start
+        return Fragment(range(start, start + mapping.lp_fragment_address.numel), owner, offset)
+    master = next((master for weight, master in _master_copies(engine) if weight is parameter), parameter)
+    return Fragment(range(numel), master, 0)
 
 
-def _master(optimizer: Any, parameter: Tensor) -> Tensor:
-    """What Adam updates for a parameter without ZeRO: itself, or its copy in fp32."""
-    if not isinstance(optimizer, FP16_UnfusedOptimizer):
-        return parameter
-    return next(master for model, master in _copies(optimizer) if model is parameter)
+def _stage3(engine: DeepSpeedEngine) -> Stage3Optimizer | None:
+    return cast(Stage3Optimizer, engine.optimizer) if engine.zero_optimization_partition_weights() else None
 
 
-def _copies(optimizer: Any) -> Iterable[tuple[Tensor, Tensor]]:
-    for groups in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-        yield from zip(*groups, strict=True)
+def _master_copies(engine: DeepSpeedEngine) -> Iterable[tuple[Tensor, Tensor]]:
+    """Return pairs of a parameter and its fp32 master copy at stage 0; there are none if the model is fp32 itself."""
+    optimizer: Any = engine.optimizer
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        for groups in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            yield from zip(*groups, strict=True)
 
 
-def _held(engine: Any) -> list[Tensor]:
-    """The tensors that this rank's Adam updates."""
-    if engine.zero_optimization_partition_weights():
-        return engine.optimizer.fp32_partitioned_groups_flat
-    return [held for group in engine.optimizer.param_groups for held in group["params"]]
+def _owners(engine: DeepSpeedEngine) -> list[Tensor]:
+    """Return the tensors that this rank's Adam updates."""
+    if stage3 := _stage3(engine):
+        return stage3.fp32_partitioned_groups_flat
+    return [tensor for group in engine.optimizer.param_groups for tensor in group["params"]]
 
 
-def _part(engine: Any, stretch: Fragment, kind: str) -> Tensor:
-    """The elements of a stretch, which may be written."""
-    tensor = stretch.held.detach() if kind == "weight" else _adam(engine, stretch.held)[kind]
-    return tensor.view(-1)[stretch.offset : stretch.offset + stretch.numel]
+def _view(engine: DeepSpeedEngine, fragment: Fragment, kind: str) -> Tensor:
+    """Return a flat view of a fragment's elements in the engine, to read or to write."""
+    tensor: Tensor = fragment.owner.detach() if kind == "weight" else _adam_state(engine, fragment.owner)[kind]
+    return tensor.view(-1)[fragment.offset : fragment.offset + len(fragment.elements)]
 
 
-def _adam(engine: Any, held: Tensor) -> dict[str, Any]:
-    """Adam's state of a tensor, made as its first step would make it."""
+def _adam_state(engine: DeepSpeedEngine, owner: Tensor) -> dict[str, Any]:
+    """Return Adam's state of a tensor; before its first step, created as that step would."""
     adam = engine.basic_optimizer
-    state = adam.state[held]
+    state: dict[str, Any] = adam.state[owner]
     if not state:
         on_device = adam.defaults.get("fused", False)
         in_torch = isinstance(adam, torch.optim.AdamW)
-        state["step"] = torch.zeros((), device=held.device if on_device else "cpu") if in_torch else 0
+        state["step"] = torch.zeros((), device=owner.device if on_device else "cpu") if in_torch else 0
         for kind in KINDS[1:]:
-            state[kind] = torch.zeros_like(held, requires_grad=False)
+            state[kind] = torch.zeros_like(owner, requires_grad=False)
     return state
 
 
-def _copy_masters_to_model(engine: Any) -> None:
-    optimizer = engine.optimizer
-    if engine.zero_optimization_partition_weights():
-        for group in range(len(optimizer.fp16_groups)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        optimizer.checkpoint_event_epilogue()
+def _copy_masters_to_model(engine: DeepSpeedEngine) -> None:
+    if stage3 := _stage3(engine):
+        for group in range(len(stage3.fp16_groups)):
+            stage3._reassign_or_swap_out_partitioned_parameters(group)
+        stage3.checkpoint_event_epilogue()
     elif engine.zero_optimization():
-        optimizer.update_lp_params()
-    elif isinstance(optimizer, FP16_UnfusedOptimizer):
-        for parameter, master in _copies(optimizer):
+        cast(Stage1And2Optimizer, engine.optimizer).update_lp_params()
+    else:
+        for parameter, master in _master_copies(engine):
             parameter.copy_(master)
 
 
-def _grad_scaler(engine: Any) -> Any:
-    """torch's scaler, where autocast is to fp16."""
+def _grad_scaler(engine: DeepSpeedEngine) -> torch.amp.GradScaler | None:
+    """Return torch's gradient scaler, which DeepSpeed uses for autocast to fp16; None elsewhere."""
     return engine.torch_autocast_z0_gradscaler or getattr(engine.optimizer, "torch_autocast_gradscaler", None)
 
 
-def _loss_scaler(engine: Any) -> Any:
-    """DeepSpeed's scaler of fp16 weights, if it adapts."""
+def _loss_scaler(engine: DeepSpeedEngine) -> object | None:
+    """Return DeepSpeed's scaler of losses in fp16 if it is dynamic; None elsewhere."""
     optimizer = engine.optimizer
-    scaler = getattr(optimizer, "loss_scale_config", None) or getattr(optimizer, "loss_scaler", None)
-    adapts = getattr(scaler, "dynamic_loss_scale", False) or getattr(scaler, "dynamic", False)
-    return scaler if adapts else None
+    scaler: object = getattr(optimizer, "loss_scale_config", None) or getattr(optimizer, "loss_scaler", None)
+    is_dynamic = getattr(scaler, "dynamic_loss_scale", False) or getattr(scaler, "dynamic", False)
+    return scaler if is_dynamic else None

@@ -1,18 +1,19 @@
-"""Checkpoints as everything but training reads them: tensors without pickles, the config and the tokenizer.
+"""The files of a checkpoint, and reading them: tensors without pickles, the config and the tokenizer.
 
 A run's folder holds
 
     config.yaml
     metrics.jsonl, tensorboard/
-    checkpoints/latest            the newest checkpoint's name, for people and other tools
+    checkpoints/latest                  the name of the newest checkpoint, for people and other tools
     checkpoints/step-00000100/
-        state/00000.safetensors   of each parameter NAME, whole and in fp32: NAME/weight, NAME/exp_avg, NAME/exp_avg_sq
-        weights.safetensors       the model in the dtype it trained in, where train.save_weights is on
-        carry.safetensors         what a run that carries its state remembers of its documents
-        config.yaml               the run's config
+        state/00000.safetensors         of each parameter NAME, in full and in fp32: NAME/weight, NAME/exp_avg and
+                                        NAME/exp_avg_sq
+        weights.safetensors             the model in the dtype it trains in, where train.save_weights is on
+        recurrent_state.safetensors     the recurrent state of each sequence, where data.stateful is on
+        config.yaml                     the config of the run
         tokenizer.model | .json
-        progress.json             where the run was
-        COMPLETE                  bytes and SHA-256 of every other file, written last
+        train_state.json                the progress of the run, a `TrainState`
+        COMPLETE                        bytes and SHA-256 of every other file, written last
 
 Nothing in it depends on the number of ranks or on the ZeRO stage that wrote it.
 """
@@ -20,11 +21,12 @@ Nothing in it depends on the number of ranks or on the ZeRO stage that wrote it.
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -36,25 +38,25 @@ from tostlm.data import Tokenizer
 from tostlm.errors import UserError, error_summary
 from tostlm.model import LM
 
-STATE, WEIGHTS, CARRY = "state", "weights.safetensors", "carry.safetensors"
-CONFIG, PROGRESS, COMPLETE = "config.yaml", "progress.json", "COMPLETE"
+STATE, WEIGHTS, RECURRENT_STATE = "state", "weights.safetensors", "recurrent_state.safetensors"
+CONFIG, TRAIN_STATE, COMPLETE = "config.yaml", "train_state.json", "COMPLETE"
 STEP = re.compile(r"^step-(\d{8,})$")
 
 
 class TrainState(NamedTuple):
-    """Where a run was. The training loop says the first six; saving adds the rest."""
+    """The progress of a run: training sets the first six fields, saving the others."""
 
     step: int = 0
-    data_step: int = 0  # steps of the loader that were read; above `step` once some were skipped
+    data_step: int = 0  # steps whose data were read; above `step` once a rollback skipped data
     validation_loss: float | None = None  # of the last evaluation, in nats
     skipped_steps: int = 0
     rollbacks: int = 0
-    good_losses: tuple[float, ...] = ()  # of the last steps, which spikes are told by
-    optimizer_steps: int = 0  # Adam's count, which its bias correction reads
-    loss_scale: dict[str, float] | None = None  # where fp16 adapts it
-    world_size: int = 1  # this and the next for information alone
+    good_losses: tuple[float, ...] = ()  # of the last good steps, with which loss spikes are detected
+    optimizer_steps: int = 0  # the updates that Adam's bias correction counts
+    loss_scale: dict[str, float] | None = None  # state of fp16's dynamic loss scale
+    world_size: int = 1  # like zero_stage, for information only
     zero_stage: int = 0
-    data_sha256: str = ""  # of what the prepared folders hold
+    data_sha256: str = ""  # of the content of the prepared folders
 
     def advance(self, skipped: bool) -> TrainState:
         """Return the state after one more step, whose update was `skipped` or not."""
@@ -68,43 +70,43 @@ class TrainState(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """A trained model and all that is needed to use it."""
+    """A trained model and everything needed to use it."""
 
     path: Path
     lm: LM
     config: RunConfig
     tokenizer: Tokenizer
-    progress: TrainState
+    train_state: TrainState
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
+    """Return the path of the checkpoint of a step."""
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
 def step_folders(run_dir: Path) -> list[Path]:
-    """The folders of a run that are named as checkpoints are, whole or not, oldest first."""
+    """Return the folders of a run that are named as checkpoints, complete or not, oldest first."""
     found = [path for path in (run_dir / "checkpoints").glob("step-*") if STEP.match(path.name) and path.is_dir()]
     return sorted(found, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name, for where its content may be going away."""
+    """Return the step in a checkpoint's name, which stays known while its files are being deleted."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """A run's finished checkpoints, oldest first."""
+    """Return the complete checkpoints of a run, oldest first."""
     return [folder for folder in step_folders(run_dir) if (folder / COMPLETE).is_file()]
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint that `path` names: itself, or the newest of a run's folder.
+    """Return `path` if it is a checkpoint, or the newest checkpoint if it is the folder of a run.
 
     Raises:
         UserError: there is none.
     """
-    if (path / PROGRESS).is_file():
+    if (path / TRAIN_STATE).is_file():
         return path
     found = checkpoints(path)
     if not found:
@@ -113,28 +115,35 @@ def resolve(path: Path) -> Path:
 
 
 def run_folder(checkpoint: Path) -> Path:
-    """The folder of the run that wrote a checkpoint, wherever it is now; of a copied checkpoint, itself."""
+    """Return the folder of the run that a checkpoint is in; of a checkpoint copied elsewhere, its own folder."""
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
 
 
 def read_train_state(checkpoint: Path) -> TrainState:
-    """How far a checkpoint's run was.
+    """Return the progress of the run when the checkpoint was saved.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is missing or damaged.
     """
     try:
-        progress = TrainState(**json.loads((checkpoint / PROGRESS).read_text()))
-        return progress._replace(good_losses=tuple(progress.good_losses))  # JSON has lists alone
+        state = TrainState(**json.loads((checkpoint / TRAIN_STATE).read_text()))
+        return state._replace(good_losses=tuple(state.good_losses))  # JSON has lists only
     except (OSError, ValueError, TypeError):
-        raise UserError(f"checkpoint {checkpoint} has no readable {PROGRESS}; use an older one") from None
+        raise UserError(f"checkpoint {checkpoint} has no readable {TRAIN_STATE}; use an older one") from None
 
 
-def read_state(checkpoint: Path, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of `keys`, as in NAME/weight, one at a time.
+def read_state(checkpoint: Path, elements: Mapping[str, range]) -> Iterator[tuple[str, Tensor]]:
+    """Read tensors of the training state, one at a time, or a part of each: no more than the rows that hold it.
+
+    Args:
+        elements: what to read of each flattened tensor NAME/KIND, such as "embed.weight/exp_avg". Tensors of which
+            nothing is read must exist too.
+
+    Yields:
+        NAME/KIND and a tensor [elements] in fp32.
 
     Raises:
-        UserError: a file is damaged, or a tensor is not there.
+        UserError: a file is damaged, or a tensor is missing.
     """
     try:
         with ExitStack() as opened:
@@ -142,23 +151,39 @@ def read_state(checkpoint: Path, keys: Iterable[str]) -> Iterator[tuple[str, Ten
                 opened.enter_context(safetensors.safe_open(path, "pt"))
                 for path in sorted((checkpoint / STATE).glob("*.safetensors"))
             ]
-            holder = {key: file for file in files for key in file.keys()}  # noqa: SIM118  (it is no mapping)
-            for key in keys:
-                yield key, holder[key].get_tensor(key)
+            file_of = {key: file for file in files for key in file.keys()}  # noqa: SIM118  (it is no mapping)
+            for key, wanted in elements.items():
+                yield key, _read_elements(file_of[key].get_slice(key), wanted)
     except KeyError as error:
         raise UserError(f"checkpoint {checkpoint} holds no {error} in {STATE}/; use an older one") from None
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"checkpoint {checkpoint}: {STATE}/ cannot be read ({error_summary(error)})") from None
 
 
-def read_carry(checkpoint: Path) -> dict[str, Tensor]:
-    """What the run remembered of its documents; empty where it remembered nothing."""
-    path = checkpoint / CARRY
+def _read_elements(stored: Any, wanted: range) -> Tensor:
+    """Read consecutive elements of a flattened tensor by the rows of its first dimension.
+
+    Args:
+        stored: a tensor in a file, safetensors' untyped `PySafeSlice`.
+    """
+    shape = stored.get_shape()
+    row = max(1, math.prod(shape[1:]))  # elements
+    first, end = wanted.start // row, -(-wanted.stop // row)
+    rows: Tensor = stored[first:end] if shape else stored[...]
+    return rows.flatten()[wanted.start - first * row : wanted.stop - first * row]
+
+
+def read_recurrent_state(checkpoint: Path) -> dict[str, Tensor]:
+    """Read the recurrent state of the run's sequences; {} if the run keeps none."""
+    path = checkpoint / RECURRENT_STATE
     return safetensors.torch.load_file(path) if path.is_file() else {}
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
-    """Load a model for evaluation or conversion, from a checkpoint or a run's folder; nothing is unpickled.
+    """Load a model for evaluation or conversion. Nothing is unpickled.
+
+    Args:
+        path: a checkpoint, or the folder of a run, whose newest checkpoint is loaded.
 
     Raises:
         UserError: there is no checkpoint, or it is damaged.
@@ -171,7 +196,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
         lm = LM(config.model)
     source = checkpoint / (WEIGHTS if (checkpoint / WEIGHTS).is_file() else STATE)
     try:
-        weights = _masters(checkpoint, config, lm) if source.is_dir() else safetensors.torch.load_file(source)
+        weights = _read_masters(checkpoint, config, lm) if source.is_dir() else safetensors.torch.load_file(source)
         lm.load_state_dict(weights, assign=True)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise UserError(
@@ -181,8 +206,9 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
     return Checkpoint(checkpoint, lm, config, tokenizer, read_train_state(checkpoint))
 
 
-def _masters(checkpoint: Path, config: RunConfig, lm: LM) -> dict[str, Tensor]:
-    """The master weights in the dtype that the run trains in."""
+def _read_masters(checkpoint: Path, config: RunConfig, lm: LM) -> dict[str, Tensor]:
+    """Read the master weights, rounded to the dtype that the run trains in."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision, torch.float32)
-    state = read_state(checkpoint, [f"{name}/weight" for name in lm.state_dict()])
-    return {key.removesuffix("/weight"): tensor.to(dtype, copy=True) for key, tensor in state}
+    shapes = {f"{name}/weight": parameter.shape for name, parameter in lm.state_dict().items()}
+    state = read_state(checkpoint, {key: range(shape.numel()) for key, shape in shapes.items()})
+    return {key.removesuffix("/weight"): tensor.view(shapes[key]).to(dtype, copy=True) for key, tensor in state}

@@ -1,4 +1,4 @@
-"""Saving a run while it goes on. What a checkpoint holds is in tostlm/checkpoint.py."""
+"""Saving checkpoints while training continues; `tostlm/checkpoint/layout.py` has what they hold."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from tostlm.checkpoint.deepspeed_state import (
+    DeepSpeedEngine,
     gather_state,
+    gather_weights,
     loss_scale,
     optimizer_steps,
     state_keys,
     state_numels,
-    whole_weights,
 )
 from tostlm.checkpoint.layout import (
-    CARRY,
     COMPLETE,
     CONFIG,
-    PROGRESS,
+    RECURRENT_STATE,
     STATE,
+    TRAIN_STATE,
     WEIGHTS,
     TrainState,
     checkpoint_folder,
     checkpoints,
     read_train_state,
 )
-from tostlm.checkpoint.state_files import Checksum, Content, pack, write_file
+from tostlm.checkpoint.state_files import Checksum, Content, assign_files, write_file
 from tostlm.config import RunConfig, dump_config
 from tostlm.data import Tokenizer, read_manifest
 from tostlm.errors import EXIT_USER_ERROR, UserError
@@ -45,23 +45,25 @@ from tostlm.files import sync_folder, write_atomically
 from tostlm.launch import RankInfo
 
 LATEST = "latest"
-PARTIAL, REMOVED = ".saving-", ".removing-"  # before a checkpoint's name: not published yet, and no longer
+PARTIAL, REMOVED = ".saving-", ".removing-"  # prefixes of a checkpoint's name before it is published, and when deleted
 RANK_DONE, RANK_FAILED = ".rank-{}.json", ".rank-{}.failed"
-POLL_SECONDS, WAITING_SECONDS = 0.05, 1.0
+POLL_SECONDS, WAIT_SECONDS = 0.05, 1.0
 
 
 class CheckpointSaver:
-    """Writes a run's checkpoints. Every rank has one, as a context, and calls its methods when the others do.
+    """Writes the checkpoints of a run. Every rank has one, as a context, and calls its methods when the others do.
 
-    Training stands still while tensors are copied to the host; a thread writes them, each rank's its own files, and
-    rank 0's publishes the whole by a rename when it has seen that all are on disk.
+    Training waits while tensors are copied to the host. Then a thread of each rank writes the rank's own files, and
+    rank 0's publishes the checkpoint by a rename once all ranks' files are on disk.
+
+    Args:
+        on_wait: called every second while a rank waits for the disk, which may take long and is no hang.
     """
 
-    def __init__(self, config: RunConfig, tokenizer: Tokenizer, ranks: RankInfo, waiting: Callable[[], None]) -> None:
-        """`waiting` is called now and then while a rank waits for a disk, which may be long and is no hang."""
-        self._config, self._tokenizer, self._ranks, self._waiting = config, tokenizer, ranks, waiting
+    def __init__(self, config: RunConfig, tokenizer: Tokenizer, ranks: RankInfo, on_wait: Callable[[], None]) -> None:
+        self._config, self._tokenizer, self._ranks, self._on_wait = config, tokenizer, ranks, on_wait
         self._thread = ThreadPoolExecutor(1, "save")
-        self._under_way: tuple[Path, Future[str | None]] | None = None
+        self._pending: tuple[Path, Future[str | None]] | None = None
 
     def __enter__(self) -> CheckpointSaver:
         return self
@@ -75,62 +77,69 @@ class CheckpointSaver:
         finally:
             self._thread.shutdown()
 
-    def save(self, engine: Any, progress: TrainState, carry: Mapping[str, Tensor]) -> None:
-        """Save the engine and where the run is; `carry` is what it remembers of its documents.
+    def save(self, engine: DeepSpeedEngine, train_state: TrainState, recurrent_state: Mapping[str, Tensor]) -> None:
+        """Save a checkpoint, in the background unless `train.save_in_background` is off.
+
+        Args:
+            train_state: the progress of the run.
+            recurrent_state: tensors on the host, which must not change later; rank 0 saves its own.
 
         Raises:
-            UserError: this save or the one before it cannot be written; the run's older checkpoints are untouched.
+            UserError: on rank 0, if this checkpoint or the one before cannot be written; older ones are intact. The
+                other ranks raise SystemExit with `EXIT_USER_ERROR`.
         """
         self.finish()
-        folder = checkpoint_folder(self._config.run_dir, progress.step)
-        self._under_way = folder, self._thread.submit(self._write, folder, self._copy(engine, progress, carry))
+        folder = checkpoint_folder(self._config.run_dir, train_state.step)
+        files = self._copy_to_host(engine, train_state, recurrent_state)
+        self._pending = folder, self._thread.submit(self._write, folder, files)
         if not self._config.train.save_in_background:
             self.finish()
 
     def finish(self) -> None:
-        """Wait until what was saved last is published.
+        """Wait until the last checkpoint is published.
 
         Raises:
-            UserError: it cannot be written; said by rank 0.
+            UserError: on rank 0, if it cannot be written; see `save`.
         """
-        if self._under_way is None:
+        if self._pending is None:
             return
-        (folder, written), self._under_way = self._under_way, None
-        while wait([written], WAITING_SECONDS).not_done:
-            self._waiting()
-        troubles: list[str | None] = [None] * self._ranks.world_size
-        dist.all_gather_object(troubles, written.result())
-        trouble = next(filter(None, reversed(troubles)), None)  # rank 0 may only know that another failed
-        if trouble is None:
+        (folder, written), self._pending = self._pending, None
+        while wait([written], WAIT_SECONDS).not_done:
+            self._on_wait()
+        errors: list[str | None] = [None] * self._ranks.world_size
+        dist.all_gather_object(errors, written.result())
+        error = next(filter(None, reversed(errors)), None)  # rank 0 may only know that another rank failed
+        if error is None:
             return
         if self._ranks.rank:
             raise SystemExit(EXIT_USER_ERROR)
-        shutil.rmtree(partial_of(folder), ignore_errors=True)
+        shutil.rmtree(partial_folder(folder), ignore_errors=True)
         raise UserError(
-            f"checkpoint {folder} cannot be written: {trouble}; make room and run the command again, it resumes from "
+            f"checkpoint {folder} cannot be written: {error}; make room and run the command again, it resumes from "
             "the checkpoint before"
         )
 
-    def _copy(self, engine: Any, progress: TrainState, carry: Mapping[str, Tensor]) -> dict[str, Content]:
-        """What this rank writes, by file."""
+    def _copy_to_host(
+        self, engine: DeepSpeedEngine, train_state: TrainState, recurrent_state: Mapping[str, Tensor]
+    ) -> dict[str, Content]:
+        """Return the contents of the files that this rank writes, by path in the checkpoint."""
         rank, world_size = self._ranks.rank, self._ranks.world_size
-        numels = state_numels(engine)
-        packed = pack({name: 4 * len(state_keys(name)) * numel for name, numel in numels.items()}, world_size)
-        rank_of = {name: owner for owner, shared in enumerate(packed) for names in shared for name in names}
+        sizes = {name: 4 * len(state_keys(name)) * numel for name, numel in state_numels(engine).items()}
+        assigned = assign_files(sizes, world_size)
+        rank_of = {name: owner for owner, files_of in enumerate(assigned) for names in files_of for name in names}
         tensors = gather_state(engine, rank_of)
-        first = sum(len(shared) for shared in packed[:rank])  # number of this rank's first file
         files: dict[str, Content] = {
             f"{STATE}/{number:05d}.safetensors": {key: tensors[key] for name in names for key in state_keys(name)}
-            for number, names in enumerate(packed[rank], start=first)
+            for number, names in enumerate(assigned[rank], start=sum(map(len, assigned[:rank])))
         }
-        weights = whole_weights(engine) if self._config.train.save_weights else {}
+        weights = gather_weights(engine) if self._config.train.save_weights else {}
         if rank:
             return files
         if weights:
             files[WEIGHTS] = weights
-        if carry:
-            files[CARRY] = {name: tensor.detach().to("cpu", copy=True) for name, tensor in carry.items()}
-        whole = progress._replace(
+        if recurrent_state:
+            files[RECURRENT_STATE] = recurrent_state
+        train_state = train_state._replace(
             optimizer_steps=optimizer_steps(engine),
             loss_scale=loss_scale(engine),
             world_size=world_size,
@@ -139,31 +148,32 @@ class CheckpointSaver:
         )
         files[CONFIG] = dump_config(self._config).encode()
         files[self._tokenizer.file_name] = self._tokenizer.content
-        files[PROGRESS] = f"{json.dumps(whole._asdict())}\n".encode()
+        files[TRAIN_STATE] = f"{json.dumps(train_state._asdict())}\n".encode()
         return files
 
     def _write(self, folder: Path, files: Mapping[str, Content]) -> str | None:
-        """Write this rank's files; on rank 0 publish all ranks'. Returns what went wrong."""
-        partial, rank = partial_of(folder), self._ranks.rank
+        """Write this rank's files, and publish all ranks' on rank 0. Returns the error, if any."""
+        partial, rank = partial_folder(folder), self._ranks.rank
         try:
             (partial / STATE).mkdir(parents=True, exist_ok=True)
-            sums = {name: write_file(partial / name, content) for name, content in files.items()}
-            write_atomically(partial / RANK_DONE.format(rank), json.dumps(sums))
+            checksums = {name: write_file(partial / name, content) for name, content in files.items()}
+            write_atomically(partial / RANK_DONE.format(rank), json.dumps(checksums))
             if rank == 0:
-                publish(partial, folder, self._sums_of_all_ranks(partial))
-                for old in to_remove(self._config, checkpoints(self._config.run_dir)):
-                    remove(old)
+                publish(partial, folder, self._gather_checksums(partial))
+                for expired in expired_checkpoints(self._config, checkpoints(self._config.run_dir)):
+                    remove_checkpoint(expired)
         except OSError as error:
-            for name in files:  # a full disk has room for the mark below again
+            for name in files:  # makes room for the mark below on a full disk
                 with suppress(OSError):
                     (partial / name).unlink()
-            with suppress(OSError):  # rank 0 then waits in vain
+            with suppress(OSError):  # without the mark, rank 0 waits until its deadline
                 (partial / RANK_FAILED.format(rank)).touch()
             return error.strerror
         return None
 
-    def _sums_of_all_ranks(self, partial: Path) -> dict[str, Checksum]:
-        sums: dict[str, Checksum] = {}
+    def _gather_checksums(self, partial: Path) -> dict[str, Checksum]:
+        """Wait until all ranks have written their files, and return the checksums of these."""
+        checksums: dict[str, Checksum] = {}
         deadline = time.monotonic() + self._config.train.hang_timeout_seconds
         for rank in range(self._ranks.world_size):
             done = partial / RANK_DONE.format(rank)
@@ -171,45 +181,45 @@ class CheckpointSaver:
                 if any(partial.glob(RANK_FAILED.format("*"))) or time.monotonic() > deadline:
                     raise OSError(errno.EIO, f"rank {rank} did not write its part")
                 time.sleep(POLL_SECONDS)
-            sums |= json.loads(done.read_text())
-        return sums
+            checksums |= json.loads(done.read_text())
+        return checksums
 
 
-def publish(partial: Path, folder: Path, sums: Mapping[str, Checksum]) -> None:
-    """Make a checkpoint of what lies in `partial`: a reader finds it whole or not at all, after a crash too.
+def publish(partial: Path, folder: Path, checksums: Mapping[str, Checksum]) -> None:
+    """Rename a folder of written files to a checkpoint, which readers see completely or not at all, even after a crash.
 
     Raises:
         OSError: it cannot be written.
     """
     for done in partial.glob(".rank-*"):
         done.unlink()
-    write_file(partial / COMPLETE, f"{json.dumps(sums, indent=1)}\n".encode())
+    write_file(partial / COMPLETE, f"{json.dumps(checksums, indent=1)}\n".encode())
     sync_folder(partial / STATE)
     sync_folder(partial)
-    if folder.exists():  # a run that went back has come here again
-        remove(folder)
+    if folder.exists():  # of the same step, before a rollback
+        remove_checkpoint(folder)
     partial.replace(folder)
     sync_folder(folder.parent)
     write_atomically(folder.parent / LATEST, f"{folder.name}\n")
 
 
-def to_remove(config: RunConfig, found: Sequence[Path]) -> list[Path]:
-    """The checkpoints, of those `found` oldest first, that the config does not say to keep."""
+def expired_checkpoints(config: RunConfig, found: Sequence[Path]) -> list[Path]:
+    """Return which checkpoints, of those `found` oldest first, the config does not keep."""
     train = config.train
     if train.keep_last_checkpoints is None:
         return []
     kept = set(found[-train.keep_last_checkpoints :])
-    progress = {folder: read_train_state(folder) for folder in found}
+    states = {folder: read_train_state(folder) for folder in found}
     if train.keep_every_steps:
-        kept |= {folder for folder in found if progress[folder].step % train.keep_every_steps == 0}
-    losses = {folder: loss for folder in found if (loss := progress[folder].validation_loss) is not None}
+        kept |= {folder for folder in found if states[folder].step % train.keep_every_steps == 0}
+    losses = {folder: loss for folder in found if (loss := states[folder].validation_loss) is not None}
     if train.keep_best_checkpoint and losses:
         kept.add(min(losses, key=lambda folder: losses[folder]))  # of equals the oldest, nearest to its evaluation
     return [folder for folder in found if folder not in kept]
 
 
-def remove(folder: Path) -> None:
-    """Delete a checkpoint, which is none from the first moment on.
+def remove_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint; it is renamed first, so that no reader finds it in part.
 
     Raises:
         OSError: it cannot be deleted.
@@ -219,22 +229,22 @@ def remove(folder: Path) -> None:
     shutil.rmtree(hidden)
 
 
-def clear_unfinished(run_dir: Path) -> None:
-    """Remove what a save or a deletion that did not end has left."""
-    for start in (PARTIAL, REMOVED, f".{LATEST}.partial-"):
-        for leftover in (run_dir / "checkpoints").glob(f"{start}*"):
+def remove_unfinished(run_dir: Path) -> None:
+    """Remove what an interrupted save or deletion has left."""
+    for prefix in (PARTIAL, REMOVED, f".{LATEST}.partial-"):
+        for leftover in (run_dir / "checkpoints").glob(f"{prefix}*"):
             if leftover.is_dir():
                 shutil.rmtree(leftover)
             else:
                 leftover.unlink()
 
 
-def partial_of(folder: Path) -> Path:
-    """Where a checkpoint's files are before it is published."""
+def partial_folder(folder: Path) -> Path:
+    """Return the folder that holds a checkpoint's files until it is published."""
     return folder.with_name(f"{PARTIAL}{folder.name}")
 
 
 def data_sha256(config: RunConfig) -> str:
-    """What tells the data of a run from others: a hash of what its prepared folders hold."""
+    """Return a hash of what the run's prepared folders hold."""
     contents = [read_manifest(folder).content_sha256 for folder in config.data.folders]
     return hashlib.sha256("".join(contents).encode()).hexdigest()

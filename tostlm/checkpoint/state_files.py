@@ -1,4 +1,4 @@
-"""The files of a checkpoint: which parameters go into which, and writing them for good with their checksums."""
+"""The files of a checkpoint: which parameters go into which, and writing them durably with their checksums."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-FILE_BYTES = 512 << 20  # of a file of state/, unless one parameter is larger
+FILE_BYTES = 512 << 20  # about the size of a file in state/, unless one parameter is larger
 # safetensors' names: https://github.com/huggingface/safetensors#format
 DTYPES = {
     torch.float64: "F64",
@@ -25,35 +25,40 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 
-Content = bytes | Mapping[str, Tensor]  # of a file; tensors on the host, written as safetensors
-Checksum = dict[str, int | str]  # bytes and sha256
+Content = bytes | Mapping[str, Tensor]  # of a file; tensors are on the host and written as safetensors
+Checksum = dict[str, int | str]  # bytes, sha256
 
 
-def pack(sizes: Mapping[str, int], ranks: int) -> list[list[list[str]]]:
-    """Share names of `sizes` bytes out: to each rank about as many, and of a rank's to files of about `FILE_BYTES`."""
-    shares = [{name: sizes[name] for name in names} for names in _share(sizes, ranks)]
-    return [_share(share, min(len(share), -(-sum(share.values()) // FILE_BYTES))) for share in shares]
+def assign_files(sizes: Mapping[str, int], world_size: int) -> list[list[list[str]]]:
+    """Return the parameters of each file of each rank, balanced over the ranks and in files of about `FILE_BYTES`.
+
+    Args:
+        sizes: bytes of each parameter's state, by name.
+    """
+    shares = [{name: sizes[name] for name in names} for names in _balance(sizes, world_size)]
+    return [_balance(share, min(len(share), -(-sum(share.values()) // FILE_BYTES))) for share in shares]
 
 
-def _share(sizes: Mapping[str, int], parts: int) -> list[list[str]]:
-    shared: list[list[str]] = [[] for _ in range(parts)]
-    fullness = [(0, part) for part in range(parts)]
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):  # the largest first, each to the emptiest
-        full, part = heapq.heappop(fullness)
-        shared[part].append(name)
-        heapq.heappush(fullness, (full + sizes[name], part))
-    return shared
+def _balance(sizes: Mapping[str, int], bins: int) -> list[list[str]]:
+    """Distribute names over bins of about equal size: the largest first, each into the emptiest bin."""
+    names_of: list[list[str]] = [[] for _ in range(bins)]
+    fullness = [(0, index) for index in range(bins)]
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        size, index = heapq.heappop(fullness)
+        names_of[index].append(name)
+        heapq.heappush(fullness, (size + sizes[name], index))
+    return names_of
 
 
 def write_file(path: Path, content: Content) -> Checksum:
-    """Write a file, on disk for good, and return its checksum.
+    """Write a file durably and return its checksum.
 
     Raises:
         OSError: it cannot be written.
     """
     digest, size = hashlib.sha256(), 0
     with path.open("wb") as file:
-        for piece in [content] if isinstance(content, bytes) else _safetensors(content):
+        for piece in [content] if isinstance(content, bytes) else _safetensors_pieces(content):
             file.write(piece)
             digest.update(piece)
             size += len(piece)
@@ -62,12 +67,12 @@ def write_file(path: Path, content: Content) -> Checksum:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """A file of safetensors in pieces. The library's writers hold all of it in memory again, or keep no checksum."""
+def _safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """Yield a safetensors file piece by piece, so that it is hashed as it is written, which the library cannot do."""
     header, end = {}, 0
     for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text

@@ -55,7 +55,7 @@ def evaluate_perplexity(
             shortest = f"the shortest of --contexts, {min(contexts)}"
             raise UserError(f"{checkpoint.path} has {positions} positions, fewer than {shortest}")
         scores = list(score_contexts(checkpoint, tokens, targets, contexts))
-        models.append(ModelScores(name, str(checkpoint.path), checkpoint.progress.step, positions, scores))
+        models.append(ModelScores(name, str(checkpoint.path), checkpoint.train_state.step, positions, scores))
     facts = {"data": str(tokens.folder), "targets": len(targets.ends) * targets.span}
     write_report(models, facts, out)
     return f"{table(models, contexts)}\nwritten to {out}/perplexity.json, .csv and .png"

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tostlm.checkpoint import CONFIG, TrainState, checkpoints, read_train_state
-from tostlm.checkpoint.layout import read_carry
+from tostlm.checkpoint.layout import read_recurrent_state
 from tostlm.checkpoint.load import check_resumable, latest_valid_checkpoint, quarantine, resume
 from tostlm.checkpoint.save import CheckpointSaver
 from tostlm.config import RunConfig, dump_config, matmul_dtype
@@ -177,7 +177,7 @@ class Trainer:
         if checkpoint is None:
             return TrainState()
         state = resume(self.engine, checkpoint)
-        self.recurrent_state.restore(read_carry(checkpoint), self.engine.module, self._device)
+        self.recurrent_state.restore(read_recurrent_state(checkpoint), self.engine.module, self._device)
         return state
 
     def train_step(self, batch: Batch, lr: float, is_bad: Callable[[float], bool], stop: bool) -> StepResult:
