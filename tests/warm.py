@@ -101,7 +101,7 @@ def _child(
     os.setsid()
     tostlm.launch.local.end_with_parent(signal.SIGKILL)  # the server, which ends with pytest
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
-    tostlm.launch.local.Popen = Rank  # type: ignore[misc]
+    tostlm.launch.local.Popen = Rank
     torch.set_num_threads(1)
     for stream, path in enumerate((Path(os.devnull), *files)):
         os.dup2(os.open(path, os.O_RDWR | os.O_APPEND), stream)

@@ -48,7 +48,7 @@ def other(stage: int, precision: str, shift: int) -> tuple[int, str]:
 
 
 def tensors_of(run_dir: Path) -> dict[str, Tensor]:
-    found = {}
+    found: dict[str, Tensor] = {}
     for path in sorted((checkpoint_folder(run_dir, KEPT_STEP) / "state").iterdir()):
         with safetensors.safe_open(path, "pt") as file:
             found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

@@ -30,7 +30,7 @@ class DoctorRanks:
                 *arguments,
                 before=fault if rank == failing_rank else None,
                 SLURMD_NODENAME=f"node{rank}",
-                **variables,  # type: ignore[arg-type]
+                **variables,
             )
             for rank, variables in enumerate(rank_env(world_size))
             if only in (None, rank)

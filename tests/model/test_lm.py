@@ -1,6 +1,7 @@
 """One forward for every use: a context read at once, in pieces or token by token gives the same logits."""
 
 import itertools
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -96,7 +97,7 @@ def test_the_loss_makes_no_gradients_where_none_is_wanted() -> None:
     tokens = tokens_of(lm.config, 2, 30)
 
     class Count(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             nonlocal products
             products += function.overloadpacket.__name__ == "mm" and lm.config.vocab_size in args[1].shape
             return function(*args, **(kwargs or {}))
@@ -113,7 +114,7 @@ def test_logits_never_take_context_times_vocabulary() -> None:
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             nonlocal largest
             out = function(*args, **(kwargs or {}))
             if isinstance(out, torch.Tensor):

@@ -52,7 +52,7 @@ class ClusterJob:
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run `tostlm ARGUMENTS` on the login node."""
         path = {key: self.cluster.environment[key] for key in ("PATH", "SLURM_CONF")}
-        return Program(*arguments, cwd=self.run.file.parent, **path).end()  # type: ignore[arg-type]
+        return Program(*arguments, cwd=self.run.file.parent, **path).end()
 
     def submit(self, *arguments: str) -> str:
         printed = succeed(self.command("submit", "pretrain", str(self.run.file), *arguments))

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def no_constant(name: str) -> None:
     raise AssertionError(f"{name} is no JSON")
 
 
-def lines(run: Run) -> list[dict]:
+def lines(run: Run) -> list[dict[str, Any]]:
     content = (run.dir / "metrics.jsonl").read_text()
     return [json.loads(line, parse_constant=no_constant) for line in content.splitlines()]
 
@@ -83,7 +84,8 @@ def test_what_a_step_is_worth(run: Run, capsys: pytest.CaptureFixture[str]) -> N
     assert "seconds/save" not in later
     for key in line.keys() - {"kind", "step", "time"}:
         ((step, value), *_) = on_board(run, f"train/{key}")
-        assert (step, value) == (2, pytest.approx(line[key])), key
+        assert step == 2, key
+        assert value == pytest.approx(line[key]), key
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("step 2/6  loss 2.0000  lr 2.00e-03  grad 0.50  ")
     assert printed[0].endswith(" tokens/s  skipped 3")
@@ -161,7 +163,7 @@ def test_a_rewound_record_goes_on_without_doubled_steps(run: Run, capsys: pytest
 
 def test_the_bar_shows_the_losses_and_what_was_skipped(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.StringIO()
-    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
     with open_metrics(run.config(), 0, ALONE) as record:
         record.validation(1, 3.5)

@@ -7,6 +7,7 @@ import signal
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ EVERYTHING = [
 ]
 
 
-def lines(run: Run, kind: str) -> list[dict]:
+def lines(run: Run, kind: str) -> list[dict[str, Any]]:
     content = (run.dir / "metrics.jsonl").read_text().splitlines()
     return [line for line in map(json.loads, content) if line["kind"] == kind]
 

@@ -93,7 +93,7 @@ def stick() -> None:
         time.sleep({0: 9, 3: 3600}.get(step, 0))
         return batch(self, step, *rank_and_world_size)
 
-    Loader.batch = stuck  # type: ignore[method-assign]
+    Loader.batch = stuck
 
 
 def assert_resumes(run: Run) -> None:

@@ -113,7 +113,7 @@ def spilled(kernel: Any, arguments: dict[str, Any], capability: int) -> int:
 def test_kernels_compile_without_spilling(
     capability: int, heads: int, width: int, decays: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spills = {}
+    spills: dict[str, int] = {}
     for kernel, arguments in launches(monkeypatch, heads, width, decays):
         spills[kernel.__name__] = max(spilled(kernel, arguments, capability), spills.get(kernel.__name__, 0))
     assert len(spills) == 8
