@@ -3,6 +3,8 @@
 import ast
 import re
 import sys
+from collections import Counter
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,23 @@ def test_the_operator_and_the_models_import_torch_alone() -> None:
         if package_of(path) in ("tssa", "model"):
             foreign = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - {"tostlm"}
             assert foreign <= ({"torch", "triton"} if path.name.startswith("triton") else {"torch"}), path
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+    graph: dict[str, set[str]] = {}
+    for name, path in names.items():
+        graph[name] = set()
+        for node in ast.parse(path.read_text()).body:  # imports within functions come later
+            if isinstance(node, ast.ImportFrom) and node.module:
+                submodules = {f"{node.module}.{alias.name}" for alias in node.names} & names.keys()
+                graph[name] |= submodules or {node.module} & names.keys()
+    tuple(TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_no_two_classes_share_a_name() -> None:
+    classes = [n.name for path in FILES for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ClassDef)]
+    assert [name for name, count in Counter(classes).items() if count > 1] == []
 
 
 def test_files_are_short_enough_to_read() -> None:

@@ -60,7 +60,7 @@ def forward(inputs: Inputs, state: State) -> tuple[Tensor, State, Saved]:
     """See `Backend`."""
     B, T, H, D = inputs.sizes
     N = len(chunk_starts(T))
-    call = _Call.of(inputs)
+    call = _KernelCall.of(inputs)
     bias = None if inputs.bias is None else _dense(inputs.bias, torch.float32)
     after = State(*map(_copy, state))  # the kernel replaces it in place
     y = torch.empty_like(call.w)
@@ -73,7 +73,7 @@ def forward(inputs: Inputs, state: State) -> tuple[Tensor, State, Saved]:
 
 def outputs(inputs: Inputs, saved: Saved) -> Tensor:
     """See `Backend`."""
-    call = _Call.of(inputs)
+    call = _KernelCall.of(inputs)
     y = torch.empty_like(call.w)
     Pi, _, states = _dense_saved(saved)
     call.run("tssa_outputs", Pi, states.mass, states.weighted, y)
@@ -83,7 +83,7 @@ def outputs(inputs: Inputs, saved: Saved) -> Tensor:
 def state_grads(inputs: Inputs, saved: Saved, grad_y: Tensor) -> tuple[Tensor, Tensor]:
     """See `Backend`."""
     B, _, H, D = inputs.sizes
-    call = _Call.of(inputs)
+    call = _KernelCall.of(inputs)
     Pi, _, states = _dense_saved(saved)
     grads = torch.zeros(B, H, dtype=torch.float64), torch.zeros(B, H * D, dtype=torch.float64)
     call.run("tssa_state_grads", _dense(grad_y, call.w.dtype), Pi, states.mass, states.weighted, *grads)
@@ -93,7 +93,7 @@ def state_grads(inputs: Inputs, saved: Saved, grad_y: Tensor) -> tuple[Tensor, T
 def backward(inputs: Inputs, saved: Saved, grad_y: Tensor, grad_final_state: State, with_rho: bool) -> Grads:
     """See `Backend`. The bias is not needed: n has it."""
     B, _, H, _ = inputs.sizes
-    call = _Call.of(inputs)
+    call = _KernelCall.of(inputs)
     Pi, n, states = _dense_saved(saved)
     grad_state = State(*map(_copy, grad_final_state))  # the kernel replaces it in place by the initial state's
     grad_w, grad_n = torch.empty_like(call.w), torch.empty_like(n)
@@ -104,7 +104,7 @@ def backward(inputs: Inputs, saved: Saved, grad_y: Tensor, grad_final_state: Sta
     return Grads(grad_w, grad_temp.sum(0).float(), grad_n, grad_rho.sum(0).float(), grad_state)
 
 
-class _Call(NamedTuple):
+class _KernelCall(NamedTuple):
     """The inputs of all functions of the kernel, as it reads them."""
 
     w: Tensor
@@ -113,7 +113,7 @@ class _Call(NamedTuple):
     document_start_mask: Tensor | None
 
     @classmethod
-    def of(cls, inputs: Inputs) -> _Call:
+    def of(cls, inputs: Inputs) -> _KernelCall:
         rho, mask = inputs.rho, inputs.document_start_mask
         return cls(
             _dense(inputs.w, inputs.w.dtype),
@@ -213,13 +213,4 @@ def _processor() -> str:
     return "\n".join([platform.machine(), platform.processor(), *sorted(set(features))])
 
 
-BACKEND = Backend(
-    name="cpp",
-    serves=serves,
-    chunk_starts=chunk_starts,
-    saved_dtype=torch.float32,
-    forward=forward,
-    outputs=outputs,
-    state_grads=state_grads,
-    backward=backward,
-)
+BACKEND = Backend("cpp", serves, chunk_starts, torch.float32, forward, outputs, state_grads, backward)

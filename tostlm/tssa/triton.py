@@ -51,7 +51,7 @@ def _warps(elements: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Call:
+class _Launch:
     """The inputs of both passes as the kernels read them, and how kernels are launched over them."""
 
     w: Tensor
@@ -60,7 +60,7 @@ class _Call:
     document_start: Tensor | None
 
     @classmethod
-    def of(cls, inputs: Inputs) -> _Call:
+    def of(cls, inputs: Inputs) -> _Launch:
         rho, mask = inputs.rho, inputs.document_start_mask
         return cls(
             inputs.w.contiguous(),
@@ -147,80 +147,80 @@ class _Chain(NamedTuple):
 def forward(inputs: Inputs, state: State) -> tuple[Tensor, State, Saved]:
     """See `Backend`."""
     B, T, H, _ = inputs.sizes
-    call = _Call.of(inputs)
+    launch = _Launch.of(inputs)
     before = State(*(x.contiguous() for x in state))
-    y, after = torch.empty_like(call.w), State(*map(torch.empty_like, before))
-    Pi, n = (call.w.new_empty((B, T, H), dtype=torch.float32) for _ in range(2))
-    result = y, after, Saved(Pi, n, call.states())
+    y, after = torch.empty_like(launch.w), State(*map(torch.empty_like, before))
+    Pi, n = (launch.w.new_empty((B, T, H), dtype=torch.float32) for _ in range(2))
+    result = y, after, Saved(Pi, n, launch.states())
     if B * T == 0:
         return y, State(*map(torch.clone, before)), result[2]
     bias = None if inputs.bias is None else inputs.bias.float().contiguous()
     bias_stride = T * H if bias is not None and bias.dim() == 3 else 0
     with _device_of(inputs.w):
-        (_forward_one_token if T == 1 else _forward_chunks)(call, bias, bias_stride, before, *result)
+        (_forward_one_token if T == 1 else _forward_chunks)(launch, bias, bias_stride, before, *result)
     return result
 
 
 def _forward_one_token(
-    call: _Call, bias: Tensor | None, bias_stride: int, before: State, y: Tensor, after: State, saved: Saved
+    launch: _Launch, bias: Tensor | None, bias_stride: int, before: State, y: Tensor, after: State, saved: Saved
 ) -> None:
-    H, D = call.heads, call.head_width
+    H, D = launch.heads, launch.head_width
     HP, DP = triton.next_power_of_2(H), triton.next_power_of_2(D)
-    triton_forward.one_token_kernel[(call.w.shape[0],)](
-        call.w, call.temp, bias, bias_stride, call.rho, call.document_start, *before, y, *after,
+    triton_forward.one_token_kernel[(launch.w.shape[0],)](
+        launch.w, launch.temp, bias, bias_stride, launch.rho, launch.document_start, *before, y, *after,
         saved.Pi, saved.n, *saved.chunk_states, H, HP, D, DP, num_warps=_warps(HP * DP),
     )  # fmt: skip
 
 
 def _forward_chunks(
-    call: _Call, bias: Tensor | None, bias_stride: int, before: State, y: Tensor, after: State, saved: Saved
+    launch: _Launch, bias: Tensor | None, bias_stride: int, before: State, y: Tensor, after: State, saved: Saved
 ) -> None:
-    products = call.per_head(torch.float64) if call.decays else None
-    chain = _Chain(call.states(), saved.chunk_states, before, after, products, reverse=False)
-    call.over_heads(triton_forward.energy_sums_kernel, sums=chain.sums.energy, products=products)
+    products = launch.per_head(torch.float64) if launch.decays else None
+    chain = _Chain(launch.states(), saved.chunk_states, before, after, products, reverse=False)
+    launch.over_heads(triton_forward.energy_sums_kernel, sums=chain.sums.energy, products=products)
     chain.carry_energy()
-    call.over_chunks(
+    launch.over_chunks(
         triton_forward.memberships_kernel, bias=bias, bias_stride=bias_stride,
         chunk_energy=saved.chunk_states.energy, Pi=saved.Pi, n=saved.n,
         sums_weighted=chain.sums.weighted, sums_mass=chain.sums.mass,
     )  # fmt: skip
     chain.carry_weighted_and_mass()
-    _outputs(call, saved, y)
+    _outputs(launch, saved, y)
 
 
-def _outputs(call: _Call, saved: Saved, y: Tensor) -> None:
+def _outputs(launch: _Launch, saved: Saved, y: Tensor) -> None:
     states = saved.chunk_states
-    call.over_heads(
+    launch.over_heads(
         triton_forward.outputs_kernel, y=y, Pi=saved.Pi, chunk_weighted=states.weighted, chunk_mass=states.mass
     )
 
 
 def outputs(inputs: Inputs, saved: Saved) -> Tensor:
     """See `Backend`."""
-    call = _Call.of(inputs)
-    y = torch.empty_like(call.w)
+    launch = _Launch.of(inputs)
+    y = torch.empty_like(launch.w)
     if y.numel():
         with _device_of(inputs.w):
-            _outputs(call, saved, y)
+            _outputs(launch, saved, y)
     return y
 
 
 def state_grads(inputs: Inputs, saved: Saved, grad_y: Tensor) -> tuple[Tensor, Tensor]:
     """See `Backend`."""
     B, T, H, D = inputs.sizes
-    call = _Call.of(inputs)
+    launch = _Launch.of(inputs)
     zeros, grads = (State.zeros(B, H * D, H, inputs.w.device) for _ in range(2))
     if B * T:
         with _device_of(inputs.w):
-            _carry_state_grads(call, saved, grad_y.contiguous(), zeros, grads)
+            _carry_state_grads(launch, saved, grad_y.contiguous(), zeros, grads)
     return grads.mass, grads.weighted
 
 
-def _carry_state_grads(call: _Call, saved: Saved, grad_y: Tensor, after: State, before: State) -> _Chain:
+def _carry_state_grads(launch: _Launch, saved: Saved, grad_y: Tensor, after: State, before: State) -> _Chain:
     """Fill the mass and weighted sums' gradients before the first token, and return those that come into each chunk."""
-    products = call.per_head(torch.float64) if call.decays else None
-    chain = _Chain(call.states(), call.states(), after, before, products, reverse=True)
-    call.over_heads(
+    products = launch.per_head(torch.float64) if launch.decays else None
+    chain = _Chain(launch.states(), launch.states(), after, before, products, reverse=True)
+    launch.over_heads(
         triton_backward.gate_grad_sums_kernel, grad_y=grad_y, Pi=saved.Pi,
         chunk_weighted=saved.chunk_states.weighted, chunk_mass=saved.chunk_states.mass,
         sums_weighted=chain.sums.weighted, sums_mass=chain.sums.mass, products=products,
@@ -232,41 +232,47 @@ def _carry_state_grads(call: _Call, saved: Saved, grad_y: Tensor, after: State, 
 def backward(inputs: Inputs, saved: Saved, grad_y: Tensor, grad_final_state: State, with_rho: bool) -> Grads:
     """See `Backend`."""
     B, T, H, _ = inputs.sizes
-    call = _Call.of(inputs)
+    launch = _Launch.of(inputs)
     after = State(*(x.contiguous() for x in grad_final_state))
     grads = Grads(
-        torch.empty_like(call.w), torch.zeros_like(call.temp), torch.empty_like(saved.n), torch.zeros_like(call.temp),
+        torch.empty_like(launch.w), torch.zeros_like(launch.temp), torch.empty_like(saved.n), torch.zeros_like(launch.temp),
         State(*map(torch.empty_like, after)),
     )  # fmt: skip
     if B * T == 0:
         return grads._replace(state=State(*map(torch.clone, after)))
-    temp_sums, rho_sums = call.per_head(), call.per_head() if with_rho else None
+    temp_sums, rho_sums = launch.per_head(), launch.per_head() if with_rho else None
     with _device_of(inputs.w):
-        _backward_chunks(call, saved, grad_y.contiguous(), after, grads, temp_sums, rho_sums)
+        _backward_chunks(launch, saved, grad_y.contiguous(), after, grads, temp_sums, rho_sums)
     grads.temp.add_(temp_sums.sum((0, 1), dtype=torch.float64))
     if rho_sums is not None:
-        assert call.rho is not None
+        assert launch.rho is not None
         total = rho_sums.sum((0, 1), dtype=torch.float64)
         for grad, states in zip(grads.state, saved.chunk_states, strict=True):  # the first token's share
             total += (grad * states[:, 0]).view(B, H, -1).sum((0, 2))
-        grads.rho.add_(total / call.rho)
+        grads.rho.add_(total / launch.rho)
     return grads
 
 
 def _backward_chunks(
-    call: _Call, saved: Saved, grad_y: Tensor, after: State, grads: Grads, temp_sums: Tensor, rho_sums: Tensor | None
+    launch: _Launch,
+    saved: Saved,
+    grad_y: Tensor,
+    after: State,
+    grads: Grads,
+    temp_sums: Tensor,
+    rho_sums: Tensor | None,
 ) -> None:
     """Fill the gradients, and the chunks' shares of temp's gradient and of rho times rho's."""
-    chain = _carry_state_grads(call, saved, grad_y, after, grads.state)
+    chain = _carry_state_grads(launch, saved, grad_y, after, grads.state)
     incoming, states = chain.incoming, saved.chunk_states
-    call.over_chunks(
+    launch.over_chunks(
         triton_backward.membership_grads_kernel, grad_y=grad_y, Pi=saved.Pi, n=saved.n,
         chunk_energy=states.energy, chunk_weighted=states.weighted, chunk_mass=states.mass,
         incoming_weighted=incoming.weighted, incoming_mass=incoming.mass,
         grad_n=grads.n, temp_sums=temp_sums, sums_energy=chain.sums.energy,
     )  # fmt: skip
     chain.carry_energy()
-    call.over_heads(
+    launch.over_heads(
         triton_backward.input_grads_kernel, grad_y=grad_y, Pi=saved.Pi, grad_n=grads.n,
         chunk_energy=states.energy, chunk_weighted=states.weighted, chunk_mass=states.mass,
         incoming_energy=incoming.energy, incoming_weighted=incoming.weighted, incoming_mass=incoming.mass,
@@ -274,13 +280,4 @@ def _backward_chunks(
     )  # fmt: skip
 
 
-BACKEND = Backend(
-    name="triton",
-    serves=serves,
-    chunk_starts=chunk_starts,
-    saved_dtype=torch.float32,
-    forward=forward,
-    outputs=outputs,
-    state_grads=state_grads,
-    backward=backward,
-)
+BACKEND = Backend("triton", serves, chunk_starts, torch.float32, forward, outputs, state_grads, backward)
