@@ -234,10 +234,9 @@ def backward(inputs: Inputs, saved: Saved, grad_y: Tensor, grad_final_state: Sta
     B, T, H, _ = inputs.sizes
     launch = _Launch.of(inputs)
     after = State(*(x.contiguous() for x in grad_final_state))
-    grads = Grads(
-        torch.empty_like(launch.w), torch.zeros_like(launch.temp), torch.empty_like(saved.n), torch.zeros_like(launch.temp),
-        State(*map(torch.empty_like, after)),
-    )  # fmt: skip
+    grad_w, grad_n = torch.empty_like(launch.w), torch.empty_like(saved.n)
+    grad_temp, grad_rho = torch.zeros_like(launch.temp), torch.zeros_like(launch.temp)
+    grads = Grads(grad_w, grad_temp, grad_n, grad_rho, State(*map(torch.empty_like, after)))
     if B * T == 0:
         return grads._replace(state=State(*map(torch.clone, after)))
     temp_sums, rho_sums = launch.per_head(), launch.per_head() if with_rho else None
