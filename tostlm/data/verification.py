@@ -8,15 +8,16 @@ training run that starts again reads no shard at all. Damage that changes neithe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import pydantic
+
 from tostlm.data.loading.token_set import TokenSet
-from tostlm.data.shards import Manifest, load_tokenizer, read_manifest
+from tostlm.data.shards import FrozenModel, Manifest, load_tokenizer, read_manifest
 from tostlm.errors import UserError
 from tostlm.files import sha256_of, write_atomically
 
@@ -25,7 +26,7 @@ HASHING_THREADS = 8  # hashing releases Python's lock, so threads use as many co
 
 
 class FileState(NamedTuple):
-    """Size and modification time of a file, which change when somebody writes to it."""
+    """Size and modification time of a file, which change when it is written."""
 
     size: int
     mtime_ns: int
@@ -34,6 +35,13 @@ class FileState(NamedTuple):
     def of(cls, path: Path) -> FileState:
         stat = path.stat()
         return cls(stat.st_size, stat.st_mtime_ns)
+
+
+class Stamp(FrozenModel):
+    """The content of `STAMP`: which manifest was verified, and the state of each shard file then."""
+
+    content_sha256: str
+    files: dict[str, FileState]
 
 
 def verify(folder: Path, files: Collection[str] | None = None) -> Iterator[str]:
@@ -127,14 +135,13 @@ def _hash_files(folder: Path, expected: Mapping[str, str]) -> Iterator[tuple[str
 def _read_stamp(folder: Path, manifest: Manifest) -> dict[str, FileState]:
     """Return the state of each file at its last verification; nothing if the stamp is missing, damaged or outdated."""
     try:
-        stamp = json.loads((folder / STAMP).read_bytes())
-        if stamp["content_sha256"] != manifest.content_sha256:
-            return {}
-        return {name: FileState(*map(int, state)) for name, state in stamp["files"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        stamp = Stamp.model_validate_json((folder / STAMP).read_bytes())
+    except (OSError, pydantic.ValidationError):
         return {}
+    return stamp.files if stamp.content_sha256 == manifest.content_sha256 else {}
 
 
 def _write_stamp(folder: Path, manifest: Manifest, states: Mapping[str, FileState]) -> None:
+    stamp = Stamp(content_sha256=manifest.content_sha256, files=dict(states))
     with suppress(OSError):  # a folder that cannot be written is verified each time
-        write_atomically(folder / STAMP, json.dumps({"content_sha256": manifest.content_sha256, "files": states}))
+        write_atomically(folder / STAMP, stamp.model_dump_json())
