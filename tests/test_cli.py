@@ -93,7 +93,7 @@ def test_from_text_to_shards(corpus: Path, tmp_path: Path) -> None:
     manifest = read_manifest(out)
     assert sum(split.documents for split in manifest.splits.values()) == 61
     assert f"train {manifest.splits['train'].tokens:,} tokens" in printed
-    assert "7 files are whole" in succeed(tostlm("data", "verify", str(out)))
+    assert "7 files match" in succeed(tostlm("data", "verify", str(out)))
     fail(tostlm(*command), "is prepared already")
     fail(tostlm("prepare", "--source", "nowhere.txt", "--tokenizer", str(model), "--out", "x"), "names no file")
     fail(tostlm("prepare", "--source", str(corpus), "--tokenizer", "no.model", "--out", "x"), "no.model is no file")
@@ -111,7 +111,7 @@ def test_the_pipeline_with_an_imported_tokenizer(corpus: Path, speeches: list[st
     command = ["prepare", "--source", str(corpus), "--tokenizer", imported, "--heldout-fraction", "0.2"]
     succeed(tostlm(*command, "--out", str(data)))
     assert (data / kind).read_bytes() == Path(imported).read_bytes()
-    assert "7 files are whole" in succeed(tostlm("data", "verify", str(data)))
+    assert "7 files match" in succeed(tostlm("data", "verify", str(data)))
     run = Run(tmp_path, data)
     succeed(run.train("train.steps=2", "train.save_every_steps=2"))
     succeed(run.train("train.steps=3", "train.save_every_steps=1"))
@@ -123,11 +123,11 @@ def test_the_pipeline_with_an_imported_tokenizer(corpus: Path, speeches: list[st
 
 def test_a_full_disk_while_preparing(small_disk: Path, corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "t.model").write_bytes(tokenizer.content)
-    source = ["--source", *[str(corpus)] * 10, "--tokenizer", str(tmp_path / "t.model"), "--part-bytes", "9000"]
+    source = ["--source", *[str(corpus)] * 10, "--tokenizer", str(tmp_path / "t.model"), "--unit-bytes", "9000"]
     command = ["prepare", *source, "--out", str(small_disk / "data")]
     fail(tostlm(*command), "No space left on device", "what was finished stays")
-    finished = len(list((small_disk / "data").glob("parts/0*/part.json")))
-    assert 0 < finished < len(read_plan(small_disk / "data").parts)
+    finished = len(list((small_disk / "data").glob("units/0*/result.json")))
+    assert 0 < finished < len(read_plan(small_disk / "data").units)
     assert not (small_disk / "data" / "manifest.json").exists()
     subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
     succeed(tostlm(*command))

@@ -5,31 +5,53 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shutil
+import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from tostlm.errors import UserError
 
 
-def write_atomically(path: Path, content: bytes | str, durable: bool = True) -> None:
-    """Write a file beside `path`, `durable` on disk for good, then put it in its place: whole or not at all."""
+def write_atomically(path: Path, content: bytes | str, *, durable: bool = True, overwrite: bool = True) -> None:
+    """Write a file under a temporary name and rename it, so that a reader finds all of it or none.
+
+    The file's folder is made; `durable` forces the content to the disk; without `overwrite` an existing file stays.
+    """
     data = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex}")
     try:
         with partial.open("wb") as file:
             file.write(data)
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-        partial.replace(path)
+        if overwrite:
+            partial.replace(path)
+        else:
+            with suppress(FileExistsError):
+                os.link(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `path` at the end of the block, or is removed if the block raises."""
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def sync_folder(path: Path) -> None:
-    """Put on disk for good which files a folder holds."""
+    """Force the list of a folder's files to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -44,7 +66,7 @@ def sha256_of(path: Path) -> str:
 
 
 def require_writable(folder: Path) -> None:
-    """Make `folder`, or say why nothing can be written in it.
+    """Make a folder and check that files can be written in it.
 
     Raises:
         UserError: it cannot be made or written.
@@ -59,7 +81,7 @@ def require_writable(folder: Path) -> None:
 
 
 def require_file_writable(path: Path) -> None:
-    """Make a file's folder, or say why the file cannot be written.
+    """Make the folder of a file and check that the file can be written.
 
     Raises:
         UserError: it cannot.
@@ -71,10 +93,10 @@ def require_file_writable(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path, message: str) -> Iterator[None]:
-    """Hold a lock on a file; a process that ends, however it ends, lets go of it.
+    """Hold a lock on a file, which ends with the process at the latest.
 
     Raises:
-        UserError: another process holds it; `message` says of what.
+        UserError: another process holds it; `message` is what the user reads.
     """
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
     try:
@@ -94,7 +116,7 @@ def lock_for_life(path: Path, message: str) -> None:
     """Lock a file until this process ends.
 
     Raises:
-        UserError: another process holds it; `message` says of what.
+        UserError: another process holds it; `message` is what the user reads.
     """
     _for_life.enter_context(locked(path, message))
 
@@ -103,6 +125,6 @@ _for_life = ExitStack()
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """The last parts of some paths without suffix, numbered where two are the same."""
+    """Return the last parts of some paths without suffixes, numbered where two are the same."""
     names = [path.stem for path in paths]
     return [f"{name}-{index}" if names.count(name) > 1 else name for index, name in enumerate(names)]

@@ -33,7 +33,7 @@ def test_an_array_with_a_killed_task_makes_the_same_data(
         "text.jsonl",
         "--tokenizer",
         "t.model",
-        "--part-bytes",
+        "--unit-bytes",
         "300000",
         "--heldout-fraction",
         "0.1",
@@ -48,12 +48,12 @@ def test_an_array_with_a_killed_task_makes_the_same_data(
     job = run(cluster.environment, tmp_path, *command)
     merge = ["--wrap", "tostlm prepare --merge --out out"]
     run(cluster.environment, tmp_path, "sbatch", f"--dependency=afterok:{job}", "--output=merge.log", *merge)
-    wait_until(lambda: list((tmp_path / "out" / "parts").glob("0*/part.json")), logs)
+    wait_until(lambda: list((tmp_path / "out" / "units").glob("0*/result.json")), logs)
     run(cluster.environment, tmp_path, "scontrol", "requeue", f"{job}_1")  # kills it, and starts it again
-    finished = list((tmp_path / "out" / "parts").glob("0*/part.json"))
+    finished = list((tmp_path / "out" / "units").glob("0*/result.json"))
     before = {path: path.stat().st_mtime_ns for path in finished if path.exists()}
     wait_until(lambda: (tmp_path / "out" / "manifest.json").exists(), logs)
-    wait_until(lambda: not (tmp_path / "out" / "parts").exists(), logs)
+    wait_until(lambda: not (tmp_path / "out" / "units").exists(), logs)
     assert before
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.glob("prepare-*.log")) == [f"prepare-{job}_{n}.log" for n in range(3)]

@@ -171,7 +171,7 @@ def test_prepare_jobs_make_the_same_data_as_one_process(
 ) -> None:
     (tmp_path / "t.model").write_bytes(tokenizer.content)
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in speeches))
-    options = ["--source", "text.jsonl", "--tokenizer", "t.model", "--part-bytes", "50000"]
+    options = ["--source", "text.jsonl", "--tokenizer", "t.model", "--unit-bytes", "50000"]
     succeed(tostlm("prepare", *options, "--out", "whole", cwd=tmp_path))
     command = ["submit", "prepare", *options, "--out", "out", "--nodes", "3"]
     printed = succeed(job.command(*command)).splitlines()

@@ -1,4 +1,4 @@
-"""Preparation beside SentencePiece's own encoding of the same text, and what the loader and the writer cost."""
+"""Speed of preparation beside that of the tokenizer's library alone, and of the writer and the loader."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import sentencepiece
 
@@ -24,15 +25,17 @@ from tostlm.data import (
     limit_bytes,
     prepare,
 )
-from tostlm.data.shards import ShardWriter, content_hash
+from tostlm.data.shards import SplitWriter
 from tostlm.data.tokenizers import SentencePieceTokenizer
 
 RANK_TOKENS_PER_SECOND = 10_000  # what the loader's share of a step is stated for
 LOADED_TOKENS = 1 << 20
 
+Result = TypeVar("Result")
+
 
 class DataRates(NamedTuple):
-    """Medians of interleaved runs."""
+    """Medians of interleaved runs, of the same text."""
 
     text_bytes: int
     encode_bytes_per_second: float  # of the tokenizer's library alone, on text in memory
@@ -52,49 +55,46 @@ def bench_data(
     own = list(limit_bytes(documents(list(sources)), text_bytes))
     texts = list(limit_bytes(itertools.cycle(own), text_bytes))
     size = sum(len(text.encode()) for text in texts)
-    seconds: dict[str, list[float]] = {"encode": [], "prepare": [], "write": [], "load": []}
+    seconds = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         with (folder / "text.jsonl").open("w") as file:
             file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-        settings = PreparationSettings(sources=(str(folder / "text.jsonl"),), part_bytes=1 << 40, heldout_fraction=0)
-        encode = _library_encode(tokenizer, workers)
+        settings = PreparationSettings(sources=(str(folder / "text.jsonl"),), unit_bytes=1 << 40, heldout_fraction=0)
         for repeat in range(repeats):
-            encoded, took = _timed(encode, texts)
-            seconds["encode"].append(took)
             out = folder / f"out-{repeat}"
-            _, took = _timed(prepare, settings, tokenizer, out, workers=workers)
-            seconds["prepare"].append(took)
-            _, took = _timed(_write, folder, texts, encoded, tokenizer.eos_id)
-            seconds["write"].append(took)
-            seconds["load"].append(_load(out, context))
-    encoding, preparing, writing, loading = (statistics.median(seconds[what]) for what in seconds)
+            encoded, encoding = _timed(partial(_library_encode, tokenizer, texts, workers))
+            _, preparing = _timed(partial(prepare, settings, tokenizer, out, workers=workers))
+            _, writing = _timed(partial(_write, folder, tokenizer, texts, encoded))
+            seconds.append((encoding, preparing, writing, _load(out, context)))
+    encoding, preparing, writing, loading = map(statistics.median, zip(*seconds, strict=True))
     return DataRates(size, size / encoding, size / preparing, size / writing, loading)
 
 
-def _timed(work: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[Any, float]:
+def _timed(work: Callable[[], Result]) -> tuple[Result, float]:
     start = time.perf_counter()
-    result = work(*arguments, **options)
+    result = work()
     return result, time.perf_counter() - start
 
 
-def _library_encode(tokenizer: Tokenizer, workers: int) -> Callable[[list[str]], list[list[int]]]:
+def _library_encode(tokenizer: Tokenizer, texts: list[str], workers: int) -> list[list[int]]:
+    """Encode texts by the tokenizer's library, without what tostlm adds to SentencePiece."""
     if not isinstance(tokenizer, SentencePieceTokenizer):
-        return lambda texts: tokenizer.encode_batch(texts, workers)
+        return tokenizer.encode_batch(texts, workers)
     processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.content)
-    return lambda texts: processor.encode(texts, num_threads=workers)
+    encoded: list[list[int]] = processor.encode(texts, num_threads=workers)
+    return encoded
 
 
-def _write(folder: Path, texts: list[str], encoded: list[list[int]], eos_id: int) -> None:
-    writer = ShardWriter(folder, TRAIN, "<u4", 1 << 40)
+def _write(folder: Path, tokenizer: Tokenizer, texts: list[str], encoded: list[list[int]]) -> None:
+    writer = SplitWriter(folder, tokenizer, heldout_fraction=0, shard_tokens=1 << 40)
     for text, tokens in zip(texts, encoded, strict=True):
-        data = text.encode()
-        writer.add([*tokens, eos_id], content_hash(data), len(data))
+        writer.add(tokens, text.encode())
     writer.finish()
 
 
 def _load(folder: Path, context: int) -> float:
-    """Seconds a token of one rank's batches."""
+    """Return the seconds per token of one rank's batches."""
     tokens = TokenSet(folder, TRAIN)
     context = min(context, len(tokens) - 1)
     sequences = max(1, LOADED_TOKENS // context // 8)
@@ -106,7 +106,7 @@ def _load(folder: Path, context: int) -> float:
 
 
 def table(rates: DataRates, workers: int) -> str:
-    """The rates and their ratios, a line each."""
+    """Return the rates and their ratios, a line each."""
     encode, prepare_, write = rates[1:4]
     share = rates.loader_seconds_per_token * RANK_TOKENS_PER_SECOND
     return "\n".join(

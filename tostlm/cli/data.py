@@ -1,18 +1,18 @@
-"""Verbs from text to token shards."""
+"""Subcommands from text to token shards: tokenizer, prepare, data."""
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import pydantic
 import typer
 
 from tostlm.cli.app import app, data_app, tokenizer_app
 from tostlm.errors import UserError
+from tostlm.files import require_file_writable, write_atomically
 
 if TYPE_CHECKING:
     from tostlm.data import Manifest
@@ -46,7 +46,6 @@ def tokenizer_train(
 ) -> None:
     """Train a lossless SentencePiece BPE tokenizer."""
     from tostlm.data import Selection, documents, limit_bytes, train_tokenizer
-    from tostlm.files import require_file_writable
 
     require_file_writable(out)
     texts = documents([*source, *(more or [])], Selection(text_column=text_column))
@@ -73,7 +72,6 @@ def tokenizer_import(
 ) -> None:
     """Import a tokenizer of SentencePiece, Hugging Face or GPT-2, so that it names its end-of-document token."""
     from tostlm.data import import_tokenizer
-    from tostlm.files import require_file_writable, write_atomically
 
     require_file_writable(out)
     tokenizer = import_tokenizer(source, eos_token)
@@ -106,20 +104,20 @@ def prepare(
     max_document_bytes: Annotated[
         int, typer.Option(min=1, help="a longer text is an error; memory is some 40 times this")
     ] = 16_000_000,
-    on_error: Annotated[str, typer.Option(help="what a record that cannot be used does: fail or skip")] = "fail",
+    on_error: Annotated[str, typer.Option(help="on a record that cannot be used: fail or skip")] = "fail",
     dedup: Annotated[bool, typer.Option("--dedup", help="keep the first of documents with the same text")] = False,
     dedup_against: Annotated[
         list[Path] | None, typer.Option(help="drop documents that this prepared folder holds; may be repeated")
     ] = None,
     heldout_fraction: HeldoutFraction = 0.01,
     shard_tokens: ShardTokens = 100_000_000,
-    part_bytes: Annotated[int, typer.Option(min=1, help="size on disk of the parts the work is cut into")] = 1 << 28,
+    unit_bytes: Annotated[int, typer.Option(min=1, help="bytes on disk of a work unit")] = 1 << 28,
     allow_lossy: Annotated[bool, typer.Option("--allow-lossy", help="take a tokenizer that changes some text")] = False,
     workers: Annotated[int | None, typer.Option(min=1, max=1024, help="cores to use; default: all")] = None,
-    task: Annotated[str | None, typer.Option(help="do share INDEX/NUMBER of the parts, without merging")] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="make a folder of the parts that tasks have finished")] = False,
+    task: Annotated[str | None, typer.Option(help="do share INDEX/COUNT of the work units, without merging")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="merge the work units that tasks have finished")] = False,
 ) -> None:
-    """Tokenize text into shards with a manifest and a held-out split; the same command goes on where it was ended."""
+    """Tokenize text into shards with a manifest and a held-out split; the same command resumes it."""
     from tostlm import data
 
     if merge:
@@ -127,7 +125,7 @@ def prepare(
         return
     sources = [*(source or []), *(more or [])]
     if not sources or tokenizer is None:
-        raise UserError("prepare needs --source and --tokenizer, or --merge for parts that are finished")
+        raise UserError("prepare needs --source and --tokenizer, or --merge for work units that are finished")
     selection = checked(
         data.Selection,
         text_column=text_column,
@@ -144,7 +142,7 @@ def prepare(
         selection=selection,
         heldout_fraction=heldout_fraction,
         shard_tokens=shard_tokens,
-        part_bytes=part_bytes,
+        unit_bytes=unit_bytes,
         allow_lossy=allow_lossy,
         dedup=dedup,
         dedup_against=dedup_against or [],
@@ -153,7 +151,7 @@ def prepare(
         settings,
         data.Tokenizer.load(tokenizer),
         out,
-        workers=workers or cores(),
+        workers=workers,
         task=data.parse_task(task) if task else None,
         command=this_command(),
     )
@@ -170,8 +168,8 @@ def report(out: Path, manifest: Manifest) -> None:
         print(f"{out}: dropped {format_counts(manifest.dropped)}; {out}/dropped.jsonl names the first")
 
 
-def checked(kind: type[Model], **values: Any) -> Model:
-    """A settings object from options; what is wrong with them is a UserError."""
+def checked(kind: type[Model], **values: object) -> Model:
+    """Return settings made of options; raise a UserError that names the option whose value is wrong."""
     try:
         return kind(**values)
     except pydantic.ValidationError as error:
@@ -182,11 +180,6 @@ def checked(kind: type[Model], **values: Any) -> Model:
 
 def this_command() -> str:
     return shlex.join(["tostlm", *sys.argv[1:]])
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 @data_app.command("import")
@@ -225,7 +218,7 @@ def data_verify(folder: Annotated[Path, typer.Argument(help="a folder made by `t
     from tostlm.data import verify
 
     count = sum(1 for _ in verify(folder))
-    print(f"{folder}: {count} files are whole")
+    print(f"{folder}: {count} files match their checksums")
 
 
 @data_app.command("show")

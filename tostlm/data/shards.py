@@ -1,12 +1,12 @@
-"""Token shards on disk: raw little-endian ids, where each document ends, and a manifest that says what they are.
+"""The format of prepared folders: token shards and the manifest that describes them.
 
 A prepared folder holds
 
     manifest.json               written last: a folder without one is unfinished
     tokenizer.model | .json     what the ids mean
-    SPLIT-00000.bin             token ids, uint16 or uint32, one document after another, each with its document end
+    SPLIT-00000.bin             token ids, uint16 or uint32, documents each followed by an end-of-document token
     SPLIT-00000.ends            uint64, for each document of that shard the number of shard tokens up to its end
-    SPLIT-00000.hashes          16 bytes for each document of that shard, by which the same text is known again
+    SPLIT-00000.hashes          16 bytes for each document of that shard, that are equal for equal texts
 
 docs/data.md is the format's specification.
 """
@@ -16,9 +16,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, BinaryIO, Literal, Self
 
 import numpy as np
 import pydantic
@@ -27,18 +27,34 @@ from tostlm.data.tokenizers import Tokenizer
 from tostlm.errors import UserError
 from tostlm.files import sha256_of, write_atomically
 
-SCHEMA = 2
 MANIFEST = "manifest.json"
 TRAIN, VALIDATION = "train", "heldout"
 SUFFIXES = ("bin", "ends", "hashes")
+TEXT_BYTES_SUFFIX = "lengths"  # uint32, UTF-8 bytes of each document's text; kept until the shards are merged
 HASH_BYTES = 16
-
 
 Count = Annotated[int, pydantic.Field(ge=0)]
 
 
 class FrozenModel(pydantic.BaseModel):
+    """A record with fixed fields, stored as JSON."""
+
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def read(cls, path: Path, remedy: str) -> Self:
+        """Return the record that a JSON file holds.
+
+        Raises:
+            UserError: the file does not hold one; the message ends with `remedy`.
+        """
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except pydantic.ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"])) or "content"
+            wrong = f"{where} {problem['input']!r:.40}: {problem['msg']}"
+            raise UserError(f"{path} is damaged or of another version ({wrong}); {remedy}") from None
 
 
 class Shard(FrozenModel):
@@ -52,29 +68,24 @@ class Shard(FrozenModel):
 
 
 class Split(FrozenModel):
+    """The shards of one split and their sums."""
+
     tokens: Count
     documents: Count
     text_bytes: Count
     shards: tuple[Shard, ...]
 
     @pydantic.model_validator(mode="after")
-    def _adds_up(self) -> Split:
+    def _adds_up(self) -> Self:
         if self.tokens != sum(shard.tokens for shard in self.shards):
             raise ValueError("its shards' tokens do not add up")
         return self
 
-    @classmethod
-    def of(cls, shards: Sequence[Shard]) -> Split:
-        return cls(
-            tokens=sum(shard.tokens for shard in shards),
-            documents=sum(shard.documents for shard in shards),
-            text_bytes=sum(shard.text_bytes for shard in shards),
-            shards=tuple(shards),
-        )
-
 
 class Manifest(FrozenModel):
-    schema_version: int
+    """The content of a prepared folder's manifest.json."""
+
+    schema_version: Literal[2] = 2
     dtype: Literal["<u2", "<u4"]
     tokenizer_sha256: str
     vocab_size: int
@@ -82,21 +93,9 @@ class Manifest(FrozenModel):
     sources: tuple[str, ...]
     heldout_fraction: float
     command: str  # that made the folder
-    settings: dict[str, Any]  # that decided what is in it
+    settings: dict[str, object]  # that decided what is in it
     dropped: dict[str, int]  # documents left out, by reason
     splits: dict[str, Split]
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer, **described: Any) -> Manifest:
-        """The manifest of a folder in this version's schema; `described` are the fields the tokenizer does not tell."""
-        return cls(
-            schema_version=SCHEMA,
-            dtype=dtype_for(tokenizer.vocab_size),
-            tokenizer_sha256=tokenizer.sha256,
-            vocab_size=tokenizer.vocab_size,
-            eos_id=tokenizer.eos_id,
-            **described,
-        )
 
     @property
     def content_sha256(self) -> str:
@@ -105,75 +104,97 @@ class Manifest(FrozenModel):
         return hashlib.sha256(f"{self.tokenizer_sha256}{splits}".encode()).hexdigest()
 
 
-class ShardWriter:
-    """Writes one split, a new shard every `shard_tokens` tokens; a document never straddles two shards."""
+class SplitWriter:
+    """Writes documents to the shards of the training and the held-out split of a folder.
 
+    A document never straddles two shards: a shard ends with the document that reaches `shard_tokens` tokens.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, heldout_fraction: float, shard_tokens: int) -> None:
+        self._eos_id, self._heldout_fraction = tokenizer.eos_id, heldout_fraction
+        dtype = dtype_for(tokenizer.vocab_size)
+        self._writers = {split: _ShardWriter(folder, split, dtype, shard_tokens) for split in (TRAIN, VALIDATION)}
+
+    def add(self, tokens: Sequence[int] | np.ndarray, text: bytes, split: str | None = None) -> None:
+        """Write one document and the end-of-document token after it.
+
+        Args:
+            tokens: the ids of the document.
+            text: its text in UTF-8.
+            split: where it belongs; None to let its text decide, by the text's hash read as a number in [0, 1).
+        """
+        content_hash = hashlib.sha256(text).digest()[:HASH_BYTES]
+        if split is None:
+            held_out = int.from_bytes(content_hash[:8], "big") / 2**64 < self._heldout_fraction
+            split = VALIDATION if held_out else TRAIN
+        self._writers[split].add(np.append(tokens, self._eos_id), content_hash, len(text))
+
+    def finish(self) -> dict[str, tuple[Shard, ...]]:
+        """Close the last shards; return all shards by split."""
+        return {split: writer.finish() for split, writer in self._writers.items()}
+
+
+class _ShardWriter:
     def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int) -> None:
         self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
         self._shards: list[Shard] = []
-        self._ends: list[int] = []
+        self._file: BinaryIO | None = None
+        self._start_shard()
+
+    def _start_shard(self) -> None:
+        self._name = shard_name(self._split, len(self._shards))
+        self._lengths: list[int] = []
         self._hashes: list[bytes] = []
         self._text_bytes: list[int] = []
-        self._file: BinaryIO | None = None
+        self._tokens = 0
 
-    @property
-    def _name(self) -> str:
-        """Of the shard being written."""
-        return shard_name(self._split, len(self._shards))
-
-    def add(self, tokens: Sequence[int] | np.ndarray, content_hash: bytes, text_bytes: int) -> None:
-        """Write one document, its document end included; `content_hash` is `content_hash` of its text."""
+    def add(self, tokens: np.ndarray, content_hash: bytes, text_bytes: int) -> None:
         if self._file is None:
             self._file = (self._folder / f"{self._name}.bin").open("wb")
-        self._file.write(np.asarray(tokens, dtype=self._dtype).tobytes())
-        self._ends.append(len(tokens) + (self._ends[-1] if self._ends else 0))
+        self._file.write(tokens.astype(self._dtype).tobytes())
+        self._lengths.append(len(tokens))
         self._hashes.append(content_hash)
         self._text_bytes.append(text_bytes)
-        if self._ends[-1] >= self._shard_tokens:
-            self._finish_shard()
-
-    def _finish_shard(self) -> None:
-        if self._file is None:
-            return
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
-        name = self._name
-        (self._folder / f"{name}.ends").write_bytes(np.array(self._ends, "<u8").tobytes())
-        (self._folder / f"{name}.hashes").write_bytes(b"".join(self._hashes))
-        (self._folder / f"{name}.lengths").write_bytes(np.array(self._text_bytes, "<u4").tobytes())
-        self._shards.append(describe_shard(self._folder, name, self._ends[-1], self._text_bytes))
-        self._ends, self._hashes, self._text_bytes = [], [], []
+        self._tokens += len(tokens)
+        if self._tokens >= self._shard_tokens:
+            self.finish()
 
     def finish(self) -> tuple[Shard, ...]:
-        """Close the last shard; returns what was written."""
-        self._finish_shard()
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+            text_bytes = np.array(self._text_bytes, "<u4")
+            (self._folder / f"{self._name}.{TEXT_BYTES_SUFFIX}").write_bytes(text_bytes.tobytes())
+            lengths, hashes = np.array(self._lengths), b"".join(self._hashes)
+            self._shards.append(finish_shard(self._folder, self._name, lengths, hashes, text_bytes))
+            self._start_shard()
         return tuple(self._shards)
+
+
+def finish_shard(folder: Path, name: str, lengths: np.ndarray, hashes: bytes, text_bytes: np.ndarray) -> Shard:
+    """Write the .ends and .hashes of a shard whose .bin is written; return its entry in the manifest.
+
+    `lengths` and `text_bytes` are each document's tokens, its end included, and UTF-8 bytes of text.
+    """
+    (folder / f"{name}.ends").write_bytes(np.cumsum(lengths).astype("<u8").tobytes())
+    (folder / f"{name}.hashes").write_bytes(hashes)
+    return Shard(
+        name=name,
+        tokens=int(lengths.sum()),
+        documents=len(lengths),
+        text_bytes=int(text_bytes.sum(dtype=np.int64)),
+        sha256={suffix: sha256_of(folder / f"{name}.{suffix}") for suffix in SUFFIXES},
+    )
 
 
 def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:05d}"
 
 
-def describe_shard(folder: Path, name: str, tokens: int, text_bytes: Sequence[int]) -> Shard:
-    """The manifest's entry for a shard's files, one of `text_bytes` a document."""
-    return Shard(
-        name=name,
-        tokens=tokens,
-        documents=len(text_bytes),
-        text_bytes=sum(text_bytes),
-        sha256={suffix: sha256_of(folder / f"{name}.{suffix}") for suffix in SUFFIXES},
-    )
-
-
-def content_hash(text: bytes) -> bytes:
-    """What a document is known by: the first half of the SHA-256 of its text in UTF-8, 16 bytes."""
-    return hashlib.sha256(text).digest()[:HASH_BYTES]
-
-
 def dtype_for(vocab_size: int) -> Literal["<u2", "<u4"]:
-    """The narrowest dtype that holds every id below `vocab_size`, little-endian.
+    """Return the narrowest little-endian dtype that holds every id below `vocab_size`.
 
     Raises:
         UserError: there is none.
@@ -183,31 +204,56 @@ def dtype_for(vocab_size: int) -> Literal["<u2", "<u4"]:
     return "<u2" if vocab_size <= 1 << 16 else "<u4"
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(
+    folder: Path,
+    tokenizer: Tokenizer,
+    shards: Mapping[str, Sequence[Shard]],
+    *,
+    sources: Sequence[str],
+    heldout_fraction: float,
+    command: str,
+    settings: Mapping[str, object],
+    dropped: Mapping[str, int],
+) -> Manifest:
+    """Write and return the manifest of a folder that holds `shards` by split, which makes it a prepared folder."""
+    manifest = Manifest(
+        dtype=dtype_for(tokenizer.vocab_size),
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        sources=tuple(sources),
+        heldout_fraction=heldout_fraction,
+        command=command,
+        settings=dict(settings),
+        dropped=dict(dropped),
+        splits={
+            split: Split(
+                tokens=sum(shard.tokens for shard in of_split),
+                documents=sum(shard.documents for shard in of_split),
+                text_bytes=sum(shard.text_bytes for shard in of_split),
+                shards=tuple(of_split),
+            )
+            for split, of_split in shards.items()
+        },
+    )
     write_atomically(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+    return manifest
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a prepared folder.
+    """Return the manifest of a prepared folder.
 
     Raises:
-        UserError: there is none, or it is not one this version reads.
+        UserError: there is none, or it is not one that this version reads.
     """
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(f"{folder} holds no prepared data; make it with `tostlm prepare --out {folder}`")
-    try:
-        content = json.loads(path.read_bytes())
-        version = content.get("schema_version")
-        if version != SCHEMA:
-            raise UserError(f"{path} is of schema {version}, this tostlm reads {SCHEMA}; prepare the data again")
-        return Manifest.model_validate(content)
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); prepare the data again") from None
+    return Manifest.read(path, "prepare the data again")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer a prepared folder was made with.
+    """Return the tokenizer that a prepared folder was made with.
 
     Raises:
         UserError: it is missing, or not the one of the manifest.
@@ -227,7 +273,7 @@ def common_tokenizer(folders: Sequence[Path], vocab_size: int | None = None) -> 
 
     Args:
         folders: the prepared folders.
-        vocab_size: that of a model that must be able to embed every token; None without a model.
+        vocab_size: of a model that must embed every token; None without a model.
 
     Raises:
         UserError: the folders were made with different tokenizers, or `vocab_size` is less than the tokenizer's.

@@ -1,143 +1,104 @@
-"""What a prepared folder holds: counts, lengths of documents, samples of the text."""
+"""Description of a prepared folder: counts, lengths of documents, samples of the text."""
 
 from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from tostlm.data.loading.token_set import TokenSet
-from tostlm.data.shards import Manifest, Split, load_tokenizer, read_manifest
+from tostlm.data.shards import Split, load_tokenizer, read_manifest
 from tostlm.errors import UserError
 from tostlm.files import require_file_writable, write_atomically
 
-DOCUMENTS = 1 << 20  # document ends read at once, which bounds the memory
 CHARACTERS = 300  # of a sample
 BAR = 40  # characters of the longest bar
 
 
 class Lengths(NamedTuple):
-    """How many documents have which length: int64 [distinct lengths] both, ascending; ends are counted in.
+    """How many documents have each length; both arrays are int64 [distinct lengths].
 
-    T tokens hold fewer than sqrt(2 T) different lengths, a few megabytes for a trillion, so the table is exact.
+    T tokens hold fewer than sqrt(2 T) different lengths, a few megabytes for a trillion, so all of them are kept.
     """
 
-    tokens: np.ndarray
+    tokens: np.ndarray  # ascending; the end-of-document token counts
     documents: np.ndarray
 
     def percentile(self, percent: int) -> int:
-        """The smallest length that at least `percent` percent of the documents do not exceed."""
+        """Return the smallest length that at least `percent` percent of the documents do not exceed."""
         below = np.cumsum(self.documents)
         return int(self.tokens[np.searchsorted(100 * below, percent * below[-1])])
 
     def by_powers_of_two(self) -> dict[int, int]:
-        """Documents of 2^k to 2^(k+1) - 1 tokens by k, from the shortest's k to the longest's."""
+        """Count the documents of 2^k to 2^(k+1) - 1 tokens by k, from the shortest document's k to the longest's."""
         powers = np.frexp(self.tokens)[1] - 1
         counts = np.bincount(powers, self.documents).astype(np.int64)
         return dict(enumerate(counts[powers[0] :].tolist(), int(powers[0])))
 
 
 def show(folder: Path, samples: int, seed: int, plot: Path) -> Iterator[str]:
-    """Paragraphs about prepared data: its making, each split's counts, lengths and samples; last, `plot` is written.
+    """Yield paragraphs about a prepared folder; at last, draw the lengths of its documents in the .png `plot`.
+
+    The paragraphs show the beginnings of `samples` documents of each split, chosen by `seed`.
 
     Raises:
         UserError: the folder is not prepared or is damaged, `plot` cannot be written, matplotlib is missing.
     """
     manifest = read_manifest(folder)
     require_file_writable(plot)
-    yield _heading(folder, manifest)
+    heading = f"{folder}: token ids {manifest.dtype} of a vocabulary of {manifest.vocab_size:,}"
+    sources = [f"source {source}" for source in manifest.sources]
+    yield "\n".join([heading, f"tokenizer sha256 {manifest.tokenizer_sha256}", *sources])
     lengths = {}
     for name, split in manifest.splits.items():
         if not split.documents:
             yield f"{name}: no documents"
             continue
-        lengths[name] = document_lengths(folder, split)
-        yield f"{name}: {_counts(split, lengths[name])}\n{_histogram(lengths[name])}"
-        yield from sample_documents(folder, name, samples, seed)
+        tokens = TokenSet(folder, name)
+        lengths[name] = count_lengths(tokens.document_bounds_by_shard())
+        yield f"{name}: {_describe(split, lengths[name])}\n{_histogram(lengths[name])}"
+        yield from _sample_documents(tokens, name, samples, seed)
     write_atomically(plot, _plot(lengths))
     yield f"lengths of documents drawn in {plot}"
 
 
-def document_lengths(folder: Path, split: Split) -> Lengths:
-    """The lengths of a split's documents in tokens, read shard by shard.
-
-    Raises:
-        UserError: a shard's document ends are missing or damaged.
-    """
-    tokens, documents = np.empty(0, np.int64), np.empty(0, np.int64)
-    for shard in split.shards:
-        previous = 0
-        for start in range(0, shard.documents, DOCUMENTS):
-            ends = _ends(folder, shard.name, shard.documents)[start : start + DOCUMENTS].astype(np.int64)
-            lengths = np.diff(ends, prepend=previous)
-            previous = int(ends[-1])
-            found, counts = np.unique(lengths, return_counts=True)
-            tokens, inverse = np.unique(np.concatenate([tokens, found]), return_inverse=True)
-            documents = np.bincount(inverse, np.concatenate([documents, counts])).astype(np.int64)
-        if previous != shard.tokens or (tokens < 1).any():
-            raise UserError(
-                f"shard {folder / shard.name}.ends is damaged: its document ends do not ascend to {shard.tokens}; "
-                f"see `tostlm data verify {folder}`"
-            )
-    return Lengths(tokens, documents)
+def count_lengths(bounds_by_shard: Iterable[np.ndarray]) -> Lengths:
+    """Count the documents of each length, from the int64 [documents, 2] bounds of the documents of each shard."""
+    documents: Counter[int] = Counter()
+    for bounds in bounds_by_shard:
+        lengths, counts = np.unique(bounds[:, 1] - bounds[:, 0], return_counts=True)
+        documents.update(dict(zip(lengths.tolist(), counts.tolist(), strict=True)))
+    tokens = sorted(documents)
+    return Lengths(np.array(tokens), np.array([documents[length] for length in tokens]))
 
 
-def sample_documents(folder: Path, split: str, samples: int, seed: int) -> Iterator[str]:
-    """The beginnings of documents chosen by the seed, each under its number in the split.
-
-    Raises:
-        UserError: a shard is missing or damaged.
-    """
-    tokens, tokenizer = TokenSet(folder, split), load_tokenizer(folder)
+def _sample_documents(tokens: TokenSet, split: str, samples: int, seed: int) -> Iterator[str]:
+    """Yield the beginnings of documents chosen by the seed, each under its number in the split."""
+    tokenizer = load_tokenizer(tokens.folder)
     total = tokens.split.documents
     chosen = np.random.default_rng(seed).choice(total, min(samples, total), replace=False, shuffle=False)
-    for number in sorted(chosen.tolist()):
-        start, stop = _bounds(tokens, number)
-        # A character has at most four tokens, one a byte.
-        text = tokenizer.decode(tokens.read(start, min(stop - 1, start + 4 * CHARACTERS)).tolist())
-        yield f"{split} document {number:,}, {stop - start:,} tokens:\n{_indented(text[:CHARACTERS])}"
-
-
-def _bounds(tokens: TokenSet, number: int) -> tuple[int, int]:
-    """First and past-the-last token of a document of the split, its end included."""
-    base = 0
-    for shard in tokens.split.shards:
-        if number < shard.documents:
-            ends = _ends(tokens.folder, shard.name, shard.documents)
-            return base + (int(ends[number - 1]) if number else 0), base + int(ends[number])
-        number -= shard.documents
-        base += shard.tokens
-    raise IndexError(number)
-
-
-def _ends(folder: Path, shard: str, documents: int) -> np.ndarray:
-    path = folder / f"{shard}.ends"
-    if not path.is_file() or path.stat().st_size != 8 * documents:
-        raise UserError(f"shard {path} is missing or of another size than its manifest says; prepare the data again")
-    return np.memmap(path, "<u8", "r")
+    before = 0  # documents of the shards before
+    for bounds in tokens.document_bounds_by_shard():
+        for index in sorted((chosen - before)[(before <= chosen) & (chosen < before + len(bounds))].tolist()):
+            start, stop = bounds[index].tolist()
+            # A character has at most four tokens, one a byte.
+            text = tokenizer.decode(tokens.read(start, min(stop - 1, start + 4 * CHARACTERS)).tolist())
+            yield f"{split} document {before + index:,}, {stop - start:,} tokens:\n{_indented(text[:CHARACTERS])}"
+        before += len(bounds)
 
 
 def _indented(text: str) -> str:
-    """Text that cannot steer the terminal it is printed on."""
+    """Indent a text and escape what would control the terminal that prints it."""
     safe = (c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
     return textwrap.indent("".join(safe), "    ")
 
 
-def _heading(folder: Path, manifest: Manifest) -> str:
-    return "\n".join(
-        [
-            f"{folder}: token ids {manifest.dtype} of a vocabulary of {manifest.vocab_size:,}",
-            f"tokenizer sha256 {manifest.tokenizer_sha256}",
-            *(f"source {source}" for source in manifest.sources),
-        ]
-    )
-
-
-def _counts(split: Split, lengths: Lengths) -> str:
+def _describe(split: Split, lengths: Lengths) -> str:
     facts = {
         "mean": f"{split.tokens / split.documents:,.1f}",
         "median": f"{lengths.percentile(50):,}",
@@ -162,7 +123,7 @@ def _histogram(lengths: Lengths) -> str:
 
 
 def _plot(splits: Mapping[str, Lengths]) -> bytes:
-    """The share of each split's documents in each power of two, as a PNG."""
+    """Draw the share of each split's documents in each power of two, as a PNG."""
     try:
         import matplotlib
     except ImportError:

@@ -1,22 +1,22 @@
-"""Checksums of prepared folders: compare every byte with the manifest, and remember what was found to be good.
+"""Verification of prepared folders by the checksums of the manifest.
 
-A full verification writes a stamp, `.verified.json`, beside the manifest: the identity of the manifest's content and
-the size and modification time of every shard file. `verify_once` hashes only files that differ from their stamp, so a
-training run that starts again reads no shard at all. Damage that changes neither size nor modification time is left to
-`verify`, which always reads every byte.
+When every shard file is verified, a stamp, `.verified.json`, keeps their sizes and modification times. `verify_once`
+reads only files that differ from the stamp, so a training run that starts again reads no shard at all. Damage that
+changes neither size nor modification time is found by `verify`, which always reads every byte.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import TypeAlias
+
+import pydantic
 
 from tostlm.data.loading.token_set import TokenSet
-from tostlm.data.shards import Manifest, load_tokenizer, read_manifest
+from tostlm.data.shards import FrozenModel, Manifest, load_tokenizer, read_manifest
 from tostlm.errors import UserError
 from tostlm.files import sha256_of, write_atomically
 
@@ -24,22 +24,18 @@ STAMP = ".verified.json"
 HASHING_THREADS = 8  # hashing releases Python's lock, so threads use as many cores
 
 
-class FileState(NamedTuple):
-    """Size and modification time of a file, which change when somebody writes to it."""
+FileState: TypeAlias = tuple[int, int]  # size and modification time, which change when a file is written
 
-    size: int
-    mtime_ns: int
 
-    @classmethod
-    def of(cls, path: Path) -> FileState:
-        stat = path.stat()
-        return cls(stat.st_size, stat.st_mtime_ns)
+class Stamp(FrozenModel):
+    """The content of the stamp: which manifest was verified, and the state of each shard file then."""
+
+    content_sha256: str
+    files: dict[str, FileState]
 
 
 def verify(folder: Path, files: Collection[str] | None = None) -> Iterator[str]:
     """Compare the files of a prepared folder with the manifest's checksums, reading every byte.
-
-    Without `files`, everything is checked and the folder's stamp is written once all of it is found good.
 
     Args:
         folder: a prepared folder.
@@ -51,47 +47,25 @@ def verify(folder: Path, files: Collection[str] | None = None) -> Iterator[str]:
     Raises:
         UserError: a file is missing or its checksum or size is not the manifest's.
     """
-    manifest = read_manifest(folder)
+    manifest = _check_sizes(folder)
     if files is None:
         yield load_tokenizer(folder).file_name
-    _check_sizes(folder, manifest)
-    expected = {name: sha256 for name, sha256 in shard_files(manifest).items() if files is None or name in files}
-    states = {}
-    for name, state in _hash_files(folder, expected):
-        states[name] = state
-        yield name
-    if files is None:
-        _write_stamp(folder, manifest, states)
+    yield from _verify(folder, manifest, shard_files(manifest).keys() if files is None else files, {})
 
 
 def verify_once(folder: Path) -> int:
-    """Verify the files of a prepared folder that changed since they were last verified, and stamp the folder.
+    """Verify the files of a prepared folder that changed since they were last verified; return their bytes.
 
-    Without a stamp, or with one that was written for another manifest, every file is read. A folder that cannot be
-    written gets no stamp and is read in full each time.
-
-    Args:
-        folder: a prepared folder.
-
-    Returns:
-        Bytes of shards that were read.
+    Without a stamp of the same manifest every file is read. A folder that cannot be written gets no stamp.
 
     Raises:
         UserError: a file is missing or its checksum or size is not the manifest's.
     """
-    manifest = read_manifest(folder)
+    manifest = _check_sizes(folder)
     load_tokenizer(folder)
-    _check_sizes(folder, manifest)
     stamped = _read_stamp(folder, manifest)
-    changed = {
-        name: sha256
-        for name, sha256 in shard_files(manifest).items()
-        if name not in stamped or not (folder / name).is_file() or stamped[name] != FileState.of(folder / name)
-    }
-    found = dict(_hash_files(folder, changed))
-    if found:
-        _write_stamp(folder, manifest, {**stamped, **found})
-    return sum(state.size for state in found.values())
+    changed = [name for name in shard_files(manifest) if name not in stamped or _state(folder / name) != stamped[name]]
+    return sum((folder / name).stat().st_size for name in _verify(folder, manifest, changed, stamped))
 
 
 def shard_files(manifest: Manifest) -> dict[str, str]:
@@ -104,37 +78,49 @@ def shard_files(manifest: Manifest) -> dict[str, str]:
     }
 
 
-def _check_sizes(folder: Path, manifest: Manifest) -> None:
+def _check_sizes(folder: Path) -> Manifest:
+    manifest = read_manifest(folder)
     for name, split in manifest.splits.items():
         if split.tokens:
             TokenSet(folder, name)
+    return manifest
 
 
-def _hash_files(folder: Path, expected: Mapping[str, str]) -> Iterator[tuple[str, FileState]]:
-    """Yield each file with its state before it was hashed; a later change then shows against the stamp."""
+def _verify(
+    folder: Path, manifest: Manifest, files: Collection[str], stamped: Mapping[str, FileState]
+) -> Iterator[str]:
+    """Yield the name of each file that is good; write the stamp if the state of every file is known then."""
+    expected = shard_files(manifest)
+    states = dict(stamped)
 
     def check(name: str) -> FileState:
         path = folder / name
-        state = FileState.of(path) if path.is_file() else None
+        state = _state(path)  # before the file is read, so that a later change shows
         if state is None or sha256_of(path) != expected[name]:
             raise UserError(f"shard {path} is damaged: its SHA-256 is not the manifest's; prepare the data again")
         return state
 
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        yield from zip(expected, pool.map(check, expected), strict=True)
+        for name, state in zip(files, pool.map(check, files), strict=True):
+            states[name] = state
+            yield name
+    if files and states.keys() == expected.keys():
+        stamp = Stamp(content_sha256=manifest.content_sha256, files=states)
+        with suppress(OSError):  # a folder that cannot be written is verified each time
+            write_atomically(folder / STAMP, stamp.model_dump_json())
+
+
+def _state(path: Path) -> FileState | None:
+    if not path.is_file():
+        return None
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _read_stamp(folder: Path, manifest: Manifest) -> dict[str, FileState]:
     """Return the state of each file at its last verification; nothing if the stamp is missing, damaged or outdated."""
     try:
-        stamp = json.loads((folder / STAMP).read_bytes())
-        if stamp["content_sha256"] != manifest.content_sha256:
-            return {}
-        return {name: FileState(*map(int, state)) for name, state in stamp["files"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        stamp = Stamp.model_validate_json((folder / STAMP).read_bytes())
+    except (OSError, pydantic.ValidationError):
         return {}
-
-
-def _write_stamp(folder: Path, manifest: Manifest, states: Mapping[str, FileState]) -> None:
-    with suppress(OSError):  # a folder that cannot be written is verified each time
-        write_atomically(folder / STAMP, json.dumps({"content_sha256": manifest.content_sha256, "files": states}))
+    return stamp.files if stamp.content_sha256 == manifest.content_sha256 else {}

@@ -24,12 +24,13 @@ API = re.compile(r"/api/datasets/(?P<repo>[^/]+/[^/]+)(/(?P<verb>revision|tree)/
 RESOLVE = re.compile(r"/datasets/(?P<repo>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)")
 
 
-class Hub:
-    """What a test asks of the server: where it is, and what was asked of it."""
+class Hub(ThreadingHTTPServer):
+    """A server of the repositories in a folder, which counts the bytes of each file it sends."""
 
-    def __init__(self, folder: Path, server: ThreadingHTTPServer) -> None:
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
         self.folder = folder
-        self.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+        self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
         self.bytes_sent: dict[str, int] = {}  # of each file's content, by its path under the folder
 
     @staticmethod
@@ -39,17 +40,16 @@ class Hub:
 
 @contextmanager
 def serve(folder: Path) -> Iterator[Hub]:
-    """A hub of the repositories under `folder` until the block ends."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.hub = hub = Hub(folder, server)
-    thread = threading.Thread(target=server.serve_forever)
+    """Run a hub of the repositories under `folder` until the block ends."""
+    hub = Hub(folder)
+    thread = threading.Thread(target=hub.serve_forever)
     thread.start()
     try:
         yield hub
     finally:
-        server.shutdown()
+        hub.shutdown()
         thread.join()
-        server.server_close()
+        hub.server_close()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -57,7 +57,8 @@ class Handler(BaseHTTPRequestHandler):
 
     @property
     def hub(self) -> Hub:
-        return self.server.hub
+        assert isinstance(self.server, Hub)
+        return self.server
 
     def log_message(self, *arguments: object) -> None:
         """Nothing: a test's output is its own."""

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -125,8 +126,8 @@ def alone(hub: Hub, home: Path) -> dict[str, str]:
     return {**environment, **addresses, "HF_HOME": str(home), "TMPDIR": str(temporary)}
 
 
-def client(hub: Hub, home: Path, code: str) -> object:
-    """What such a process prints as JSON."""
+def client(hub: Hub, home: Path, code: str) -> Any:
+    """Return what such a process prints as JSON."""
     script = f"import json\nfrom tostlm.data import documents\n{code}"
     done = subprocess.run(
         [sys.executable, "-c", script], env=alone(hub, home), capture_output=True, text=True, timeout=300
@@ -145,12 +146,12 @@ def test_documents_stream_in_the_order_of_files(hub: Hub, tmp_path: Path, source
 
 @pytest.mark.parametrize("source", README)
 def test_a_shard_is_a_file(hub: Hub, tmp_path: Path, source: str) -> None:
-    """Preparation in parts gives each part the shards that `datasets` says it has."""
+    """Preparation gives each work unit the shards that `datasets` says it has."""
     name, _, config = source.partition(":")
     code = f"""
 import datasets
 data = datasets.load_dataset({name!r}, {config or None!r}, split="train", streaming=True)
-texts = lambda parts: [[row["text"] for row in data.shard(parts, n, contiguous=True)] for n in range(parts)]
+texts = lambda count: [[row["text"] for row in data.shard(count, n, contiguous=True)] for n in range(count)]
 print(json.dumps([data.num_shards, texts(data.num_shards), texts(2)]))
 """
     count, each, halves = client(hub, tmp_path / "home", code)
@@ -183,7 +184,6 @@ for source in ("nobody/nothing", "allenai/c4:xx", "allenai/c4:en@nosplit"):
 print(json.dumps(said))
 """
     said = client(hub, tmp_path / "home", code)
-    assert isinstance(said, dict)
     assert [*said] == ["nobody/nothing", "allenai/c4:xx", "allenai/c4:en@nosplit"]
     for source, message in said.items():
         assert message.startswith(f"source {source} is no file here and the Hugging Face hub did not give it: ")
@@ -200,7 +200,7 @@ def test_the_usual_corpora_are_documented() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: shlex.split(command)[3])
 def test_the_documented_command(hub: Hub, tokenizer: Tokenizer, tmp_path: Path, command: str) -> None:
-    """Two processes, a shard a part; the texts are all there, in order."""
+    """Two processes, a shard a work unit; the texts are all there, in order."""
     (tmp_path / "tokenizer.model").write_bytes(tokenizer.content)
     arguments = shlex.split(command)
     done = subprocess.run(

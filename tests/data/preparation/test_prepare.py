@@ -1,6 +1,7 @@
 """The same shards however the work is shared out or interrupted, and nothing finished is lost."""
 
 import errno
+import inspect
 import json
 import os
 import shutil
@@ -9,11 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.conftest import fail, succeed, tostlm
 from tests.data.test_shards import texts_of
+from tostlm.cli.data import prepare as prepare_command
 from tostlm.data import (
     VALIDATION,
     PreparationSettings,
@@ -28,13 +31,13 @@ from tostlm.data import (
     train_tokenizer,
     verify,
 )
-from tostlm.data.preparation.plan import PART, part_folder
+from tostlm.data.preparation.plan import RESULT, unit_folder
 from tostlm.errors import UserError
 
 
 @pytest.fixture
 def crawl(speeches: list[str], tmp_path: Path) -> Path:
-    """Files of several kinds; every third text stands twice, far apart."""
+    """Files of several kinds; every third text is there twice, far apart."""
     folder = tmp_path / "crawl"
     folder.mkdir()
     rows = [json.dumps({"text": text, "n": n}) + "\n" for n, text in enumerate([*speeches, *speeches[::3]])]
@@ -57,9 +60,9 @@ def all_texts(folder: Path) -> list[str]:
     return [text for name, split in splits.items() if split.documents for text in texts_of(folder, name)]
 
 
-def made_of(crawl: Path, **options: object) -> PreparationSettings:
+def made_of(crawl: Path, **options: Any) -> PreparationSettings:
     return PreparationSettings(
-        sources=(str(crawl),), heldout_fraction=0.2, shard_tokens=7000, part_bytes=60_000, **options
+        sources=(str(crawl),), heldout_fraction=0.2, shard_tokens=7000, unit_bytes=60_000, **options
     )
 
 
@@ -76,7 +79,7 @@ def test_workers_and_tasks_change_nothing(crawl: Path, tokenizer: Tokenizer, tmp
     assert content(tmp_path / "w3") == content(tmp_path / "tasks") == whole
     identities = {read_manifest(tmp_path / name).content_sha256 for name in ("w1", "w3", "tasks")}
     assert len(identities) == 1
-    assert not (tmp_path / "tasks" / "parts").exists()
+    assert not (tmp_path / "tasks" / "units").exists()
     list(verify(tmp_path / "tasks"))
 
 
@@ -89,6 +92,7 @@ def test_the_first_of_equal_documents_is_kept(
     after = all_texts(tmp_path / "once")
     assert after == list(dict.fromkeys(before))
     assert sorted(after) == sorted(speeches)
+    assert manifest is not None
     assert manifest.dropped == {"duplicate": 21}
     text_bytes = sum(split.text_bytes for split in manifest.splits.values())
     assert text_bytes == sum(len(text.encode()) for text in speeches)
@@ -107,31 +111,31 @@ def test_documents_of_an_earlier_run_are_left_out(
         assert sorted(all_texts(out)) == expected
 
 
-def test_a_killed_preparation_redoes_its_unfinished_part_alone(
+def test_a_killed_preparation_redoes_its_unfinished_unit_alone(
     crawl: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     (tmp_path / "t.model").write_bytes(tokenizer.content)
-    command = ["prepare", "--source", str(crawl), "--tokenizer", str(tmp_path / "t.model"), "--part-bytes", "60000"]
+    command = ["prepare", "--source", str(crawl), "--tokenizer", str(tmp_path / "t.model"), "--unit-bytes", "60000"]
     command += ["--shard-tokens", "7000", "--heldout-fraction", "0.2", "--workers", "1"]
     succeed(tostlm(*command, "--out", str(tmp_path / "whole")))
     out = tmp_path / "killed"
     process = subprocess.Popen([sys.executable, "-m", "tostlm", *command, "--out", str(out)])
     deadline = time.monotonic() + 60
-    while not part_folder(out, 1).exists() and time.monotonic() < deadline:
+    while not unit_folder(out, 1).exists() and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    finished = {path: path.stat().st_mtime_ns for path in (out / "parts").glob(f"0*/{PART}")}
+    finished = {path: path.stat().st_mtime_ns for path in (out / "units").glob(f"0*/{RESULT}")}
     assert len(finished) > 1
     assert not (out / "manifest.json").exists()
     fail(tostlm("prepare", "--merge", "--out", str(out)), "are not finished", "run `tostlm prepare` again")
     plan = json.loads((out / "plan.json").read_text())
-    assert len(finished) < len(plan["parts"])
-    shutil.rmtree(part_folder(out, 0))  # as if it had been lost; the others' files stay as they are
+    assert len(finished) < len(plan["units"])
+    shutil.rmtree(unit_folder(out, 0))  # as if it had been lost; the others' files stay as they are
     kept = {path: mtime for path, mtime in finished.items() if path.exists()}
     prepare(
         made_of(crawl), tokenizer, out, workers=1, task=TaskShard(0, 1)
-    )  # every part, without the merge that would clear them
+    )  # every work unit, without the merge that would clear them
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     merge(out)
     assert content(out) == content(tmp_path / "whole")
@@ -144,7 +148,7 @@ def test_an_interrupted_merge_is_done_again(
     prepare(settings, tokenizer, tmp_path / "whole", workers=1)
     prepare(settings, tokenizer, tmp_path / "out", workers=1, task=TaskShard(0, 1))
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
@@ -163,8 +167,9 @@ def test_what_is_finished_stays_when_a_record_is_bad(
     for workers in (1, 2):
         with pytest.raises(UserError, match=r"3\.jsonl, record \d+.*: is no UTF-8.*--on-error skip"):
             prepare(made_of(crawl), tokenizer, tmp_path / "out", workers=workers)
-    assert part_folder(tmp_path / "out", 0).exists()
+    assert unit_folder(tmp_path / "out", 0).exists()
     manifest = prepare(made_of(crawl, selection=Selection(on_error="skip")), tokenizer, tmp_path / "out", workers=2)
+    assert manifest is not None
     assert manifest.dropped == {"invalid UTF-8": 1}
     report = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
     assert [(line["reason"], "3.jsonl" in line["document"]) for line in report] == [("invalid UTF-8", True)]
@@ -172,16 +177,16 @@ def test_what_is_finished_stays_when_a_record_is_bad(
 
 
 def test_a_killed_worker(crawl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """The parent says so, ends the others, and the next call goes on."""
+    """The parent says so, ends the others, and the next call continues."""
     (tmp_path / "t.model").write_bytes(tokenizer.content)
-    command = ["prepare", "--source", str(crawl), "--tokenizer", str(tmp_path / "t.model"), "--part-bytes", "9000"]
+    command = ["prepare", "--source", str(crawl), "--tokenizer", str(tmp_path / "t.model"), "--unit-bytes", "9000"]
     command += ["--workers", "2", "--out", str(tmp_path / "out")]
     process = subprocess.Popen(
         [sys.executable, "-m", "tostlm", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     deadline = time.monotonic() + 60
-    while not part_folder(tmp_path / "out", 0).exists() and time.monotonic() < deadline:
+    while not unit_folder(tmp_path / "out", 0).exists() and time.monotonic() < deadline:
         time.sleep(0.002)
     worker = next(
         pid for pid in children.read_text().split() if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()
@@ -201,14 +206,14 @@ def test_another_tokenizer_or_setting_is_refused(
     out = tmp_path / "out"
     prepare(made_of(crawl), tokenizer, out, workers=1, task=TaskShard(0, 2))
     other = train_tokenizer(speeches, 400, tmp_path / "other.model")
-    with pytest.raises(UserError, match="was begun with another tokenizer"):
+    with pytest.raises(UserError, match="was started with another tokenizer"):
         prepare(made_of(crawl), other, out)
-    with pytest.raises(UserError, match="was begun with min_characters=1, not 5"):
+    with pytest.raises(UserError, match="was started with min_characters=1, not 5"):
         prepare(made_of(crawl, selection=Selection(min_characters=5)), tokenizer, out)
     prepare(made_of(crawl), tokenizer, out, workers=1, task=TaskShard(1, 2))
-    path = part_folder(out, 1) / PART
+    path = unit_folder(out, 1) / RESULT
     path.write_text(path.read_text().replace(tokenizer.sha256, other.sha256))
-    with pytest.raises(UserError, match=r"part 1 of \S+ was made with another tokenizer"):
+    with pytest.raises(UserError, match=r"work unit 1 of \S+ was made with another tokenizer"):
         merge(out)
 
 
@@ -261,22 +266,30 @@ def test_the_command_line(crawl: Path, tokenizer: Tokenizer, tmp_path: Path) -> 
     fail(tostlm(*begin, "--heldout-fraction", "1"), "--heldout-fraction 1.0", "less than 1")
     fail(tostlm(*begin, "--keep", "n"), "condition 'n' is not COLUMN RELATION VALUE")
     fail(tostlm(*begin, "--dedup-against", "nowhere"), "nowhere holds no prepared data")
-    fail(tostlm(*begin, "--task", "3/3"), "--task 3/3 must be INDEX/NUMBER")
+    fail(tostlm(*begin, "--task", "3/3"), "--task 3/3 must be INDEX/COUNT")
     fail(tostlm(*begin, "--id-column", "url"), "has no column 'url', only text, n")
     shutil.rmtree(tmp_path / "out")
     (crawl / "last.txt").unlink()
-    format_counts = succeed(tostlm(*begin, "--keep", "n<10", "--id-column", "n", "--dedup", "--heldout-fraction", "0"))
-    assert "of 10 documents" in format_counts
-    assert "dropped 70 not n<10" in format_counts
+    printed = succeed(tostlm(*begin, "--keep", "n<10", "--id-column", "n", "--dedup", "--heldout-fraction", "0"))
+    assert "of 10 documents" in printed
+    assert "dropped 70 not n<10" in printed
     manifest = read_manifest(tmp_path / "out")
     assert manifest.command.startswith("tostlm prepare --source")
-    assert manifest.settings["selection"]["keep"] == ["n<10"]
+    assert manifest.model_dump()["settings"]["selection"]["keep"] == ["n<10"]
     assert "(12)" in (tmp_path / "out" / "dropped.jsonl").read_text()
     assert load_tokenizer(tmp_path / "out").sha256 == tokenizer.sha256
+
+
+def test_the_defaults_of_the_command_are_those_of_the_settings() -> None:
+    options = inspect.signature(prepare_command).parameters
+    fields = {**Selection.model_fields, **PreparationSettings.model_fields}
+    defaults = {name: options[name].default for name in fields if name in options}
+    assert {"unit_bytes", "max_document_bytes", "shard_tokens", "heldout_fraction"} <= defaults.keys()
+    assert all(default in (None, fields[name].default) for name, default in defaults.items())
 
 
 def test_tasks() -> None:
     assert parse_task("2/8") == TaskShard(2, 8)
     for text in ("", "1", "8/8", "-1/3", "a/b"):
-        with pytest.raises(UserError, match="must be INDEX/NUMBER"):
+        with pytest.raises(UserError, match="must be INDEX/COUNT"):
             parse_task(text)

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import lzma
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tostlm.data.preparation.readers import Reader, RecordError, decompressed, lines_of_range, parse, split_lines
-from tostlm.data.preparation.sources import WorkUnit, parts_of
+from tostlm.data.preparation.sources import WorkUnit, list_work_units
 
 LINES = st.lists(st.binary(max_size=12).map(lambda line: line.replace(b"\n", b"")), max_size=20)
-COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.compress,
+}
 
 
-def records(path: Path, *, largest: int = 1000, **part: object) -> list[object]:
-    made = WorkUnit(bytes=path.stat().st_size, files=(str(path),), **part)
-    return [row if isinstance(row, RecordError) else row["text"] for _, row in Reader(made, ["text"], largest)]
+def records(path: Path, *, largest: int = 1000) -> list[object]:
+    unit = WorkUnit(bytes=path.stat().st_size, files=(str(path),))
+    return [row if isinstance(row, RecordError) else row["text"] for _, row in Reader(unit, ["text"], largest)]
 
 
 def reasons(found: list[object]) -> list[object]:
@@ -108,18 +115,18 @@ def test_invalid_utf8_in_parquet(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [40, 100, 1000, 10**6])
-def test_parts_hold_every_record_once(tmp_path: Path, size: int) -> None:
+def test_work_units_hold_every_record_once(tmp_path: Path, size: int) -> None:
     texts = [f"{n} " * (n % 17) + "end" for n in range(200)]
     half = len(texts) // 2
-    for name, part in (("a.jsonl", texts[:half]), ("b.jsonl", texts[half:])):
-        (tmp_path / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+    for name, some in (("a.jsonl", texts[:half]), ("b.jsonl", texts[half:])):
+        (tmp_path / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in some))
     (tmp_path / "empty.jsonl").touch()
-    parts = parts_of([str(tmp_path)], size)
-    assert (len(parts) > 2) == (size < 10**4)
-    assert sum(part.bytes for part in parts) == sum(path.stat().st_size for path in tmp_path.iterdir())
+    units = list_work_units([str(tmp_path)], size)
+    assert (len(units) > 2) == (size < 10**4)
+    assert sum(unit.bytes or 0 for unit in units) == sum(path.stat().st_size for path in tmp_path.iterdir())
     read = []
-    for part in parts:
-        reader = Reader(part, ["text"], 1000)
-        read += [row["text"] for _, row in reader]
-        assert part.byte_range or reader.bytes_read == part.bytes
+    for unit in units:
+        reader = Reader(unit, ["text"], 1000)
+        read += [row["text"] for _, row in reader if not isinstance(row, RecordError)]
+        assert unit.byte_range or reader.bytes_read == unit.bytes
     assert read == texts

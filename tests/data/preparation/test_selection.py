@@ -1,17 +1,20 @@
-"""What is kept and what is dropped, and that nothing is dropped in silence."""
+"""Documents are kept or dropped by the rules, and every dropped one is counted."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tostlm.data.preparation.readers import RecordError, SourceRecord
-from tostlm.data.preparation.selection import Selection, Selector, condition, documents
+from tostlm.data.preparation.selection import Condition, Selection, Selector, documents
 from tostlm.errors import UserError
 
-ROWS = [
+Row = Mapping[str, object] | RecordError
+ROWS: list[Row] = [
     {"text": "one", "id": "a", "language": "en", "score": 0.9, "meta": {"source": "web", "deep": {"er": 1}}},
     {"text": "", "id": "b", "language": "en", "score": 0.9, "meta": {"source": None, "deep": {"er": None}}},
     {"text": "a longer text", "id": "c", "language": "de", "score": 0.5, "meta": {"source": None, "deep": {"er": 1}}},
@@ -20,7 +23,7 @@ ROWS = [
 ]
 
 
-def select(*rows: object, **options: object) -> tuple[list[str], dict[str, int], Selector]:
+def select(*rows: Row, **options: Any) -> tuple[list[str], dict[str, int], Selector]:
     selector = Selector(Selection(**options))
     found = [document.text for document in selector.documents(SourceRecord(str(n), row) for n, row in enumerate(rows))]
     return found, dict(selector.dropped), selector
@@ -63,11 +66,10 @@ def test_lengths_and_several_reasons() -> None:
         "above 6 characters": 1,
         "not language!=fr": 2,
     }
-    assert selector.read == 5
     assert selector.examples[0] == ("below 4 characters", "0 (a)", "")
 
 
-PROBLEMS = [
+PROBLEMS: list[tuple[Row, str]] = [
     (RecordError("unreadable record", "is no JSON: x"), "unreadable record"),
     ({"body": "x"}, "no such column"),
     ({"text": None}, "no text"),
@@ -79,7 +81,7 @@ PROBLEMS = [
 
 
 @pytest.mark.parametrize(("row", "reason"), PROBLEMS)
-def test_bad_records_fail_or_are_counted(row: object, reason: str) -> None:
+def test_bad_records_fail_or_are_counted(row: Row, reason: str) -> None:
     good = {"text": "good"}
     with pytest.raises(UserError, match=r"^1: .*--on-error skip"):
         select(good, row, good, max_document_bytes=100)
@@ -90,15 +92,15 @@ def test_bad_records_fail_or_are_counted(row: object, reason: str) -> None:
 
 
 @given(st.lists(st.sampled_from([row for row, _ in PROBLEMS] + ROWS), max_size=30))
-def test_every_record_is_kept_or_counted(rows: list[object]) -> None:
-    found, dropped, selector = select(*rows, on_error="skip", max_document_bytes=100)
-    assert len(found) + sum(dropped.values()) == len(rows) == selector.read
+def test_every_record_is_kept_or_counted(rows: list[Row]) -> None:
+    found, dropped, _ = select(*rows, on_error="skip", max_document_bytes=100)
+    assert len(found) + sum(dropped.values()) == len(rows)
 
 
 @pytest.mark.parametrize("rule", ["", "language", "=en", "score>=", ">3"])
 def test_no_condition(rule: str) -> None:
     with pytest.raises(UserError, match="is not COLUMN RELATION VALUE"):
-        condition(rule)
+        Condition.parse(rule)
 
 
 def test_the_column_that_is_missing_is_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Other stacks' token files give back their documents; damaged ones an error, and never anything else."""
+"""Token files of other programs yield their documents; damaged ones raise a UserError and nothing else."""
 
 import struct
 from collections.abc import Callable, Iterator
@@ -91,7 +91,7 @@ def test_megatron_round_trip(
     assert found == [[token for sequence in document for token in sequence] for document in documents]
 
 
-def test_the_document_end_ends_a_document_wherever_it_stands(tmp_path: Path) -> None:
+def test_the_end_of_document_token_ends_a_document_wherever_it_is(tmp_path: Path) -> None:
     """In front of each document, as llm.c writes it; twice; and in the middle of what Megatron calls a document."""
     ids = [EOS, 1, 2, EOS, EOS, 3]
     (tmp_path / "train.bin").write_bytes(np.array(ids, "<u2").tobytes())

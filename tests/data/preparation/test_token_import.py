@@ -1,4 +1,4 @@
-"""Token files of other stacks become prepared folders that hold the same tokens."""
+"""Token files of other programs become prepared folders that hold the same tokens."""
 
 from pathlib import Path
 

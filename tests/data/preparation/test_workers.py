@@ -1,4 +1,4 @@
-"""What is seen of a preparation while it goes on."""
+"""The progress that a preparation prints while it runs."""
 
 import pytest
 
@@ -9,16 +9,16 @@ from tostlm.data.preparation.workers import ProgressBar, WorkDone
 
 
 def plan_of(*sizes: int | None) -> PreparationPlan:
-    parts = tuple(WorkUnit(bytes=size, files=("a.jsonl",)) for size in sizes)
+    units = tuple(WorkUnit(bytes=size, files=("a.jsonl",)) for size in sizes)
     return PreparationPlan(
-        command="", settings=PreparationSettings(sources=("a.jsonl",)), tokenizer_sha256="", parts=parts
+        command="", settings=PreparationSettings(sources=("a.jsonl",)), tokenizer_sha256="", units=units
     )
 
 
 def test_a_line_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(workers, "SILENCE_SECONDS", 0)
+    monkeypatch.setattr(workers, "LINE_SECONDS", 0)
     clock = iter([0.0, 2.0, 2.0, 2.0, 2.0, 8.0])
-    monkeypatch.setattr(workers.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
     progress = ProgressBar(plan_of(3_000_000, 1_000_000, 500), [0, 1])
     progress.add(WorkDone(source_bytes=1_000_000, documents=1000, tokens=250_000, text_bytes=900_000))
     said = capsys.readouterr()
@@ -31,6 +31,6 @@ def test_a_line_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch, caps
 def test_a_hub_does_not_say_how_much_is_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(workers, "SILENCE_SECONDS", -1)
+    monkeypatch.setattr(workers, "LINE_SECONDS", -1)
     ProgressBar(plan_of(None), [0]).add(WorkDone(documents=1, tokens=2, text_bytes=3))
     assert "left" not in capsys.readouterr().out

@@ -85,11 +85,19 @@ class TokenSet:
         """Yield, shard by shard, the first and past-the-last token of each document: int64 [documents, 2].
 
         Tokens are numbered within the split, and a document includes its end-of-document token.
+
+        Raises:
+            UserError: a shard's .ends is damaged.
         """
         for shard, base in zip(self.split.shards, self._shard_starts, strict=False):
-            ends = np.fromfile(self.folder / f"{shard.name}.ends", "<u8")
-            edges = np.concatenate([[0], ends.astype(np.int64)]) + base
-            yield np.stack([edges[:-1], edges[1:]], axis=1)
+            path = self.folder / f"{shard.name}.ends"
+            edges = np.concatenate([[0], np.fromfile(path, "<u8").astype(np.int64)])
+            if edges[-1] != shard.tokens or (np.diff(edges) < 1).any():
+                raise UserError(
+                    f"shard {path} is damaged: its document ends do not ascend to {shard.tokens}; "
+                    f"see `tostlm data verify {self.folder}`"
+                )
+            yield np.stack([edges[:-1], edges[1:]], axis=1) + base
 
     @cached_property
     def document_bounds(self) -> np.ndarray:

@@ -54,7 +54,7 @@ class StreamWindows:
 class DocumentWindows:
     """Windows that each lie within one document and the end-of-document token before it.
 
-    `windows[n]` is window number n, int64 [context + 1]. What is left of a document after its last whole window, and
+    `windows[n]` is window number n, int64 [context + 1]. The rest of a document after its last whole window, and
     documents shorter than a window, are not read. The index takes 16 bytes for each document that is long enough.
 
     Args:

@@ -1,9 +1,8 @@
-"""Text to token shards, part by part: what is finished stays, whoever is killed."""
+"""Text to token shards, one work unit at a time, so that an interruption loses unfinished units alone."""
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -11,31 +10,31 @@ from typing import NamedTuple
 
 from tostlm.data.preparation.merge import merge
 from tostlm.data.preparation.plan import (
-    PART,
-    FinishedPart,
+    RESULT,
     PreparationPlan,
     PreparationSettings,
+    UnitResult,
     make_plan,
-    part_folder,
     read_plan,
     unfinished,
+    unit_folder,
 )
 from tostlm.data.preparation.readers import Reader
 from tostlm.data.preparation.selection import Document, Selector
 from tostlm.data.preparation.workers import WorkDone, run_workers
-from tostlm.data.shards import TRAIN, VALIDATION, Manifest, ShardWriter, content_hash, dtype_for
+from tostlm.data.shards import Manifest, SplitWriter
 from tostlm.data.tokenizers import Tokenizer
 from tostlm.errors import UserError
-from tostlm.files import locked, write_atomically
+from tostlm.files import atomic_folder, locked, write_atomically
 
 BATCH_CHARACTERS = 2_000_000  # text tokenized at once; two of them are in memory
 
 
 class TaskShard(NamedTuple):
-    """Which of the parts are this call's, of `stride` calls that share them: the first and every stride-th after it."""
+    """One of `task_count` tasks that share the work units: it does every `task_count`-th, from `task_index` on."""
 
-    first: int
-    stride: int
+    task_index: int
+    task_count: int
 
 
 def prepare(
@@ -43,84 +42,85 @@ def prepare(
     tokenizer: Tokenizer,
     out: Path,
     *,
-    workers: int = os.cpu_count() or 1,
+    workers: int | None = None,
     task: TaskShard | None = None,
     command: str = "",
 ) -> Manifest | None:
-    """Tokenize every document of the sources into shards under `out`; the manifest comes last.
+    """Tokenize every document of the sources into shards under `out`; the same call continues after an interruption.
 
-    The same call goes on after an interruption. What is written depends on the settings alone, whatever the workers
-    and tasks. With a `task` only its parts are done, and `merge` ends the work.
+    Args:
+        settings: all that decides what the shards hold; the workers and tasks do not.
+        workers: cores to use; None for all that this process may use.
+        task: do only the work units of this task; `merge` makes the folder when all tasks are finished.
+        command: recorded in the manifest.
+
+    Returns:
+        The manifest; None for a task.
 
     Raises:
         UserError: a source, a record or `out` cannot be used.
     """
     plan = make_plan(settings, tokenizer, out, command)
-    mine = [index for index in unfinished(out, plan) if task is None or index % task.stride == task.first]
-    run_workers(prepare_part, out, plan, mine, workers)
+    units = [index for index in unfinished(out, plan) if task is None or index % task.task_count == task.task_index]
+    run_workers(prepare_unit, out, plan, units, workers or len(os.sched_getaffinity(0)))
     return merge(out) if task is None else None
 
 
-def prepare_part(out: Path, index: int, threads: int, say: Callable[[WorkDone], None]) -> None:
-    """Do one part of the plan in `out`, unless it is done; `say` is told what was read and written since it was last.
+def prepare_unit(out: Path, index: int, threads: int, report: Callable[[WorkDone], None]) -> None:
+    """Do one work unit of the plan in `out`, unless it is done; `report` gets what was done since its last call.
 
     Raises:
-        UserError: a record cannot be used, or another process is at this part.
+        UserError: a record cannot be used, or another process is doing this work unit.
     """
     plan = read_plan(out)
-    final = part_folder(out, index)
-    partial = final.with_name(f".{final.name}.partial")
-    final.parent.mkdir(exist_ok=True)
-    busy = f"another tostlm prepare is at part {index} of {out}; wait for it or end it"
-    with locked(final.with_name(f".{final.name}.lock"), busy):
-        if final.exists():
-            return
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        try:
-            part = _write_part(plan, index, Tokenizer.from_folder(out), partial, threads, say)
-            write_atomically(partial / PART, part.model_dump_json())
-            partial.replace(final)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    folder = unit_folder(out, index)
+    folder.parent.mkdir(exist_ok=True)
+    busy = f"another tostlm prepare is doing work unit {index} of {out}; wait for it or end it"
+    with locked(folder.with_name(f".{folder.name}.lock"), busy):
+        if not folder.exists():
+            with atomic_folder(folder) as partial:
+                result = _write_unit(plan, index, Tokenizer.from_folder(out), partial, threads, report)
+                write_atomically(partial / RESULT, result.model_dump_json())
 
 
-def _write_part(
-    plan: PreparationPlan, index: int, tokenizer: Tokenizer, folder: Path, threads: int, say: Callable[[WorkDone], None]
-) -> FinishedPart:
+def _write_unit(
+    plan: PreparationPlan,
+    index: int,
+    tokenizer: Tokenizer,
+    folder: Path,
+    threads: int,
+    report: Callable[[WorkDone], None],
+) -> UnitResult:
     settings = plan.settings
-    dtype = dtype_for(tokenizer.vocab_size)
-    writers = {split: ShardWriter(folder, split, dtype, settings.shard_tokens) for split in (TRAIN, VALIDATION)}
+    writer = SplitWriter(folder, tokenizer, settings.heldout_fraction, settings.shard_tokens)
     selector = Selector(settings.selection)
-    reader = Reader(plan.parts[index], selector.columns, settings.selection.max_document_bytes)
-    said = 0
+    reader = Reader(plan.units[index], selector.columns, settings.selection.max_document_bytes)
+    reported = 0
     for batch, encoded in _encoded(selector.documents(reader), tokenizer, threads):
         for document, tokens in zip(batch, encoded, strict=True):
-            known_by = content_hash(document.data)
-            split = VALIDATION if is_heldout(known_by, settings.heldout_fraction) else TRAIN
-            writers[split].add([*tokens, tokenizer.eos_id], known_by, len(document.data))
-        say(
+            writer.add(tokens, document.data)
+        report(
             WorkDone(
-                source_bytes=reader.bytes_read - said,
+                source_bytes=reader.bytes_read - reported,
                 documents=len(batch),
                 tokens=sum(map(len, encoded)) + len(batch),
                 text_bytes=sum(len(document.data) for document in batch),
             )
         )
-        said = reader.bytes_read
-    say(WorkDone(source_bytes=(plan.parts[index].bytes or 0) - said))
-    return FinishedPart(
+        reported = reader.bytes_read
+    report(WorkDone(source_bytes=(plan.units[index].bytes or 0) - reported))
+    return UnitResult(
         tokenizer_sha256=tokenizer.sha256,
         dropped=dict(selector.dropped),
         examples=tuple(selector.examples),
-        shards={split: writer.finish() for split, writer in writers.items()},
+        shards=writer.finish(),
     )
 
 
 def _encoded(
     documents: Iterable[Document], tokenizer: Tokenizer, threads: int
 ) -> Iterator[tuple[list[Document], Sequence[Sequence[int]]]]:
-    """Batches of documents and their tokens; the next batch is read while one is tokenized, which needs no Python."""
+    """Yield batches of documents and their tokens; the next batch is read while one is tokenized on another thread."""
     with ThreadPoolExecutor(1) as pool:
         before: tuple[list[Document], Future[list[list[int]]]] | None = None
         for batch in _batches(documents):
@@ -145,18 +145,13 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def is_heldout(content_hash: bytes, heldout_fraction: float) -> bool:
-    """The side of a document, by its content alone: its hash, read as a number in [0, 1)."""
-    return int.from_bytes(content_hash[:8], "big") / 2**64 < heldout_fraction
-
-
 def parse_task(text: str) -> TaskShard:
-    """INDEX/NUMBER as a task.
+    """Return the task that INDEX/COUNT names.
 
     Raises:
-        UserError: it is not of that form.
+        UserError: the text is not of that form.
     """
-    index, _, number = text.partition("/")
-    if not (index.isdigit() and number.isdigit() and int(index) < int(number)):
-        raise UserError(f"--task {text} must be INDEX/NUMBER, the index from 0 to NUMBER - 1, as in 0/8")
-    return TaskShard(int(index), int(number))
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise UserError(f"--task {text} must be INDEX/COUNT, the index from 0 to COUNT - 1, as in 0/8")
+    return TaskShard(int(index), int(count))

@@ -1,6 +1,6 @@
-"""Records out of a part of a source, read so that a bad one costs itself alone.
+"""Reading the records of a work unit; one that cannot be read does not cost the others.
 
-Lines of JSON and text files are read here, piece by piece; everything else by `datasets`, as Arrow tables.
+Lines of JSON and text files are read here, a piece at a time, all other files by `datasets`, as Arrow tables.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ import json
 import lzma
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import zstandard
 
 from tostlm.data.preparation.sources import WorkUnit, hub_dataset, kind_of
 from tostlm.errors import error_summary
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow
 
 PIECE_BYTES = 1 << 18  # read at once
 TABLE_ROWS = 256
@@ -25,35 +29,45 @@ BOM = b"\xef\xbb\xbf"
 
 
 class RecordError(NamedTuple):
-    """What stands where a record cannot be read."""
+    """Why a record cannot be used."""
 
-    reason: str  # what it is counted as
+    reason: str  # by which it is counted
     detail: str
 
 
 class SourceRecord(NamedTuple):
-    """A row, or why there is none, and where it stands."""
+    """The columns of a record, or why they cannot be read, and the place of the record in its source."""
 
     place: str
-    row: Mapping[str, Any] | RecordError
+    row: Mapping[str, object] | RecordError
 
 
 class Reader:
-    """The records of one part, in order. `bytes_read` follows how much of the part's files was read."""
+    """Iterates over the records of one work unit, in order.
 
-    def __init__(self, part: WorkUnit, columns: Sequence[str], largest_record: int) -> None:
-        """`columns` are those that will be looked at; a record of more than `largest_record` bytes is not read."""
-        self._part, self._columns, self._largest = part, columns, largest_record
+    `bytes_read` is how many bytes of the unit's files were read so far, as they are on disk.
+
+    Args:
+        unit: the work unit.
+        columns: the columns that are needed.
+        largest_record: bytes; a larger record is a `RecordError`, and is never in memory.
+    """
+
+    def __init__(self, unit: WorkUnit, columns: Sequence[str], largest_record: int) -> None:
+        self._unit, self._columns, self._largest = unit, columns, largest_record
+        self._too_large = RecordError(
+            "record too large", f"is larger than {largest_record} bytes; raise --max-document-bytes to read it"
+        )
         self.bytes_read = 0
 
     def __iter__(self) -> Iterator[SourceRecord]:
-        if self._part.hub is not None:
-            index, number = self._part.shard
-            shard = hub_dataset(self._part.hub).shard(num_shards=number, index=index, contiguous=True)
-            yield from self._tables(shard, f"{self._part.hub} shard {index} of {number}")
+        if self._unit.hub is not None:
+            index, count = self._unit.shard
+            shard = hub_dataset(self._unit.hub).shard(num_shards=count, index=index, contiguous=True)
+            yield from self._tables(shard, f"{self._unit.hub} shard {index} of {count}")
             return
         before = 0
-        for file in self._part.files:
+        for file in self._unit.files:
             try:
                 yield from self._file(file)
             except (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError) as error:
@@ -61,7 +75,7 @@ class Reader:
                     file, RecordError("unreadable file", f"cannot be read to its end: {error_summary(error)}")
                 )
             before += Path(file).stat().st_size
-            self.bytes_read = before if self._part.byte_range is None else self.bytes_read
+            self.bytes_read = before if self._unit.byte_range is None else self.bytes_read
 
     def _file(self, path: str) -> Iterator[SourceRecord]:
         kind = kind_of(path)
@@ -70,50 +84,46 @@ class Reader:
         elif kind == "text":
             yield SourceRecord(path, self._text(path))
         else:
+            import datasets
+
+            datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported once, as records
+            options = {"batch_size": TABLE_ROWS} if kind == "parquet" else {}
+            files = [glob.escape(path)]
             try:
-                dataset = _load(kind, path)
+                dataset = datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **options)
             except Exception as error:  # each reader of `datasets` raises its own kind on broken data
                 yield SourceRecord(path, RecordError("unreadable file", f"cannot be read: {error_summary(error)}"))
             else:
                 yield from self._tables(dataset, path)
 
-    def _text(self, path: str) -> Mapping[str, Any] | RecordError:
+    def _text(self, path: str) -> Mapping[str, object] | RecordError:
         content = b""
         for piece in self._pieces(path):
             content += piece
             if len(content) > self._largest:
-                return self._too_large()
+                return self._too_large
         try:
             return dict.fromkeys(self._columns, content.removeprefix(BOM).decode())
         except UnicodeDecodeError as error:
             return RecordError("invalid UTF-8", f"is no UTF-8: {error}")
 
     def _lines(self, path: str) -> Iterator[SourceRecord]:
-        where = "" if self._part.byte_range is None else f" after byte {self._part.byte_range[0]}"
-        lines = split_lines(self._pieces(path), self._largest)
-        for number, line in enumerate(lines):
-            if line is None:
-                yield SourceRecord(f"{path}, record {number}{where}", self._too_large())
-            elif line.strip():
-                yield SourceRecord(f"{path}, record {number}{where}", parse(line))
-
-    def _too_large(self) -> RecordError:
-        return RecordError(
-            "record too large", f"is larger than {self._largest} bytes; raise --max-document-bytes to read it"
-        )
+        where = "" if self._unit.byte_range is None else f" after byte {self._unit.byte_range[0]}"
+        for number, line in enumerate(split_lines(self._pieces(path), self._largest)):
+            if line is None or line.strip():
+                row = self._too_large if line is None else parse(line)
+                yield SourceRecord(f"{path}, record {number}{where}", row)
 
     def _pieces(self, path: str) -> Iterator[bytes]:
-        """The file's content without compression; of a byte range, from its first whole line on to its last."""
+        """Yield the file's content, decompressed, or the lines that begin in the unit's byte range."""
         before = self.bytes_read
+        start, stop = self._unit.byte_range or (0, None)
         with Path(path).open("rb") as raw:
-            pieces = decompressed(raw, path)
-            if self._part.byte_range is not None:
-                pieces = lines_of_range(raw, *self._part.byte_range)
-            for piece in pieces:
-                self.bytes_read = before + raw.tell() - (self._part.byte_range or (0,))[0]
+            for piece in decompressed(raw, path) if stop is None else lines_of_range(raw, start, stop):
+                self.bytes_read = before + raw.tell() - start
                 yield piece
 
-    def _tables(self, dataset: Any, place: str) -> Iterator[SourceRecord]:
+    def _tables(self, dataset: datasets.IterableDataset, place: str) -> Iterator[SourceRecord]:
         number = 0
         tables = dataset.with_format("arrow").iter(batch_size=TABLE_ROWS)
         while True:
@@ -127,7 +137,7 @@ class Reader:
                 return
             names = [name for name in table.column_names if name in self._columns]
             if len(names) < len(self._columns):
-                names = table.column_names  # a column may be inside another, or missing, which the message lists
+                names = table.column_names  # one may be inside another column, or missing: the message lists them all
             columns = [_values(table[name]) for name in names]
             for values in zip(*columns, strict=True):
                 bad = next((value for value in values if isinstance(value, RecordError)), None)
@@ -135,30 +145,22 @@ class Reader:
                 number += 1
 
 
-def _load(kind: str | None, path: str) -> Any:
-    import datasets
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said once, by us
-    options: dict[str, Any] = {"batch_size": TABLE_ROWS} if kind == "parquet" else {}
-    return datasets.load_dataset(kind, data_files=[glob.escape(path)], split="train", streaming=True, **options)
-
-
-def _values(column: Any) -> list[Any]:
+def _values(column: pyarrow.ChunkedArray) -> list[object]:
     try:
-        return column.to_pylist()
+        return list(column.to_pylist())
     except UnicodeDecodeError:
         return [_value(scalar) for scalar in column]
 
 
-def _value(scalar: Any) -> Any:
+def _value(scalar: pyarrow.Scalar) -> object:
     try:
         return scalar.as_py()
     except UnicodeDecodeError as error:
         return RecordError("invalid UTF-8", f"is no UTF-8: {error}")
 
 
-def parse(line: bytes) -> Mapping[str, Any] | RecordError:
-    """One line of JSON as a row."""
+def parse(line: bytes) -> dict[str, object] | RecordError:
+    """Return the JSON object in a line."""
     try:
         row = json.loads(line.removeprefix(BOM).decode())
     except UnicodeDecodeError as error:
@@ -169,8 +171,8 @@ def parse(line: bytes) -> Mapping[str, Any] | RecordError:
 
 
 def split_lines(pieces: Iterable[bytes], largest: int) -> Iterator[bytes | None]:
-    """Lines of a stream, without their ends; None for one longer than `largest` bytes, which is not kept."""
-    held: list[bytes] = []  # of a line whose end has not come
+    """Yield the lines of a stream without their ends; None for one longer than `largest` bytes, which is not kept."""
+    held: list[bytes] = []  # of the line whose end is not read yet
     size = 0
     for piece in pieces:
         *ended, rest = piece.split(b"\n")
@@ -187,33 +189,21 @@ def split_lines(pieces: Iterable[bytes], largest: int) -> Iterator[bytes | None]
 
 
 def lines_of_range(raw: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
-    """The content of the lines that begin at byte `start` up to `stop`, whole, whatever the cuts are."""
+    """Yield the lines that begin at byte `start` up to `stop`, whole, in pieces of at most `PIECE_BYTES`."""
+    position = raw.seek(max(0, start - 1))
     begun = start == 0
-    raw.seek(max(0, start - 1))
-    position = raw.tell()
-    while piece := raw.read(PIECE_BYTES):
-        end = position + len(piece)
-        if not begun:
-            cut = piece.find(b"\n") + 1
-            if not cut:
-                position = end
-                if position >= stop:
-                    return
-                continue
-            position, piece, begun = position + cut, piece[cut:], True
+    while piece := raw.readline(PIECE_BYTES):
+        if begun:
+            yield piece
+        position += len(piece)
+        if piece.endswith(b"\n"):
+            begun = True
             if position >= stop:
                 return
-        if end >= stop:  # the line that is open at `stop` ends at the first newline from byte stop - 1 on
-            cut = piece.find(b"\n", max(0, stop - 1 - position)) + 1
-            if cut:
-                yield piece[:cut]
-                return
-        yield piece
-        position = end
 
 
 def decompressed(raw: BinaryIO, path: str) -> Iterator[bytes]:
-    """A file's content, piece by piece.
+    """Yield a file's content in pieces, decompressed by the suffix of its name.
 
     Raises:
         EOFError, OSError, LZMAError, ZstdError: it is damaged or cut short.
@@ -229,7 +219,7 @@ def decompressed(raw: BinaryIO, path: str) -> Iterator[bytes]:
 
 
 def _zstandard(raw: BinaryIO) -> Iterator[bytes]:
-    """Frame after frame; `zstandard.open` ends in silence after the first, and where a file is cut short."""
+    """Yield all frames of a file; `zstandard.open` stops after the first, and is silent if a file is cut short."""
     frame = None
     while piece := raw.read(PIECE_BYTES):
         while piece:

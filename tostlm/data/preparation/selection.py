@@ -1,4 +1,4 @@
-"""Which records become documents, and what is said of the others."""
+"""Which records become documents, and the count of those that do not, by reason."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import json
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 
 from tostlm.data.preparation.readers import Reader, RecordError, SourceRecord
-from tostlm.data.preparation.sources import WorkUnit, no_text, parts_of
+from tostlm.data.preparation.sources import list_work_units, no_text
+from tostlm.data.shards import FrozenModel
 from tostlm.errors import UserError
 
 CONDITION = re.compile(r"^\s*(?P<column>[^<>=!]+?)\s*(?P<relation>>=|<=|!=|=|>|<)\s*(?P<value>[^=\s].*?)\s*$")
@@ -24,124 +25,144 @@ RELATIONS: dict[str, Callable[[Any, Any], bool]] = {
     ">": operator.gt,
     "<": operator.lt,
 }
-EXAMPLES = 20  # places remembered of each reason, a part
+MAX_EXAMPLES = 20  # dropped documents that are named, for each reason and work unit
 MISSING = object()
-MAX_DOCUMENT_BYTES = 16_000_000  # SentencePiece takes 40 bytes of memory for each of a text
 
 
-class Selection(pydantic.BaseModel):
-    """Which column is text, which documents are kept, and what a record that cannot be used does.
+class Selection(FrozenModel):
+    """Which column is the text, which documents are kept, and what happens to a record that cannot be used.
 
     A column inside another is named with a dot, as in metadata.language.
     """
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
-
     text_column: str = "text"
-    id_column: str | None = None  # names documents in what is reported
+    id_column: str | None = None  # names documents in reports
     keep: tuple[str, ...] = ()  # conditions such as language=en or score>=0.8; all must hold
     min_characters: Annotated[int, pydantic.Field(ge=0)] = 1
     max_characters: int | None = None
-    max_document_bytes: int = MAX_DOCUMENT_BYTES
+    max_document_bytes: int = 16_000_000  # SentencePiece takes 40 bytes of memory for each of a text
     on_error: Literal["fail", "skip"] = "fail"
 
 
-class Condition(NamedTuple):
-    """A rule about one column."""
-
-    rule: str  # as it was written
-    column: str
-    holds: Callable[[Any], bool]
-
-
 class Document(NamedTuple):
-    place: str
+    """A text, as characters and in UTF-8."""
+
     text: str
-    data: bytes  # the text in UTF-8
+    data: bytes
+
+
+class Condition(NamedTuple):
+    """A rule about one column, COLUMN RELATION VALUE; `=` and `!=` take several values with commas between.
+
+    Numbers compare with numbers and text with text; a value that is missing or of another type meets no condition.
+    """
+
+    rule: str
+    column: str
+    relation: str
+    values: list[object]
+
+    @classmethod
+    def parse(cls, rule: str) -> Condition:
+        """Return the condition that a rule such as language=en,de or score>=0.8 means.
+
+        Raises:
+            UserError: the rule is not COLUMN RELATION VALUE.
+        """
+        match = CONDITION.match(rule)
+        if match is None:
+            raise UserError(f"condition {rule!r} is not COLUMN RELATION VALUE, as in language=en,de or score>=0.8")
+        column, relation, value = match["column"], match["relation"], match["value"]
+        values = value.split(",") if relation in ("=", "!=") else [value]
+        return cls(rule, column, relation, [_literal(text) for text in values])
+
+    def holds(self, row: Mapping[str, object]) -> bool:
+        """Return whether a row meets the condition."""
+        found = value_of(row, self.column)
+        relation = RELATIONS[self.relation]
+        results = [_comparable(found, value) and relation(found, value) for value in self.values]
+        return all(results) if self.relation == "!=" else any(results)
 
 
 class Selector:
-    """Turns records into documents; `dropped` counts the others by reason, `examples` says where the first were."""
+    """Turns records into documents.
+
+    `dropped` counts the other records by reason, `examples` holds reason, place and detail of the first of each reason,
+    and `columns` are the columns that are read.
+
+    Raises:
+        UserError: a condition of the selection has not the form of one.
+    """
 
     def __init__(self, selection: Selection) -> None:
-        """
-        Raises:
-            UserError: a condition is not one.
-        """
         self._selection = selection
-        self._conditions = [condition(rule) for rule in selection.keep]
-        self.read = 0
+        self._conditions = [Condition.parse(rule) for rule in selection.keep]
         self.dropped: Counter[str] = Counter()
-        self.examples: list[tuple[str, str, str]] = []  # reason, place, detail
-
-    @property
-    def columns(self) -> list[str]:
-        """What is looked at of a record."""
-        chosen = [self._selection.text_column, self._selection.id_column, *(c.column for c in self._conditions)]
-        return list(dict.fromkeys(column for column in chosen if column))
+        self.examples: list[tuple[str, str, str]] = []
+        columns = [selection.text_column, selection.id_column, *(c.column for c in self._conditions)]
+        self.columns = list(dict.fromkeys(column for column in columns if column))
 
     def documents(self, records: Iterable[SourceRecord]) -> Iterator[Document]:
-        """The records that are kept, in order.
+        """Yield the documents that are kept, in order.
 
         Raises:
             UserError: a record cannot be used, and the selection's `on_error` is "fail".
         """
+        id_column = self._selection.id_column
         for place, row in records:
-            self.read += 1
-            problem = row if isinstance(row, RecordError) else self._problem(row)
-            name = self._name(place, row)
-            if problem is not None:
-                if self._selection.on_error == "fail":
-                    raise UserError(f"{name}: {problem.detail}; mend it, or leave such records out by --on-error skip")
-                self._drop(problem.reason, name, problem.detail)
+            if isinstance(row, RecordError):
+                self._reject(row, place)
                 continue
-            assert not isinstance(row, RecordError)
-            text = value_of(row, self._selection.text_column)
-            if reason := self._reason(row, text):
-                self._drop(reason, name, "")
+            if id_column is not None:
+                place = f"{place} ({value_of(row, id_column)})"
+            document = self._document(row)
+            if isinstance(document, RecordError):
+                self._reject(document, place)
+            elif reason := self._reason_to_drop(row, document.text):
+                self._drop(reason, place, "")
             else:
-                yield Document(name, text, text.encode())
+                yield document
 
-    def _name(self, place: str, row: Mapping[str, Any] | RecordError) -> str:
-        column = self._selection.id_column
-        return place if column is None or isinstance(row, RecordError) else f"{place} ({value_of(row, column)})"
-
-    def _problem(self, row: Mapping[str, Any]) -> RecordError | None:
+    def _document(self, row: Mapping[str, object]) -> Document | RecordError:
+        text_column, limit = self._selection.text_column, self._selection.max_document_bytes
         for column in self.columns:
             if value_of(row, column) is MISSING:
-                hint = "; choose with --text-column" if column == self._selection.text_column else ""
+                hint = "; choose with --text-column" if column == text_column else ""
                 return RecordError("no such column", f"has no column {column!r}, only {', '.join(row)}{hint}")
-        column = self._selection.text_column
-        text = value_of(row, column)
+        text = value_of(row, text_column)
         if not isinstance(text, str):
-            return RecordError("no text", f"{column} is {text!r:.40}, not text")
+            return RecordError("no text", f"{text_column} is {text!r:.40}, not text")
         try:
-            size = len(text.encode())
+            data = text.encode()
         except UnicodeEncodeError as error:
-            return RecordError("invalid UTF-8", f"{column} holds half of a surrogate pair: {error}")
-        if size > self._selection.max_document_bytes:
-            limit = self._selection.max_document_bytes
-            return RecordError("record too large", f"{column} has {size} bytes, --max-document-bytes allows {limit}")
-        return None
+            return RecordError("invalid UTF-8", f"{text_column} holds half of a surrogate pair: {error}")
+        if len(data) > limit:
+            detail = f"{text_column} has {len(data)} bytes, --max-document-bytes allows {limit}"
+            return RecordError("record too large", detail)
+        return Document(text, data)
 
-    def _reason(self, row: Mapping[str, Any], text: str) -> str | None:
-        """Why a sound record is not kept; None where it is."""
+    def _reason_to_drop(self, row: Mapping[str, object], text: str) -> str | None:
         if not text:
             return "empty"
         if len(text) < self._selection.min_characters:
             return f"below {self._selection.min_characters} characters"
         if self._selection.max_characters is not None and len(text) > self._selection.max_characters:
             return f"above {self._selection.max_characters} characters"
-        return next((f"not {c.rule}" for c in self._conditions if not c.holds(value_of(row, c.column))), None)
+        return next((f"not {condition.rule}" for condition in self._conditions if not condition.holds(row)), None)
+
+    def _reject(self, error: RecordError, place: str) -> None:
+        if self._selection.on_error == "fail":
+            raise UserError(f"{place}: {error.detail}; correct it, or leave such records out with --on-error skip")
+        self._drop(error.reason, place, error.detail)
 
     def _drop(self, reason: str, place: str, detail: str) -> None:
         self.dropped[reason] += 1
-        if self.dropped[reason] <= EXAMPLES:
+        if self.dropped[reason] <= MAX_EXAMPLES:
             self.examples.append((reason, place, detail))
 
 
-def value_of(row: Mapping[str, Any], column: str) -> Any:
-    """What a row holds in a column, or inside one where the name has dots; MISSING where there is none."""
+def value_of(row: Mapping[str, object], column: str) -> object:
+    """Return a row's value in a column, or inside one if the name has dots; MISSING if there is none."""
     if column in row:
         return row[column]
     outer, dot, inner = column.partition(".")
@@ -149,32 +170,7 @@ def value_of(row: Mapping[str, Any], column: str) -> Any:
     return value_of(found, inner) if isinstance(found, Mapping) else MISSING
 
 
-def condition(rule: str) -> Condition:
-    """COLUMN RELATION VALUE as a condition; `=` takes several values with commas between.
-
-    Numbers compare with numbers and text with text; a value that is missing or of another type meets no condition.
-
-    Raises:
-        UserError: the rule is not of that form.
-    """
-    match = CONDITION.match(rule)
-    if match is None:
-        raise UserError(f"condition {rule!r} is not COLUMN RELATION VALUE, as in language=en,de or score>=0.8")
-    relation = RELATIONS[match["relation"]]
-    equality = match["relation"] in ("=", "!=")
-    values = [_literal(value) for value in (match["value"].split(",") if equality else [match["value"]])]
-    every = match["relation"] == "!="
-
-    def holds(found: Any) -> bool:
-        if found is None:
-            return False
-        results = [_comparable(found, value) and relation(found, value) for value in values]
-        return all(results) if every else any(results)
-
-    return Condition(rule, match["column"], holds)
-
-
-def _literal(text: str) -> Any:
+def _literal(text: str) -> object:
     try:
         value = json.loads(text)
     except ValueError:
@@ -182,27 +178,23 @@ def _literal(text: str) -> Any:
     return value if isinstance(value, int | float | bool | str) else text
 
 
-def _comparable(found: Any, value: Any) -> bool:
+def _comparable(found: object, value: object) -> bool:
     number = (int, float)  # bool among them
     return isinstance(found, number) == isinstance(value, number) and isinstance(found, str) == isinstance(value, str)
 
 
-def documents(sources: list[str], selection: Selection | None = None) -> Iterator[str]:
-    """The texts of every source, in order; nothing is read before the first is asked for, and files stream.
+def documents(sources: Sequence[str], selection: Selection | None = None) -> Iterator[str]:
+    """Yield the texts of several sources in order; files are read as the texts are consumed.
 
     Raises:
         UserError: a source is missing, unreadable or without text, or a record cannot be used.
     """
     selection = selection or Selection()
     for source in sources:
-        empty = True
-        for document in documents_of(parts_of([source]), Selector(selection), selection.max_document_bytes):
-            empty = False
-            yield document.text
+        selector, empty = Selector(selection), True
+        for unit in list_work_units([source]):
+            for document in selector.documents(Reader(unit, selector.columns, selection.max_document_bytes)):
+                empty = False
+                yield document.text
         if empty:
             raise no_text(source)
-
-
-def documents_of(parts: Iterable[WorkUnit], selector: Selector, largest: int) -> Iterator[Document]:
-    for part in parts:
-        yield from selector.documents(Reader(part, selector.columns, largest))

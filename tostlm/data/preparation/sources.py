@@ -1,7 +1,7 @@
-"""Where documents come from: files, folders, globs, data that a Python package ships, Hugging Face datasets.
+"""Sources of documents: files, folders, globs, data that a Python package ships, Hugging Face datasets.
 
-A source is split into parts, the pieces of work that preparation shares out. The split is a function of the files and
-`part_bytes` alone, so it is the same for any number of workers.
+Sources are divided into work units, by their files and `unit_bytes` alone, so the units are the same for any number of
+workers.
 """
 
 from __future__ import annotations
@@ -13,34 +13,34 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import pydantic
-
+from tostlm.data.shards import FrozenModel
 from tostlm.errors import UserError, error_summary
+
+if TYPE_CHECKING:
+    import datasets
 
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 KINDS = {".jsonl": "lines", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
 PACKAGE = "package:"
 HUB_ID = re.compile(r"^(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.\[\]:%-]+))?$")
-HUB_PARTS = 1000  # at most, of a dataset
-PART_BYTES = 1 << 28  # on disk
+MAX_HUB_UNITS = 1000  # of one dataset
+UNIT_BYTES = 1 << 28  # on disk
 
 
-class WorkUnit(pydantic.BaseModel):
-    """A piece of the sources: some files whole, a range of one file's bytes, or a shard of a hub dataset."""
+class WorkUnit(FrozenModel):
+    """What one worker reads at a time: whole files, a range of one file's bytes, or a shard of a hub dataset."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
-
-    bytes: int | None  # on disk; None where a hub does not say
+    bytes: int | None  # on disk; None for a hub dataset
     files: tuple[str, ...] = ()
-    byte_range: tuple[int, int] | None = None  # of the one file: records that begin in it
+    byte_range: tuple[int, int] | None = None  # of the one file, for the records that begin in it
     hub: str | None = None
-    shard: tuple[int, int] = (0, 1)  # of the hub dataset: index and number
+    shard: tuple[int, int] = (0, 1)  # of the hub dataset: index and number of shards
 
 
-def parts_of(sources: Sequence[str], part_bytes: int = PART_BYTES) -> list[WorkUnit]:
-    """The parts of every source, in order, of about `part_bytes` bytes on disk each.
+def list_work_units(sources: Sequence[str], unit_bytes: int = UNIT_BYTES) -> list[WorkUnit]:
+    """Divide sources into work units, in order, of about `unit_bytes` bytes on disk each.
 
     A source is a file (.jsonl, .json, .parquet, .arrow, .txt, compressed or not; a .txt file is one document), a
     folder or a glob of such files, `package:NAME/GLOB` for files a Python package ships, or a Hugging Face dataset
@@ -49,27 +49,29 @@ def parts_of(sources: Sequence[str], part_bytes: int = PART_BYTES) -> list[WorkU
     Raises:
         UserError: a source is missing, or of no known kind.
     """
-    named = [(source, _files(source)) for source in sources]
-    parts: list[WorkUnit] = []
-    for in_hub, group in itertools.groupby(named, key=lambda pair: pair[1] is None):
+    files_of_sources = [(source, _files(source)) for source in sources]
+    units: list[WorkUnit] = []
+    for in_hub, group in itertools.groupby(files_of_sources, key=lambda pair: pair[1] is None):
         if in_hub:
-            parts += [part for source, _ in group for part in _hub_parts(source)]
+            for source, _ in group:
+                count = min(hub_dataset(source).num_shards, MAX_HUB_UNITS)
+                units += [WorkUnit(bytes=None, hub=source, shard=(index, count)) for index in range(count)]
         else:
-            parts += _file_parts([file for _, files in group for file in files or ()], part_bytes)
-    return parts
+            units += _units_of_files([file for _, files in group for file in files or ()], unit_bytes)
+    return units
 
 
-def _file_parts(files: Sequence[str], part_bytes: int) -> Iterator[WorkUnit]:
+def _units_of_files(files: Sequence[str], unit_bytes: int) -> Iterator[WorkUnit]:
     group: list[str] = []
     size = 0
     for file in files:
         file_bytes = Path(file).stat().st_size
-        if group and size + file_bytes > part_bytes:
+        if group and size + file_bytes > unit_bytes:
             yield WorkUnit(bytes=size, files=tuple(group))
             group, size = [], 0
-        if file_bytes > part_bytes and file.lower().endswith(".jsonl"):
-            for start in range(0, file_bytes, part_bytes):
-                stop = min(start + part_bytes, file_bytes)
+        if file_bytes > unit_bytes and file.lower().endswith(".jsonl"):
+            for start in range(0, file_bytes, unit_bytes):
+                stop = min(start + unit_bytes, file_bytes)
                 yield WorkUnit(bytes=stop - start, files=(file,), byte_range=(start, stop))
         else:
             group.append(file)
@@ -78,14 +80,8 @@ def _file_parts(files: Sequence[str], part_bytes: int) -> Iterator[WorkUnit]:
         yield WorkUnit(bytes=size, files=tuple(group))
 
 
-def _hub_parts(source: str) -> Iterator[WorkUnit]:
-    shards = min(hub_dataset(source).num_shards, HUB_PARTS)
-    for index in range(shards):
-        yield WorkUnit(bytes=None, hub=source, shard=(index, shards))
-
-
 def kind_of(path: str) -> str | None:
-    """What a file is read as, by its name, compressed or not; None where it is no data."""
+    """Return the kind of a data file by its name, compressed or not; None if it is not one."""
     path = path.lower()
     for compression in COMPRESSIONS:
         path = path.removesuffix(compression)
@@ -93,7 +89,7 @@ def kind_of(path: str) -> str | None:
 
 
 def _files(source: str) -> list[str] | None:
-    """The data files a source names, sorted; None where it names none here but looks like a hub id."""
+    """Return the data files that a source names, sorted; None if it names none but has the form of a hub id."""
     if not source:
         raise UserError("a source is empty; name a file, folder, glob or dataset")
     pattern = source
@@ -127,11 +123,11 @@ def no_text(source: str) -> UserError:
 
 
 @lru_cache  # a hub may take minutes to list a dataset's files, and a worker reads many parts of it
-def hub_dataset(source: str) -> Any:
-    """A Hugging Face dataset as a stream; nothing of it is kept on disk.
+def hub_dataset(source: str) -> datasets.IterableDataset:
+    """Open a Hugging Face dataset as a stream; nothing of it is kept on disk.
 
     Raises:
-        UserError: the hub does not give it.
+        UserError: the hub does not have it, or cannot be reached.
     """
     import datasets
 

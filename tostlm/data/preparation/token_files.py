@@ -1,8 +1,8 @@
-"""Documents out of the token files of other stacks: nanoGPT's .bin and Megatron-LM's indexed datasets.
+"""Readers of other programs' token files: nanoGPT's .bin and Megatron-LM's indexed datasets.
 
-Both readers give the same thing: documents in the file's order, each a 1-D int64 array of ids below the vocabulary's
-size that never holds the document end. The document end ends a document wherever it stands, so it may follow every
-document, or precede it, or be missing after the last; documents without ids are left out.
+Both yield documents in the file's order, each an int64 array [tokens] of ids below the vocabulary's size and without
+the end-of-document token. That token ends a document wherever it is, so it may follow every document, precede it, or be
+missing after the last; documents without tokens are left out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from tostlm.errors import UserError
 
 CHUNK = 1 << 20  # numbers read at once, which bounds the memory beside one document's
-LONGEST = 1 << 28  # ids of one document; a file without the document end it is said to have would fill the memory
+LONGEST = 1 << 28  # tokens of one document; with a wrong end-of-document token, a whole file would be read as one
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the dtype, sequences, document indices
 VERSION = 1
@@ -25,15 +25,16 @@ DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7
 
 
 def nanogpt_documents(path: Path, eos_id: int, vocab_size: int) -> Iterator[np.ndarray]:
-    """Documents of nanoGPT's train.bin or val.bin: raw little-endian uint16, split at the document end.
+    """Yield the documents of nanoGPT's train.bin or val.bin: raw little-endian uint16.
 
     Raises:
-        UserError: the file is missing, empty or of an odd size, an id is not below `vocab_size`, or no document ends.
+        UserError: the file is missing, empty or of an odd size, an id is not below `vocab_size`, or a document is too
+            long.
     """
     size = _size(path)
     if not size or size % 2:
         raise UserError(f"{path} has {size} bytes; a file of uint16 tokens has an even number above 0: copy it again")
-    pieces: list[np.ndarray] = []  # of a document whose end is not read yet
+    pieces: list[np.ndarray] = []  # of the document whose end is not read yet
     with path.open("rb") as file:
         for start in range(0, size // 2, CHUNK):
             ids = _checked(_read(file, "<u2", min(CHUNK, size // 2 - start), path), vocab_size, path)
@@ -50,8 +51,8 @@ def nanogpt_documents(path: Path, eos_id: int, vocab_size: int) -> Iterator[np.n
         yield whole
 
 
-class Index(NamedTuple):
-    """What PREFIX.idx says, mapped into memory."""
+class MegatronIndex(NamedTuple):
+    """The content of PREFIX.idx, mapped into memory."""
 
     dtype: str
     sizes: np.ndarray  # int32 [sequences], ids of each
@@ -60,7 +61,7 @@ class Index(NamedTuple):
 
 
 def megatron_documents(prefix: Path, eos_id: int, vocab_size: int) -> Iterator[np.ndarray]:
-    """Documents of Megatron-LM's PREFIX.idx and PREFIX.bin; a document is one or more sequences, joined.
+    """Yield the documents of Megatron-LM's PREFIX.idx and PREFIX.bin, which are one or more sequences each, joined.
 
     Raises:
         UserError: a file is missing, cut short or damaged, its ids are no integers, or one is not below `vocab_size`.
@@ -77,7 +78,7 @@ def megatron_documents(prefix: Path, eos_id: int, vocab_size: int) -> Iterator[n
             yield from (document for document in _split(ids, eos_id) if len(document))
 
 
-def _read_index(path: Path) -> Index:
+def _read_index(path: Path) -> MegatronIndex:
     size = _size(path)
     with path.open("rb") as file:
         header = file.read(HEADER.size)
@@ -96,7 +97,7 @@ def _read_index(path: Path) -> Index:
     if size not in (expected, expected + sequences):  # multimodal indices end in a byte a sequence
         raise UserError(f"{path} has {size} bytes, its header says {expected}; it is damaged: copy it again")
     pointers_at = HEADER.size + 4 * sequences
-    return Index(
+    return MegatronIndex(
         DTYPES[code],
         np.asarray(np.memmap(path, "<i4", "r", HEADER.size, (sequences,))),
         np.asarray(np.memmap(path, "<i8", "r", pointers_at, (sequences,))),
@@ -104,8 +105,8 @@ def _read_index(path: Path) -> Index:
     )
 
 
-def _check_index(index: Index, path: Path, bin_bytes: int, bin_path: Path) -> None:
-    """Sequences lie one after another and fill PREFIX.bin, and documents are made of all of them, in order."""
+def _check_index(index: MegatronIndex, path: Path, bin_bytes: int, bin_path: Path) -> None:
+    """Check that the sequences fill PREFIX.bin without gaps and that documents are made of all of them, in order."""
     width = np.dtype(index.dtype).itemsize
     end = 0
     for start in range(0, len(index.sizes), CHUNK):
@@ -143,7 +144,6 @@ def _read(file: BinaryIO, dtype: str, count: int, path: Path) -> np.ndarray:
 
 
 def _checked(ids: np.ndarray, vocab_size: int, path: Path) -> np.ndarray:
-    """The ids as int64."""
     if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
         wrong = ids.max() if ids.min() >= 0 else ids.min()
         raise UserError(
@@ -154,15 +154,14 @@ def _checked(ids: np.ndarray, vocab_size: int, path: Path) -> np.ndarray:
 
 
 def _split(ids: np.ndarray, eos_id: int) -> list[np.ndarray]:
-    """The stretches before, between and after the document ends, one more than there are of them."""
-    stops = [*np.flatnonzero(ids == eos_id).tolist(), len(ids)]
-    starts = [0, *(stop + 1 for stop in stops[:-1])]
-    return [ids[start:stop] for start, stop in zip(starts, stops, strict=True)]
+    """Return the ids before, between and after the end-of-document tokens, without these."""
+    first, *others = np.split(ids, np.flatnonzero(ids == eos_id))
+    return [first, *(document[1:] for document in others)]
 
 
 def _require_short(count: int, path: Path) -> None:
     if count > LONGEST:
         raise UserError(
-            f"{path} has a document of over {LONGEST:,} tokens; check that the document end of the tokenizer named is "
-            "the one it was made with"
+            f"{path} has a document of over {LONGEST:,} tokens; check that it was made with the end-of-document token "
+            "of the tokenizer that --tokenizer names"
         )

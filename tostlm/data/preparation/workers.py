@@ -1,4 +1,4 @@
-"""Parts shared out over processes, and what is seen of it meanwhile."""
+"""Work units shared out over processes, and the progress of the work."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from tqdm import tqdm
 
 from tostlm.data.preparation.plan import PreparationPlan
 from tostlm.errors import UserError
 
-SILENCE_SECONDS = 60  # between two lines where there is no terminal
+LINE_SECONDS = 60  # between two lines of progress if there is no terminal
 
 
 class WorkDone(NamedTuple):
@@ -28,42 +29,41 @@ class WorkDone(NamedTuple):
     text_bytes: int = 0
 
 
-PartFunction = Callable[[Path, int, int, Callable[[WorkDone], None]], None]
+UnitFunction = Callable[[Path, int, int, Callable[[WorkDone], None]], None]
+Jobs: TypeAlias = "Queue[int | None]"  # work units, and None for each worker at the end
+Reports: TypeAlias = "Queue[WorkDone | Exception | None]"  # None from a worker that has ended
 
 
-def run_workers(do: PartFunction, out: Path, plan: PreparationPlan, parts: Sequence[int], workers: int) -> None:
-    """Call `do(out, part, threads, say)` for every part, on up to `workers` cores.
+def run_workers(do: UnitFunction, out: Path, plan: PreparationPlan, units: Sequence[int], workers: int) -> None:
+    """Call `do(out, unit, threads, report)` for every work unit, on up to `workers` cores.
 
-    Several parts are done by a process each, with the cores shared among them; a single one by threads of this process.
+    Several units are done by a process each, which share the cores; a single one by threads of this process.
 
     Raises:
-        UserError: of a worker, or because one was killed. The others are ended; what is finished stays.
+        UserError: a worker raised it or was killed. The other workers are ended; finished units stay.
     """
-    progress = ProgressBar(plan, parts)
+    progress = ProgressBar(plan, units)
+    processes = min(workers, len(units))
     try:
-        processes = min(workers, len(parts))
         if processes <= 1:
-            for part in parts:
-                do(out, part, workers, progress.add)
+            for unit in units:
+                do(out, unit, workers, progress.add)
         else:
-            _run_processes(do, out, parts, processes, workers // processes, progress)
+            _run_processes(do, out, units, processes, workers // processes, progress)
     finally:
         progress.close()
 
 
 def _run_processes(
-    do: PartFunction, out: Path, parts: Sequence[int], processes: int, threads: int, progress: ProgressBar
+    do: UnitFunction, out: Path, units: Sequence[int], processes: int, threads: int, progress: ProgressBar
 ) -> None:
     context = multiprocessing.get_context("spawn")
-    jobs: Any = context.Queue()
-    reports: Any = context.Queue()
-    for part in parts:
-        jobs.put(part)
-    for _ in range(processes):
-        jobs.put(None)
-    started = [
-        context.Process(target=_work, args=(do, out, threads, jobs, reports), daemon=True) for _ in range(processes)
-    ]
+    jobs: Jobs = context.Queue()
+    reports: Reports = context.Queue()
+    for job in [*units, *[None] * processes]:
+        jobs.put(job)
+    arguments = (do, out, threads, jobs, reports)
+    started = [context.Process(target=_work, args=arguments, daemon=True) for _ in range(processes)]
     try:
         for process in started:
             process.start()
@@ -76,7 +76,7 @@ def _run_processes(
                 if killed:
                     raise UserError(
                         f"a worker ended with code {killed[0].exitcode} (-9: killed, mostly for lack of memory); run "
-                        "the command again, with fewer --workers if need be: it goes on from what is finished"
+                        "the command again, with fewer --workers if need be: it continues from what is finished"
                     ) from None
                 continue
             if isinstance(report, WorkDone):
@@ -92,26 +92,28 @@ def _run_processes(
                 process.join()
 
 
-def _work(do: PartFunction, out: Path, threads: int, jobs: Any, reports: Any) -> None:
+def _work(do: UnitFunction, out: Path, threads: int, jobs: Jobs, reports: Reports) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     try:
-        while (part := jobs.get()) is not None:
-            do(out, part, threads, reports.put)
+        while (unit := jobs.get()) is not None:
+            do(out, unit, threads, reports.put)
         reports.put(None)
     except (UserError, OSError, MemoryError) as error:
         reports.put(error)
 
 
 class ProgressBar:
-    """A bar on a terminal, a line a minute elsewhere: documents, tokens, MB of text a second, the time that is left."""
+    """A bar on a terminal, a line a minute elsewhere: documents, tokens, MB of text per second, the time left."""
 
-    def __init__(self, plan: PreparationPlan, parts: Sequence[int]) -> None:
-        sizes = [plan.parts[part].bytes for part in parts]
-        self._total = None if None in sizes else sum(size or 0 for size in sizes)
+    def __init__(self, plan: PreparationPlan, units: Sequence[int]) -> None:
+        sizes = [plan.units[unit].bytes for unit in units]
+        self._total = 0 if None in sizes else sum(size or 0 for size in sizes)  # 0: unknown
         self._done = WorkDone()
-        self._began = self._said = time.monotonic()
+        self._start = self._last_line = time.monotonic()
         self._terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=self._total, unit="B", unit_scale=True, desc="prepare", disable=not self._terminal)
+        self._bar = tqdm(
+            total=self._total or None, unit="B", unit_scale=True, desc="prepare", disable=not self._terminal
+        )
 
     def add(self, work: WorkDone) -> None:
         """Count what a worker did."""
@@ -119,24 +121,23 @@ class ProgressBar:
         if self._terminal:
             self._bar.set_postfix_str(self._rates(), refresh=False)
             self._bar.update(work.source_bytes)
-        elif time.monotonic() - self._said > SILENCE_SECONDS:
-            self._said = time.monotonic()
-            print(f"prepare: {self._rates()}{self._left()}", flush=True)
+        elif time.monotonic() - self._last_line > LINE_SECONDS:
+            self._last_line = time.monotonic()
+            print(f"prepare: {self._rates()}{self._time_left()}", flush=True)
 
     def close(self) -> None:
+        """Print the rates of the whole work."""
         self._bar.close()
         if self._done.documents:
             print(f"prepare: {self._rates()}", flush=True)
 
     def _rates(self) -> str:
-        seconds = time.monotonic() - self._began
-        done = self._done
-        speed = done.text_bytes / seconds / 1e6
-        return f"{done.documents:,} documents, {done.tokens:,} tokens, {speed:.1f} MB/s, {seconds:.0f} s"
+        seconds = time.monotonic() - self._start
+        speed = self._done.text_bytes / seconds / 1e6
+        return f"{self._done.documents:,} documents, {self._done.tokens:,} tokens, {speed:.1f} MB/s, {seconds:.0f} s"
 
-    def _left(self) -> str:
+    def _time_left(self) -> str:
         if not self._total or not self._done.source_bytes:
             return ""
-        seconds = time.monotonic() - self._began
-        left = seconds * (self._total / self._done.source_bytes - 1)
-        return f", {self._done.source_bytes / self._total:.0%}, {left:.0f} s left"
+        share = self._done.source_bytes / self._total
+        return f", {share:.0%}, {(time.monotonic() - self._start) * (1 / share - 1):.0f} s left"

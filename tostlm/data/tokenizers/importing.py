@@ -7,7 +7,6 @@ import binascii
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
@@ -97,13 +96,12 @@ def _find_eos(fast: tokenizers.Tokenizer, config: Path) -> str:
     return known[0]
 
 
-def _special_token(piece: str, token: int) -> dict[str, Any]:
-    """Return the entry of a special token in the `added_tokens` of a tokenizer.json."""
+def _special_token(piece: str, token: int) -> dict[str, object]:
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return {"id": token, "content": piece, **plain, "special": True}
 
 
-def _append_template(piece: str, token: int) -> dict[str, Any]:
+def _append_template(piece: str, token: int) -> dict[str, object]:
     """Return the `post_processor` of a tokenizer.json that appends one token to a text."""
     text, other = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     return {
