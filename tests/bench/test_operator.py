@@ -37,7 +37,7 @@ def test_the_verb(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("option", "value", "words"),
-    [("--shapes", "64x5", "as in 768x12"), ("--dtypes", "int8", "use fp32, bf16"), ("--backends", "mps", "no backend")],
+    [("--shapes", "64x5", "as in 768x12"), ("--dtypes", "int8", "use fp32, bf16"), ("--backends", "mps", "use triton")],
 )
 def test_mistakes(option: str, value: str, words: str) -> None:
     fail(tostlm("bench", "operator", "--tokens", "16", option, value), words)

@@ -108,7 +108,7 @@ class DurableOperations:
         if "dir_fd" in options:
             return "a file of a removed checkpoint"
         path = Path(f"/proc/self/fd/{target}").readlink() if isinstance(target, int) else Path(target)
-        return re.sub(r"-\d+", "-N", str(path.relative_to(self._folder)))
+        return re.sub(r"(partial|rank|step)-\w+", r"\1-N", str(path.relative_to(self._folder)))
 
     def _reached(self, point: str) -> None:
         if point == self._kill:
