@@ -14,11 +14,12 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "tostlm"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAY_IMPORT = {  # of tostlm's own packages and modules
+    "autograd": set(),
     "shapes": set(),
     "device": set(),
-    "parallel": {"shapes"},
-    "tssa": {"parallel", "shapes"},
-    "model": {"parallel", "shapes", "tssa"},
+    "parallel": {"autograd", "shapes"},
+    "tssa": {"autograd", "parallel", "shapes"},
+    "model": {"autograd", "parallel", "shapes", "tssa"},
     "errors": set(),
     "files": {"errors"},
     "config": {"errors", "model"},

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from tostlm.autograd import first_order
 
 
 def heads_to_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -48,7 +49,6 @@ class _Exchange(torch.autograd.Function):
         return received
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_received: Tensor) -> tuple[Tensor, None]:
         return _exchange(d_received, ctx.group), None
 
@@ -68,7 +68,7 @@ class _AllGather(torch.autograd.Function):
         return torch.stack(parts)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, d_parts: Tensor) -> tuple[Tensor, None]:
         d_parts = d_parts.contiguous()
         dist.all_reduce(d_parts, group=ctx.group)

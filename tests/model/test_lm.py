@@ -92,6 +92,13 @@ def test_the_loss_of_a_bf16_model_is_not_rounded_to_bf16() -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_the_loss_has_no_second_derivative() -> None:
+    lm = create_lm(SHAPES["gpt2"], 0)
+    tokens = tokens_of(lm.config, 2, 30)
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        torch.autograd.grad(lm(tokens, targets=tokens)[0], lm.embed.weight, create_graph=True)
+
+
 def test_the_loss_makes_no_gradients_where_none_is_wanted() -> None:
     lm, products = create_lm(SHAPES["gpt2"], 0), 0
     tokens = tokens_of(lm.config, 2, 30)

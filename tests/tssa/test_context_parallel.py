@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from tests.processes import Sent, on_ranks
-from tests.tssa.common import Arguments, draw
+from tests.tssa.common import Arguments, assert_same, draw
 from tostlm.tssa import State, tssa
 
 CASES: list[dict[str, Any]] = [
@@ -124,3 +124,88 @@ def allocated_bytes_per_token(rank: int, world_size: int) -> list[float]:
 def test_the_work_of_both_passes_is_linear_in_the_tokens(tmp_path: Path) -> None:
     ((short, long),) = on_ranks(1, allocated_bytes_per_token, tmp_path)
     assert long < 1.2 * short
+
+
+def with_losses_of_their_own(rank: int, world_size: int) -> list[torch.Tensor]:
+    """Rank 0's loss is of its tokens, rank 1's of the energy in the end alone."""
+    inputs = draw(T=64, bias="shared", options=("rho", "state"))
+    own = slice(32 * rank, 32 * rank + 32)
+    assert inputs.bias is not None
+    y, after = tssa(
+        inputs.w[:, own], inputs.temp, inputs.bias[own], inputs.rho, None, inputs.state, group=dist.group.WORLD
+    )
+    loss = after.energy.square().sum() if rank else y.square().sum()
+    gradients = [g.contiguous() for g in torch.autograd.grad(loss, inputs.differentiable())]
+    for gradient in gradients:
+        dist.all_reduce(gradient)
+    return gradients
+
+
+def test_each_rank_may_have_another_loss(tmp_path: Path) -> None:
+    inputs = draw(T=64, bias="shared", options=("rho", "state"))
+    y, after = tssa(*inputs)
+    loss = y[:, :32].square().sum() + after.energy.square().sum()
+    expected = torch.autograd.grad(loss, inputs.differentiable())
+    for found in on_ranks(2, with_losses_of_their_own, tmp_path):
+        assert_same(found, list(expected))
+
+
+def few_tokens(rank: int, world_size: int) -> list[list[torch.Tensor]]:
+    """The tokens lie on one of the ranks alone; the other has none."""
+    found = []
+    for options in (("state",), ("rho", "state")):
+        for holder in (0, 1):
+            inputs = draw(T=40, options=options)
+            own = slice(0, 40 if rank == holder else 0)
+            y, after = tssa(inputs.w[:, own], inputs.temp, None, inputs.rho, None, inputs.state, group=dist.group.WORLD)
+            loss = y.square().sum() + sum((x * output_grad(x)).sum() for x in after) / 2
+            gradients = [g.contiguous() for g in torch.autograd.grad(loss, inputs.differentiable())]
+            for gradient in gradients:
+                dist.all_reduce(gradient)
+            found.append([*(x.detach() for x in after), *gradients])
+    return found
+
+
+def test_a_rank_may_have_no_tokens(tmp_path: Path) -> None:
+    expected = []
+    for options in (("state",), ("rho", "state")):
+        inputs = draw(T=40, options=options)
+        y, after = tssa(*inputs)
+        loss = y.square().sum() + sum((x * output_grad(x)).sum() for x in after)
+        expected += [[*after, *torch.autograd.grad(loss, inputs.differentiable())]] * 2
+    for rank in on_ranks(2, few_tokens, tmp_path):
+        for a, b in zip(rank, expected, strict=True):
+            assert_same(a, b, 1e-8)
+
+
+def alone(rank: int, world_size: int) -> list[Any]:
+    """On a group of one rank: no sequences, the bytes kept of the energy, and second derivatives."""
+    group = dist.group.WORLD
+    y, after = tssa(torch.zeros(0, 9, 8), torch.ones(2), None, torch.ones(2), group=group)
+    found: list[Any] = [(tuple(y.shape), *(tuple(x.shape) for x in after)), []]
+    w = torch.randn(1, 9, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    y, after = tssa(w, torch.ones(2), group=group)
+    found.append([x.untyped_storage().nbytes() - x.nbytes for x in after])
+    for result in (y.square(), y, *after):
+        with pytest.raises(RuntimeError, match="has no second derivative"):
+            torch.autograd.grad(result.sum(), w, create_graph=True)
+        found[1].append(True)
+    return found
+
+
+def test_edges_on_one_rank(tmp_path: Path) -> None:
+    (found,) = on_ranks(1, alone, tmp_path)
+    assert found == [((0, 9, 8), (0, 8), (0, 2), (0, 8)), [True] * 5, [0, 0, 0]]
+
+
+def outside(rank: int, world_size: int) -> str:
+    group = dist.new_group([0])
+    if rank == 0:
+        return ""
+    with pytest.raises(ValueError, match="rank 1 is not in the group") as error:
+        tssa(torch.zeros(1, 4, 8), torch.ones(2), group=group)
+    return str(error.value)
+
+
+def test_a_rank_outside_the_group_is_an_error(tmp_path: Path) -> None:
+    assert "whose ranks share the sequence" in on_ranks(2, outside, tmp_path)[1]

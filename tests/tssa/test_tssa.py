@@ -112,6 +112,8 @@ def test_degenerate_inputs() -> None:
     empty, state = tssa(torch.zeros(3, 0, 4), temp)
     assert empty.shape == (3, 0, 4)
     assert all(torch.equal(x, torch.zeros_like(x)) for x in state)
+    for dtype in (torch.float32, torch.float64):  # of the fastest backend and of torch's
+        assert tssa(torch.zeros(0, 9, 4, dtype=dtype), temp)[0].shape == (0, 9, 4)
     assert torch.equal(tssa(torch.zeros(1, 5, 4), temp)[0], torch.zeros(1, 5, 4))
     for scale in (1e18, 1e-30):
         assert tssa(torch.full((1, 40, 4), scale), temp)[0].isfinite().all()
@@ -138,9 +140,11 @@ def test_nan_in_one_sequence_stays_there() -> None:
         ({"rho": torch.ones(1)}, "rho has shape (1,)"),
         ({"document_start_mask": torch.zeros(2, 3, dtype=torch.bool)}, "document_start_mask has shape (2, 3)"),
         ({"state": State.zeros(2, 12, 4)}, "state.mass has shape (2, 4)"),
+        ({"w": torch.zeros(2, 33, 12, dtype=torch.int64)}, "w is torch.int64; it must be a floating-point tensor"),
+        ({"document_start_mask": torch.zeros(2, 33)}, "document_start_mask is torch.float32; it must be torch.bool"),
     ],
 )
-def test_shapes_that_do_not_fit_are_named(change: dict[str, object], words: str) -> None:
+def test_tensors_that_do_not_fit_are_named(change: dict[str, object], words: str) -> None:
     arguments = {"w": torch.zeros(2, 33, 12), "temp": torch.ones(3), **change}
     with pytest.raises(ValueError, match=words.replace("(", r"\(").replace(")", r"\)")):
         tssa(**arguments)
@@ -206,6 +210,13 @@ def test_torch_sees_one_operator() -> None:
     found, expected = compiled(w, temp), tssa(w, temp)[0] * 2
     assert_same([found], [expected])
     assert_same(list(torch.autograd.grad(found.sum(), (w, temp))), list(torch.autograd.grad(expected.sum(), (w, temp))))
+
+
+def test_a_second_derivative_is_an_error() -> None:
+    w = torch.randn(1, 9, 8, requires_grad=True)
+    (grad,) = torch.autograd.grad(tssa(w, torch.ones(2))[0].square().sum(), w, create_graph=True)
+    with pytest.raises(RuntimeError, match="register_autograd"):
+        torch.autograd.grad(grad.sum(), w)
 
 
 def test_under_autocast_and_activation_checkpointing() -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from tostlm.autograd import first_order
 from tostlm.shapes import Float, Int
 
 IGNORE = -100  # a target that is not scored, as in torch
@@ -62,7 +62,7 @@ class _SumCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None]:
         dx, dweight = (d.to(scale.dtype).mul(scale).to(d.dtype) for d in ctx.saved_tensors)
         return dx, dweight, None, None

@@ -39,8 +39,9 @@ def tssa(
         document_start_mask: [B, T] bool, True where a document begins: the sums start again from zero there.
         state: the state after the tokens before; None at the beginning of a document.
         group: a process group whose ranks hold consecutive tokens of each sequence, in the group's order. Every rank
-            must call, with its own w, bias and mask, of as many tokens as it likes but none, and with the same temp,
-            rho and state, which is the one before the first rank's tokens.
+            must call, with its own w, bias and mask, of any number of tokens, and with the same temp, rho and state,
+            which is the one before the first rank's tokens. Every rank must run the backward pass too: the same tensors
+            require gradients on all ranks, and each rank's loss uses one of its results.
         backend: "triton", "cpp", "torch" or "reference"; None takes the one that the environment variable
             TOSTLM_TSSA_BACKEND names, else the fastest that serves w.
 
@@ -102,6 +103,8 @@ def _call(
 
 def _check_shapes(inputs: Inputs, state: State | None) -> None:
     w, temp = inputs.w, inputs.temp
+    if not w.is_floating_point():
+        raise ValueError(f"w is {w.dtype}; it must be a floating-point tensor")
     if w.dim() != 3:
         raise ValueError(f"w has shape {tuple(w.shape)}; it must be [batch, tokens, channels]")
     B, T, C = w.shape
@@ -119,6 +122,9 @@ def _check_shapes(inputs: Inputs, state: State | None) -> None:
             ("state.mass", state.mass, [(B, H)]),
             ("state.weighted", state.weighted, [(B, C)]),
         ]
+    mask = inputs.document_start_mask
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"document_start_mask is {mask.dtype}; it must be torch.bool")
     for name, tensor, shapes in expected:
         if tensor is not None and tuple(tensor.shape) not in shapes:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {' or '.join(map(str, shapes))}")

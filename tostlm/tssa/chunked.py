@@ -35,7 +35,7 @@ def forward(inputs: Inputs, state: State) -> tuple[Tensor, State, Saved]:
     for block in blocks(T):
         chunk_states.append((s, c, m))
         a = None if decays is None else decays[:, block].contiguous()
-        x = w[:, block].to(compute).view(B, -1, H, D)
+        x = w[:, block].to(compute).unflatten(-1, (H, D))
         square = x * x
         running = square.clone()
         s = scan(running, a, s)
@@ -49,7 +49,7 @@ def forward(inputs: Inputs, state: State) -> tuple[Tensor, State, Saved]:
         c = scan(mass, a, c)
         mass += EPS_MASS
         gate = mass / running.add_(mass)  # 1 / (1 + weighted / mass)
-        y[:, block] = gate.mul_(x).mul_(-Pi_block[..., None]).view(B, -1, H * D)
+        y[:, block] = gate.mul_(x).mul_(-Pi_block[..., None]).flatten(2)
         Pi[:, block], n[:, block] = Pi_block, n_block
 
     def stacked(which: int, like: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def _replay(inputs: Inputs, saved: Saved, reverse: bool) -> Iterator[tuple[int, 
     order = list(enumerate(blocks(T)))
     for k, block in reversed(order) if reverse else order:
         a = None if decays is None else decays[:, block].contiguous()
-        x = inputs.w[:, block].to(saved.Pi.dtype).view(B, -1, H, D)
+        x = inputs.w[:, block].to(saved.Pi.dtype).unflatten(-1, (H, D))
         P = saved.Pi[:, block, :, None]
         m, c = x.square().mul_(P), P.clone()
         scan(m, a, saved.chunk_states.weighted[:, k].view(B, H, D))
@@ -153,7 +153,7 @@ def backward(inputs: Inputs, saved: Saved, grad_y: Tensor, grad_final_state: Sta
         ds, incoming = through.neg_(), S
         S = reverse_scan(ds, a, incoming)
         _add_from_the_right(d_square, ds, a, incoming)
-        grad_w[:, tokens] = gated.mul_(-P).addcmul_(x, d_square, value=2).view(B, -1, H * D)
+        grad_w[:, tokens] = gated.mul_(-P).addcmul_(x, d_square, value=2).flatten(2)
 
         if with_rho:  # step 9
             m0, c0 = chunk_states.weighted[:, k].view(B, H, D), chunk_states.mass[:, k].view(B, H, 1)

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from tostlm.autograd import first_order
 from tostlm.parallel import all_gather
 from tostlm.tssa.backend import Backend, Inputs, Saved
 from tostlm.tssa.dispatch import choose
@@ -35,11 +35,17 @@ def context_parallel_operator(
     """Return y and the memberships of this rank's tokens, and the state after the last rank's; every rank must call.
 
     Args:
-        inputs: of this rank's T > 0 tokens; temp and rho are the same on every rank.
+        inputs: of this rank's T tokens; temp and rho are the same on every rank.
         before: the state before the first rank's tokens, the same on every rank.
         group: the ranks, in the order of their tokens.
         backend: as for `tostlm.tssa.tssa`.
+
+    Raises:
+        ValueError: this rank is not in the group.
     """
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError(f"rank {dist.get_rank()} is not in the group whose ranks share the sequence")
     B, _, H, D = inputs.sizes
     decays = inputs.decays(torch.float64)
     kept = before.mass.new_ones(B, H, 1) if decays is None else decays.prod(1)[..., None]  # of the sums coming in
@@ -47,21 +53,24 @@ def context_parallel_operator(
     energies = _chain(before.energy.view(B, H, D), all_gather(torch.cat([kept, own], -1), group))
     # Indexed out of one tensor, each rank's energy depends on every rank's: so every rank calls the backward pass of
     # the gather, the first rank too.
-    energy, energy_after = energies[dist.get_rank(group)].flatten(1), energies[-1].flatten(1)
+    energy, energy_after = energies[rank].flatten(1), energies[-1].flatten(1)
     chosen = choose(inputs.w, H, backend)
-    y, mass_after, weighted_after, Pi = _Operator.apply(  # type: ignore[no-untyped-call]
-        chosen, group, kept.detach(), *inputs, energy, before.mass, before.weighted
+    y, *after, Pi = _Operator.apply(  # type: ignore[no-untyped-call]
+        chosen, group, kept.detach(), energy_after, *inputs, energy, before.mass, before.weighted
     )
-    return y, State(energy_after, mass_after, weighted_after), Pi
+    return y, State(*after), Pi
 
 
 class _Operator(torch.autograd.Function):
-    """y, and the mass and weighted sums after the last rank, once the energy before each rank is known."""
+    """y, and the state after the last rank, once the energy before each rank is known.
+
+    The energy after the last rank passes through, so that a loss of any of the results calls the backward pass.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, backend: Backend, group: dist.ProcessGroup, kept: Tensor, *tensors: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx: Any, backend: Backend, group: dist.ProcessGroup, kept: Tensor, energy_after: Tensor, *tensors: Any
+    ) -> tuple[Tensor, ...]:
         inputs, before = Inputs(*tensors[:5]), State(*tensors[5:])
         zeros = before.energy, torch.zeros_like(before.mass), torch.zeros_like(before.weighted)
         _, own, saved = backend.forward(inputs, State(*zeros))
@@ -71,31 +80,30 @@ class _Operator(torch.autograd.Function):
         ctx.backend, ctx.group = backend, group
         ctx.save_for_backward(kept, *inputs, saved.Pi, saved.n, *saved.chunk_states)
         ctx.mark_non_differentiable(saved.Pi)
-        return backend.outputs(inputs, saved), *_split(sums[-1]), saved.Pi
+        return backend.outputs(inputs, saved), energy_after.clone(), *_split(sums[-1]), saved.Pi
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor, grad_mass: Tensor, grad_weighted: Tensor, _: Tensor) -> tuple[Any, ...]:
+    @first_order
+    def backward(ctx: Any, grad_y: Tensor, grad_energy: Tensor, *grad_sums: Tensor) -> tuple[Any, ...]:
         kept, *tensors = ctx.saved_tensors
         inputs, saved = Inputs(*tensors[:5]), Saved(tensors[5], tensors[6], State(*tensors[7:]))
         own = _join(*ctx.backend.state_grads(inputs, saved, grad_y))
-        gathered = all_gather(torch.cat([kept, own, _join(grad_mass, grad_weighted)], -1), ctx.group)
+        gathered = all_gather(torch.cat([kept, own, _join(*grad_sums[:2])], -1), ctx.group)
         summaries, final = gathered.tensor_split([1 + own.shape[-1]], -1)
         rank, ranks = dist.get_rank(ctx.group), dist.get_world_size(ctx.group)
         incoming = _split(_chain(final.sum(0), summaries.flip(0))[ranks - 1 - rank])
-        grad_after = State(
-            torch.zeros_like(incoming[1]), *incoming
-        )  # the energy's way through later ranks is autograd's
-        needed = ctx.needs_input_grad[3:]
+        # The gradient that the energy brings from later ranks is autograd's: it goes through the gather of energies.
+        grad_after = State(torch.zeros_like(incoming[1]), *incoming)
+        needed = ctx.needs_input_grad[4:]
         grads = ctx.backend.backward(inputs, saved, grad_y, grad_after, inputs.rho is not None and needed[3])
         before = [grad if rank == 0 else torch.zeros_like(grad) for grad in grads.state[1:]]  # each counts once
-        return None, None, None, *input_grads(grads, inputs, needed), grads.state.energy, *before
+        return None, None, None, grad_energy, *input_grads(grads, inputs, needed), grads.state.energy, *before
 
 
 def _add_incoming(inputs: Inputs, saved: Saved, sums: Tensor, backend: Backend) -> Saved:
     """Add the sums before this rank's tokens, [B, H, D + 1], to the mass and weighted sums of every chunk state."""
     B, T, H, D = inputs.sizes
-    starts = torch.tensor(backend.chunk_starts(T), device=sums.device)
+    starts = torch.tensor(backend.chunk_starts(T), dtype=torch.long, device=sums.device)
     decays = inputs.decays(torch.float64)
     incoming = sums[:, None].expand(B, len(starts), H, D + 1)
     if decays is not None:  # what the tokens before each chunk keep of it
@@ -109,7 +117,8 @@ def _add_incoming(inputs: Inputs, saved: Saved, sums: Tensor, backend: Backend) 
 
 def _join(mass: Tensor, weighted: Tensor) -> Tensor:
     """Return the weighted sums and the mass of each head: [B, H, D + 1]."""
-    return torch.cat([weighted.view(*mass.shape, -1), mass[..., None]], -1)
+    B, H = mass.shape
+    return torch.cat([weighted.view(B, H, weighted.shape[1] // H), mass[..., None]], -1)
 
 
 def _split(sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +145,7 @@ def _sum_energy(w: Tensor, decays: Tensor | None, H: int) -> Tensor:
     energy = torch.zeros(B, H, C // H, dtype=torch.float64, device=w.device)
     # split, unlike slices, has a backward pass that is linear in T
     for t, piece in enumerate(w.split(CHUNK, dim=1)):
-        square = piece.to(compute).square().view(B, -1, H, C // H)
+        square = piece.to(compute).square().unflatten(-1, (H, C // H))
         if remaining is not None:
             square = square * remaining[t][..., None].to(compute)
         energy = energy + square.sum(1)
