@@ -12,6 +12,8 @@ from tests.data.tokenizers import tokenizer_kinds
 from tostlm.checkpoint import checkpoints
 from tostlm.data import Tokenizer, read_manifest, verify
 from tostlm.data.preparation.plan import read_plan
+from tostlm.errors import EXIT_LOST_RANK, EXIT_USER_ERROR
+from tostlm.main import main
 
 SUBCOMMANDS = [
     *("quickstart", "config", "tokenizer", "prepare", "data", "doctor", "train", "eval", "generate", "bench"),
@@ -71,8 +73,25 @@ def test_the_list_of_shipped_configs(tmp_path: Path) -> None:
     assert next(line for line in lines if line.startswith("tost-base ")).split()[1:3] == ["110M", "ToST-base"]
 
 
-def test_out_of_memory_is_one_line(run: Run) -> None:
-    fail(run.train("model.depth=2000", "model.width=65536"), "out of memory", "use a smaller model")
+def test_out_of_memory_in_training_is_one_line_and_restartable(run: Run) -> None:
+    ended = run.train("model.depth=2000", "model.width=65536")
+    assert ended.returncode == EXIT_LOST_RANK
+    assert ended.stderr.startswith("tostlm: error: out of memory (")
+    assert ended.stderr.count("\n") == 1
+    assert "use a smaller model" in ended.stderr
+
+
+def test_out_of_memory_in_other_commands_is_a_user_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def exhaust() -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("tostlm.main.app", exhaust)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == EXIT_USER_ERROR
+    assert capsys.readouterr().err.startswith("tostlm: error: out of memory (MemoryError)")
 
 
 def test_outputs_are_checked_before_any_work(corpus: Path, tmp_path: Path) -> None:

@@ -46,7 +46,9 @@ def _run() -> int:
             return EXIT_LOST_RANK
         if not isinstance(error, MemoryError) and "allocate" not in str(error) and "out of memory" not in str(error):
             return _report_bug()
-        return _fail(f"out of memory ({error_summary(error)}); use a smaller model, context or micro-batch")
+        what = f"out of memory ({error_summary(error)})"
+        code = _fail(f"{what}; use a smaller model, context or micro-batch, unless another process holds the memory")
+        return EXIT_LOST_RANK if _is_rank() else code  # another start finds the memory free, or another node
     except SystemExit as ending:  # typer's own; it turns an interruption into one
         if ending.code == EXIT_INTERRUPTED and "RANK" not in os.environ:  # of a rank, its launcher reports it
             print("\ntostlm: interrupted; the same command continues from what is finished", file=sys.stderr)
