@@ -40,9 +40,7 @@ def test_a_script_runs_its_command_with_all_arguments(path: Path) -> None:
 def test_scripts_pass_shellcheck() -> None:
     if reason := unavailable_reason():
         pytest.skip(reason)
-    made = batch_script(
-        "x", Resources(nodes="1-4", ranks_per_node=8).sbatch_options(), ROOT / "slurm" / "site.env", ["tostlm x"]
-    )
+    made = batch_script("x", "x", ROOT / "slurm", Resources(nodes="1-4", ranks_per_node=8), ["tostlm x"])
     files = [*SCRIPTS, ROOT / "slurm" / "site.env", *(ROOT / "tests" / "slurm").glob("*.sh")]
     checks = [(["--shell=bash", "-x", *map(str, files)], None), (["--shell=bash", "-x", "-"], made)]
     for arguments, text in checks:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tostlm.errors import UserError
+from tostlm.slurm.history import SITE, SUBMITTED, JobHistory
 
 COMMAND_TIMEOUT_SECONDS = 60
 # How long a job retries while the controller does not answer, as during its restart.
@@ -73,14 +74,12 @@ def _run_once(command: Sequence[str], environment: dict[str, str] | None) -> str
     return result.stdout.strip()
 
 
-def site_environment(site: Path | None, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the environment variables after a site.env was sourced; without one, `environment` itself.
+def site_environment(site: Path, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment variables after a site.env was sourced.
 
     Raises:
         UserError: site.env ends the shell that sources it.
     """
-    if site is None:
-        return dict(environment)
     command = ["bash", "-c", '. "$0" >&2; exec env -0', str(site)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     if result.returncode:
@@ -91,12 +90,10 @@ def site_environment(site: Path | None, environment: Mapping[str, str] = os.envi
     return dict(variable.split("=", 1) for variable in result.stdout.split("\0") if variable)
 
 
-def submit_script(script: Path, site: Path | None, *options: str) -> str:
-    """Submit a batch script and return the job's number.
+def submit_script(history: JobHistory, name: str, *options: str, **facts: object) -> str:
+    """Submit a batch script of a run's folder with options of sbatch, record the job with `facts`, return its number.
 
-    Args:
-        site: a site.env, sourced first for the SBATCH_* variables that it sets.
-        options: of sbatch.
+    The folder's site.env is sourced first, for the SBATCH_* variables that it sets.
 
     Raises:
         UserError: Slurm refuses the script. Nothing is queued then.
@@ -107,18 +104,19 @@ def submit_script(script: Path, site: Path | None, *options: str) -> str:
         for key, value in os.environ.items()
         if key == "SLURM_CONF" or not key.startswith(("SLURM_", "SRUN_"))
     }
-    environment = site_environment(site, environment)
-    output = run_slurm("sbatch", "--parsable", *options, str(script), environment=environment)
+    environment = site_environment(history.folder / SITE, environment)
+    output = run_slurm("sbatch", "--parsable", *options, str(history.folder / name), environment=environment)
     job = output.splitlines()[-1].partition(";")[0]  # JOB, or JOB;CLUSTER
     if not job.isdecimal():
         raise UserError(f"sbatch printed no job number: {output!r}; look for the job with squeue")
+    history.add(SUBMITTED, job, **facts)
     return job
 
 
-def submit_dependent_script(jobs: Sequence[str], script: Path, site: Path | None, *options: str) -> str:
+def submit_dependent_script(jobs: Sequence[str], history: JobHistory, name: str, *options: str, **facts: object) -> str:
     """Submit a script that depends on jobs submitted before. If Slurm refuses it, cancel those jobs and raise."""
     try:
-        return submit_script(script, site, *options)
+        return submit_script(history, name, *options, **facts)
     except UserError:
         run_slurm("scancel", *jobs)
         raise

@@ -4,7 +4,7 @@ run_dir/slurm/
   jobs.jsonl           one line per event: submitted, started, ended, message, cancelled
   pretrain.sbatch      the script that was submitted, and what it reads:
   config.yaml          the resolved config
-  site.env
+  site.env             the cluster's settings, empty without any
   code.txt             version, git commit and changes, installed packages
   logs/JOB.log         output of the job and of rank 0; JOB-rank-N.log holds the output of rank N
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, NotRequired, TypedDict
 
@@ -65,52 +65,41 @@ class JobHistory:
 
     def events(self, job: str | None = None) -> list[JobEvent]:
         """Return all events, or those of one job, oldest first."""
-        return [event for event in self._read() if job in (None, event["job"])]
-
-    def _read(self) -> Iterator[JobEvent]:
         file = self.folder / JOBS
+        events: list[JobEvent] = []
         for line in file.read_text().splitlines() if file.exists() else ():
-            try:
-                yield json.loads(line)
-            except ValueError:  # half a line, left by a machine that lost power
-                continue
+            with suppress(ValueError):  # half a line, left by a machine that lost power
+                events.append(json.loads(line))
+        return [event for event in events if job in (None, event["job"])]
 
     def jobs(self) -> list[str]:
         """Return every job of the run, the oldest first."""
-        return list(dict.fromkeys(event["job"] for event in self._read()))
+        return list(dict.fromkeys(event["job"] for event in self.events()))
 
     def array_runs(self) -> list[Path]:
         """Return the folders of the runs of a sweep, whose jobs are tasks of one array; [] for a single run."""
-        return list(dict.fromkeys(Path(run) for event in self._read() for run in event.get("runs", ())))
+        return list(dict.fromkeys(Path(run) for event in self.events() for run in event.get("runs", ())))
 
     def start_results(self, job: str) -> list[StartResult]:
         """Return how the starts of a job, and of the jobs before it in its chain, ended, oldest first.
 
         A start without an end was cut off by its node and counts as a lost rank.
         """
-        chain = self._chain(job)
+        events = self.events()
+        predecessors = {event["job"]: event["after"] for event in events if "after" in event}
+        chain = {job}
+        while job in predecessors:
+            job = predecessors[job]
+            chain.add(job)
         results: list[StartResult] = []
         running = False
-        for event in self._read():
-            if event["job"] not in chain:
+        for event in events:
+            if event["job"] not in chain or event["event"] not in (STARTED, ENDED):
                 continue
-            if event["event"] == STARTED:
-                if running:
-                    results.append(StartResult(EXIT_LOST_RANK, event["step"]))
-                running = True
-            elif event["event"] == ENDED:
-                results.append(StartResult(event["exit_code"], event["step"]))
-                running = False
+            if event["event"] == ENDED or running:
+                results.append(StartResult(event.get("exit_code", EXIT_LOST_RANK), event["step"]))
+            running = event["event"] == STARTED
         return results
-
-    def _chain(self, job: str) -> set[str]:
-        """Return a job and the jobs before it in its chain."""
-        predecessor = {event["job"]: event["after"] for event in self._read() if event.get("after")}
-        chain = {job}
-        while job in predecessor:
-            job = predecessor[job]
-            chain.add(job)
-        return chain
 
     def step(self) -> int:
         """Return the step of the run's newest checkpoint, 0 without one."""

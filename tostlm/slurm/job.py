@@ -18,8 +18,8 @@ from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE, EXIT_USER_ERROR, UserErr
 from tostlm.files import require_writable
 from tostlm.launch import EXIT_REPORT
 from tostlm.slurm.commands import queued_jobs, requeue_job, run_slurm, submit_script
-from tostlm.slurm.history import CANCELLED, ENDED, MESSAGE, SCRIPT, SITE, STARTED, SUBMITTED, JobHistory
-from tostlm.slurm.restart_policy import OnStop, RestartDecision, decide_restart
+from tostlm.slurm.history import CANCELLED, ENDED, MESSAGE, SCRIPT, STARTED, JobHistory
+from tostlm.slurm.restart_policy import OnStop, decide_restart
 
 ACTIVE_STATES = ("RUNNING", "SIGNALING", "SUSPENDED")
 # Rank 0 writes to the job's log, every other rank to a file of its own. exec lets signals reach tostlm itself.
@@ -52,18 +52,21 @@ def run_job(
             refuses to restart the job.
     """
     job = SlurmJob(load_config(config_file, overrides))
-    require_writable(job.history.logs)
-    steps = JobSteps(job.history, job.id, job.srun_layout(ranks_per_node))
+    history = job.history
+    require_writable(history.logs)
+    steps = JobSteps(history, job.id, job.srun_layout(ranks_per_node))
     if job.is_over():
         return 0
-    job.record_start()
+    log = str(Path("/proc/self/fd/1").readlink())
+    history.add(STARTED, job.id, step=history.step(), nodes=os.environ["SLURM_JOB_NODELIST"], log=log)
     if on_stop is OnStop.SUCCESSOR and not job.pending_jobs():
         job.submit_successor()
     arguments = [str(config_file), *overrides]
     result = steps.run_doctor(arguments) if doctor else StepExit(0)
     if result.code == 0:
-        result = steps.run_train(arguments)
-    job.record_end(result)
+        result = steps.run("train", *arguments)
+    facts = {"exit_code": result.code, "rank": result.rank, "exclude": list(result.exclude)}
+    history.add(ENDED, job.id, step=history.step(), **facts)
     return job.follow_up(result, on_stop)
 
 
@@ -108,15 +111,6 @@ class SlurmJob:
         self._cancel_pending()
         return True
 
-    def record_start(self) -> None:
-        log = str(Path("/proc/self/fd/1").readlink())
-        nodes = os.environ["SLURM_JOB_NODELIST"]
-        self.history.add(STARTED, self.id, step=self.history.step(), nodes=nodes, log=log)
-
-    def record_end(self, result: StepExit) -> None:
-        facts = {"exit_code": result.code, "rank": result.rank, "exclude": list(result.exclude)}
-        self.history.add(ENDED, self.id, step=self.history.step(), **facts)
-
     def follow_up(self, result: StepExit, on_stop: OnStop) -> int:
         """Requeue this job, leave the run to the next job or end the run; return this job's exit code."""
         decision = decide_restart(self.history.start_results(self.id))
@@ -138,16 +132,13 @@ class SlurmJob:
             next_job = f" as job {pending[0]}" if pending else ""
             self._report(f"job {self.id} ends: {decision.reason}{next_job}")
             return 0
-        self._requeue(decision, result.exclude)
-        return 0
-
-    def _requeue(self, decision: RestartDecision, exclude: Sequence[str]) -> None:
         later = f" in {decision.delay_seconds:.0f} s" if decision.delay_seconds else ""
-        without = f" without {', '.join(exclude)}" if exclude else ""
+        without = f" without {', '.join(result.exclude)}" if result.exclude else ""
         self._report(f"job {self.id} is started again{later}{without}: {decision.reason}")
-        requeue_job(self.id, decision.delay_seconds, exclude)
+        requeue_job(self.id, decision.delay_seconds, result.exclude)
         if self._is_cancelled():  # while it was being requeued
             run_slurm("scancel", self.id)
+        return 0
 
     def pending_jobs(self) -> list[str]:
         """Return the run's other jobs that are pending."""
@@ -156,11 +147,10 @@ class SlurmJob:
 
     def submit_successor(self) -> None:
         """Submit the job that starts when this one ends."""
-        script, site = self.history.folder / SCRIPT, self.history.folder / SITE
+        script = self.history.folder / SCRIPT
         if not script.exists():
             raise UserError(f"{script} is missing, which a successor runs; use `tostlm submit pretrain --until-done`")
-        successor = submit_script(script, site if site.exists() else None, "--dependency=singleton")
-        self.history.add(SUBMITTED, successor, after=self.id)
+        submit_script(self.history, SCRIPT, "--dependency=singleton", after=self.id)
 
     def _is_cancelled(self) -> bool:
         return any(event["event"] == CANCELLED for event in self.history.events(self.id))
@@ -190,10 +180,6 @@ class JobSteps:
         if self._running is not None:
             self._running.send_signal(signal.SIGUSR1)
 
-    def run_train(self, arguments: Sequence[str]) -> StepExit:
-        """Run `tostlm train ARGUMENTS` on all ranks."""
-        return self._run("train", *arguments)
-
     def run_doctor(self, arguments: Sequence[str]) -> StepExit:
         """Run `tostlm doctor ARGUMENTS` on all ranks.
 
@@ -201,7 +187,7 @@ class JobSteps:
         """
         file = self._history.folder / f"doctor-{self._job}.json"
         file.unlink(missing_ok=True)
-        result = self._run("doctor", *arguments, "--out", str(file))
+        result = self.run("doctor", *arguments, "--out", str(file))
         if result.code != EXIT_USER_ERROR:
             return result
         if not file.exists():  # the ranks never reached rank 0
@@ -209,7 +195,8 @@ class JobSteps:
         exclude = [host for host in json.loads(file.read_text())["exclude"] if host]
         return StepExit(EXIT_LOST_RANK if exclude else EXIT_USER_ERROR, result.rank, exclude)
 
-    def _run(self, *arguments: str) -> StepExit:
+    def run(self, *arguments: str) -> StepExit:
+        """Run `tostlm ARGUMENTS` on all ranks."""
         if self._stop_requested:
             return StepExit(EXIT_REQUEUE)
         report = (self._history.folder / f"exit-{self._job}").absolute()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tostlm.errors import UserError
+from tostlm.slurm.history import LOGS, SITE
 
 TEMPLATES = Path(__file__).parent / "templates"  # in a checkout a link to slurm/, in a wheel the files themselves
 
@@ -54,24 +55,43 @@ class Resources:
         return options + [f"--{option}" for option in self.sbatch]
 
 
-def batch_script(made_by: str, options: Sequence[str], site: Path | None, commands: Sequence[str]) -> str:
+def batch_script(
+    kind: str,
+    job_name: str,
+    folder: Path,
+    resources: Resources,
+    commands: Sequence[str],
+    options: Sequence[str] = (),
+    array_size: int = 0,
+) -> str:
     """Return the text of a batch script that a person can read and submit again by hand.
 
     Args:
-        made_by: the command that a comment names as the script's origin.
-        options: of sbatch.
-        site: a site.env that the script sources.
+        kind: the subcommand of `tostlm submit` that makes it.
+        folder: see tostlm/slurm/history.py; it holds site.env, which the script sources, and the log.
         commands: shell commands; the last one replaces the shell.
+        options: more options of sbatch.
+        array_size: tasks of an array; 0 for a single job.
     """
     *before, last = commands
+    options = [
+        f"--job-name={job_name}",
+        *resources.sbatch_options(),
+        "--requeue",
+        "--open-mode=append",
+        f"--output={folder.absolute() / LOGS}/{'%A_%a' if array_size else '%j'}.log",
+        f"--chdir={Path.cwd()}",
+        *([f"--array=0-{array_size - 1}"] if array_size else []),
+        *options,
+    ]
     lines = [
         "#!/usr/bin/env bash",
-        f"# Made by `{made_by}`; it can be submitted again by hand with sbatch.",
+        f"# Made by `tostlm submit {kind}`; it can be submitted again by hand with sbatch.",
         *(f"#SBATCH {shlex.quote(option)}" for option in options),
         "",
         "set -euo pipefail",
         "trap '' USR1",  # a request to stop must not end the script before the last command handles it
-        *([f". {shlex.quote(str(site))}"] if site else []),
+        f". {shlex.quote(str(folder.absolute() / SITE))}",
         *before,
         f"exec {last}",
     ]

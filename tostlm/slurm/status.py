@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from tostlm.checkpoint import CONFIG, checkpoints
@@ -28,14 +29,13 @@ def run_status(run_dir: Path) -> str:
         raise UserError(f"{run_dir} has had no job; start one with `tostlm submit pretrain`")
     if runs := history.array_runs():
         return "\n\n".join(map(run_status, runs))
-    lines = {"run": str(run_dir), "job": _job_line(history, queued_jobs(history.jobs())), **_progress(run_dir)}
-    return "\n".join(f"{name:<12}{text}" for name, text in {**lines, **_failure(history, events)}.items())
+    lines = {"run": str(run_dir), "job": _job_line(history, events), **_progress(run_dir), **_failure(history, events)}
+    return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
 
 
-def _job_line(history: JobHistory, queued: list[QueuedJob]) -> str:
-    if queued:
+def _job_line(history: JobHistory, events: list[JobEvent]) -> str:
+    if queued := queued_jobs(history.jobs()):
         return "; ".join(_describe_queued(history, job) for job in queued)
-    events = history.events()
     messages = [event["text"] for event in events if event["event"] == MESSAGE]
     return "none is queued or running" + _restarts(events) + "".join(f"; {text}" for text in messages[-1:])
 
@@ -54,7 +54,11 @@ def _restarts(events: list[JobEvent]) -> str:
 
 def _progress(run_dir: Path) -> dict[str, str]:
     """Return step, speed and remaining time of the last line that training logged, and the newest checkpoint."""
-    report = next(filter(None, map(_parse_report, reversed(_tail(run_dir / "metrics.jsonl")))), None)
+    report = None
+    for line in _tail(run_dir / "metrics.jsonl"):
+        with suppress(ValueError):  # half a line
+            metrics = json.loads(line)
+            report = metrics if metrics.get("kind") == "train" else report
     found = checkpoints(run_dir)
     saved = {"checkpoint": str(found[-1])} if found else {}
     if report is None or not (run_dir / CONFIG).exists():
@@ -67,15 +71,6 @@ def _progress(run_dir: Path) -> dict[str, str]:
         if step < train.steps:
             text += f", {_format_duration((train.steps - step) * train.batch_tokens / speed)} to go"
     return {"step": f"{text}, logged {_format_duration(time.time() - report['time'])} ago", **saved}
-
-
-def _parse_report(line: str) -> dict[str, float] | None:
-    """Return a line of metrics.jsonl if it is a whole training report."""
-    try:
-        report = json.loads(line)
-    except ValueError:
-        return None
-    return dict(report) if report.get("kind") == "train" else None
 
 
 def _failure(history: JobHistory, events: list[JobEvent]) -> dict[str, str]:
@@ -92,13 +87,11 @@ def _failure(history: JobHistory, events: list[JobEvent]) -> dict[str, str]:
 
 
 def _tail(path: Path) -> list[str]:
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL_BYTES))
-            return file.read().decode(errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - TAIL_BYTES))
+        return file.read().decode(errors="replace").splitlines()
+    return []
 
 
 def _format_duration(seconds: float) -> str:
@@ -108,11 +101,7 @@ def _format_duration(seconds: float) -> str:
 
 
 def cancel_jobs(run_dir: Path, now: bool) -> str:
-    """End all jobs of a run for good, and return what was done.
-
-    Args:
-        run_dir: the run's folder, or that of a sweep.
-        now: cancel running jobs at once; otherwise they save first.
+    """End all jobs of a run or of a sweep for good, and return what was done. Unless `now`, running jobs save first.
 
     Raises:
         UserError: none is queued or running.

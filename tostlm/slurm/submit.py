@@ -7,7 +7,6 @@ import importlib.metadata
 import itertools
 import os
 import shlex
-import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,14 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import tostlm
-from tostlm.checkpoint import resolve
+from tostlm.checkpoint import resolve, run_folder
 from tostlm.config import RunConfig, batch_plan, dump_config, load_config
 from tostlm.data import common_tokenizer
 from tostlm.doctor import model_memory_bytes
 from tostlm.errors import UserError
 from tostlm.files import locked, require_writable, write_atomically
 from tostlm.slurm.commands import queued_jobs, site_environment, submit_dependent_script, submit_script
-from tostlm.slurm.history import CODE, CONFIG, LOGS, SCRIPT, SITE, SUBMITTED, JobHistory
+from tostlm.slurm.history import CODE, CONFIG, SCRIPT, SITE, SUBMITTED, JobHistory
 from tostlm.slurm.restart_policy import OnStop, RestartPolicy
 from tostlm.slurm.script import Resources, batch_script
 
@@ -42,7 +41,6 @@ def submit_pretrain(
     """Submit a run, or the runs of a sweep as an array, and return what to tell the user.
 
     Args:
-        overrides: KEY=VALUE of the config.
         sweep: KEY=A,B,C each; every combination of the values becomes a run.
         site: the cluster's site.env.
         dry_run: return the batch script and submit nothing.
@@ -54,33 +52,31 @@ def submit_pretrain(
     run = load_config(config_file, overrides)
     if sweep and (policy.chain > 1 or policy.until_done):
         raise UserError("--sweep makes one array, whose jobs restart by themselves; omit --chain and --until-done")
-    runs = _sweep_runs(config_file, overrides, run.run_dir, sweep) if sweep else [run]
+    array = _sweep_runs(config_file, overrides, run.run_dir, sweep) if sweep else []
     memory_gib = _gpu_memory_gib(site)
-    for each in runs:
+    for each in array or [run]:
         _check_run(each, resources, memory_gib)
     history = JobHistory(run.run_dir)
     if not sweep and history.step() >= run.train.steps:
         return f"{run.run_dir}: finished at step {history.step()}; raise train.steps to train further"
-    script = _pretrain_script(run, runs, resources, policy, site)
+    script = _pretrain_script(run, array, resources, policy)
     if dry_run:
         return script.rstrip()
     require_writable(history.logs)
     with locked(history.folder / ".lock", f"{run.run_dir} is being submitted by another tostlm submit"):
-        for folder in {history.run_dir, *(each.run_dir for each in runs)}:
-            _require_idle(folder)
-        for each in runs:
+        for each in [run, *array]:
+            _require_idle(each.run_dir)
+        for each in array or [run]:
             folder = JobHistory(each.run_dir).folder
             require_writable(folder)
             write_atomically(folder / CONFIG, dump_config(each))
-        own_site = _save_submission(history, {SCRIPT: script}, site)
-        jobs = [submit_script(history.folder / SCRIPT, own_site)]
-        history.add(SUBMITTED, jobs[0], runs=[str(each.run_dir.absolute()) for each in runs if sweep])
-        for index, each in enumerate(runs if sweep else ()):
+        _save_submission(history, {SCRIPT: script}, site)
+        jobs = [submit_script(history, SCRIPT, runs=[str(each.run_dir.absolute()) for each in array])]
+        for index, each in enumerate(array):
             JobHistory(each.run_dir).add(SUBMITTED, f"{jobs[0]}_{index}")
         for _ in range(policy.chain - 1):
-            jobs.append(submit_dependent_script(jobs, history.folder / SCRIPT, own_site, "--dependency=singleton"))
-            history.add(SUBMITTED, jobs[-1], after=jobs[-2])
-    return _describe_submission(run.run_dir, jobs, policy, len(runs) if sweep else 0)
+            jobs.append(submit_dependent_script(jobs, history, SCRIPT, "--dependency=singleton", after=jobs[-1]))
+    return _describe_submission(run.run_dir, jobs, policy, len(array))
 
 
 def _check_run(config: RunConfig, resources: Resources, memory_gib: float | None) -> None:
@@ -99,7 +95,9 @@ def _check_run(config: RunConfig, resources: Resources, memory_gib: float | None
 
 def _gpu_memory_gib(site: Path | None) -> float | None:
     """Return TOSTLM_GPU_MEMORY_GIB of the environment, or else of site.env; None where neither sets it."""
-    value = os.environ.get("TOSTLM_GPU_MEMORY_GIB") or site_environment(site).get("TOSTLM_GPU_MEMORY_GIB")
+    value = os.environ.get("TOSTLM_GPU_MEMORY_GIB")
+    if site and not value:
+        value = site_environment(site, os.environ).get("TOSTLM_GPU_MEMORY_GIB")
     try:
         return float(value) if value else None
     except ValueError:
@@ -132,26 +130,14 @@ def _sweep_runs(config_file: Path, overrides: Sequence[str], run_dir: Path, swee
     ]
 
 
-def _pretrain_script(
-    run: RunConfig, runs: Sequence[RunConfig], resources: Resources, policy: RestartPolicy, site: Path | None
-) -> str:
-    history = JobHistory(run.run_dir.absolute())
-    configs = [JobHistory(each.run_dir.absolute()).folder / CONFIG for each in runs]
-    is_array = runs[0].run_dir != run.run_dir
-    options = [
-        f"--job-name={_job_name(run.run_dir)}",
-        *resources.sbatch_options(),
-        f"--signal=B:USR1@{policy.warning_seconds}",
-        "--requeue",
-        "--open-mode=append",
-        f"--output={history.logs}/{'%A_%a' if is_array else '%j'}.log",
-        f"--chdir={Path.cwd()}",
-        *([f"--array=0-{len(configs) - 1}"] if is_array else []),
-    ]
-    config, before = shlex.quote(str(configs[0])), []
-    if is_array:
-        listed = "\n".join(f"    {shlex.quote(str(config))}" for config in configs)
-        config, before = '"${configs[$SLURM_ARRAY_TASK_ID]}"', [f"configs=(\n{listed}\n)"]
+def _pretrain_script(run: RunConfig, array: Sequence[RunConfig], resources: Resources, policy: RestartPolicy) -> str:
+    config, *configs = (
+        shlex.quote(str((JobHistory(each.run_dir).folder / CONFIG).absolute())) for each in (run, *array)
+    )
+    before = []
+    if configs:
+        config = '"${configs[$SLURM_ARRAY_TASK_ID]}"'
+        before.append("\n".join(["configs=(", *(f"    {each}" for each in configs), ")"]))
     job = f"tostlm submit job {config}"
     if resources.has_node_range:
         job += f" --ranks-per-node {resources.ranks_per_node}"
@@ -161,8 +147,8 @@ def _pretrain_script(
         job += f" --on-stop {policy.on_stop}"
     if policy.doctor:
         job += " --doctor"
-    own_site = history.folder / SITE if site else None
-    return batch_script("tostlm submit pretrain", options, own_site, [*before, job])
+    folder, warning = JobHistory(run.run_dir).folder, f"--signal=B:USR1@{policy.warning_seconds}"
+    return batch_script("pretrain", _job_name(run.run_dir), folder, resources, [*before, job], [warning], len(array))
 
 
 def _job_name(run_dir: Path) -> str:
@@ -170,17 +156,11 @@ def _job_name(run_dir: Path) -> str:
     return f"{run_dir.name}-{hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:6]}"
 
 
-def _save_submission(history: JobHistory, scripts: Mapping[str, str], site: Path | None) -> Path | None:
-    """Save what is about to be submitted: scripts, site.env, the code's version. Return the copy of site.env."""
-    for name, script in scripts.items():
-        write_atomically(history.folder / name, script)
-    write_atomically(history.folder / CODE, _code_version())
-    if site is None:
-        (history.folder / SITE).unlink(missing_ok=True)
-        return None
-    with suppress(shutil.SameFileError):
-        shutil.copyfile(site, history.folder / SITE)
-    return history.folder / SITE
+def _save_submission(history: JobHistory, scripts: Mapping[str, str], site: Path | None) -> None:
+    """Save what is about to be submitted: scripts, site.env, the code's version."""
+    files: dict[str, str | bytes] = {**scripts, SITE: site.read_bytes() if site else b"", CODE: _code_version()}
+    for name, content in files.items():
+        write_atomically(history.folder / name, content)
 
 
 def _code_version() -> str:
@@ -209,13 +189,11 @@ def _describe_submission(run_dir: Path, jobs: Sequence[str], policy: RestartPoli
 
 
 def submit_task(kind: str, arguments: Sequence[str], resources: Resources, site: Path | None, dry_run: bool) -> str:
-    """Submit a subcommand of TASK_COMMANDS as a job, and return what to tell the user.
+    """Submit the subcommand TASK_COMMANDS[kind] with its own arguments as a job, and return what to tell the user.
 
     Text is prepared by an array with one task per node, and merged by a job that waits for all of them.
 
     Args:
-        kind: a key of TASK_COMMANDS.
-        arguments: the subcommand's own arguments.
         site: the cluster's site.env.
         dry_run: return the batch scripts and submit nothing.
 
@@ -223,19 +201,17 @@ def submit_task(kind: str, arguments: Sequence[str], resources: Resources, site:
         UserError: what the subcommand reads does not exist, its folder cannot be written, or Slurm refuses the job.
     """
     history = JobHistory(_task_folder(kind, arguments))
-    scripts = _task_scripts(kind, arguments, resources, history, site)
+    scripts = _task_scripts(kind, arguments, resources, history.folder)
     if dry_run:
         return "\n".join(scripts.values()).rstrip()
     require_writable(history.logs)
-    own_site = _save_submission(history, scripts, site)
-    first, *rest = (history.folder / name for name in scripts)
-    job = submit_script(first, own_site)
-    history.add(SUBMITTED, job, command=TASK_COMMANDS[kind])
+    _save_submission(history, scripts, site)
+    first, *rest = scripts
+    job = submit_script(history, first, command=TASK_COMMANDS[kind])
     text = f"job {job}: tostlm {TASK_COMMANDS[kind]}; its log is {history.logs}/{job}{'_N' if rest else ''}.log"
     for script in rest:
         after_success = (f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes")
-        waiting = submit_dependent_script([job], script, own_site, *after_success)
-        history.add(SUBMITTED, waiting, command="prepare --merge")
+        waiting = submit_dependent_script([job], history, script, *after_success, command="prepare --merge")
         text += f"\njob {waiting}: tostlm prepare --merge, when job {job} has succeeded"
     return text
 
@@ -243,44 +219,34 @@ def submit_task(kind: str, arguments: Sequence[str], resources: Resources, site:
 def _task_folder(kind: str, arguments: Sequence[str]) -> Path:
     """Return the folder for the job's script and log: that of the run it reads, or one beside what it makes."""
     if kind == "prepare":
-        for option in ("--source", "--tokenizer", "--out"):
-            if option not in arguments[:-1]:
-                raise UserError(f"{option} is missing; give the options of `tostlm prepare`")
-        tokenizer = Path(arguments[arguments.index("--tokenizer") + 1])
-        if not tokenizer.exists():
+        _, tokenizer, out = (_option(arguments, name) for name in ("--source", "--tokenizer", "--out"))
+        if not Path(tokenizer).exists():
             raise UserError(f"--tokenizer {tokenizer} does not exist; make it with `tostlm tokenizer train`")
-        return Path(f"{_out_argument(arguments)}-jobs")  # --out itself must be empty or hold prepared data
+        return Path(f"{out}-jobs")  # --out itself must be empty or hold prepared data
     first = next((argument for argument in arguments if not argument.startswith("-")), None)
     if first is None:
         raise UserError(f"give the arguments of `tostlm {TASK_COMMANDS[kind]}`")
-    return load_config(Path(first)).run_dir if kind == "bench" else resolve(Path(first)).parent.parent
+    return load_config(Path(first)).run_dir if kind == "bench" else run_folder(resolve(Path(first)))
 
 
-def _out_argument(arguments: Sequence[str]) -> str:
-    return arguments[arguments.index("--out") + 1]
+def _option(arguments: Sequence[str], name: str) -> str:
+    """Return the value of an option of `tostlm prepare`."""
+    if name not in arguments[:-1]:
+        raise UserError(f"{name} is missing; give the options of `tostlm prepare`")
+    return arguments[arguments.index(name) + 1]
 
 
-def _task_scripts(
-    kind: str, arguments: Sequence[str], resources: Resources, history: JobHistory, site: Path | None
-) -> dict[str, str]:
+def _task_scripts(kind: str, arguments: Sequence[str], resources: Resources, folder: Path) -> dict[str, str]:
     """Return the scripts by file name, in the order they run."""
-    folder, made_by = history.folder.absolute(), f"tostlm submit {kind}"
-    common = ["--requeue", "--open-mode=append", f"--chdir={Path.cwd()}"]
-    own_site = folder / SITE if site else None
     command = f"tostlm {TASK_COMMANDS[kind]} {shlex.join(arguments)}"
-
-    def script(name: str, resources: Resources, command: str, log: str, *more: str) -> str:
-        output = f"--output={folder / LOGS / log}.log"
-        options = [f"--job-name={name}", *resources.sbatch_options(), *common, output, *more]
-        return batch_script(made_by, options, own_site, [command])
-
     if kind != "prepare":
-        return {f"{kind}.sbatch": script(kind, resources, command, "%j")}
+        return {f"{kind}.sbatch": batch_script(kind, kind, folder, resources, [command])}
     _, tasks = resources.node_range()
     command += f' --workers "${{SLURM_CPUS_PER_TASK:-1}}" --task "$SLURM_ARRAY_TASK_ID/{tasks}"'
+    merge = f"tostlm prepare --merge --out {shlex.quote(_option(arguments, '--out'))}"
     one_node = replace(resources, nodes="1")
-    merge = f"tostlm prepare --merge --out {shlex.quote(_out_argument(arguments))}"
+    one_core = replace(one_node, cpus_per_rank=None, gpus_per_node=0)
     return {
-        "prepare.sbatch": script(kind, one_node, command, "%A_%a", f"--array=0-{tasks - 1}"),
-        "merge.sbatch": script("merge", replace(one_node, cpus_per_rank=None, gpus_per_node=0), merge, "%j"),
+        "prepare.sbatch": batch_script(kind, kind, folder, one_node, [command], array_size=tasks),
+        "merge.sbatch": batch_script(kind, "merge", folder, one_core, [merge]),
     }
