@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT, Run, succeed, tostlm
-from tostlm.bench import Rate, bench_training, table
+from tostlm.bench.training import Rate, bench_training, table
 from tostlm.config import load_config
 from tostlm.model import LM
 

@@ -1,5 +1,7 @@
 """Benchmarks: speeds of models, the operator and the data pipeline, each side by side with what it is compared with."""
 
-from tostlm.bench.training import Rate, bench_training, describe_machine, report_training, table
+from tostlm.bench.data import report_data
+from tostlm.bench.operator import report_operator
+from tostlm.bench.training import report_training
 
-__all__ = ["Rate", "bench_training", "describe_machine", "report_training", "table"]
+__all__ = ["report_data", "report_operator", "report_training"]

@@ -7,13 +7,14 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import sentencepiece
+import torch
 
+from tostlm.bench.report import report
 from tostlm.data import (
     TRAIN,
     ContextStage,
@@ -27,11 +28,10 @@ from tostlm.data import (
 )
 from tostlm.data.shards import SplitWriter
 from tostlm.data.tokenizers import SentencePieceTokenizer
+from tostlm.files import require_file_writable
 
 RANK_TOKENS_PER_SECOND = 10_000  # what the loader's share of a step is stated for
 LOADED_TOKENS = 1 << 20
-
-Result = TypeVar("Result")
 
 
 class DataRates(NamedTuple):
@@ -44,14 +44,27 @@ class DataRates(NamedTuple):
     loader_seconds_per_token: float
 
 
-def bench_data(
-    sources: Sequence[str], tokenizer: Tokenizer, text_bytes: int, workers: int, context: int, repeats: int
-) -> DataRates:
-    """Time encoding, preparing and loading of the sources' first `text_bytes` bytes, repeated where they are fewer.
+def report_data(
+    sources: Sequence[str],
+    tokenizer: Tokenizer,
+    text_bytes: int,
+    workers: int,
+    context: int,
+    repeats: int,
+    out: Path | None,
+) -> str:
+    """Time encoding, preparing and loading of text in turns, and return the table of their speeds.
+
+    Args:
+        text_bytes: how much of the sources to use; they are repeated where they are shorter.
+        context: tokens of the windows that are loaded.
+        out: a .json file to write too.
 
     Raises:
-        UserError: a source cannot be read.
+        UserError: a source cannot be read, or `out` not written.
     """
+    if out:
+        require_file_writable(out)
     own = list(limit_bytes(documents(list(sources)), text_bytes))
     texts = list(limit_bytes(itertools.cycle(own), text_bytes))
     size = sum(len(text.encode()) for text in texts)
@@ -62,19 +75,20 @@ def bench_data(
             file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
         settings = PreparationSettings(sources=(str(folder / "text.jsonl"),), unit_bytes=1 << 40, heldout_fraction=0)
         for repeat in range(repeats):
-            out = folder / f"out-{repeat}"
-            encoded, encoding = _timed(partial(_library_encode, tokenizer, texts, workers))
-            _, preparing = _timed(partial(prepare, settings, tokenizer, out, workers=workers))
-            _, writing = _timed(partial(_write, folder, tokenizer, texts, encoded))
-            seconds.append((encoding, preparing, writing, _load(out, context)))
+            prepared = folder / f"out-{repeat}"
+            start = time.perf_counter()
+            encoded = _library_encode(tokenizer, texts, workers)
+            encoded_at = time.perf_counter()
+            prepare(settings, tokenizer, prepared, workers=workers)
+            prepared_at = time.perf_counter()
+            _write(folder, tokenizer, texts, encoded)
+            written_at = time.perf_counter()
+            loading = _load(prepared, context)
+            seconds.append((encoded_at - start, prepared_at - encoded_at, written_at - prepared_at, loading))
     encoding, preparing, writing, loading = map(statistics.median, zip(*seconds, strict=True))
-    return DataRates(size, size / encoding, size / preparing, size / writing, loading)
-
-
-def _timed(work: Callable[[], Result]) -> tuple[Result, float]:
-    start = time.perf_counter()
-    result = work()
-    return result, time.perf_counter() - start
+    rates = DataRates(size, size / encoding, size / preparing, size / writing, loading)
+    facts = {"workers": workers, "context": context, "repeats": repeats, **rates._asdict()}
+    return report(_table(rates, workers), torch.device("cpu"), out, **facts)
 
 
 def _library_encode(tokenizer: Tokenizer, texts: list[str], workers: int) -> list[list[int]]:
@@ -105,7 +119,7 @@ def _load(folder: Path, context: int) -> float:
     return (time.perf_counter() - start) / (8 * sequences * context)
 
 
-def table(rates: DataRates, workers: int) -> str:
+def _table(rates: DataRates, workers: int) -> str:
     """Return the rates and their ratios, a line each."""
     encode, prepare_, write = rates[1:4]
     share = rates.loader_seconds_per_token * RANK_TOKENS_PER_SECOND

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import io
 import statistics
-import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tostlm.bench.report import now, report
+from tostlm.device import best_device
+from tostlm.files import require_file_writable, write_atomically
 from tostlm.tssa import tssa
 from tostlm.tssa.reference import EPS, EPS_MASS
 
 AUTHORS, LINEAR, COPY = "authors", "linear", "copy"
 FEW_TOKENS = 16
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Shape(NamedTuple):
@@ -26,7 +29,7 @@ class Shape(NamedTuple):
     width: int
     heads: int
     tokens: int
-    dtype: torch.dtype
+    dtype: str  # a key of DTYPES
 
 
 class Timing(NamedTuple):
@@ -51,38 +54,52 @@ def authors(w: Tensor, temp: Tensor) -> Tensor:
     return y.transpose(1, 2).reshape(B, T, C).to(w.dtype)
 
 
-def bench_operator(
-    shapes: Sequence[Shape], backends: Sequence[str], repeats: int, device: torch.device
-) -> list[Timing]:
-    """Time every backend and its peers on every shape.
+def report_operator(
+    shapes: Sequence[Shape], backends: Sequence[str], repeats: int, threads: int, out: Path | None
+) -> str:
+    """Time every backend and its peers on every shape, and return the table of their speeds.
 
     They take turns, run by run, after one that warms up. Each turn begins with a few tokens that are not timed: what is
     timed finds its code at hand, and its data where the others left it.
+
+    Args:
+        backends: their names; none for those that run here.
+        out: path of the files to write too, with the suffixes .json, .txt and .png.
+
+    Raises:
+        UserError: `out` cannot be written.
+        ValueError: a backend is not known or does not run here.
     """
+    if out:
+        require_file_writable(out)
+    torch.set_num_threads(threads)
+    device = best_device()
+    backends = backends or ["torch", "triton" if device.type == "cuda" else "cpp"]
     timings = []
     for shape in shapes:
         contestants = {name: _contestant(name, shape, device) for name in (AUTHORS, *backends, LINEAR, COPY)}
         few = {name: _contestant(name, shape._replace(tokens=FEW_TOKENS), device) for name in contestants}
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
-        for repeat in range(repeats + 1):
+        for _ in range(repeats + 1):
             for name, run in contestants.items():
                 few[name]()
-                elapsed = run()
-                if repeat:
-                    seconds[name].append(elapsed)
-        for name, runs in seconds.items():
-            forward, both = (statistics.median(column) for column in zip(*runs, strict=True))
-            timings.append(Timing(shape, name, forward, both))
-    return timings
+                seconds[name].append(run())
+        for name, (_, *timed) in seconds.items():
+            timings.append(Timing(shape, name, *map(statistics.median, zip(*timed, strict=True))))
+    rows = [{**timing._asdict(), "shape": timing.shape._asdict()} for timing in timings]
+    text = report(table(timings, backends), device, out and out.with_suffix(".json"), timings=rows)
+    if out:
+        write_atomically(out.with_suffix(".txt"), text + "\n")
+        write_atomically(out.with_suffix(".png"), _plot(timings, backends))
+    return text
 
 
 def _contestant(name: str, shape: Shape, device: torch.device) -> Callable[[], tuple[float, float]]:
-    """A function that runs `name` once and returns seconds of its forward pass, and of both passes."""
-    generator = torch.Generator().manual_seed(0)
-    w = torch.randn(1, shape.tokens, shape.width, generator=generator).to(device, shape.dtype)
-    g = torch.randn(1, shape.tokens, shape.width, generator=generator).to(device, shape.dtype)
+    """Return a function that runs `name` once and returns seconds of its forward pass, and of both passes."""
+    generator, dtype = torch.Generator().manual_seed(0), DTYPES[shape.dtype]
+    w, g = (torch.randn(1, shape.tokens, shape.width, generator=generator).to(device, dtype) for _ in range(2))
     temp = torch.ones(shape.heads, device=device, requires_grad=True)
-    matrix = torch.randn(shape.width, shape.width, generator=generator).to(device, shape.dtype).requires_grad_()
+    matrix = torch.randn(shape.width, shape.width, generator=generator).to(device, dtype).requires_grad_()
     w.requires_grad_(name != COPY)
     function: Callable[[], Tensor] = {
         AUTHORS: lambda: authors(w, temp),
@@ -92,20 +109,14 @@ def _contestant(name: str, shape: Shape, device: torch.device) -> Callable[[], t
 
     def run() -> tuple[float, float]:
         w.grad = temp.grad = matrix.grad = None
-        start = _now(device)
+        start = now(device)
         y = function()
-        middle = _now(device)
+        middle = now(device)
         if name != COPY:
             y.backward(g)
-        return middle - start, _now(device) - start
+        return middle - start, now(device) - start
 
     return run
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 COLUMNS = ("width", "heads", "tokens", "dtype", "backend")
@@ -128,30 +139,27 @@ def table(timings: Sequence[Timing], backends: Sequence[str]) -> str:
                 own.forward / copy.forward,
                 own.both / shape.tokens * 1e9,
             )
-            cells = (shape.width, shape.heads, shape.tokens, DTYPES[shape.dtype], name)
-            lines.append("".join(f"{cell:>9}" for cell in cells) + "".join(f"{figure:>18.4g}" for figure in figures))
+            cells = "".join(f"{cell:>9}" for cell in (*shape, name))
+            lines.append(cells + "".join(f"{figure:>18.4g}" for figure in figures))
     return "\n".join(lines)
 
 
-def plot(timings: Sequence[Timing], backends: Sequence[str]) -> bytes:
+def _plot(timings: Sequence[Timing], backends: Sequence[str]) -> bytes:
     """Nanoseconds a token, forward and backward, by tokens: a panel for each width and dtype. PNG."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     panels = list(dict.fromkeys((t.shape.width, t.shape.dtype) for t in timings))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 4), layout="constrained", squeeze=False)
-    for panel, (width, dtype) in zip(axes[0], panels, strict=True):
+    figure = Figure(figsize=(4 * len(panels), 4), layout="constrained")
+    (axes,) = figure.subplots(1, len(panels), squeeze=False)
+    for panel, (width, dtype) in zip(axes, panels, strict=True):
         for name in (AUTHORS, *backends, LINEAR):
             chosen = [t for t in timings if (t.shape.width, t.shape.dtype, t.what) == (width, dtype, name)]
             per_token = [t.both / t.shape.tokens * 1e9 for t in chosen]
             panel.plot([t.shape.tokens for t in chosen], per_token, marker="o", label=name)
-        panel.set(xscale="log", yscale="log", xlabel="tokens", title=f"{width} channels, {DTYPES[dtype]}")
+        panel.set(xscale="log", yscale="log", xlabel="tokens", title=f"{width} channels, {dtype}")
         panel.grid(alpha=0.3)
-    axes[0][0].set_ylabel("ns a token, forward and backward")
-    axes[0][0].legend()
+    axes[0].set_ylabel("ns a token, forward and backward")
+    axes[0].legend()
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
-    pyplot.close(figure)
     return image.getvalue()

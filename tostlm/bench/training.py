@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +10,10 @@ from typing import NamedTuple
 
 import torch
 
-from tostlm import __version__
+from tostlm.bench.report import now, report
 from tostlm.config import RunConfig, load_config, matmul_dtype
-from tostlm.device import best_device, device_name
-from tostlm.files import distinct_names, require_file_writable, write_atomically
+from tostlm.device import best_device
+from tostlm.files import distinct_names, require_file_writable
 from tostlm.model import LM, ModelConfig, create_lm
 
 
@@ -45,24 +43,12 @@ def report_training(
     device = best_device()
     runs = dict(zip(distinct_names(configs), map(load_config, configs), strict=True))
     rates = bench_training(runs, contexts, tokens, repeats, device)
-    if out:
-        content = {"machine": describe_machine(device), "tokens": tokens, "repeats": repeats}
-        rows = [rate._asdict() for rate in rates]
-        write_atomically(out, json.dumps({**content, "rates": rows}, indent=2) + "\n")
-    return f"{table(rates)}\n{describe_machine(device)}"
-
-
-def describe_machine(device: torch.device) -> str:
-    """Return in one line what timings were taken on: device, threads, versions."""
-    return f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, tostlm {__version__}"
+    rows = [rate._asdict() for rate in rates]
+    return report(table(rates), device, out, tokens=tokens, repeats=repeats, rates=rows)
 
 
 def bench_training(
-    runs: Mapping[str, RunConfig],
-    contexts: Sequence[int],
-    tokens: int,
-    repeats: int,
-    device: torch.device,
+    runs: Mapping[str, RunConfig], contexts: Sequence[int], tokens: int, repeats: int, device: torch.device
 ) -> list[Rate]:
     """Time forward and backward passes of several models, without the optimizer.
 
@@ -80,12 +66,11 @@ def bench_training(
         lms = {name: _model(run.model, context, device) for name, run in runs.items()}
         sequences = max(1, tokens // context)
         seconds: dict[str, list[float]] = {name: [] for name in lms}
-        for repeat in range(repeats + 1):
+        for _ in range(repeats + 1):
             for name, lm in lms.items():
-                elapsed = _time_pass(lm, matmul_dtype(runs[name]), sequences, context)
-                if repeat:  # the first warms up
-                    seconds[name].append(elapsed)
-        rates += [Rate(name, context, sequences * context / statistics.median(seconds[name])) for name in lms]
+                seconds[name].append(_time_pass(lm, matmul_dtype(runs[name]), sequences, context))
+        for name, (_, *timed) in seconds.items():
+            rates.append(Rate(name, context, sequences * context / statistics.median(timed)))
     return rates
 
 
@@ -97,20 +82,13 @@ def _model(config: ModelConfig, context: int, device: torch.device) -> LM:
 def _time_pass(lm: LM, dtype: torch.dtype, sequences: int, context: int) -> float:
     device = lm.embed.weight.device
     tokens = torch.randint(lm.config.vocab_size, (sequences, context + 1), device=device)
-    _wait(device)
-    start = time.perf_counter()
+    start = now(device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         loss, _ = lm(tokens[:, :-1], targets=tokens[:, 1:])
     loss.backward()
-    _wait(device)
-    elapsed = time.perf_counter() - start
+    elapsed = now(device) - start
     lm.zero_grad()
     return elapsed
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def table(rates: Sequence[Rate]) -> str:

@@ -50,7 +50,6 @@ Overrides = Annotated[
 CheckpointPath = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="a checkpoint, or a run's folder for its newest one")
 ]
-Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="threads; default: one per core")]
 
 
 def parse_numbers(text: str, option: str) -> list[int]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tostlm.cli.app import Threads, bench_app, parse_numbers
+from tostlm.cli.app import bench_app, parse_numbers
 from tostlm.errors import UserError
+
+THREADS = typer.Option(min=1, max=1024, help="threads; default: one per core")
 
 
 @bench_app.command("train")
@@ -21,7 +22,7 @@ def bench_train(
     contexts: Annotated[str, typer.Option(help="context lengths in tokens, with commas between")] = "512,2048,8192",
     tokens: Annotated[int, typer.Option(min=1, help="tokens of a pass")] = 8192,
     repeats: Annotated[int, typer.Option(min=1, help="timed passes of each model")] = 5,
-    threads: Threads = None,
+    threads: Annotated[int | None, THREADS] = None,
     out: Annotated[Path | None, typer.Option(help="a .json file to write too")] = None,
 ) -> None:
     """Time training passes of several models, interleaved, at growing contexts: tokens per second."""
@@ -37,42 +38,22 @@ def bench_operator(
     dtypes: Annotated[str, typer.Option(help="of fp32, bf16, fp16, with commas between")] = "fp32,bf16",
     backends: Annotated[str, typer.Option(help="of torch, cpp, triton; default: those that run here")] = "",
     repeats: Annotated[int, typer.Option(min=1, help="timed runs of each")] = 5,
-    threads: Threads = 1,
+    threads: Annotated[int, THREADS] = 1,
     out: Annotated[Path | None, typer.Option(help="write OUT.json, OUT.txt and OUT.png too")] = None,
 ) -> None:
     """Time the TSSA operator's backends beside the authors' operations, a linear layer and a copy, interleaved."""
-    import torch
+    from tostlm.bench import report_operator
+    from tostlm.bench.operator import DTYPES, Shape
 
-    from tostlm.bench import describe_machine
-    from tostlm.bench.operator import DTYPES, Shape, plot, table
-    from tostlm.bench.operator import bench_operator as time_operator
-    from tostlm.device import best_device
-    from tostlm.files import require_file_writable, write_atomically
-
-    device = best_device()
-    sizes = [_parse_shape(shape) for shape in shapes.split(",")]
-    unknown = set(dtypes.split(",")) - set(DTYPES.values())
-    if unknown:
-        raise UserError(f"--dtypes {unknown.pop()} is not known; use {', '.join(DTYPES.values())}")
-    kinds = [dtype for dtype, name in DTYPES.items() if name in dtypes.split(",")]
-    names = backends.split(",") if backends else ["torch", "triton" if device.type == "cuda" else "cpp"]
-    lengths = parse_numbers(tokens, "--tokens")
-    if out:
-        require_file_writable(out)
-    torch.set_num_threads(threads or 1)
-    cases = [Shape(*size, length, kind) for size in sizes for kind in kinds for length in lengths]
+    chosen = set(dtypes.split(","))
+    if unknown := chosen - set(DTYPES):
+        raise UserError(f"--dtypes {unknown.pop()} is not known; use {', '.join(DTYPES)}")
+    sizes, lengths = [_parse_shape(shape) for shape in shapes.split(",")], parse_numbers(tokens, "--tokens")
+    cases = [Shape(*size, length, kind) for size in sizes for kind in DTYPES if kind in chosen for length in lengths]
     try:
-        timings = time_operator(cases, names, repeats, device)
+        print(report_operator(cases, backends.split(",") if backends else [], repeats, threads, out))
     except ValueError as error:
         raise UserError(str(error)) from None
-    machine = describe_machine(device)
-    text = f"{table(timings, names)}\n{machine}"
-    if out:
-        rows = [{**t._asdict(), "shape": {**t.shape._asdict(), "dtype": DTYPES[t.shape.dtype]}} for t in timings]
-        write_atomically(out.with_suffix(".json"), json.dumps({"machine": machine, "timings": rows}) + "\n")
-        write_atomically(out.with_suffix(".txt"), text + "\n")
-        write_atomically(out.with_suffix(".png"), plot(timings, names))
-    print(text)
 
 
 @bench_app.command("data")
@@ -84,27 +65,14 @@ def bench_data(
     ] = 50_000_000,
     context: Annotated[int, typer.Option(min=1, help="tokens of the windows that are loaded")] = 1024,
     repeats: Annotated[int, typer.Option(min=1, help="timed runs of each")] = 3,
-    workers: Threads = 1,
+    workers: Annotated[int, THREADS] = 1,
     out: Annotated[Path | None, typer.Option(help="a .json file to write too")] = None,
 ) -> None:
     """Time preparation beside the tokenizer alone, interleaved, and the loader's share of a training step."""
-    import torch
-
-    from tostlm.bench import describe_machine
-    from tostlm.bench.data import bench_data as time_data
-    from tostlm.bench.data import table
+    from tostlm.bench import report_data
     from tostlm.data import Tokenizer
-    from tostlm.files import require_file_writable, write_atomically
 
-    if out:
-        require_file_writable(out)
-    workers = workers or 1
-    rates = time_data(source, Tokenizer.load(tokenizer), text_bytes, workers, context, repeats)
-    machine = describe_machine(torch.device("cpu"))
-    if out:
-        content = {"machine": machine, "workers": workers, "context": context, "repeats": repeats, **rates._asdict()}
-        write_atomically(out, json.dumps(content, indent=2) + "\n")
-    print(f"{table(rates, workers)}\n{machine}")
+    print(report_data(source, Tokenizer.load(tokenizer), text_bytes, workers, context, repeats, out))
 
 
 def _parse_shape(shape: str) -> tuple[int, int]:
