@@ -7,7 +7,6 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +44,7 @@ class DataRates(NamedTuple):
 
 
 def report_data(
-    sources: Sequence[str],
+    sources: list[str],
     tokenizer: Tokenizer,
     text_bytes: int,
     workers: int,
@@ -65,7 +64,7 @@ def report_data(
     """
     if out:
         require_file_writable(out)
-    own = list(limit_bytes(documents(list(sources)), text_bytes))
+    own = list(limit_bytes(documents(sources), text_bytes))
     texts = list(limit_bytes(itertools.cycle(own), text_bytes))
     size = sum(len(text.encode()) for text in texts)
     seconds = []

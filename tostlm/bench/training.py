@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,11 +29,10 @@ class Rate(NamedTuple):
 def report_training(
     configs: Sequence[Path], contexts: Sequence[int], tokens: int, repeats: int, threads: int | None, out: Path | None
 ) -> str:
-    """Time the models of some configs and return the table of their speeds.
+    """Time the models of some configs by `bench_training` and return the table of their speeds.
 
     Args:
         configs: files of run configs, or names of shipped ones.
-        contexts, tokens, repeats: see `bench_training`.
         threads: of torch on the CPU; None leaves its default.
         out: a .json file to write the speeds to as well.
     """
@@ -57,7 +57,6 @@ def bench_training(
 
     Args:
         runs: run configs by the name to report.
-        contexts: context lengths in tokens.
         tokens: tokens per pass; one context where that is longer.
         repeats: timed passes per model and context, after one that warms up.
     """
@@ -94,16 +93,11 @@ def _time_pass(lm: LM, dtype: torch.dtype, sequences: int, context: int) -> floa
 def table(rates: Sequence[Rate]) -> str:
     """Return a table of tokens per second by context, and the first model's speed divided by each other's."""
     names = list(dict.fromkeys(rate.model for rate in rates))
-    found = {(rate.model, rate.context): rate.tokens_per_second for rate in rates}
-    ratios = [f"{names[0]} / {name}" for name in names[1:]]
-    widths = [max(16, len(column) + 2) for column in (*names, *ratios)]
-    lines = [_row("context", [*names, *ratios], widths) + "   tokens/s, forward and backward"]
-    for context in dict.fromkeys(rate.context for rate in rates):
-        speeds = [found[name, context] for name in names]
-        cells = [f"{speed:,.0f}" for speed in speeds] + [f"{speeds[0] / speed:.2f}x" for speed in speeds[1:]]
-        lines.append(_row(str(context), cells, widths))
-    return "\n".join(lines)
-
-
-def _row(context: str, cells: Sequence[str], widths: Sequence[int]) -> str:
-    return f"{context:>8}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+    rows = [["context", *names, *(f"{names[0]} / {name}" for name in names[1:])]]
+    for context, group in itertools.groupby(rates, lambda rate: rate.context):
+        speeds = [rate.tokens_per_second for rate in group]
+        ratios = [f"{speeds[0] / speed:.2f}x" for speed in speeds[1:]]
+        rows.append([str(context), *(f"{speed:,.0f}" for speed in speeds), *ratios])
+    widths = [8, *(max(16, len(column) + 2) for column in rows[0][1:])]
+    lines = ["".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([f"{lines[0]}   tokens/s, forward and backward", *lines[1:]])

@@ -53,11 +53,7 @@ CheckpointPath = Annotated[
 
 
 def parse_numbers(text: str, option: str) -> list[int]:
-    """Return the distinct whole numbers of a comma-separated list in ascending order.
-
-    Raises:
-        UserError: it holds anything but whole numbers above 1; the message names `option`.
-    """
+    """Return the distinct whole numbers above 1 of a comma-separated list, ascending; a UserError names `option`."""
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:

@@ -76,11 +76,7 @@ def bench_data(
 
 
 def _parse_shape(shape: str) -> tuple[int, int]:
-    """Return width and heads of WIDTHxHEADS.
-
-    Raises:
-        UserError: it is no such pair, or the heads do not divide the width.
-    """
+    """Return width and heads of WIDTHxHEADS; a UserError if it is no such pair or the heads do not divide the width."""
     width, _, heads = shape.partition("x")
     if not (width.isdigit() and heads.isdigit() and int(heads) and int(width) % int(heads) == 0):
         raise UserError(f"--shapes {shape} must be WIDTHxHEADS, the heads dividing the width, as in 768x12")

@@ -150,4 +150,4 @@ def site_template() -> None:
     """Print a site.env to fill in: the settings that differ from cluster to cluster."""
     from tostlm import slurm
 
-    print(slurm.site_template(), end="")
+    print((slurm.TEMPLATES / "site.env").read_text(), end="")

@@ -109,7 +109,6 @@ def _join_or_launch(
 
     Args:
         arguments: the command line of each rank that is started here.
-        nproc: how many ranks to start here; None: one per GPU, or one.
         check: called with the number of ranks before they are started.
 
     Raises:

@@ -2,18 +2,18 @@
 
 from tostlm.slurm.job import run_job
 from tostlm.slurm.restart_policy import OnStop, RestartPolicy
-from tostlm.slurm.script import Resources, site_template
+from tostlm.slurm.script import TEMPLATES, Resources
 from tostlm.slurm.status import cancel_jobs, run_status
 from tostlm.slurm.submit import submit_pretrain, submit_task
 
 __all__ = [
+    "TEMPLATES",
     "OnStop",
     "Resources",
     "RestartPolicy",
     "cancel_jobs",
     "run_job",
     "run_status",
-    "site_template",
     "submit_pretrain",
     "submit_task",
 ]

@@ -33,10 +33,6 @@ class QueuedJob(NamedTuple):
     nodes: str
 
 
-class _ControllerDown(Exception):
-    """Slurm's controller does not answer."""
-
-
 def run_slurm(*command: str, environment: dict[str, str] | None = None) -> str:
     """Run one of Slurm's commands and return what it prints; inside a job, retry while the controller does not answer.
 
@@ -48,30 +44,27 @@ def run_slurm(*command: str, environment: dict[str, str] | None = None) -> str:
     deadline = time.monotonic() + (RETRY_TIMEOUT_SECONDS if retries else 0)
     while True:
         try:
-            return _run_once(command, environment)
-        except _ControllerDown as error:
-            if time.monotonic() >= deadline:
-                raise UserError(f"{error}; try again when Slurm's controller is up") from None
-            time.sleep(RETRY_INTERVAL_SECONDS)
-
-
-def _run_once(command: Sequence[str], environment: dict[str, str] | None) -> str:
-    try:
-        result = subprocess.run(
-            command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_SECONDS, env=environment
-        )
-    except FileNotFoundError:
-        raise UserError(
-            f"{command[0]} is not on this machine; run this where Slurm's commands are, as on a login node"
-        ) from None
-    except subprocess.TimeoutExpired:
-        raise _ControllerDown(f"{command[0]} did not answer within {COMMAND_TIMEOUT_SECONDS} s") from None
-    if result.returncode:
-        if found := CONTROLLER_DOWN.search(result.stderr):
-            raise _ControllerDown(f"{command[0]}: {found[0]}")
-        lines = [ERROR_PREFIX.sub("", ln) for ln in f"{result.stdout}\n{result.stderr}".splitlines() if ln.strip()]
-        raise UserError(f"Slurm refuses: {'; '.join(lines)} (`{' '.join(command)}`)")
-    return result.stdout.strip()
+            result = subprocess.run(
+                command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_SECONDS, env=environment
+            )
+        except FileNotFoundError:
+            raise UserError(
+                f"{command[0]} is not on this machine; run this where Slurm's commands are, as on a login node"
+            ) from None
+        except subprocess.TimeoutExpired:
+            problem = f"{command[0]} did not answer within {COMMAND_TIMEOUT_SECONDS} s"
+        else:
+            if result.returncode == 0:
+                return result.stdout.strip()
+            found = CONTROLLER_DOWN.search(result.stderr)
+            if not found:
+                lines = f"{result.stdout}\n{result.stderr}".splitlines()
+                reasons = "; ".join(ERROR_PREFIX.sub("", line) for line in lines if line.strip())
+                raise UserError(f"Slurm refuses: {reasons} (`{' '.join(command)}`)")
+            problem = f"{command[0]}: {found[0]}"
+        if time.monotonic() >= deadline:
+            raise UserError(f"{problem}; try again when Slurm's controller is up")
+        time.sleep(RETRY_INTERVAL_SECONDS)
 
 
 def site_environment(site: Path, environment: Mapping[str, str]) -> dict[str, str]:

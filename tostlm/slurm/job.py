@@ -41,7 +41,6 @@ def run_job(
     """Train until the run is finished or this job has to end, and return the job's exit code.
 
     Args:
-        overrides: KEY=VALUE of the config.
         on_stop: what follows when the job was asked to stop.
         doctor: check the nodes before training.
         ranks_per_node: use as many of the job's nodes as the batch splits over, with this many ranks on each; None:
@@ -93,19 +92,17 @@ class SlurmJob:
                 batch_plan(self._config, nodes * ranks_per_node)
                 break
         if nodes < allocated:
-            self._report(
-                f"job {self.id} uses {nodes} of its {allocated} nodes: train.batch_tokens splits over no more of them"
-            )
+            self._report(f"uses {nodes} of its {allocated} nodes: train.batch_tokens splits over no more of them")
         tasks = nodes * ranks_per_node
         return [f"--nodes={nodes}", f"--ntasks={tasks}", f"--ntasks-per-node={ranks_per_node}"]
 
     def is_over(self) -> bool:
         """Return whether there is nothing left to train; report why, and cancel the jobs that wait for this one."""
-        step = self.history.step()
+        run_dir, step = self.history.run_dir, self.history.step()
         if self._is_cancelled():
-            self._report(f"job {self.id} was cancelled and does not start")
+            self._report("was cancelled and does not start")
         elif step >= self._config.train.steps:
-            self._report(f"{self._config.run_dir}: finished at step {step}; raise train.steps to train further")
+            self._report(f"does not start: {run_dir} is finished at step {step}; raise train.steps to train further")
         else:
             return False
         self._cancel_pending()
@@ -117,24 +114,23 @@ class SlurmJob:
         state = next((found.state for found in queued_jobs([self.id])), "gone")
         if self._is_cancelled():
             self._cancel_pending()
-            self._report(f"job {self.id} was cancelled and is not started again")
+            self._report("was cancelled and is not started again")
             return 0
         if state not in ACTIVE_STATES:  # to requeue a job that scancel is ending would undo the scancel
-            self._report(f"job {self.id} is {state.lower()}: Slurm ended it, and only Slurm may start it again")
+            self._report(f"is {state.lower()}: Slurm ended it, and only Slurm may start it again")
             return 0
         if not decision.restart:
             self._cancel_pending()
-            end = "has finished its run" if result.code == 0 else f"is not started again: {decision.reason}"
-            self._report(f"job {self.id} {end}")
+            self._report("has finished its run" if result.code == 0 else f"is not started again: {decision.reason}")
             return result.code
         pending = self.pending_jobs()
         if on_stop is not OnStop.REQUEUE and (pending or result.code == EXIT_REQUEUE):
             next_job = f" as job {pending[0]}" if pending else ""
-            self._report(f"job {self.id} ends: {decision.reason}{next_job}")
+            self._report(f"ends: {decision.reason}{next_job}")
             return 0
         later = f" in {decision.delay_seconds:.0f} s" if decision.delay_seconds else ""
         without = f" without {', '.join(result.exclude)}" if result.exclude else ""
-        self._report(f"job {self.id} is started again{later}{without}: {decision.reason}")
+        self._report(f"is started again{later}{without}: {decision.reason}")
         requeue_job(self.id, decision.delay_seconds, result.exclude)
         if self._is_cancelled():  # while it was being requeued
             run_slurm("scancel", self.id)
@@ -160,7 +156,9 @@ class SlurmJob:
             run_slurm("scancel", *pending)
             self._report(f"cancelled the jobs that waited for it: {', '.join(pending)}")
 
-    def _report(self, line: str) -> None:
+    def _report(self, what: str) -> None:
+        """Print and record what this job did, a sentence without its subject."""
+        line = f"job {self.id} {what}"
         print(f"tostlm: {line}", flush=True)
         self.history.add(MESSAGE, self.id, text=line)
 

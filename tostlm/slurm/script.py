@@ -56,13 +56,7 @@ class Resources:
 
 
 def batch_script(
-    kind: str,
-    job_name: str,
-    folder: Path,
-    resources: Resources,
-    commands: Sequence[str],
-    options: Sequence[str] = (),
-    array_size: int = 0,
+    kind: str, job_name: str, folder: Path, resources: Resources, commands: Sequence[str], array_size: int = 0
 ) -> str:
     """Return the text of a batch script that a person can read and submit again by hand.
 
@@ -70,7 +64,6 @@ def batch_script(
         kind: the subcommand of `tostlm submit` that makes it.
         folder: see tostlm/slurm/history.py; it holds site.env, which the script sources, and the log.
         commands: shell commands; the last one replaces the shell.
-        options: more options of sbatch.
         array_size: tasks of an array; 0 for a single job.
     """
     *before, last = commands
@@ -82,7 +75,6 @@ def batch_script(
         f"--output={folder.absolute() / LOGS}/{'%A_%a' if array_size else '%j'}.log",
         f"--chdir={Path.cwd()}",
         *([f"--array=0-{array_size - 1}"] if array_size else []),
-        *options,
     ]
     lines = [
         "#!/usr/bin/env bash",
@@ -96,8 +88,3 @@ def batch_script(
         f"exec {last}",
     ]
     return "\n".join(lines) + "\n"
-
-
-def site_template() -> str:
-    """Return the text of the site.env template, in which a cluster's settings are filled in."""
-    return (TEMPLATES / "site.env").read_text()

@@ -147,8 +147,9 @@ def _pretrain_script(run: RunConfig, array: Sequence[RunConfig], resources: Reso
         job += f" --on-stop {policy.on_stop}"
     if policy.doctor:
         job += " --doctor"
-    folder, warning = JobHistory(run.run_dir).folder, f"--signal=B:USR1@{policy.warning_seconds}"
-    return batch_script("pretrain", _job_name(run.run_dir), folder, resources, [*before, job], [warning], len(array))
+    resources = replace(resources, sbatch=[*resources.sbatch, f"signal=B:USR1@{policy.warning_seconds}"])
+    folder = JobHistory(run.run_dir).folder
+    return batch_script("pretrain", _job_name(run.run_dir), folder, resources, [*before, job], len(array))
 
 
 def _job_name(run_dir: Path) -> str:
@@ -206,13 +207,13 @@ def submit_task(kind: str, arguments: Sequence[str], resources: Resources, site:
         return "\n".join(scripts.values()).rstrip()
     require_writable(history.logs)
     _save_submission(history, scripts, site)
-    first, *rest = scripts
-    job = submit_script(history, first, command=TASK_COMMANDS[kind])
-    text = f"job {job}: tostlm {TASK_COMMANDS[kind]}; its log is {history.logs}/{job}{'_N' if rest else ''}.log"
-    for script in rest:
+    job = submit_script(history, f"{kind}.sbatch", command=TASK_COMMANDS[kind])
+    log = f"{history.logs}/{job}{'_N' if kind == 'prepare' else ''}.log"
+    text = f"job {job}: tostlm {TASK_COMMANDS[kind]}; its log is {log}"
+    if kind == "prepare":
         after_success = (f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes")
-        waiting = submit_dependent_script([job], history, script, *after_success, command="prepare --merge")
-        text += f"\njob {waiting}: tostlm prepare --merge, when job {job} has succeeded"
+        merge = submit_dependent_script([job], history, "merge.sbatch", *after_success, command="prepare --merge")
+        text += f"\njob {merge}: tostlm prepare --merge, when job {job} has succeeded"
     return text
 
 
