@@ -25,9 +25,8 @@ PROMPT = "Fellow citizens of the Senate and House of Representatives:"
 def quickstart(configs: Path | None, processes: int) -> None:
     """Run the pipeline, skip the steps that are finished, and print where every output is.
 
-    Args:
-        configs: a folder with quickstart.yaml and quickstart-gpt2.yaml; None: the shipped configs.
-        processes: training processes.
+    It trains in `processes` processes by quickstart.yaml and quickstart-gpt2.yaml of the folder `configs`, or else by
+    the shipped ones.
 
     Raises:
         UserError: the configs are missing, or a step cannot be done.

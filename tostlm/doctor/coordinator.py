@@ -77,7 +77,7 @@ class Coordinator:
             DoctorAborted: some ranks did not arrive.
         """
         for rank, host in self._gather(_host_name).items():
-            self.hosts[rank] = host
+            self.hosts[rank] = "" if isinstance(host, MeasurementError) else host
         if missing := [rank for rank, host in enumerate(self.hosts) if not host]:
             ranks = f"rank(s) {', '.join(map(str, missing))} of {self.rank_info.world_size}"
             measured = f"{ranks} did not arrive within {self.timeout_seconds:g} s"

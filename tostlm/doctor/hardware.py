@@ -64,8 +64,7 @@ def check_devices(devices: Sequence[Device], hosts: Sequence[str]) -> Finding:
         measured = f"{format_ranks(minority, hosts)}: {devices[minority[0]].name}, elsewhere {devices[usual].name}"
         return Finding("devices", "warn", measured, "all ranks run at the pace of the slowest")
     ranks_on = Counter(hosts)
-    idle = [rank for rank, device in enumerate(devices) if device.visible_gpus > ranks_on[hosts[rank]]]
-    if idle:
+    if idle := [rank for rank, device in enumerate(devices) if device.visible_gpus > ranks_on[hosts[rank]]]:
         host = hosts[idle[0]]
         measured = f"{host} has {devices[idle[0]].visible_gpus} GPUs and {ranks_on[host]} ranks"
         return Finding("devices", "warn", measured, "start a rank for each GPU")

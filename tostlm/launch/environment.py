@@ -75,24 +75,17 @@ def first_node(node_list: str) -> str:
 def exit_rank(code: int, silent: bool = False) -> NoReturn:
     """End this rank at once, and report a failure in the file that `EXIT_REPORT` names.
 
-    Only the first rank's report counts: later ones usually only fail because they lost that rank.
-    The interpreter's own shutdown is skipped, as torch's gloo threads sometimes abort the process during it.
-
-    Args:
-        code: the exit code.
-        silent: another rank reports the error; give it time to report first.
+    Only the first rank's report counts: later ones usually only fail because they lost that rank. A `silent` rank gives
+    the one that reports the error time to be first. The interpreter's own shutdown is skipped, as torch's gloo threads
+    sometimes abort the process during it.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     if code and EXIT_REPORT in os.environ:
-        _report_exit(Path(os.environ[EXIT_REPORT]), code, silent)
+        report, deadline = Path(os.environ[EXIT_REPORT]), time.monotonic() + REPORT_SECONDS
+        while silent and not report.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        with suppress(OSError):  # a full disk
+            write_atomically(report, f"{rank} {code}\n", durable=False, overwrite=False)
     os._exit(code)
-
-
-def _report_exit(file: Path, code: int, silent: bool) -> None:
-    deadline = time.monotonic() + REPORT_SECONDS
-    while silent and not file.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    with suppress(OSError):  # a full disk
-        write_atomically(file, f"{rank} {code}\n", durable=False, overwrite=False)
