@@ -24,7 +24,7 @@ MAY_IMPORT = {  # of tostlm's own packages and modules
     "files": {"errors"},
     "config": {"errors", "model"},
     "data": {"errors", "files"},
-    "launch": {"errors"},
+    "launch": {"errors", "files"},
     "checkpoint": {"config", "data", "errors", "files", "launch", "model"},
     "train": {"checkpoint", "config", "data", "device", "errors", "files", "launch", "model", "tssa"},
     "doctor": {"checkpoint", "config", "data", "device", "errors", "files", "launch", "model"},

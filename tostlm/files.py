@@ -98,18 +98,14 @@ def locked(path: Path, message: str) -> Iterator[None]:
     Raises:
         UserError: another process holds it; `message` is what the user reads.
     """
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(message) from None
-    except OSError:  # a file system without locks
-        pass
-    try:
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(message) from None
+        except OSError:  # a file system without locks
+            pass
         yield
-    finally:
-        os.close(descriptor)
 
 
 def lock_for_life(path: Path, message: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from tostlm.bench import report_training
 from tostlm.checkpoint import checkpoint_folder, load_checkpoint
@@ -23,84 +22,67 @@ BENCH_CONTEXTS = (512, 2048, 8192)
 PROMPT = "Fellow citizens of the Senate and House of Representatives:"
 
 
-class PipelineStep(NamedTuple):
-    """A step of the pipeline. It is finished when its output exists, which appears whole or not at all."""
-
-    name: str
-    output: Path
-    run: Callable[[], object]
-
-
 def quickstart(configs: Path | None, processes: int) -> None:
     """Run the pipeline, skip the steps that are finished, and print where every output is.
 
-    Args:
-        configs: a folder with quickstart.yaml and quickstart-gpt2.yaml; None: the shipped configs.
-        processes: training processes.
+    It trains in `processes` processes by quickstart.yaml and quickstart-gpt2.yaml of the folder `configs`, or else by
+    the shipped ones.
 
     Raises:
         UserError: the configs are missing, or a step cannot be done.
     """
     names = ("quickstart", "quickstart-gpt2")
-    tost, gpt2 = (configs / f"{name}.yaml" if configs else find_config(Path(name)) for name in names)
-    steps = _steps(tost, gpt2, processes)
-    root = steps[0].output.parent
-    durations = []
-    for step in steps:
-        start = time.monotonic()
-        finished = step.output.exists()
-        print(f"\n== {step.name}{': finished before' if finished else ''}", flush=True)
-        if not finished:
-            step.run()
-        durations.append("before" if finished else f"{time.monotonic() - start:.0f} s")
-
-    print(f"\n{(root / 'throughput.txt').read_text()}\n{(root / 'perplexity.txt').read_text()}")
-    print(f"\n{'step':<24}{'took':>8}  where")
-    for step, duration in zip(steps, durations, strict=True):
-        print(f"{step.name:<24}{duration:>8}  {step.output}")
-    print(f"\nTensorBoard: tensorboard --logdir {root}.  To start over, remove {root}.")
-
-
-def _steps(tost_file: Path, gpt2_file: Path, processes: int) -> list[PipelineStep]:
+    tost_file, gpt2_file = (configs / f"{name}.yaml" if configs else find_config(Path(name)) for name in names)
     tost, gpt2 = load_config(tost_file), load_config(gpt2_file)
     (prepared, _), *_ = tost.data.sets
     root = prepared.parent
-    tokenizer, exported = root / "tokenizer.model", root / "hf"
-    sample_file, perplexity_file, throughput_file = (root / f"{n}.txt" for n in ("sample", "perplexity", "throughput"))
+    tokenizer, exported, sample_file = root / "tokenizer.model", root / "hf", root / "sample.txt"
+    perplexity, throughput = root / "perplexity.txt", root / "throughput.txt"
+    table = [f"{'step':<24}{'took':>8}  where"]
 
-    def prepare_text() -> None:
-        settings = PreparationSettings(sources=(SOURCE,), heldout_fraction=HELDOUT_FRACTION)
-        manifest = prepare(settings, Tokenizer.load(tokenizer), prepared)
-        assert manifest is not None
-        for name, split in manifest.splits.items():
-            print(f"{name}: {split.tokens:,} tokens of {split.documents} documents")
-
-    def train(config_file: Path) -> None:
-        if code := run_local(["train", str(config_file)], processes):
-            raise SystemExit(code)
+    def step(name: str, output: Path, run: Callable[[], object]) -> None:
+        """Run a step unless its output exists, which appears whole or not at all."""
+        start, finished = time.monotonic(), output.exists()
+        print(f"\n== {name}{': finished before' if finished else ''}", flush=True)
+        if not finished:
+            run()
+        took = "before" if finished else f"{time.monotonic() - start:.0f} s"
+        table.append(f"{name:<24}{took:>8}  {output}")
 
     def measure_perplexity() -> None:
         text = evaluate_perplexity([tost.run_dir, gpt2.run_dir], CONTEXTS, None, windows=64, out=root)
-        write_atomically(perplexity_file, text)
+        write_atomically(perplexity, text)
 
     def measure_throughput() -> None:
         text = report_training([tost_file, gpt2_file], BENCH_CONTEXTS, 8192, 3, None, root / "throughput.json")
-        write_atomically(throughput_file, text)
+        write_atomically(throughput, text)
 
-    def write_sample() -> None:
-        text = sample(exported, PROMPT, tokens=80)
-        print(text)
-        write_atomically(sample_file, text + "\n")
+    step("tokenizer", tokenizer, lambda: train_tokenizer(documents([SOURCE]), tost.model.vocab_size, tokenizer))
+    step("token shards", prepared / MANIFEST, lambda: _prepare(tokenizer, prepared))
+    step("train ToST", checkpoint_folder(tost.run_dir, tost.train.steps), lambda: _train(tost_file, processes))
+    step("train GPT-2", checkpoint_folder(gpt2.run_dir, gpt2.train.steps), lambda: _train(gpt2_file, processes))
+    step("perplexity by context", perplexity, measure_perplexity)
+    step("tokens per second", throughput, measure_throughput)
+    step("Hugging Face export", exported, lambda: export_hf(load_checkpoint(tost.run_dir), exported))
+    step("sample", sample_file, lambda: _write_sample(exported, sample_file))
+    print(f"\n{throughput.read_text()}\n{perplexity.read_text()}\n", *table, sep="\n")
+    print(f"\nTensorBoard: tensorboard --logdir {root}.  To start over, remove {root}.")
 
-    return [
-        PipelineStep(
-            "tokenizer", tokenizer, lambda: train_tokenizer(documents([SOURCE]), tost.model.vocab_size, tokenizer)
-        ),
-        PipelineStep("token shards", prepared / MANIFEST, prepare_text),
-        PipelineStep("train ToST", checkpoint_folder(tost.run_dir, tost.train.steps), lambda: train(tost_file)),
-        PipelineStep("train GPT-2", checkpoint_folder(gpt2.run_dir, gpt2.train.steps), lambda: train(gpt2_file)),
-        PipelineStep("perplexity by context", perplexity_file, measure_perplexity),
-        PipelineStep("tokens per second", throughput_file, measure_throughput),
-        PipelineStep("Hugging Face export", exported, lambda: export_hf(load_checkpoint(tost.run_dir), exported)),
-        PipelineStep("sample", sample_file, write_sample),
-    ]
+
+def _prepare(tokenizer: Path, out: Path) -> None:
+    settings = PreparationSettings(sources=(SOURCE,), heldout_fraction=HELDOUT_FRACTION)
+    manifest = prepare(settings, Tokenizer.load(tokenizer), out)
+    assert manifest is not None
+    for name, split in manifest.splits.items():
+        print(f"{name}: {split.tokens:,} tokens of {split.documents} documents")
+
+
+def _train(config_file: Path, processes: int) -> None:
+    if code := run_local(["train", str(config_file)], processes):
+        raise SystemExit(code)
+
+
+def _write_sample(exported: Path, out: Path) -> None:
+    text = sample(exported, PROMPT, tokens=80)
+    print(text)
+    write_atomically(out, text + "\n")

@@ -7,7 +7,8 @@ import torch
 
 from tests.conftest import Run
 from tostlm.doctor import hardware, network, run_inputs
-from tostlm.doctor.findings import Finding, build_report, format_quantity, format_ranks, summarize_failures
+from tostlm.doctor.findings import Finding, Speed, build_report, format_quantity, format_ranks, summarize_failures
+from tostlm.launch import RankInfo
 
 NODES = ["a", "a", "b", "b", "c", "c"]
 CPU = hardware.Device("cpu", "EPYC", 10**9, True, "", 0)
@@ -17,12 +18,8 @@ def gpu(number: int, name: str = "H100", supports_dtype: bool = True, visible: i
     return hardware.Device("cuda", name, 80 * 10**9, supports_dtype, f"GPU-{number}", visible)
 
 
-def gemms(*speeds: float) -> list[hardware.Gemm]:
-    return [hardware.Gemm("float32", 0.1, True, speed) for speed in speeds]
-
-
-def links(*rates: float) -> list[network.Link]:
-    return [network.Link(True, rate) for rate in rates]
+def check_gemms(*speeds: float) -> list[Finding]:
+    return hardware.check_gemms(torch.float32, [Speed(speed) for speed in speeds], NODES)
 
 
 def test_a_rank_with_another_version_is_unhealthy() -> None:
@@ -64,52 +61,60 @@ def test_device_findings(found: list[hardware.Device], level: str, words: str) -
     ],
 )
 def test_a_rank_is_slow_below_0_7_of_the_median(speeds: list[float], slow: tuple[int, ...]) -> None:
-    (found,) = hardware.check_gemms(gemms(*speeds), NODES)
+    (found,) = check_gemms(*speeds)
     assert found.unhealthy_ranks == slow
     assert found.level == ("FAIL" if slow else "ok")
 
 
 def test_a_slow_rank_is_reported_with_its_fraction_of_the_median() -> None:
-    (found,) = hardware.check_gemms(gemms(1e13, 1e13, 1e13, 3.1e12, 1e13, 1e13), NODES)
+    (found,) = check_gemms(1e13, 1e13, 1e13, 3.1e12, 1e13, 1e13)
     assert found.measured == "rank 3 on b is unhealthy: 0.31 of the median 10 TFLOP/s float32"
     assert found.remedy == "exclude b"
 
 
+@pytest.mark.parametrize("wrong", [[5], [0, 2]])
+def test_ranks_with_wrong_products_fail(wrong: list[int]) -> None:
+    gemms = [Speed(1.0, "matrix products are off" if rank in wrong else "") for rank in range(6)]
+    (found,) = hardware.check_gemms(torch.bfloat16, gemms, NODES)
+    assert (found.level, found.unhealthy_ranks) == ("FAIL", tuple(wrong))
+    assert "unhealthy: matrix products are off" in found.measured
+
+
 @pytest.mark.parametrize(
-    "wrong",
-    [hardware.Gemm("bfloat16", 1.5, True, 1.0), hardware.Gemm("bfloat16", float("nan"), True, 1.0)],
-    ids=["off", "nan"],
+    ("factors", "fault"),
+    [
+        ([1.0], ""),
+        ([1.1], "matrix products are off by"),
+        ([float("nan")], "matrix products are off by nan times"),
+        ([1.0] * 7 + [1.0, 1.01], "repeating a matrix product gives other bits"),
+    ],
+    ids=["right", "off", "nan", "nondeterministic"],
 )
-def test_wrong_products_fail(wrong: hardware.Gemm) -> None:
-    (found,) = hardware.check_gemms([*gemms(1, 1, 1, 1, 1), wrong], NODES)
-    assert (found.level, found.unhealthy_ranks) == ("FAIL", (5,))
-    assert "off by" in found.measured
+@pytest.mark.parametrize("precision", [[], ["deepspeed.bf16.enabled=true"]], ids=["fp32", "bf16"])
+def test_faults_of_products(
+    run: Run, factors: list[float], fault: str, precision: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later products are multiplied by the last factor."""
+    matmul, rest = torch.matmul, iter(factors)
+    monkeypatch.setattr(torch, "matmul", lambda a, b: matmul(a, b) * next(rest, factors[-1]))
+    monkeypatch.setattr(hardware, "WINDOW_SECONDS", 0.001)
+    found = hardware.measure_gemm(run.config(*precision), RankInfo(0, 0, 1))
+    assert found.fault.startswith(fault) and bool(found.fault) == bool(fault)
+    assert found.per_second > 0
 
 
-def test_nondeterministic_products_fail() -> None:
-    nondeterministic = hardware.Gemm("float32", 0.1, False, 1.0)
-    (found,) = hardware.check_gemms([nondeterministic, *gemms(1, 1)], NODES)
-    assert found.unhealthy_ranks == (0,)
-    assert "gives other bits" in found.measured
-
-
-def test_rounds_combine_to_the_best_speed_and_the_worst_error() -> None:
-    assert hardware.combine_gemms(gemms(1, 3, 2)).flops == 3
-    assert not hardware.combine_gemms([*gemms(1), hardware.Gemm("float32", 0.1, False, 1.0)]).deterministic
-    assert network.combine_links(links(1, 3, 2)) == network.Link(True, 3)
-    assert not network.combine_links([network.Link(False, 9), *links(1)]).exact
+def test_rounds_combine_to_the_best_speed_and_any_fault() -> None:
+    assert Speed(1).combine(Speed(3)).combine(Speed(2)) == Speed(3)
+    assert Speed(9, "wrong").combine(Speed(1)) == Speed(1).combine(Speed(9, "wrong")) == Speed(9, "wrong")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_here_are_within_rounding(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "WINDOW_SECONDS", 0.001)
-    found = hardware.measure_gemm(dtype)
-    assert 0.001 < found.worst_error < 1
-    assert found.deterministic
+def test_products_here_are_within_rounding(dtype: torch.dtype) -> None:
+    assert 0.001 < hardware.gemm_error(torch.device("cpu"), dtype) < 1
 
 
 def test_wrong_sums_name_the_rank_unless_all_are_wrong() -> None:
-    right, wrong = (network.AllReduce(exact, ((1_000_000, 0.001),)) for exact in (True, False))
+    right, wrong = ({1_000_000: Speed(1e9, fault)} for fault in ("", "wrong"))
     assert "1 GB/s at 1 MB" in network.check_all_reduces([right, right], NODES).measured
     assert network.check_all_reduces([right, wrong, right], NODES).unhealthy_ranks == (1,)
     found = network.check_all_reduces([wrong, wrong], NODES)
@@ -128,17 +133,17 @@ def test_wrong_sums_name_the_rank_unless_all_are_wrong() -> None:
     ids=["links between hosts are slower", "one link", "both links of a host", "inside a host"],
 )
 def test_links_below_half_of_comparable_links_are_slow(rates: list[float], exclude: set[str]) -> None:
-    (found,) = network.check_links(links(*rates), NODES)
+    (found,) = network.check_links([Speed(rate) for rate in rates], NODES)
     assert {NODES[rank] for rank in found.unhealthy_ranks} == exclude
     assert found.level == ("FAIL" if exclude else "ok")
 
 
 def test_two_links_are_not_compared() -> None:
-    assert network.check_links(links(1, 100), ["a", "a"])[0].level == "ok"
+    assert network.check_links([Speed(1), Speed(100)], ["a", "a"])[0].level == "ok"
 
 
 def test_a_damaged_message_names_both_ends() -> None:
-    found, *_ = network.check_links([network.Link(True, 1), network.Link(True, 1), network.Link(False, 1)], NODES)
+    found, *_ = network.check_links([Speed(1), Speed(1), Speed(1, "messages arrive damaged")], NODES)
     assert found.measured == "ranks 1 on a, 2 on b are unhealthy: 1 on a -> 2 on b: messages arrive damaged"
 
 
@@ -224,15 +229,14 @@ def test_free_space_against_checkpoints(run: Run) -> None:
     assert one == 16 * run_inputs.total_parameters(config)
 
     def finding(*free: float) -> Finding:
-        seen = [(2 * host, run_inputs.Disk(True, int(one * share), 1e9, "")) for host, share in enumerate(free)]
+        seen = {2 * host: run_inputs.Disk(True, int(one * share), 1e9, "") for host, share in enumerate(free)}
         return run_inputs.check_disk(seen, config, NODES)
 
     assert finding(9, 9).level == "ok"
     assert finding(9, 2.5).level == "warn"
     assert finding(9, 0.5).level == "FAIL"
-    not_shared = run_inputs.check_disk(
-        [(0, run_inputs.Disk(True, one, 1e9, "")), (2, run_inputs.Disk(False, 0, 0, ""))], config, NODES
-    )
+    disks = {0: run_inputs.Disk(True, one, 1e9), 2: run_inputs.Disk(False)}
+    not_shared = run_inputs.check_disk(disks, config, NODES)
     assert (not_shared.level, not_shared.unhealthy_ranks) == ("FAIL", (2,))
     assert "does not show there what rank 0 wrote" in not_shared.measured
 

@@ -11,21 +11,24 @@ from tostlm.checkpoint.layout import COMPLETE, TRAIN_STATE, TrainState, checkpoi
 from tostlm.data import Tokenizer, train_tokenizer
 from tostlm.doctor import run_inputs
 from tostlm.errors import UserError
+from tostlm.launch import RankInfo
+
+RANK = RankInfo(0, 0, 1)
 
 
 def test_small_data_is_checksummed_completely(run: Run, data: Path) -> None:
-    found = run_inputs.measure_data(run.config(), 0)
+    found = run_inputs.measure_data(run.config(), RANK)
     sizes = [path.stat().st_size for path in data.iterdir() if path.suffix in (".bin", ".ends", ".hashes")]
     assert (found.checked_bytes, found.total_bytes) == (sum(sizes), sum(sizes))
-    assert run_inputs.check_data([(0, found)], ["a"]).level == "ok"
+    assert run_inputs.check_data({0: found}, ["a"]).level == "ok"
 
 
 def test_each_host_checksums_another_sample_of_large_data(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_inputs, "SAMPLE_BYTES", 1)
-    found = [run_inputs.measure_data(run.config(), rank) for rank in range(8)]
+    found = [run_inputs.measure_data(run.config(), RankInfo(rank, 0, 8)) for rank in range(8)]
     assert len({own.checked_bytes for own in found}) > 1
     assert 0 < found[0].checked_bytes < found[0].total_bytes
-    assert " of " in run_inputs.check_data([(0, found[0])], ["a"]).measured
+    assert " of " in run_inputs.check_data({0: found[0]}, ["a"]).measured
 
 
 def test_a_sample_stays_within_its_budget() -> None:
@@ -36,8 +39,8 @@ def test_a_sample_stays_within_its_budget() -> None:
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_fails(run: Run) -> None:
-    found = run_inputs.measure_data(run.config("model.vocab_size=300"), 0)
-    finding = run_inputs.check_data([(0, found)], ["a"])
+    found = run_inputs.measure_data(run.config("model.vocab_size=300"), RANK)
+    finding = run_inputs.check_data({0: found}, ["a"])
     assert finding.level == "FAIL"
     assert "model.vocab_size 300 is smaller than the 512 pieces" in finding.measured
 
@@ -46,9 +49,9 @@ def test_a_host_whose_data_differ_is_unhealthy() -> None:
     whole, other = run_inputs.PreparedData("x", 1, 1, ""), run_inputs.PreparedData("y", 1, 1, "")
     lost = run_inputs.PreparedData("", 0, 0, "d/train-00000.bin cannot be read: Input/output error")
     hosts = ["a", "a", "b", "b"]
-    assert run_inputs.check_data([(0, whole), (2, other)], hosts).unhealthy_ranks == (2,)
-    assert run_inputs.check_data([(0, whole), (2, lost)], hosts).unhealthy_ranks == (2,)
-    assert run_inputs.check_data([(0, lost), (2, lost)], hosts).unhealthy_ranks == ()
+    assert run_inputs.check_data({0: whole, 2: other}, hosts).unhealthy_ranks == (2,)
+    assert run_inputs.check_data({0: whole, 2: lost}, hosts).unhealthy_ranks == (2,)
+    assert run_inputs.check_data({0: lost, 2: lost}, hosts).unhealthy_ranks == ()
 
 
 def save(run: Run, tokenizer: Tokenizer) -> Path:
@@ -80,9 +83,9 @@ def test_resume_with_another_tokenizer_fails(run: Run, speeches: list[str], tmp_
 def test_a_disk_too_small_for_a_checkpoint_fails(run: Run, small_disk: Path) -> None:
     config = run.config(f"run_dir={small_disk}/run", "model.width=256")
     with run_inputs.marked_run_dir(config.run_dir):
-        found = run_inputs.measure_disk(config, 0)
+        found = run_inputs.measure_disk(config, RANK)
     assert (found.shared, found.error) == (True, "")
-    finding = run_inputs.check_disk([(0, found)], config, ["a"])
+    finding = run_inputs.check_disk({0: found}, config, ["a"])
     assert finding.level == "FAIL"
     assert "2.1 MB free" in finding.measured
     assert list(small_disk.iterdir()) == []
@@ -100,24 +103,24 @@ def test_a_full_disk_fails(run: Run, small_disk: Path) -> None:
     with run_inputs.marked_run_dir(config.run_dir):
         stats = os.statvfs(small_disk)
         (small_disk / "ballast").write_bytes(b"x" * stats.f_bavail * stats.f_frsize)
-        found = run_inputs.measure_disk(config, 0)
-    finding = run_inputs.check_disk([(0, found)], config, ["a"])
+        found = run_inputs.measure_disk(config, RANK)
+    finding = run_inputs.check_disk({0: found}, config, ["a"])
     assert finding.level == "FAIL"
     assert "cannot write in" in finding.measured and "No space left on device" in finding.measured
 
 
 def test_a_missing_marker_means_the_folder_is_not_shared(run: Run) -> None:
-    assert not run_inputs.measure_disk(run.config(), 1).shared
+    assert not run_inputs.measure_disk(run.config(), RANK).shared
 
 
 def test_the_disk_check_leaves_no_files(run: Run) -> None:
     config = run.config()
     with run_inputs.marked_run_dir(config.run_dir):
-        assert run_inputs.measure_disk(config, 0).write_bytes_per_second > 0
+        assert run_inputs.measure_disk(config, RANK).write_bytes_per_second > 0
     assert not run.dir.exists()
     run.dir.mkdir()
     with run_inputs.marked_run_dir(config.run_dir):
-        run_inputs.measure_disk(config, 0)
+        run_inputs.measure_disk(config, RANK)
     assert list(run.dir.iterdir()) == []
     with (
         pytest.raises(UserError, match="cannot write in /proc/nowhere"),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
-from typing import Literal, NamedTuple, TypedDict, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 Value = TypeVar("Value", bound=Hashable)
 
-MAX_NAMED_RANKS = 8  # in one message
+MAX_NAMED = 8  # ranks in one message
 
 
 class Finding(NamedTuple):
@@ -25,14 +25,15 @@ class Finding(NamedTuple):
         return f"{self.level:<6}{self.check:<12}{self.measured}{'; ' if self.remedy else ''}{self.remedy}"
 
 
-class Report(TypedDict):
-    """The content of the JSON report."""
+class Speed(NamedTuple):
+    """How fast a rank's device, or the link to it, is."""
 
-    healthy: bool
-    hosts: list[str]
-    unhealthy_ranks: list[int]
-    exclude: list[str]
-    checks: list[dict[str, object]]
+    per_second: float  # floating-point operations, or bytes
+    fault: str = ""  # what is wrong with the results
+
+    def combine(self, other: Speed) -> Speed:
+        """Return two measurements as one: the better speed, and the fault of either."""
+        return Speed(max(self.per_second, other.per_second), self.fault or other.fault)
 
 
 def unhealthy(check: str, ranks: Sequence[int], hosts: Sequence[str], reason: str, repair: str = "") -> Finding:
@@ -46,8 +47,13 @@ def unhealthy(check: str, ranks: Sequence[int], hosts: Sequence[str], reason: st
 def format_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     """Return the names of ranks with their hosts, as `rank 3 on node7`."""
     plural = "s" if len(ranks) > 1 else ""
-    rest = f" and {len(ranks) - MAX_NAMED_RANKS} more" if len(ranks) > MAX_NAMED_RANKS else ""
-    return f"rank{plural} {', '.join(f'{rank} on {hosts[rank]}' for rank in ranks[:MAX_NAMED_RANKS])}{rest}"
+    return f"rank{plural} {format_list([f'{rank} on {hosts[rank]}' for rank in ranks])}"
+
+
+def format_list(items: Sequence[str]) -> str:
+    """Return the first items, separated by commas, and how many more there are."""
+    rest = f" and {len(items) - MAX_NAMED} more" if len(items) > MAX_NAMED else ""
+    return ", ".join(items[:MAX_NAMED]) + rest
 
 
 def format_quantity(value: float, unit: str) -> str:
@@ -80,11 +86,8 @@ def summarize_failures(findings: Sequence[Finding]) -> str:
     return "; ".join([*(f"{finding.check}: {finding.measured}" for finding in failed), *remedies])
 
 
-def build_report(findings: Sequence[Finding], hosts: Sequence[str]) -> Report:
-    """Return the findings for the JSON report.
-
-    `exclude` holds the hosts of unhealthy ranks; a rank that never reported its host is "" there.
-    """
+def build_report(findings: Sequence[Finding], hosts: Sequence[str]) -> dict[str, object]:
+    """Return the content of the JSON report. A rank that never reported its host is "" in `hosts` and `exclude`."""
     ranks = sorted({rank for finding in findings for rank in finding.unhealthy_ranks})
     return {
         "healthy": not summarize_failures(findings),

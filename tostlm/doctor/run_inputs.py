@@ -10,7 +10,7 @@ import random
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -22,17 +22,18 @@ from tostlm.data import TRAIN, VALIDATION, Tokenizer, TokenSet, common_tokenizer
 from tostlm.doctor.findings import Finding, find_minority, format_quantity, format_ranks, unhealthy
 from tostlm.doctor.hardware import Device
 from tostlm.errors import UserError
-from tostlm.files import require_writable
+from tostlm.files import require_writable, write_atomically
+from tostlm.launch import RankInfo
 from tostlm.model import count_parameters
 
 PACKAGES = ("torch", "deepspeed", "tostlm")
 OPTIMIZER_BYTES = 12  # per parameter in a checkpoint: AdamW's two moments and the weights, in fp32
-PROBE_BYTES, CHUNK_BYTES = 1 << 26, 1 << 22  # written to measure a disk
+PROBE_BYTES = 1 << 26  # written to measure a disk
 MARKER = ".doctor"
 SAMPLE_BYTES = 1 << 28  # of shards, checksummed on each host; at least one file of each folder
 
 
-def measure_versions(config: RunConfig) -> dict[str, str]:
+def measure_versions(config: RunConfig, rank_info: RankInfo) -> dict[str, str]:
     """Return this rank's versions, and digests of tostlm's source and of the config, which change without a version."""
     sources = sorted(Path(tostlm.__file__).parent.rglob("*.py"))
     return {
@@ -74,10 +75,10 @@ def model_memory_bytes(config: RunConfig, world_size: int) -> float:
     ZeRO partitions the optimizer from stage 1 on, the gradients from 2 and the weights from 3 (Rajbhandari et al. 2020,
     arXiv 1910.02054). Activations come on top.
     """
-    count, weights, stage = total_parameters(config), weight_bytes(config), config.zero_stage
+    count, weights = total_parameters(config), weight_bytes(config)
     optimizer = count * (8 if weights == 4 * count else 12)
-    divisors = [world_size if stage >= first else 1 for first in (3, 2, 1)]
-    return sum(size / divisor for size, divisor in zip((weights, weights, optimizer), divisors, strict=True))
+    first_stages = ((weights, 3), (weights, 2), (optimizer, 1))
+    return sum(size / (world_size if config.zero_stage >= stage else 1) for size, stage in first_stages)
 
 
 def check_config(config: RunConfig, devices: Sequence[Device], hosts: Sequence[str]) -> Finding:
@@ -87,8 +88,7 @@ def check_config(config: RunConfig, devices: Sequence[Device], hosts: Sequence[s
         plan = batch_plan(config, world_size)
     except UserError as error:
         return Finding("config", "FAIL", str(error))
-    unable = [rank for rank, device in enumerate(devices) if not device.supports_dtype]
-    if unable:
+    if unable := [rank for rank, device in enumerate(devices) if not device.supports_dtype]:
         measured = f"precision is {config.precision}, which {format_ranks(unable, hosts)} cannot multiply in"
         return Finding("config", "FAIL", measured, "train in fp32, or on other devices")
     measured = (
@@ -137,23 +137,18 @@ def marked_run_dir(run_dir: Path) -> Iterator[None]:
                 run_dir.rmdir()
 
 
-def measure_disk(config: RunConfig, rank: int) -> Disk:
+def measure_disk(config: RunConfig, rank_info: RankInfo) -> Disk:
     """Write and sync a file beside rank 0's marker, and remove it again. One rank of each host calls this."""
     folder = config.run_dir
     if not (folder / MARKER).exists():
         return Disk(shared=False)
     free = shutil.disk_usage(folder).free
-    probe = folder / f"{MARKER}-{rank}"
-    content = os.urandom(CHUNK_BYTES)
-    size = max(1, min(PROBE_BYTES, free // 2))
+    probe = folder / f"{MARKER}-{rank_info.rank}"
+    content = os.urandom(max(1, min(PROBE_BYTES, free // 2)))
     try:
         start = time.perf_counter()
-        with probe.open("wb") as file:
-            for written in range(0, size, CHUNK_BYTES):
-                file.write(content[: size - written])
-            file.flush()
-            os.fsync(file.fileno())
-        return Disk(True, free, size / (time.perf_counter() - start))
+        write_atomically(probe, content)
+        return Disk(True, free, len(content) / (time.perf_counter() - start))
     except OSError as error:
         return Disk(True, free, error=str(error.strerror))
     finally:
@@ -177,31 +172,27 @@ def checkpoints_to_come(config: RunConfig) -> int:
     return max(0, kept - len(checkpoints(config.run_dir))) + 1
 
 
-def check_disk(disks: Sequence[tuple[int, Disk]], config: RunConfig, hosts: Sequence[str]) -> Finding:
+def check_disk(disks: Mapping[int, Disk], config: RunConfig, hosts: Sequence[str]) -> Finding:
     """Check that all hosts share the run's folder and that it has room for the checkpoints to come.
 
-    Args:
-        disks: a rank of each host and what it measured.
-        hosts: of each rank.
+    `disks` has what a rank of each host measured, by rank.
     """
     run_dir = config.run_dir
-    not_shared = [rank for rank, disk in disks if not disk.shared]
-    if not_shared:
+    if not_shared := [rank for rank, disk in disks.items() if not disk.shared]:
         reason = f"{run_dir} does not show there what rank 0 wrote"
         return unhealthy("disk", not_shared, hosts, reason, "put run_dir on a file system that all hosts share")
-    for rank, disk in disks:
+    for rank, disk in disks.items():
         if disk.error:
             reason = f"cannot write in {run_dir}: {disk.error}"
             return unhealthy("disk", [rank], hosts, reason, "free space or repair it")
     one, count = checkpoint_bytes(config), checkpoints_to_come(config)
-    rank, fullest = min(disks, key=lambda pair: pair[1].free_bytes)
-    slowest = min(disk.write_bytes_per_second for _, disk in disks)
-    free, needed = format_quantity(fullest.free_bytes, "B"), format_quantity(one, "B")
-    measured = f"{free} free in {run_dir} for {count} checkpoints of {needed}"
-    if fullest.free_bytes < one:
+    free, rank = min((disk.free_bytes, rank) for rank, disk in disks.items())
+    slowest = min(disk.write_bytes_per_second for disk in disks.values())
+    measured = f"{format_quantity(free, 'B')} free in {run_dir} for {count} checkpoints of {format_quantity(one, 'B')}"
+    if free < one:
         remedy = "free space or choose another run_dir"
         return Finding("disk", "FAIL", f"{measured} ({format_ranks([rank], hosts)})", remedy)
-    if fullest.free_bytes < count * one:
+    if free < count * one:
         return Finding("disk", "warn", measured, "free space or set train.keep_last_checkpoints")
     return Finding("disk", "ok", f"{measured}, the slowest host writes {format_quantity(slowest, 'B/s')}")
 
@@ -215,11 +206,8 @@ class PreparedData(NamedTuple):
     error: str = ""  # what is wrong with them
 
 
-def measure_data(config: RunConfig, rank: int) -> PreparedData:
-    """Read every manifest and checksum a sample of the files, a different one on each host.
-
-    One rank of each host calls this.
-    """
+def measure_data(config: RunConfig, rank_info: RankInfo) -> PreparedData:
+    """Read every manifest and checksum a sample of the files. One rank of each host calls this, for its own sample."""
     folders = config.data.folders
     try:
         common_tokenizer(folders, config.model.vocab_size)
@@ -229,7 +217,7 @@ def measure_data(config: RunConfig, rank: int) -> PreparedData:
             for split in (TRAIN, VALIDATION):
                 TokenSet(folder, split)
             sizes = {name: (folder / name).stat().st_size for name in shard_files(read_manifest(folder))}
-            chosen = _choose_sample(sizes, SAMPLE_BYTES // len(folders), rank)
+            chosen = _choose_sample(sizes, SAMPLE_BYTES // len(folders), rank_info.rank)
             checked += sum(sizes[name] for name in verify(folder, chosen))
             total += sum(sizes.values())
     except UserError as error:
@@ -241,27 +229,24 @@ def measure_data(config: RunConfig, rank: int) -> PreparedData:
 
 def _choose_sample(sizes: dict[str, int], budget: int, seed: int) -> list[str]:
     """Return random files of at most `budget` bytes in all, but at least one file."""
-    names = sorted(sizes)
-    random.Random(seed).shuffle(names)
-    chosen = names[:1]
-    for name in names[1:]:
-        if sum(sizes[each] for each in chosen) + sizes[name] <= budget:
+    chosen: list[str] = []
+    for name in random.Random(seed).sample(sorted(sizes), len(sizes)):
+        if not chosen or sizes[name] <= budget:
             chosen.append(name)
+            budget -= sizes[name]
     return chosen
 
 
-def check_data(found: Sequence[tuple[int, PreparedData]], hosts: Sequence[str]) -> Finding:
-    """Check that every host reads the same undamaged data; `found` has a rank of each host and what it measured."""
-    bad = [(rank, data) for rank, data in found if data.error]
-    if len(bad) == len(found):
-        return Finding("data", "FAIL", bad[0][1].error)
-    if bad:
-        return unhealthy("data", [rank for rank, _ in bad], hosts, bad[0][1].error)
-    minority, _ = find_minority([data.contents for _, data in found])
-    if minority:
-        ranks = [found[index][0] for index in minority]
-        return unhealthy("data", ranks, hosts, "it holds other data", "copy the same data there")
-    checked, total = found[0][1].checked_bytes, found[0][1].total_bytes
+def check_data(found: Mapping[int, PreparedData], hosts: Sequence[str]) -> Finding:
+    """Check that every host reads the same undamaged data; `found` has what a rank of each host measured, by rank."""
+    ranks, seen = list(found), list(found.values())
+    if bad := [rank for rank, data in found.items() if data.error]:
+        error = found[bad[0]].error
+        return Finding("data", "FAIL", error) if bad == ranks else unhealthy("data", bad, hosts, error)
+    if minority := find_minority([data.contents for data in seen])[0]:
+        others = [ranks[index] for index in minority]
+        return unhealthy("data", others, hosts, "it holds other data", "copy the same data there")
+    _, checked, total, _ = seen[0]
     share = f"{format_quantity(checked, 'B')} of" if checked < total else "all"
     which = "each" if len(found) > 1 else "the"
     measured = f"{share} {format_quantity(total, 'B')} checksummed on {which} host, one tokenizer"
@@ -273,7 +258,7 @@ def check_resume(config: RunConfig) -> Finding:
     found = checkpoints(config.run_dir)
     if not found:
         return Finding("resume", "ok", f"no checkpoint in {config.run_dir}: the run starts at step 0")
-    newest: Path = found[-1]
+    newest = found[-1]
     try:
         step = read_train_state(newest).step
         theirs = Tokenizer.from_folder(newest).sha256

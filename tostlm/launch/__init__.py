@@ -1,15 +1,6 @@
 """Starting, identifying and ending the processes of a run."""
 
 from tostlm.launch.environment import EXIT_REPORT, RankInfo, exit_rank, export_rendezvous, rank_from_environment
-from tostlm.launch.local import end_with_parent, rank_env, run_local
+from tostlm.launch.local import run_local
 
-__all__ = [
-    "EXIT_REPORT",
-    "RankInfo",
-    "end_with_parent",
-    "exit_rank",
-    "export_rendezvous",
-    "rank_env",
-    "rank_from_environment",
-    "run_local",
-]
+__all__ = ["EXIT_REPORT", "RankInfo", "exit_rank", "export_rendezvous", "rank_from_environment", "run_local"]

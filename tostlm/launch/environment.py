@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from tostlm.errors import UserError
+from tostlm.files import write_atomically
 
 FIRST_PORT, PORTS = 20000, 12000  # rendezvous ports of Slurm jobs, below the range that Linux assigns by itself
 EXIT_REPORT = "TOSTLM_EXIT_REPORT"  # environment variable: the file in which the first failing rank reports its code
@@ -33,14 +34,13 @@ def rank_from_environment(environment: Mapping[str, str]) -> RankInfo | None:
         UserError: the environment's values are no valid rank.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        rank, local, world_size = (environment.get(key, "0") for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+        keys = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     # A step of one task may be a shell (srun --pty bash), unless it belongs to one of our jobs.
     elif int(environment.get("SLURM_STEP_NUM_TASKS", "0")) > (0 if EXIT_REPORT in environment else 1):
-        rank, local, world_size = (
-            environment.get(key, "0") for key in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
-        )
+        keys = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
     else:
         return None
+    rank, local, world_size = (environment.get(key, "0") for key in keys)
     try:
         info = RankInfo(int(rank), int(local), int(world_size))
     except ValueError:
@@ -57,10 +57,10 @@ def export_rendezvous(rank: RankInfo, environment: MutableMapping[str, str] = os
         UserError: the rendezvous address or port is unknown.
     """
     environment.update(RANK=str(rank.rank), LOCAL_RANK=str(rank.local_rank), WORLD_SIZE=str(rank.world_size))
-    if "MASTER_ADDR" not in environment and "SLURM_STEP_NODELIST" in environment:
-        environment["MASTER_ADDR"] = first_node(environment["SLURM_STEP_NODELIST"])
-    if "MASTER_PORT" not in environment and "SLURM_JOB_ID" in environment:
-        environment["MASTER_PORT"] = str(FIRST_PORT + int(environment["SLURM_JOB_ID"]) % PORTS)
+    if nodes := environment.get("SLURM_STEP_NODELIST"):
+        environment.setdefault("MASTER_ADDR", first_node(nodes))
+    if job := environment.get("SLURM_JOB_ID"):
+        environment.setdefault("MASTER_PORT", str(FIRST_PORT + int(job) % PORTS))
     for key in ("MASTER_ADDR", "MASTER_PORT"):
         if key not in environment:
             raise UserError(f"RANK is set and {key} is not; export the address and a free port of rank 0's node")
@@ -75,28 +75,17 @@ def first_node(node_list: str) -> str:
 def exit_rank(code: int, silent: bool = False) -> NoReturn:
     """End this rank at once, and report a failure in the file that `EXIT_REPORT` names.
 
-    Only the first rank's report counts: later ones usually only fail because they lost that rank.
-    The interpreter's own shutdown is skipped, as torch's gloo threads sometimes abort the process during it.
-
-    Args:
-        code: the exit code.
-        silent: another rank reports the error; give it time to report first.
+    Only the first rank's report counts: later ones usually only fail because they lost that rank. A `silent` rank gives
+    the one that reports the error time to be first. The interpreter's own shutdown is skipped, as torch's gloo threads
+    sometimes abort the process during it.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     if code and EXIT_REPORT in os.environ:
-        _report_exit(Path(os.environ[EXIT_REPORT]), code, silent)
+        report, deadline = Path(os.environ[EXIT_REPORT]), time.monotonic() + REPORT_SECONDS
+        while silent and not report.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        with suppress(OSError):  # a full disk
+            write_atomically(report, f"{rank} {code}\n", durable=False, overwrite=False)
     os._exit(code)
-
-
-def _report_exit(file: Path, code: int, silent: bool) -> None:
-    deadline = time.monotonic() + REPORT_SECONDS
-    while silent and not file.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    own = file.with_name(f"{file.name}-{rank}")
-    with suppress(OSError):  # a full disk, or another rank was first
-        own.write_text(f"{rank} {code}\n")
-        os.link(own, file)
-    with suppress(OSError):
-        own.unlink()

@@ -18,9 +18,6 @@ from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE, EXIT_USER_ERROR
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 2.0  # for ranks that have lost another rank to name it
 
-Children = Sequence["Popen[bytes]"]
-ExitCodes = Sequence[int | None]
-
 
 def run_local(arguments: Sequence[str], processes: int) -> int:
     """Run `python -m tostlm ARGUMENTS` once per rank and return the exit code of the run.
@@ -55,45 +52,33 @@ def run_local(arguments: Sequence[str], processes: int) -> int:
         return _wait(children, received)
 
 
-def _wait(children: Children, received: Sequence[int]) -> int:
-    """Wait until all ranks have succeeded or one has failed, and return the exit code of the run."""
-    while True:
-        codes = [child.poll() for child in children]
-        if any(map(_failed, codes)):
-            time.sleep(POLL_SECONDS)  # a failing rank takes others with it: see all of the first ones
-            first = [child.poll() for child in children]
-            _end_all(children)
-            return _combine_exit_codes(first, [child.returncode for child in children], received)
-        if None not in codes:
-            return max(code or 0 for code in codes)
-        time.sleep(POLL_SECONDS)
+def _wait(children: Sequence[Popen[bytes]], received: Sequence[int]) -> int:
+    """Wait until all ranks have succeeded or one has failed, and return the exit code of the run.
 
-
-def _failed(code: int | None) -> bool:
-    return code not in (None, 0, EXIT_REQUEUE)
-
-
-def _combine_exit_codes(first: ExitCodes, last: ExitCodes, received: Sequence[int]) -> int:
-    """Return the exit code of a run with failed ranks: a signal's counts before a user error's before a bug's.
-
-    EXIT_LOST_RANK counts only if no rank has another code: those ranks merely lost the one that failed.
-
-    Args:
-        first: exit codes soon after the first failure; None for ranks still running.
-        last: exit codes of all ranks.
-        received: signals that were forwarded to the ranks.
+    Of several failures a signal's counts before a user error's before a bug's. EXIT_LOST_RANK counts only if no rank
+    has another code: those ranks merely lost the one that failed. `received` holds the signals that were forwarded.
     """
-    rank, code = min(
-        ((rank, code) for rank, code in enumerate(first) if code and _failed(code)),
-        key=lambda ended: (ended[1] > 0, ended[1] != EXIT_USER_ERROR, ended[1] == EXIT_LOST_RANK),
-    )
+    while any(child.poll() is None for child in children) and not _failures(children):
+        time.sleep(POLL_SECONDS)
+    if not _failures(children):
+        return max(child.returncode for child in children)
+    time.sleep(POLL_SECONDS)  # a failing rank takes others with it: see all of the first ones
+    first = _failures(children)
+    _end_all(children)
+    code, rank = min(first, key=lambda ended: (ended[0] > 0, ended[0] != EXIT_USER_ERROR, ended[0] == EXIT_LOST_RANK))
     if code > 0:
         return code
     if -code in received:  # before training handles the signal, when there is nothing to save
         return EXIT_REQUEUE
-    if EXIT_LOST_RANK not in last:  # otherwise a rank has already named the lost one and its host
+    if all(child.returncode != EXIT_LOST_RANK for child in children):  # otherwise one has named the lost rank and host
         print(f"tostlm: rank {rank} was ended by signal {-code}; run the same command to continue", file=sys.stderr)
     return EXIT_LOST_RANK
+
+
+def _failures(children: Sequence[Popen[bytes]]) -> list[tuple[int, int]]:
+    """Return the exit code and the rank of each rank that has failed so far."""
+    codes = ((child.poll(), rank) for rank, child in enumerate(children))
+    return [(code, rank) for code, rank in codes if code not in (None, 0, EXIT_REQUEUE)]
 
 
 def end_with_parent(number: int = signal.SIGTERM) -> None:
@@ -112,7 +97,7 @@ def rank_env(processes: int) -> list[dict[str, str]]:
     return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
-def _end_all(children: Children) -> None:
+def _end_all(children: Sequence[Popen[bytes]]) -> None:
     """Wait until the ranks end by themselves, then kill those that are stuck. SIGTERM would only ask them to save."""
     deadline = time.monotonic() + GRACE_SECONDS
     for child in children:
