@@ -161,11 +161,7 @@ def read_state(checkpoint: Path, elements: Mapping[str, range]) -> Iterator[tupl
 
 
 def _read_elements(stored: Any, wanted: range) -> Tensor:
-    """Read consecutive elements of a flattened tensor by the rows of its first dimension.
-
-    Args:
-        stored: a tensor in a file, safetensors' untyped `PySafeSlice`.
-    """
+    """Read elements of a flattened tensor by its rows; `stored` is safetensors' untyped `PySafeSlice`."""
     shape = stored.get_shape()
     row = max(1, math.prod(shape[1:]))  # elements
     first, end = wanted.start // row, -(-wanted.stop // row)
@@ -180,10 +176,7 @@ def read_recurrent_state(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
-    """Load a model for evaluation or conversion. Nothing is unpickled.
-
-    Args:
-        path: a checkpoint, or the folder of a run, whose newest checkpoint is loaded.
+    """Load a checkpoint, or the newest one of a run's folder, for evaluation or conversion. Nothing is unpickled.
 
     Raises:
         UserError: there is no checkpoint, or it is damaged.

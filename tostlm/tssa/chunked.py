@@ -31,9 +31,11 @@ def forward(inputs: Inputs, state: State) -> tuple[Tensor, State, Saved]:
     Pi = torch.empty(B, T, H, dtype=compute, device=w.device)
     n = torch.empty_like(Pi)
     s, m, c = state.energy.view(B, H, D), state.weighted.view(B, H, D), state.mass.view(B, H, 1)
-    chunk_states: list[tuple[Tensor, Tensor, Tensor]] = []
-    for block in blocks(T):
-        chunk_states.append((s, c, m))
+    chunks = list(blocks(T))
+    chunk_states = State(*(x.new_empty(B, len(chunks), x.shape[1]) for x in state))
+    for k, block in enumerate(chunks):
+        for before_chunks, carry in zip(chunk_states, (s, c, m), strict=True):
+            before_chunks[:, k] = carry.flatten(1)
         a = None if decays is None else decays[:, block].contiguous()
         x = w[:, block].to(compute).unflatten(-1, (H, D))
         square = x * x
@@ -41,7 +43,7 @@ def forward(inputs: Inputs, state: State) -> tuple[Tensor, State, Saved]:
         s = scan(running, a, s)
         n_block = (square / running.clamp_min_(EPS)).sum(-1)  # [B, t, H]
         if bias is not None:
-            n_block += D * (bias[block] if bias.dim() == 2 else bias[:, block])
+            n_block += D * bias[..., block, :]
         Pi_block = torch.softmax(temp * n_block, dim=-1)
         running = square.mul_(Pi_block[..., None])
         m = scan(running, a, m)
@@ -52,12 +54,7 @@ def forward(inputs: Inputs, state: State) -> tuple[Tensor, State, Saved]:
         y[:, block] = gate.mul_(x).mul_(-Pi_block[..., None]).flatten(2)
         Pi[:, block], n[:, block] = Pi_block, n_block
 
-    def stacked(which: int, like: Tensor) -> Tensor:
-        saved = [states[which].reshape(like.shape) for states in chunk_states]
-        return torch.stack(saved, 1) if saved else like.new_empty(B, 0, like.shape[1])
-
-    after = [last.reshape(like.shape).clone() for last, like in zip((s, c, m), state, strict=True)]
-    return y, State(*after), Saved(Pi, n, State(*(stacked(which, like) for which, like in enumerate(state))))
+    return y, State(*(x.flatten(1).clone() for x in (s, c, m))), Saved(Pi, n, chunk_states)
 
 
 class _Block(NamedTuple):
@@ -115,7 +112,7 @@ def state_grads(inputs: Inputs, saved: Saved, grad_y: Tensor) -> tuple[Tensor, T
     for _, block in _replay(inputs, saved, reverse=True):
         *_, dm, dc = _gate_grads(block, grad_y)
         M, Cm = reverse_scan(dm, block.a, M), reverse_scan(dc, block.a, Cm)
-    return Cm.reshape(B, H), M.reshape(B, H * D)
+    return Cm.flatten(1), M.flatten(1)
 
 
 def backward(inputs: Inputs, saved: Saved, grad_y: Tensor, grad_final_state: State, with_rho: bool) -> Grads:
@@ -162,8 +159,7 @@ def backward(inputs: Inputs, saved: Saved, grad_y: Tensor, grad_final_state: Sta
                 per_token = per_token.masked_fill(mask[:, tokens, None], 0.0)
             grad_rho += per_token.sum((0, 1))
 
-    initial = [x.reshape(like.shape).clone() for x, like in zip((S, Cm, M), grad_final_state, strict=True)]
-    return Grads(grad_w, grad_temp, grad_n, grad_rho, State(*initial))
+    return Grads(grad_w, grad_temp, grad_n, grad_rho, State(*(x.flatten(1).clone() for x in (S, Cm, M))))
 
 
 def blocks(T: int) -> Iterator[slice]:
