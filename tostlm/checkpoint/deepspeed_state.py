@@ -105,7 +105,8 @@ def state_elements(engine: DeepSpeedEngine) -> dict[str, range]:
 def gather_state(engine: DeepSpeedEngine, rank_of: Mapping[str, int]) -> dict[str, Tensor]:
     """Return host copies, by NAME/KIND, of the states of the parameters whose `rank_of` is this rank.
 
-    They are in fp32 and have the parameters' shapes. Every rank must call this. Besides the result, a rank holds one full tensor at a time.
+    They are in fp32 and have the parameters' shapes. Every rank must call this, and holds one more full tensor at a
+    time.
     """
     gathered = {}
     partitioned = engine.zero_optimization()
@@ -127,9 +128,8 @@ def gather_state(engine: DeepSpeedEngine, rank_of: Mapping[str, int]) -> dict[st
 def restore_state(engine: DeepSpeedEngine, fragments: Iterable[tuple[str, Tensor]], optimizer_steps: int) -> None:
     """Write a training state into the engine. Every rank must call this.
 
-    Args:
-        fragments: of each tensor NAME/KIND, flattened, the elements that `state_elements` returns on this rank.
-        optimizer_steps: the number of updates that Adam's bias correction counts.
+    `fragments` are, of each flattened tensor NAME/KIND, the elements that `state_elements` returns on this rank;
+    `optimizer_steps` are the updates that Adam's bias correction counts.
     """
     parameters = dict(engine.module.named_parameters())
     if stage3 := _stage3(engine):

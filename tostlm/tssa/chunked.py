@@ -70,11 +70,11 @@ class _Block(NamedTuple):
     gate: Tensor  # [B, t, H, D]
 
 
-def _replay(inputs: Inputs, saved: Saved, reverse: bool) -> Iterator[tuple[int, _Block]]:
+def _replay(inputs: Inputs, saved: Saved) -> Iterator[tuple[int, _Block]]:
+    """Yield the blocks' numbers and contents, the last block first."""
     B, T, H, D = inputs.sizes
     decays = inputs.decays(saved.Pi.dtype)
-    order = list(enumerate(blocks(T)))
-    for k, block in reversed(order) if reverse else order:
+    for k, block in reversed(list(enumerate(blocks(T)))):
         a = None if decays is None else decays[:, block].contiguous()
         x = inputs.w[:, block].to(saved.Pi.dtype).unflatten(-1, (H, D))
         P = saved.Pi[:, block, :, None]
@@ -99,7 +99,7 @@ def _gate_grads(block: _Block, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor, 
 def outputs(inputs: Inputs, saved: Saved) -> Tensor:
     """See `Backend`."""
     y = torch.empty_like(inputs.w, memory_format=torch.contiguous_format)
-    for _, block in _replay(inputs, saved, reverse=False):
+    for _, block in _replay(inputs, saved):
         y[:, block.tokens] = block.gate.mul_(block.x).mul_(-block.P).flatten(2)
     return y
 
@@ -109,7 +109,7 @@ def state_grads(inputs: Inputs, saved: Saved, grad_y: Tensor) -> tuple[Tensor, T
     B, _, H, D = inputs.sizes
     M = torch.zeros(B, H, D, dtype=torch.float64, device=inputs.w.device)
     Cm = M.new_zeros(B, H, 1)
-    for _, block in _replay(inputs, saved, reverse=True):
+    for _, block in _replay(inputs, saved):
         *_, dm, dc = _gate_grads(block, grad_y)
         M, Cm = reverse_scan(dm, block.a, M), reverse_scan(dc, block.a, Cm)
     return Cm.flatten(1), M.flatten(1)
@@ -126,7 +126,7 @@ def backward(inputs: Inputs, saved: Saved, grad_y: Tensor, grad_final_state: Sta
     grad_temp, grad_rho = (torch.zeros(H, dtype=compute, device=w.device) for _ in range(2))
     S, M = (x.view(B, H, D) for x in (grad_final_state.energy, grad_final_state.weighted))
     Cm = grad_final_state.mass.view(B, H, 1)
-    for k, block in _replay(inputs, saved, reverse=True):
+    for k, block in _replay(inputs, saved):
         tokens, a, x, P, m, c, _, _ = block
         square = x * x
         gated, v, dm, dc = _gate_grads(block, grad_y)

@@ -30,7 +30,6 @@ FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
 )
-DESCRIBE = ("-march=native", "-E", "-v", "-xc++", os.devnull)
 WIDEST_HEAD = 256
 # The functions' arguments after those that all have.
 FUNCTIONS: dict[str, list[type]] = {
@@ -139,7 +138,8 @@ def _built(head_width: int) -> Path:
     defines = {"HEAD_WIDTH": head_width, "CHUNK": CHUNK, "EPS": f"{EPS}f", "EPS_MASS": f"{EPS_MASS}f"}
     command = [*compiler, *FLAGS, *(f"-D{name}={value}" for name, value in defines.items()), str(folder / SOURCES[0])]
     # On its stderr the compiler says its version, and what -march=native stands for on this processor.
-    about = subprocess.run([*compiler, *DESCRIBE], capture_output=True, text=True, check=True).stderr
+    describe = [*compiler, "-march=native", "-E", "-v", "-xc++", os.devnull]
+    about = subprocess.run(describe, capture_output=True, text=True, check=True).stderr
     parts = [*((folder / name).read_text() for name in SOURCES), *command, about]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("TOSTLM_CACHE") or Path.home() / ".cache" / "tostlm")

@@ -19,14 +19,11 @@ OPERATOR_FLOPS = 12  # per channel and token, forward: the elementwise steps of 
 
 @dataclass(frozen=True)
 class TSSAOptions(MixerOptions):
-    """Options of TSSA.
-
-    Attributes:
-        halflife_tokens: half-lives in tokens of the running sums of the first head and of the last, geometric between;
-            None never forgets, which is the paper's operator.
-    """
+    """Options of TSSA."""
 
     mixer: Literal["tssa"] = "tssa"
+    # Half-lives of the running sums of the first head and of the last, geometric between; None never forgets, which is
+    # the paper's operator.
     halflife_tokens: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
