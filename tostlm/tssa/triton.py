@@ -71,7 +71,7 @@ class _Launcher:
         self.launch(kernel, (self.B * self.N,), **self._shared, temp=self.inputs.temp, HP=self.HP, **own)
 
     def carry(self, channels: Sequence[Tensor], mass: Sequence[Tensor | None] = (None,) * 4, *, reverse: bool) -> None:
-        """Chain the chunks of one of the scans: sums, incoming, first and last of its channels, and of its mass if any."""
+        """Chain the chunks of a scan: sums, incoming, first and last of its channels, and of its mass if it has one."""
         programs = triton.cdiv(self.D, CARRY_CHANNELS) + (mass[0] is not None)
         self.launch(
             triton_forward.carry_kernel, (self.B * self.H, programs), *channels, *mass, self.products,
