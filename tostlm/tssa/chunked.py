@@ -32,7 +32,7 @@ def forward(inputs: Inputs, state: State) -> tuple[Tensor, State, Saved]:
     n = torch.empty_like(Pi)
     s, m, c = state.energy.view(B, H, D), state.weighted.view(B, H, D), state.mass.view(B, H, 1)
     chunks = list(blocks(T))
-    chunk_states = State(*(x.new_empty(B, len(chunks), x.shape[1]) for x in state))
+    chunk_states = State(*(x.new_empty(B, len(chunks), x.shape[1], dtype=torch.float64) for x in state))
     for k, block in enumerate(chunks):
         for before_chunks, carry in zip(chunk_states, (s, c, m), strict=True):
             before_chunks[:, k] = carry.flatten(1)
