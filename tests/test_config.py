@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, Run, fail, succeed, tostlm
-from tostlm.config import DEEPSPEED_KEYS, OnResume, RunConfig, Section, batch_plan, dump_config, fixed_keys, load_config
+from tostlm.config import RunConfig, batch_plan, dump_config, fixed_keys, load_config
+from tostlm.config.sections import DEEPSPEED_KEYS, OnResume, Section
 from tostlm.errors import UserError
 from tostlm.model import count_parameters
 from tostlm.train.engine import deepspeed_dict

@@ -27,9 +27,11 @@ LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  
 
 
 class DeepSpeedOptimizer(Protocol):
-    """What every optimizer around which DeepSpeed builds an engine has, whatever the ZeRO stage."""
+    """The part that is used here of the optimizers around which DeepSpeed builds an engine."""
 
     param_groups: list[dict[str, Any]]
+
+    def update_lp_params(self) -> None: ...  # at ZeRO stages 1 and 2 alone
 
 
 class Stage3Optimizer(DeepSpeedOptimizer, Protocol):
@@ -43,12 +45,6 @@ class Stage3Optimizer(DeepSpeedOptimizer, Protocol):
     def checkpoint_event_prologue(self) -> None: ...
     def checkpoint_event_epilogue(self) -> None: ...
     def _reassign_or_swap_out_partitioned_parameters(self, sub_group_id: int) -> None: ...
-
-
-class Stage1And2Optimizer(DeepSpeedOptimizer, Protocol):
-    """The part of DeepSpeed's `DeepSpeedZeroOptimizer` and `BF16_Optimizer` that is used here."""
-
-    def update_lp_params(self) -> None: ...
 
 
 class DeepSpeedEngine(Protocol):
@@ -107,15 +103,10 @@ def state_elements(engine: DeepSpeedEngine) -> dict[str, range]:
 
 @torch.no_grad()
 def gather_state(engine: DeepSpeedEngine, rank_of: Mapping[str, int]) -> dict[str, Tensor]:
-    """Return host copies of the state of the parameters assigned to this rank. Every rank must call this.
+    """Return host copies, by NAME/KIND, of the states of the parameters whose `rank_of` is this rank.
 
-    Besides these, a rank holds one full tensor at a time.
-
-    Args:
-        rank_of: the rank to which each parameter is assigned, by name.
-
-    Returns:
-        NAME/KIND: fp32 tensors in the parameters' shapes.
+    They are in fp32 and have the parameters' shapes. Every rank must call this, and holds one more full tensor at a
+    time.
     """
     gathered = {}
     partitioned = engine.zero_optimization()
@@ -137,9 +128,8 @@ def gather_state(engine: DeepSpeedEngine, rank_of: Mapping[str, int]) -> dict[st
 def restore_state(engine: DeepSpeedEngine, fragments: Iterable[tuple[str, Tensor]], optimizer_steps: int) -> None:
     """Write a training state into the engine. Every rank must call this.
 
-    Args:
-        fragments: of each tensor NAME/KIND, flattened, the elements that `state_elements` returns on this rank.
-        optimizer_steps: the number of updates that Adam's bias correction counts.
+    `fragments` are, of each flattened tensor NAME/KIND, the elements that `state_elements` returns on this rank;
+    `optimizer_steps` are the updates that Adam's bias correction counts.
     """
     parameters = dict(engine.module.named_parameters())
     if stage3 := _stage3(engine):
@@ -151,7 +141,15 @@ def restore_state(engine: DeepSpeedEngine, fragments: Iterable[tuple[str, Tensor
         state = _adam_state(engine, owner)
         step = state["step"]  # DeepSpeed's CPU Adam counts in an int, torch's in a tensor
         state["step"] = torch.full_like(step, optimizer_steps) if isinstance(step, Tensor) else optimizer_steps
-    _copy_masters_to_model(engine)
+    if stage3:
+        for group in range(len(stage3.fp16_groups)):
+            stage3._reassign_or_swap_out_partitioned_parameters(group)
+        stage3.checkpoint_event_epilogue()
+    elif engine.zero_optimization():
+        engine.optimizer.update_lp_params()
+    else:
+        for parameter, master in _master_copies(engine):
+            parameter.copy_(master)
 
 
 def optimizer_steps(engine: DeepSpeedEngine) -> int:
@@ -248,18 +246,6 @@ def _adam_state(engine: DeepSpeedEngine, owner: Tensor) -> dict[str, Any]:
         for kind in KINDS[1:]:
             state[kind] = torch.zeros_like(owner, requires_grad=False)
     return state
-
-
-def _copy_masters_to_model(engine: DeepSpeedEngine) -> None:
-    if stage3 := _stage3(engine):
-        for group in range(len(stage3.fp16_groups)):
-            stage3._reassign_or_swap_out_partitioned_parameters(group)
-        stage3.checkpoint_event_epilogue()
-    elif engine.zero_optimization():
-        cast(Stage1And2Optimizer, engine.optimizer).update_lp_params()
-    else:
-        for parameter, master in _master_copies(engine):
-            parameter.copy_(master)
 
 
 def _grad_scaler(engine: DeepSpeedEngine) -> torch.amp.GradScaler | None:

@@ -64,10 +64,6 @@ class TrainState(NamedTuple):
             step=self.step + 1, data_step=self.data_step + 1, skipped_steps=self.skipped_steps + skipped
         )
 
-    def evaluated(self, validation_loss: float) -> TrainState:
-        """Return the state after an evaluation with this mean loss in nats."""
-        return self._replace(validation_loss=validation_loss)
-
 
 class Checkpoint(NamedTuple):
     """A trained model and everything needed to use it."""
@@ -133,14 +129,11 @@ def read_train_state(checkpoint: Path) -> TrainState:
 
 
 def read_state(checkpoint: Path, elements: Mapping[str, range]) -> Iterator[tuple[str, Tensor]]:
-    """Read tensors of the training state, one at a time, or a part of each: no more than the rows that hold it.
+    """Yield elements of the training state's tensors in fp32, reading no more than the rows that hold them.
 
     Args:
         elements: what to read of each flattened tensor NAME/KIND, such as "embed.weight/exp_avg". Tensors of which
             nothing is read must exist too.
-
-    Yields:
-        NAME/KIND and a tensor [elements] in fp32.
 
     Raises:
         UserError: a file is damaged, or a tensor is missing.
@@ -161,11 +154,7 @@ def read_state(checkpoint: Path, elements: Mapping[str, range]) -> Iterator[tupl
 
 
 def _read_elements(stored: Any, wanted: range) -> Tensor:
-    """Read consecutive elements of a flattened tensor by the rows of its first dimension.
-
-    Args:
-        stored: a tensor in a file, safetensors' untyped `PySafeSlice`.
-    """
+    """Read elements of a flattened tensor by its rows; `stored` is safetensors' untyped `PySafeSlice`."""
     shape = stored.get_shape()
     row = max(1, math.prod(shape[1:]))  # elements
     first, end = wanted.start // row, -(-wanted.stop // row)
@@ -180,10 +169,7 @@ def read_recurrent_state(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
-    """Load a model for evaluation or conversion. Nothing is unpickled.
-
-    Args:
-        path: a checkpoint, or the folder of a run, whose newest checkpoint is loaded.
+    """Load a checkpoint, or the newest one of a run's folder, for evaluation or conversion. Nothing is unpickled.
 
     Raises:
         UserError: there is no checkpoint, or it is damaged.

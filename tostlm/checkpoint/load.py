@@ -130,10 +130,7 @@ def _fixed_on_resume(config: RunConfig) -> dict[str, Any]:
 
 
 def resume(engine: DeepSpeedEngine, checkpoint: Path) -> TrainState:
-    """Load a checkpoint into the engine, whatever ranks and ZeRO stage wrote it. Every rank must call this.
-
-    Returns:
-        The progress of the run.
+    """Load a checkpoint of any ranks and ZeRO stage, and return the run's progress. Every rank must call this.
 
     Raises:
         UserError: this rank does not see the checkpoint, or cannot read it.

@@ -81,7 +81,6 @@ class CheckpointSaver:
         """Save a checkpoint, in the background unless `train.save_in_background` is off.
 
         Args:
-            train_state: the progress of the run.
             recurrent_state: tensors on the host, which must not change later; rank 0 saves its own.
 
         Raises:

@@ -30,11 +30,7 @@ Checksum = dict[str, int | str]  # bytes, sha256
 
 
 def assign_files(sizes: Mapping[str, int], world_size: int) -> list[list[list[str]]]:
-    """Return the parameters of each file of each rank, balanced over the ranks and in files of about `FILE_BYTES`.
-
-    Args:
-        sizes: bytes of each parameter's state, by name.
-    """
+    """Return the parameters of each file of each rank: balanced by `sizes` in bytes, in files of about `FILE_BYTES`."""
     shares = [{name: sizes[name] for name in names} for names in _balance(sizes, world_size)]
     return [_balance(share, min(len(share), -(-sum(share.values()) // FILE_BYTES))) for share in shares]
 

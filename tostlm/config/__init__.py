@@ -2,12 +2,8 @@
 
 from tostlm.config.files import dump_config, find_config, load_config, shipped_configs
 from tostlm.config.sections import (
-    DEEPSPEED_KEYS,
     BatchPlan,
-    DataConfig,
-    OnResume,
     RunConfig,
-    Section,
     TrainConfig,
     batch_plan,
     fixed_keys,
@@ -15,12 +11,8 @@ from tostlm.config.sections import (
 )
 
 __all__ = [
-    "DEEPSPEED_KEYS",
     "BatchPlan",
-    "DataConfig",
-    "OnResume",
     "RunConfig",
-    "Section",
     "TrainConfig",
     "batch_plan",
     "dump_config",

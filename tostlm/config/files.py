@@ -148,17 +148,11 @@ FOLDER = Path(str(files("tostlm"))) / "configs"  # in a checkout a link to confi
 
 
 class ShippedConfig(NamedTuple):
-    """A config of the package.
+    """A config of the package."""
 
-    Attributes:
-        name: what commands take for it, as in `tostlm train NAME`.
-        path: its YAML file.
-        summary: the first line of the comment that the file begins with.
-    """
-
-    name: str
+    name: str  # what commands take for it, as in `tostlm train NAME`
     path: Path
-    summary: str
+    summary: str  # the first line of the comment that the file begins with
 
 
 def shipped_configs() -> list[ShippedConfig]:
@@ -170,10 +164,7 @@ def shipped_configs() -> list[ShippedConfig]:
 
 
 def find_config(path: Path) -> Path:
-    """Return the file that a command's CONFIG argument means.
-
-    Args:
-        path: a file, which wins where it exists, or the name of a shipped config.
+    """Return the file that a command's CONFIG argument means: a file itself, or a shipped config by its name.
 
     Raises:
         UserError: it is neither.

@@ -1,16 +1,10 @@
 """Language models: ToST, GPT-2 and hybrids, with a token mixer per layer."""
 
-from tostlm.model.build import (
-    count_parameters,
-    create_lm,
-    parameter_groups,
-    state_bytes,
-    training_flops_per_token,
-)
+from tostlm.model.build import count_parameters, create_lm, parameter_groups, training_flops_per_token
 from tostlm.model.config import MixerOptions, ModelConfig
 from tostlm.model.lm import LM, LMState, state_tensors
 from tostlm.model.loss import IGNORE
-from tostlm.model.mixers.base import MIXERS, Mixer, options_from_dict
+from tostlm.model.mixers.base import MIXERS, Mixer
 
 __all__ = [
     "IGNORE",
@@ -22,9 +16,7 @@ __all__ = [
     "ModelConfig",
     "count_parameters",
     "create_lm",
-    "options_from_dict",
     "parameter_groups",
-    "state_bytes",
     "state_tensors",
     "training_flops_per_token",
 ]

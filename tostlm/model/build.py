@@ -25,15 +25,7 @@ def create_lm(config: ModelConfig, seed: int) -> LM:
 
 
 def parameter_groups(lm: LM, weight_decay: float) -> list[dict[str, Any]]:
-    """Return optimizer groups: matrices and embeddings decay; norms, gains, and what mixers exempt do not.
-
-    Args:
-        lm: the model.
-        weight_decay: of the first group.
-
-    Returns:
-        Two groups in torch's form, named "decay" and "no_decay".
-    """
+    """Return torch's optimizer groups: "decay", and "no_decay" of norms, gains and what mixers exempt."""
     exempt = {
         id(parameter)
         for block in lm.blocks
@@ -64,11 +56,6 @@ def training_flops_per_token(config: ModelConfig, context: int) -> float:
     for block in _meta_lm(config).blocks:
         forward += block.mlp.flops_per_token() + block.mixer.flops_per_token(context)
     return 3 * forward
-
-
-def state_bytes(config: ModelConfig, context: int) -> int:
-    """Return the bytes that remembering one sequence of `context` tokens takes, in the dtype of fp32 weights."""
-    return sum(block.mixer.state_bytes(context) for block in _meta_lm(config).blocks)
 
 
 @functools.lru_cache(maxsize=16)

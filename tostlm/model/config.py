@@ -11,31 +11,17 @@ MAX_SIZE = 2**31 - 1  # of any dimension
 
 @dataclass(frozen=True)
 class MixerOptions:
-    """Options of a token mixer. Each mixer in `tostlm.model.mixers` subclasses this beside its module.
-
-    Attributes:
-        mixer: the mixer's name in a config; the subclass's default is the name it is registered under.
-    """
+    """Options of a token mixer. Each mixer in `tostlm.model.mixers` subclasses this beside its module."""
 
     # pydantic reads this where a config file is validated: an unknown key is an error.
     __pydantic_config__: ClassVar[dict[str, str | bool]] = {"extra": "forbid", "allow_inf_nan": False}
 
-    mixer: str = ""
+    mixer: str = ""  # its name in a config; the subclass's default is the name it is registered under
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of a causal LM: `depth` blocks of a token mixer and an MLP of four times the width, tied embeddings.
-
-    Attributes:
-        depth: number of blocks.
-        width: channels C of the residual stream.
-        heads: heads H of every mixer; they divide the width.
-        vocab_size: rows V of the embedding, at least the tokenizer's vocabulary.
-        positions: length of the learned position table (and of TSSA's membership bias per position), which is also
-            the longest context; None has neither, and the context is unbounded.
-        layers: the layer plan: options of the mixer of each block, repeated until `depth` blocks have one.
-        layer_scale: initial gain of every residual branch (LayerScale).
 
     Raises:
         ValueError: a size is out of range, the heads do not divide the width, or the layer plan is empty.
@@ -44,13 +30,13 @@ class ModelConfig:
     __pydantic_config__: ClassVar[dict[str, str | bool]] = {"extra": "forbid", "allow_inf_nan": False}
     init_std: ClassVar[float] = 0.02  # of normally distributed weights at initialization, as GPT-2
 
-    depth: int
-    width: int
-    heads: int
-    vocab_size: int
-    positions: int | None
-    layers: tuple[MixerOptions, ...]
-    layer_scale: float = 1e-5
+    depth: int  # blocks
+    width: int  # channels C of the residual stream
+    heads: int  # H of every mixer; they divide the width
+    vocab_size: int  # rows V of the embedding, at least the tokenizer's vocabulary
+    positions: int | None  # rows of the position table and of TSSA's bias, the longest context; None is unbounded
+    layers: tuple[MixerOptions, ...]  # the layer plan: of each block's mixer, repeated until `depth` blocks have one
+    layer_scale: float = 1e-5  # initial gain of every residual branch (LayerScale)
 
     def __post_init__(self) -> None:
         for name in ("depth", "width", "heads", "vocab_size", "positions"):

@@ -5,7 +5,7 @@ Shapes: B sequences, T tokens, C channels, V rows of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tostlm.model.config import MixerOptions, ModelConfig
 from tostlm.model.loss import mean_cross_entropy
-from tostlm.model.mixers.base import MixerState, create_mixer, map_state
+from tostlm.model.mixers.base import MIXERS, MixerState
 from tostlm.model.positions import SequencePositions
 from tostlm.shapes import Float, Int
 
@@ -34,14 +34,15 @@ class LMState(NamedTuple):
 
     def select(self, rows: Int[Tensor, " rows"]) -> LMState:
         """Return the states of the sequences `rows` [B'], as beam search reorders and repeats them."""
-        layers = tuple(map_state(lambda x: x.index_select(0, rows), layer) for layer in self.layers)
-        document_start = None if self.document_start is None else self.document_start.index_select(0, rows)
-        return LMState(self.tokens, layers, document_start)
+        return self._map(lambda x: x.index_select(0, rows))
 
     def detach(self) -> LMState:
         """Return the same numbers without their autograd history, as truncated backpropagation through time needs."""
-        layers = tuple(map_state(torch.Tensor.detach, layer) for layer in self.layers)
-        return LMState(self.tokens, layers, self.document_start)
+        return self._map(Tensor.detach)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> LMState:
+        layers = tuple(type(layer)(*map(function, layer)) for layer in self.layers)
+        return LMState(self.tokens, layers, None if self.document_start is None else function(self.document_start))
 
     @property
     def nbytes(self) -> int:
@@ -57,7 +58,7 @@ class Block(nn.Module):
         super().__init__()
         self.config = config
         self.norm_mixer = nn.LayerNorm(config.width, bias=False)
-        self.mixer = create_mixer(config, options)
+        self.mixer = MIXERS[options.mixer](config, options)
         self.scale_mixer = nn.Parameter(torch.empty(config.width))
         self.norm_mlp = nn.LayerNorm(config.width, bias=False)
         self.mlp = MLP(config)

@@ -23,10 +23,8 @@ def mean_cross_entropy(
 ) -> Float[Tensor, ""]:
     """Return the mean cross-entropy in nats of predicting targets by softmax(x weight^T), in fp32 or wider.
 
-    Args:
-        x: [..., C], the normalized residual stream.
-        weight: [V, C], the output projection.
-        targets: [...] int64; `IGNORE` where nothing is scored.
+    x [..., C] is the normalized residual stream, weight [V, C] the output projection, and targets [...] are int64,
+    `IGNORE` where nothing is scored.
     """
     scored = (targets != IGNORE).sum().clamp_min(1)
     learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)

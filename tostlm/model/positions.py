@@ -41,16 +41,12 @@ class SequencePositions(NamedTuple):
         with_attention_mask: bool,
         group: dist.ProcessGroup | None = None,
     ) -> SequencePositions:
-        """Build the positions of a call.
+        """Build the positions of this rank's tokens after `past` tokens of the context. All ranks of a group must call.
 
         Args:
-            tokens: [B, T], of this rank.
-            past: tokens of the context before this call.
             document_start: [B, 1], number of the first token of the document each sequence is in after `past` tokens;
                 None where no document has started since token 0.
-            document_start_mask: [B, T] bool, True at the first token of each document; None where none starts.
             with_attention_mask: whether some mixer needs `attention_mask`.
-            group: the process group that shares the context; every rank must call.
         """
         T, device = tokens.shape[1], tokens.device
         rank, ranks = (0, 1) if group is None else (group.rank(), group.size())

@@ -145,7 +145,7 @@ def run_loop(
                 metrics.statistics(state.step, trainer.statistics(batch))
             if due(settings.eval_every_steps):
                 loss = trainer.evaluate()
-                state = state.evaluated(loss)
+                state = state._replace(validation_loss=loss)
                 metrics.validation(state.step, loss)
             if (due(settings.save_every_steps) or stopping) and (not result.bad or state.step == steps):
                 trainer.save(saver, state._replace(good_losses=spikes.good_losses))

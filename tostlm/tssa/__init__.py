@@ -111,18 +111,16 @@ def _check_shapes(inputs: Inputs, state: State | None) -> None:
     H = temp.numel()
     if temp.dim() != 1 or H == 0 or C % H:
         raise ValueError(f"temp has shape {tuple(temp.shape)}; it must be [heads], heads dividing {C} channels")
+    mask = inputs.document_start_mask
+    energy, mass, weighted = state or (None, None, None)
     expected: list[tuple[str, Tensor | None, list[tuple[int, ...]]]] = [
         ("bias", inputs.bias, [(T, H), (B, T, H)]),
         ("rho", inputs.rho, [(H,)]),
-        ("document_start_mask", inputs.document_start_mask, [(B, T)]),
+        ("document_start_mask", mask, [(B, T)]),
+        ("state.energy", energy, [(B, C)]),
+        ("state.mass", mass, [(B, H)]),
+        ("state.weighted", weighted, [(B, C)]),
     ]
-    if state is not None:
-        expected += [
-            ("state.energy", state.energy, [(B, C)]),
-            ("state.mass", state.mass, [(B, H)]),
-            ("state.weighted", state.weighted, [(B, C)]),
-        ]
-    mask = inputs.document_start_mask
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"document_start_mask is {mask.dtype}; it must be torch.bool")
     for name, tensor, shapes in expected:

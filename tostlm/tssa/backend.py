@@ -41,6 +41,18 @@ class Inputs(NamedTuple):
         mask = self.document_start_mask
         return decays if mask is None else decays.masked_fill(mask[..., None], 0.0)
 
+    def dense(self) -> Inputs:
+        """Return what compiled kernels read: the same numbers, contiguous, and all but w and the mask in fp32."""
+        w, temp, bias, rho, mask = self
+        bias, rho = (None if x is None else x.float().contiguous() for x in (bias, rho))
+        return Inputs(w.contiguous(), temp.float().contiguous(), bias, rho, None if mask is None else mask.contiguous())
+
+    @property
+    def bias_stride(self) -> int:
+        """How far the biases of two sequences are apart where they are dense; 0 where all sequences have one."""
+        _, T, H, _ = self.sizes
+        return T * H if self.bias is not None and self.bias.dim() == 3 else 0
+
 
 class Saved(NamedTuple):
     """What the backward pass needs of the forward pass beside the inputs."""

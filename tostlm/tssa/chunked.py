@@ -31,9 +31,11 @@ def forward(inputs: Inputs, state: State) -> tuple[Tensor, State, Saved]:
     Pi = torch.empty(B, T, H, dtype=compute, device=w.device)
     n = torch.empty_like(Pi)
     s, m, c = state.energy.view(B, H, D), state.weighted.view(B, H, D), state.mass.view(B, H, 1)
-    chunk_states: list[tuple[Tensor, Tensor, Tensor]] = []
-    for block in blocks(T):
-        chunk_states.append((s, c, m))
+    chunks = list(blocks(T))
+    chunk_states = State(*(x.new_empty(B, len(chunks), x.shape[1], dtype=torch.float64) for x in state))
+    for k, block in enumerate(chunks):
+        for before_chunks, carry in zip(chunk_states, (s, c, m), strict=True):
+            before_chunks[:, k] = carry.flatten(1)
         a = None if decays is None else decays[:, block].contiguous()
         x = w[:, block].to(compute).unflatten(-1, (H, D))
         square = x * x
@@ -41,7 +43,7 @@ def forward(inputs: Inputs, state: State) -> tuple[Tensor, State, Saved]:
         s = scan(running, a, s)
         n_block = (square / running.clamp_min_(EPS)).sum(-1)  # [B, t, H]
         if bias is not None:
-            n_block += D * (bias[block] if bias.dim() == 2 else bias[:, block])
+            n_block += D * bias[..., block, :]
         Pi_block = torch.softmax(temp * n_block, dim=-1)
         running = square.mul_(Pi_block[..., None])
         m = scan(running, a, m)
@@ -52,12 +54,7 @@ def forward(inputs: Inputs, state: State) -> tuple[Tensor, State, Saved]:
         y[:, block] = gate.mul_(x).mul_(-Pi_block[..., None]).flatten(2)
         Pi[:, block], n[:, block] = Pi_block, n_block
 
-    def stacked(which: int, like: Tensor) -> Tensor:
-        saved = [states[which].reshape(like.shape) for states in chunk_states]
-        return torch.stack(saved, 1) if saved else like.new_empty(B, 0, like.shape[1])
-
-    after = [last.reshape(like.shape).clone() for last, like in zip((s, c, m), state, strict=True)]
-    return y, State(*after), Saved(Pi, n, State(*(stacked(which, like) for which, like in enumerate(state))))
+    return y, State(*(x.flatten(1).clone() for x in (s, c, m))), Saved(Pi, n, chunk_states)
 
 
 class _Block(NamedTuple):
@@ -73,11 +70,11 @@ class _Block(NamedTuple):
     gate: Tensor  # [B, t, H, D]
 
 
-def _replay(inputs: Inputs, saved: Saved, reverse: bool) -> Iterator[tuple[int, _Block]]:
+def _replay(inputs: Inputs, saved: Saved) -> Iterator[tuple[int, _Block]]:
+    """Yield the blocks' numbers and contents, the last block first."""
     B, T, H, D = inputs.sizes
     decays = inputs.decays(saved.Pi.dtype)
-    order = list(enumerate(blocks(T)))
-    for k, block in reversed(order) if reverse else order:
+    for k, block in reversed(list(enumerate(blocks(T)))):
         a = None if decays is None else decays[:, block].contiguous()
         x = inputs.w[:, block].to(saved.Pi.dtype).unflatten(-1, (H, D))
         P = saved.Pi[:, block, :, None]
@@ -102,7 +99,7 @@ def _gate_grads(block: _Block, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor, 
 def outputs(inputs: Inputs, saved: Saved) -> Tensor:
     """See `Backend`."""
     y = torch.empty_like(inputs.w, memory_format=torch.contiguous_format)
-    for _, block in _replay(inputs, saved, reverse=False):
+    for _, block in _replay(inputs, saved):
         y[:, block.tokens] = block.gate.mul_(block.x).mul_(-block.P).flatten(2)
     return y
 
@@ -112,10 +109,10 @@ def state_grads(inputs: Inputs, saved: Saved, grad_y: Tensor) -> tuple[Tensor, T
     B, _, H, D = inputs.sizes
     M = torch.zeros(B, H, D, dtype=torch.float64, device=inputs.w.device)
     Cm = M.new_zeros(B, H, 1)
-    for _, block in _replay(inputs, saved, reverse=True):
+    for _, block in _replay(inputs, saved):
         *_, dm, dc = _gate_grads(block, grad_y)
         M, Cm = reverse_scan(dm, block.a, M), reverse_scan(dc, block.a, Cm)
-    return Cm.reshape(B, H), M.reshape(B, H * D)
+    return Cm.flatten(1), M.flatten(1)
 
 
 def backward(inputs: Inputs, saved: Saved, grad_y: Tensor, grad_final_state: State, with_rho: bool) -> Grads:
@@ -129,7 +126,7 @@ def backward(inputs: Inputs, saved: Saved, grad_y: Tensor, grad_final_state: Sta
     grad_temp, grad_rho = (torch.zeros(H, dtype=compute, device=w.device) for _ in range(2))
     S, M = (x.view(B, H, D) for x in (grad_final_state.energy, grad_final_state.weighted))
     Cm = grad_final_state.mass.view(B, H, 1)
-    for k, block in _replay(inputs, saved, reverse=True):
+    for k, block in _replay(inputs, saved):
         tokens, a, x, P, m, c, _, _ = block
         square = x * x
         gated, v, dm, dc = _gate_grads(block, grad_y)
@@ -162,8 +159,7 @@ def backward(inputs: Inputs, saved: Saved, grad_y: Tensor, grad_final_state: Sta
                 per_token = per_token.masked_fill(mask[:, tokens, None], 0.0)
             grad_rho += per_token.sum((0, 1))
 
-    initial = [x.reshape(like.shape).clone() for x, like in zip((S, Cm, M), grad_final_state, strict=True)]
-    return Grads(grad_w, grad_temp, grad_n, grad_rho, State(*initial))
+    return Grads(grad_w, grad_temp, grad_n, grad_rho, State(*(x.flatten(1).clone() for x in (S, Cm, M))))
 
 
 def blocks(T: int) -> Iterator[slice]:

@@ -34,11 +34,7 @@ def context_parallel_operator(
 ) -> tuple[Tensor, State, Tensor]:
     """Return y and the memberships of this rank's tokens, and the state after the last rank's; every rank must call.
 
-    Args:
-        inputs: of this rank's T tokens; temp and rho are the same on every rank.
-        before: the state before the first rank's tokens, the same on every rank.
-        group: the ranks, in the order of their tokens.
-        backend: as for `tostlm.tssa.tssa`.
+    The state `before` the first rank's tokens, temp and rho are the same on every rank of the `group`.
 
     Raises:
         ValueError: this rank is not in the group.

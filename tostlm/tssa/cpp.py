@@ -11,13 +11,11 @@ import functools
 import hashlib
 import logging
 import os
-import platform
 import shlex
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,100 +49,57 @@ def serves(device: str, dtype: torch.dtype, head_width: int) -> bool:
     return device == "cpu" and dtype in (torch.float32, torch.bfloat16) and fits and _library(head_width) is not None
 
 
-def chunk_starts(T: int) -> range:
-    """First token of each chunk of T tokens."""
-    return range(0, T, CHUNK)
-
-
 def forward(inputs: Inputs, state: State) -> tuple[Tensor, State, Saved]:
     """See `Backend`."""
+    inputs = inputs.dense()
     B, T, H, D = inputs.sizes
-    N = len(chunk_starts(T))
-    call = _KernelCall.of(inputs)
-    bias = None if inputs.bias is None else _dense(inputs.bias, torch.float32)
-    after = State(*map(_copy, state))  # the kernel replaces it in place
-    y = torch.empty_like(call.w)
+    N = -(-T // CHUNK)
+    y, after = torch.empty_like(inputs.w), State(*map(_copy, state))  # the kernel replaces the state in place
     chunk_states = State(*(torch.empty(B, N, size) for size in (H * D, H, H * D)))
     saved = Saved(torch.empty(B, T, H), torch.empty(B, T, H), chunk_states)
-    bias_stride = T * H if bias is not None and bias.dim() == 3 else 0
-    call.run("tssa_forward", bias, bias_stride, y, *after, saved.Pi, saved.n, *saved.chunk_states)
+    _run("tssa_forward", inputs, inputs.bias, inputs.bias_stride, y, *after, saved.Pi, saved.n, *chunk_states)
     return y, after, saved
 
 
 def outputs(inputs: Inputs, saved: Saved) -> Tensor:
     """See `Backend`."""
-    call = _KernelCall.of(inputs)
-    y = torch.empty_like(call.w)
-    Pi, _, states = _dense_saved(saved)
-    call.run("tssa_outputs", Pi, states.mass, states.weighted, y)
+    inputs = inputs.dense()
+    y = torch.empty_like(inputs.w)
+    _run("tssa_outputs", inputs, saved.Pi, saved.chunk_states.mass, saved.chunk_states.weighted, y)
     return y
 
 
 def state_grads(inputs: Inputs, saved: Saved, grad_y: Tensor) -> tuple[Tensor, Tensor]:
     """See `Backend`."""
     B, _, H, D = inputs.sizes
-    call = _KernelCall.of(inputs)
-    Pi, _, states = _dense_saved(saved)
-    grads = torch.zeros(B, H, dtype=torch.float64), torch.zeros(B, H * D, dtype=torch.float64)
-    call.run("tssa_state_grads", _dense(grad_y, call.w.dtype), Pi, states.mass, states.weighted, *grads)
-    return grads
+    states, grads = saved.chunk_states, State.zeros(B, H * D, H)
+    arguments = grad_y.contiguous(), saved.Pi, states.mass, states.weighted, grads.mass, grads.weighted
+    _run("tssa_state_grads", inputs.dense(), *arguments)
+    return grads.mass, grads.weighted
 
 
 def backward(inputs: Inputs, saved: Saved, grad_y: Tensor, grad_final_state: State, with_rho: bool) -> Grads:
     """See `Backend`. The bias is not needed: n has it."""
+    inputs = inputs.dense()
     B, _, H, _ = inputs.sizes
-    call = _KernelCall.of(inputs)
-    Pi, n, states = _dense_saved(saved)
     grad_state = State(*map(_copy, grad_final_state))  # the kernel replaces it in place by the initial state's
-    grad_w, grad_n = torch.empty_like(call.w), torch.empty_like(n)
+    grad_w, grad_n = torch.empty_like(inputs.w), torch.empty_like(saved.n)
     grad_temp, grad_rho = (torch.zeros(B, H, dtype=torch.float64) for _ in range(2))
-    rho_sums = grad_rho if with_rho else None
-    grad_y = _dense(grad_y, call.w.dtype)
-    call.run("tssa_backward", grad_y, Pi, n, *states, grad_w, grad_temp, grad_n, rho_sums, *grad_state)
+    found = grad_w, grad_temp, grad_n, grad_rho if with_rho else None, *grad_state
+    _run("tssa_backward", inputs, grad_y.contiguous(), saved.Pi, saved.n, *saved.chunk_states, *found)
     return Grads(grad_w, grad_temp.sum(0).float(), grad_n, grad_rho.sum(0).float(), grad_state)
 
 
-class _KernelCall(NamedTuple):
-    """The inputs of all functions of the kernel, as it reads them."""
-
-    w: Tensor
-    temp: Tensor
-    rho: Tensor | None
-    document_start_mask: Tensor | None
-
-    @classmethod
-    def of(cls, inputs: Inputs) -> _KernelCall:
-        rho, mask = inputs.rho, inputs.document_start_mask
-        return cls(
-            _dense(inputs.w, inputs.w.dtype),
-            _dense(inputs.temp, torch.float32),
-            None if rho is None else _dense(rho, torch.float32),
-            None if mask is None else _dense(mask, torch.bool),
-        )
-
-    def run(self, function: str, *arguments: Tensor | int | None) -> None:
-        """Call a function of the kernel: is_bf16, threads, B, T, H, w, temp, rho, document_start, and its arguments."""
-        B, T, C = self.w.shape
-        H = self.temp.shape[0]
-        library = _library(C // H)
-        if library is None:
-            raise RuntimeError(f"there is no TSSA kernel for heads of {C // H} channels; see the log")
-        threads = min(torch.get_num_threads(), 1 + self.w.numel() // ELEMENTS_PER_THREAD)
-        sizes = (self.w.dtype is torch.bfloat16, threads, B, T, H)
-        addresses = [x.data_ptr() if isinstance(x, Tensor) else x for x in (*self, *arguments)]
-        getattr(library, function)(*sizes, *addresses)
-
-
-def _dense_saved(saved: Saved) -> Saved:
-    Pi, n, states = saved
-    return Saved(
-        _dense(Pi, torch.float32), _dense(n, torch.float32), State(*(_dense(x, torch.float32) for x in states))
-    )
-
-
-def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x itself where it is contiguous and of that dtype already."""
-    return x if x.dtype is dtype and x.is_contiguous() else x.to(dtype).contiguous()
+def _run(function: str, inputs: Inputs, *arguments: Tensor | int | None) -> None:
+    """Call a function of the kernel: is_bf16, threads, B, T, H, w, temp, rho, document_start, and its own arguments."""
+    B, T, H, D = inputs.sizes
+    library = _library(D)
+    if library is None:
+        raise RuntimeError(f"there is no TSSA kernel for heads of {D} channels; see the log")
+    threads = min(torch.get_num_threads(), 1 + inputs.w.numel() // ELEMENTS_PER_THREAD)
+    tensors = inputs.w, inputs.temp, inputs.rho, inputs.document_start_mask
+    addresses = [x.data_ptr() if isinstance(x, Tensor) else x for x in (*tensors, *arguments)]
+    getattr(library, function)(inputs.w.dtype is torch.bfloat16, threads, B, T, H, *addresses)
 
 
 def _copy(x: Tensor) -> Tensor:
@@ -182,8 +137,10 @@ def _built(head_width: int) -> Path:
     compiler = _compiler()
     defines = {"HEAD_WIDTH": head_width, "CHUNK": CHUNK, "EPS": f"{EPS}f", "EPS_MASS": f"{EPS_MASS}f"}
     command = [*compiler, *FLAGS, *(f"-D{name}={value}" for name, value in defines.items()), str(folder / SOURCES[0])]
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    parts = [*((folder / name).read_text() for name in SOURCES), *command, version, _processor()]
+    # On its stderr the compiler says its version, and what -march=native stands for on this processor.
+    describe = [*compiler, "-march=native", "-E", "-v", "-xc++", os.devnull]
+    about = subprocess.run(describe, capture_output=True, text=True, check=True).stderr
+    parts = [*((folder / name).read_text() for name in SOURCES), *command, about]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("TOSTLM_CACHE") or Path.home() / ".cache" / "tostlm")
     path = cache / f"tssa-{head_width}-{digest}.so"
@@ -205,12 +162,4 @@ def _compiler() -> list[str]:
     raise FileNotFoundError(f"no C++ compiler: {named[0]} is not there" if named else "no C++ compiler on the PATH")
 
 
-def _processor() -> str:
-    """What -march=native depends on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    features = [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))]
-    return "\n".join([platform.machine(), platform.processor(), *sorted(set(features))])
-
-
-BACKEND = Backend("cpp", serves, chunk_starts, torch.float32, forward, outputs, state_grads, backward)
+BACKEND = Backend("cpp", serves, lambda T: range(0, T, CHUNK), torch.float32, forward, outputs, state_grads, backward)

@@ -60,15 +60,11 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     C, N = H * D, len(backend.chunk_starts(T))
     compute = torch.promote_types(w.dtype, torch.float32)
     saved = torch.promote_types(w.dtype, backend.saved_dtype)
-
-    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-        return w.new_empty(shape, dtype=dtype)
-
     return (
-        empty(B, T, C, dtype=w.dtype),
-        *(empty(B, size, dtype=torch.float64) for size in (C, H, C)),
-        *(empty(B, T, H, dtype=compute) for _ in range(2)),
-        *(empty(B, N, size, dtype=saved) for size in (C, H, C)),
+        w.new_empty(B, T, C),
+        *(w.new_empty(B, size, dtype=torch.float64) for size in (C, H, C)),
+        *(w.new_empty(B, T, H, dtype=compute) for _ in range(2)),
+        *(w.new_empty(B, N, size, dtype=saved) for size in (C, H, C)),
     )
 
 

@@ -13,14 +13,7 @@ EPS_MASS = 1e-8  # added to the mass, so that a head without members divides by 
 
 
 def tssa_reference(inputs: Inputs, state: State | None = None) -> tuple[Tensor, State]:
-    """Compute TSSA token by token in float64, differentiated by autograd.
-
-    Args:
-        inputs: as the arguments of `tostlm.tssa.tssa`.
-        state: the state before the first token; None at the beginning of a document.
-
-    Returns:
-        y [B, T, C] in float64, and the state after the last token.
+    """Return y [B, T, C] in float64 and the final state, as `tostlm.tssa.tssa` does; autograd differentiates it.
 
     Source: Token Statistics Transformer, arXiv 2412.17810, section 3 and the authors' `CausalSelfAttention_TSSA`.
     """
@@ -38,12 +31,12 @@ def tssa_reference(inputs: Inputs, state: State | None = None) -> tuple[Tensor, 
         energy = decay[..., None] * energy + square
         n = (square / energy.clamp_min(EPS)).sum(-1)  # [B, H]
         if bias is not None:
-            n = n + D * (bias[t] if bias.dim() == 2 else bias[:, t]).double()
+            n = n + D * bias[..., t, :].double()
         Pi = torch.softmax(inputs.temp.double() * n, dim=-1)
         weighted = decay[..., None] * weighted + Pi[..., None] * square
         mass = decay * mass + Pi
         gate = 1 / (1 + weighted / (mass + EPS_MASS)[..., None])
         ys.append(-x[:, t] * Pi[..., None] * gate)
 
-    y = torch.stack(ys, dim=1).reshape(B, T, H * D) if ys else x.reshape(B, 0, H * D)
-    return y, State(energy.reshape(B, H * D), mass, weighted.reshape(B, H * D))
+    y = torch.stack(ys, dim=1) if ys else x
+    return y.reshape(w.shape), State(energy.reshape(B, H * D), mass, weighted.reshape(B, H * D))

@@ -22,11 +22,8 @@ class State(NamedTuple):
     @classmethod
     def zeros(cls, batch: int, width: int, heads: int, device: torch.device | str = "cpu") -> State:
         """Return the state before the first token of a document."""
-
-        def empty(size: int) -> Tensor:
-            return torch.zeros(batch, size, dtype=torch.float64, device=device)
-
-        return cls(empty(width), empty(heads), empty(width))
+        sizes = (width, heads, width)
+        return cls(*(torch.zeros(batch, size, dtype=torch.float64, device=device) for size in sizes))
 
     def repeat(self, times: int) -> State:
         """Return each state `times` times in a row, [B times, ...], to continue one prefix in several ways."""

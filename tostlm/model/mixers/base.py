@@ -8,7 +8,7 @@ project tests a mixer's name. docs/extending.md builds one.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -83,26 +83,12 @@ class Mixer(nn.Module):
     def flops_per_token(self, context: int) -> float:
         """Return the floating-point operations of the forward pass per token, on average over `context` tokens."""
 
-    @abstractmethod
-    def state_bytes(self, context: int) -> int:
-        """Return the bytes of one sequence's state after `context` tokens."""
-
     def statistics(self, x: Tensor, positions: SequencePositions, state: MixerState | None) -> dict[str, Tensor]:
         """Return scalars that describe a forward pass, by name, for the training log. By default none."""
         return {}
-
-
-def create_mixer(config: ModelConfig, options: MixerOptions) -> Mixer:
-    """Build the mixer that options name, its parameters uninitialized."""
-    return MIXERS[options.mixer](config, options)
 
 
 def options_from_dict(entry: Mapping[str, Any]) -> MixerOptions:
     """Build mixer options from an entry of a layer plan as JSON has it, such as {"mixer": "tssa"}."""
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
     return MIXERS[entry["mixer"]].options_class(**values)
-
-
-def map_state(function: Callable[..., Tensor], *states: MixerState) -> MixerState:
-    """Apply a function to each field of states of one type, and return a state of that type."""
-    return type(states[0])(*map(function, *states))

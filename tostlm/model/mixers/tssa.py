@@ -19,14 +19,11 @@ OPERATOR_FLOPS = 12  # per channel and token, forward: the elementwise steps of 
 
 @dataclass(frozen=True)
 class TSSAOptions(MixerOptions):
-    """Options of TSSA.
-
-    Attributes:
-        halflife_tokens: half-lives in tokens of the running sums of the first head and of the last, geometric between;
-            None never forgets, which is the paper's operator.
-    """
+    """Options of TSSA."""
 
     mixer: Literal["tssa"] = "tssa"
+    # Half-lives of the running sums of the first head and of the last, geometric between; None never forgets, which is
+    # the paper's operator.
     halflife_tokens: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
@@ -71,9 +68,6 @@ class TSSA(Mixer):
         C = self.config.width
         return 2.0 * 2 * C * C + OPERATOR_FLOPS * C
 
-    def state_bytes(self, context: int) -> int:
-        return 8 * (2 * self.config.width + self.config.heads)  # float64
-
     def statistics(self, x: Tensor, positions: SequencePositions, state: State | None) -> dict[str, Tensor]:
         """Return the membership entropy and the mean gate over the heads, of this rank's tokens.
 
@@ -87,11 +81,6 @@ class TSSA(Mixer):
         rho = None
         if self.options.halflife_tokens is not None:
             first, last = self.options.halflife_tokens
-            rho = _decay_per_token(first, last, self.config.heads, x.device)
+            halflives = first * (last / first) ** torch.linspace(0, 1, self.config.heads, device=x.device)
+            rho = 2.0 ** (-1 / halflives)  # [H], what a head keeps of its sums from one token to the next
         return Inputs(self.in_proj(x), self.temp, bias, rho, positions.document_start_mask)
-
-
-def _decay_per_token(first: float, last: float, heads: int, device: torch.device) -> Tensor:
-    """Return what each head keeps of its sums from one token to the next, 2^(-1/half-life): [H]."""
-    halflives = first * (last / first) ** torch.linspace(0, 1, heads, device=device)
-    return 2.0 ** (-1 / halflives)
