@@ -1,4 +1,4 @@
-"""One split of a prepared folder, read as one long array of tokens."""
+"""One split of a prepared folder, read as one long array of tokens or in windows of one length."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class TokenSet:
         Raises:
             UserError: a token is outside the vocabulary, so a shard is damaged.
         """
-        parts = []
+        parts = [np.empty(0, np.int64)]
         shard = bisect_right(self._shard_starts, start) - 1
         while start < stop:
             base = int(self._shard_starts[shard])
@@ -79,7 +79,7 @@ class TokenSet:
             parts.append(part)
             shard += 1
             start = int(self._shard_starts[shard])
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+        return np.concatenate(parts)
 
     def document_bounds_by_shard(self) -> Iterator[np.ndarray]:
         """Yield, shard by shard, the first and past-the-last token of each document: int64 [documents, 2].
@@ -103,3 +103,47 @@ class TokenSet:
     def document_bounds(self) -> np.ndarray:
         """The bounds of all documents of the split, as `document_bounds_by_shard` yields them."""
         return np.concatenate(list(self.document_bounds_by_shard()))
+
+
+class Windows:
+    """Windows of a token set, cut one after another from all its tokens or, `within_documents`, from each document.
+
+    `windows[n]` is window number n, int64 [context + 1]: the inputs of a training sequence and one more token, the last
+    target. Windows of a document begin with the end-of-document token before it; its rest after its last whole window,
+    and documents shorter than a window, are not read. Their index takes 16 bytes for each document that is long enough.
+
+    Raises:
+        UserError: there are too few tokens for one window, or no document is long enough.
+    """
+
+    def __init__(self, tokens: TokenSet, context: int, within_documents: bool) -> None:
+        self._tokens, self._context = tokens, context
+        bounds_by_shard = tokens.document_bounds_by_shard() if within_documents else [np.array([[0, len(tokens)]])]
+        starts: list[np.ndarray] = []
+        counts: list[np.ndarray] = []
+        longest = 0
+        for bounds in bounds_by_shard:
+            first = np.maximum(bounds[:, 0] - 1, 0)  # the first document of all has no end-of-document token before it
+            windows = (bounds[:, 1] - first - 1) // context
+            starts.append(first[windows > 0])
+            counts.append(windows[windows > 0])
+            longest = max(longest, int(np.diff(bounds).max(initial=0)))
+        self._starts = np.concatenate(starts)
+        self._cumulative = np.cumsum(np.concatenate(counts))  # windows up to the end of each document
+        if not len(self._starts):
+            too_few = (
+                f"no document of {tokens} fills a window of {context} tokens (the longest has {longest}, its end "
+                "included); prepare longer documents"
+                if within_documents
+                else f"{tokens} holds {len(tokens)} tokens, fewer than one window of {context}; prepare more text"
+            )
+            raise UserError(f"{too_few} or lower data.context_tokens")
+
+    def __len__(self) -> int:
+        return int(self._cumulative[-1])
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        document = int(np.searchsorted(self._cumulative, number, side="right"))
+        earlier = int(self._cumulative[document - 1]) if document else 0
+        start = int(self._starts[document]) + (number - earlier) * self._context
+        return self._tokens.read(start, start + self._context + 1)
