@@ -123,7 +123,7 @@ def _check(checkpoint: Checkpoint, folder: Path) -> None:
     _compare(folder, "logits", exported(tokens).logits, expected)
     _compare(folder, "logits of single steps", _stepwise(exported, tokens), expected)
     ours, theirs = checkpoint.tokenizer, transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    pieces = [piece for piece, size in zip(ours.pieces(), ours.token_bytes, strict=True) if size]
+    pieces = [piece for piece, size in zip(ours.pieces, ours.token_bytes, strict=True) if size]
     texts = [PROBE_TEXT, *(piece.replace(METASPACE, " ") for piece in pieces)]
     for text, ids in zip(texts, theirs(texts, add_special_tokens=False, verbose=False)["input_ids"], strict=True):
         if ids != ours.encode(text):

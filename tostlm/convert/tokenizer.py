@@ -41,7 +41,7 @@ def _without_end(tokenizer: FastTokenizer) -> tokenizers.Tokenizer:
 
 def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
     """Return the same BPE with plain spaces in its pieces, so that U+2581 in a text is an ordinary character."""
-    vocabulary = {piece.replace(METASPACE, " "): token for token, piece in enumerate(tokenizer.pieces())}
+    vocabulary = {piece.replace(METASPACE, " "): token for token, piece in enumerate(tokenizer.pieces)}
     fast = tokenizers.Tokenizer(models.BPE(vocabulary, _merges(vocabulary), byte_fallback=True))
     steps = [decoders.ByteFallback(), decoders.Fuse()]
     if tokenizer.adds_space:

@@ -139,22 +139,14 @@ class _ShardWriter:
         self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
         self._shards: list[Shard] = []
         self._file: BinaryIO | None = None
-        self._start_shard()
-
-    def _start_shard(self) -> None:
-        self._name = shard_name(self._split, len(self._shards))
-        self._lengths: list[int] = []
-        self._hashes: list[bytes] = []
-        self._text_bytes: list[int] = []
+        self._documents: list[tuple[int, bytes, int]] = []  # of the open shard: tokens, hash, bytes of text
         self._tokens = 0
 
     def add(self, tokens: np.ndarray, content_hash: bytes, text_bytes: int) -> None:
         if self._file is None:
-            self._file = (self._folder / f"{self._name}.bin").open("wb")
+            self._file = (self._folder / f"{shard_name(self._split, len(self._shards))}.bin").open("wb")
         self._file.write(tokens.astype(self._dtype).tobytes())
-        self._lengths.append(len(tokens))
-        self._hashes.append(content_hash)
-        self._text_bytes.append(text_bytes)
+        self._documents.append((len(tokens), content_hash, text_bytes))
         self._tokens += len(tokens)
         if self._tokens >= self._shard_tokens:
             self.finish()
@@ -164,12 +156,12 @@ class _ShardWriter:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            self._file = None
-            text_bytes = np.array(self._text_bytes, "<u4")
-            (self._folder / f"{self._name}.{TEXT_BYTES_SUFFIX}").write_bytes(text_bytes.tobytes())
-            lengths, hashes = np.array(self._lengths), b"".join(self._hashes)
-            self._shards.append(finish_shard(self._folder, self._name, lengths, hashes, text_bytes))
-            self._start_shard()
+            name = shard_name(self._split, len(self._shards))
+            lengths, hashes, sizes = zip(*self._documents, strict=True)
+            text_bytes = np.array(sizes, "<u4")
+            (self._folder / f"{name}.{TEXT_BYTES_SUFFIX}").write_bytes(text_bytes.tobytes())
+            self._shards.append(finish_shard(self._folder, name, np.array(lengths), b"".join(hashes), text_bytes))
+            self._file, self._documents, self._tokens = None, [], 0
         return tuple(self._shards)
 
 

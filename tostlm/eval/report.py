@@ -88,12 +88,10 @@ def table(models: Sequence[ModelScores], contexts: Sequence[int]) -> str:
 
 
 def _plot(models: Sequence[ModelScores]) -> bytes:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     for model in models:
         label = f"{model.name} ({model.positions} positions)" if model.positions else model.name
         contexts = [score.context for score in model.scores]
@@ -101,12 +99,9 @@ def _plot(models: Sequence[ModelScores]) -> bytes:
     axes.set_xscale("log", base=2)
     ticks = sorted({score.context for model in models for score in model.scores})
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.set_xlabel("context, tokens")
-    axes.set_ylabel("perplexity")
-    axes.set_title("Held-out perplexity of the same tokens by context")
+    axes.set(xlabel="context, tokens", ylabel="perplexity", title="Held-out perplexity of the same tokens by context")
     axes.grid(alpha=0.3)
     axes.legend()
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
-    pyplot.close(figure)
     return image.getvalue()

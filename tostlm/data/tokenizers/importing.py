@@ -55,8 +55,6 @@ def import_tokenizer(source: Path, eos_token: str | None = None) -> Tokenizer:
 def _set_eos(content: bytes, eos_token: str | None, config: Path) -> FastTokenizer:
     """Return a tokenizer.json's tokenizer with a post-processor that only appends its EOS, made a special token."""
     fast = parse_tokenizer_json(content)
-    fast.no_truncation()
-    fast.no_padding()
     eos_token = eos_token or _find_eos(fast, config)
     eos_id = fast.token_to_id(eos_token)
     if eos_id is None:
