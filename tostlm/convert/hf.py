@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from tostlm.convert.modeling_tost import TostForCausalLM
 from tostlm.convert.tokenizer import save_tokenizer
 from tostlm.data.tokenizers import METASPACE
 from tostlm.errors import UserError
-from tostlm.files import require_writable
+from tostlm.files import atomic_folder, require_writable
 from tostlm.model import LM
 
 CONFIGURATION, MODELING = "tostlm.convert.configuration_tost", "tostlm.convert.modeling_tost"
@@ -46,13 +44,9 @@ def export_hf(checkpoint: Checkpoint, out: Path) -> None:
         raise UserError(f"{out} exists; remove it or choose another folder")
     require_writable(out.parent)
     transformers.utils.logging.disable_progress_bar()
-    partial = out.with_name(f"tostlm_export_{os.getpid()}")
-    try:
-        _write(checkpoint, partial)
-        _check(checkpoint, partial)
-        partial.replace(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with atomic_folder(out) as folder:
+        _write(checkpoint, folder)
+        _check(checkpoint, folder)
 
 
 def _write(checkpoint: Checkpoint, folder: Path) -> None:
@@ -74,7 +68,6 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
         with torch.device("meta"):
             model = TostForCausalLM(config)
         model.lm.load_state_dict(lm.state_dict(), assign=True)
-        folder.mkdir()
         for name, source in _standalone_sources(lm).items():
             (folder / f"{name}.py").write_text(source)
     model.config.tokenizer_sha256 = checkpoint.tokenizer.sha256
@@ -143,8 +136,7 @@ def _stepwise(model: Any, tokens: Tensor) -> Tensor:
 
 
 def _compare(folder: Path, what: str, found: Tensor, expected: Tensor) -> None:
-    spread = float(expected.float().std())
-    error = float((found.float() - expected.float()).abs().max())
+    spread, error = float(expected.std()), float((found - expected).abs().max())
     if not error <= TOLERANCE * spread:
         raise UserError(
             f"the {what} of the model written to {folder} differ from the checkpoint's by {error:.1e} (their standard "
