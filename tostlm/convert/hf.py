@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
+import dataclasses
+import importlib
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -54,8 +56,8 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
     if is_gpt2(lm):
         model: transformers.PreTrainedModel = to_gpt2(lm, eos_id)
     else:
-        config = TostConfig.from_model(
-            lm.config,
+        config = TostConfig(
+            **dataclasses.asdict(lm.config),
             bos_token_id=eos_id,
             eos_token_id=eos_id,
             dtype=lm.embed.weight.dtype,
@@ -89,12 +91,9 @@ def _standalone_sources(lm: LM) -> dict[str, str]:
     while pending:
         module = pending.pop()
         if _flat_name(module) not in sources:
-            spec = importlib.util.find_spec(module)
-            assert spec is not None and spec.origin is not None
-            source = Path(spec.origin).read_text()
+            source = inspect.getsource(importlib.import_module(module))
             pending += INTERNAL_IMPORT.findall(source)
-            relative = INTERNAL_IMPORT.sub(lambda match: f"from .{_flat_name(match[1])} import", source)
-            sources[_flat_name(module)] = relative
+            sources[_flat_name(module)] = INTERNAL_IMPORT.sub(lambda m: f"from .{_flat_name(m[1])} import", source)
     register = [f"from .{_flat_name(module)} import {mixer} as {mixer}\n" for module, mixer in sorted(mixers.items())]
     sources[_flat_name(CONFIGURATION)] += "\n" + "".join(register)
     return sources

@@ -116,12 +116,9 @@ class SplitWriter:
         self._writers = {split: _ShardWriter(folder, split, dtype, shard_tokens) for split in (TRAIN, VALIDATION)}
 
     def add(self, tokens: Sequence[int] | np.ndarray, text: bytes, split: str | None = None) -> None:
-        """Write one document and the end-of-document token after it.
+        """Write the ids of one document, whose UTF-8 is `text`, and the end-of-document token after them.
 
-        Args:
-            tokens: the ids of the document.
-            text: its text in UTF-8.
-            split: where it belongs; None to let its text decide, by the text's hash read as a number in [0, 1).
+        Without a `split` the text decides where it belongs, by its hash read as a number in [0, 1).
         """
         content_hash = hashlib.sha256(text).digest()[:HASH_BYTES]
         if split is None:
@@ -261,11 +258,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def common_tokenizer(folders: Sequence[Path], vocab_size: int | None = None) -> Tokenizer:
-    """Return the tokenizer that all of several prepared folders were made with.
-
-    Args:
-        folders: the prepared folders.
-        vocab_size: of a model that must embed every token; None without a model.
+    """Return the tokenizer of several prepared folders; `vocab_size` is that of a model that must embed every token.
 
     Raises:
         UserError: the folders were made with different tokenizers, or `vocab_size` is less than the tokenizer's.

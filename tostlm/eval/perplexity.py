@@ -33,14 +33,10 @@ class Score(NamedTuple):
 
 
 def choose_targets(tokens: TokenSet, contexts: Sequence[int], windows: int) -> Targets:
-    """Choose spans of targets, evenly spread over the documents that are longer than the longest context.
+    """Choose `windows` spans of targets, or all if they are fewer, evenly spread over the documents that are longer
+    than the longest of the contexts that will be scored.
 
     A span is half the shortest context, so every target is predicted from at least half of the context it is scored at.
-
-    Args:
-        tokens: the tokens to choose from.
-        contexts: context lengths in tokens that will be scored.
-        windows: number of spans, or all there are if they are fewer.
 
     Raises:
         UserError: no document is long enough.

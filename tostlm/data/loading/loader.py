@@ -65,9 +65,8 @@ class Loader:
     ) -> None:
         self._stages, self._seed, self._eos_id, self._stateful = stages, seed, eos_id, stateful
         self._blend = Blend([weight for _, weight in sets], stages[0].sequences if stateful else None)
-        self._shares = [count / self._blend.length for count in self._blend.counts]
-        for (tokens, weight), share in zip(sets, self._shares, strict=True):
-            if not share:
+        for (tokens, weight), count in zip(sets, self._blend.counts, strict=True):
+            if not count:
                 smallest = f"row of a step's {self._blend.length}" if stateful else f"sample in {MAX_CYCLE}"
                 raise UserError(
                     f"the weight {weight} of {tokens.folder} is less than one {smallest}; raise it or leave the set out"
@@ -112,8 +111,8 @@ class Loader:
         ends = [*(stage.first_step for stage in self._stages[1:]), step]
         for stage, end in zip(self._stages, ends, strict=True):
             samples = max(0, min(step, end) - stage.first_step) * stage.sequences
-            for name, share, windows in zip(self._names, self._shares, self._windows[stage.context], strict=True):
-                totals[name] += samples * share / len(windows)
+            for name, count, windows in zip(self._names, self._blend.counts, self._windows[stage.context], strict=True):
+                totals[name] += samples * count / self._blend.length / len(windows)
         return totals
 
     def steps_within(self, tokens: int) -> int:

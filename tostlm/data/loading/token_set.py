@@ -16,11 +16,9 @@ OPEN_SHARDS = 64  # of a token set at a time: each needs a file descriptor, and 
 
 
 class TokenSet:
-    """One split of a prepared folder as one long array of tokens; its shards are memory-mapped when they are read.
+    """The split `TRAIN` or `VALIDATION` of a prepared folder as one long array of tokens.
 
-    Args:
-        folder: the prepared folder.
-        split: `TRAIN` or `VALIDATION`.
+    Its shards are memory-mapped when they are read.
 
     Raises:
         UserError: the folder is not prepared, a shard is missing or has another size than its manifest says, or the
