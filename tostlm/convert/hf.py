@@ -24,7 +24,6 @@ from tostlm.errors import UserError
 from tostlm.files import atomic_folder, require_writable
 from tostlm.model import LM
 
-CONFIGURATION, MODELING = "tostlm.convert.configuration_tost", "tostlm.convert.modeling_tost"
 INTERNAL_IMPORT = re.compile(r"^from (tostlm[\w.]*) import", re.MULTILINE)
 PROBE_TEXT = (
     "A state is 2C + H numbers.\n\n\tTokens: 1776, \u201cna\u00efve\u201d, \u2581, \u6f22\u5b57 \U0001f642  end"
@@ -87,7 +86,7 @@ def _standalone_sources(lm: LM) -> dict[str, str]:
     """
     mixers = {type(block.mixer).__module__: type(block.mixer).__name__ for block in lm.blocks}
     sources: dict[str, str] = {}
-    pending = [MODELING, *mixers]
+    pending = [TostForCausalLM.__module__, *mixers]
     while pending:
         module = pending.pop()
         if _flat_name(module) not in sources:
@@ -95,7 +94,7 @@ def _standalone_sources(lm: LM) -> dict[str, str]:
             pending += INTERNAL_IMPORT.findall(source)
             sources[_flat_name(module)] = INTERNAL_IMPORT.sub(lambda m: f"from .{_flat_name(m[1])} import", source)
     register = [f"from .{_flat_name(module)} import {mixer} as {mixer}\n" for module, mixer in sorted(mixers.items())]
-    sources[_flat_name(CONFIGURATION)] += "\n" + "".join(register)
+    sources[_flat_name(TostConfig.__module__)] += "\n" + "".join(register)
     return sources
 
 
@@ -107,7 +106,6 @@ def _flat_name(module: str) -> str:
 def _check(checkpoint: Checkpoint, folder: Path) -> None:
     lm = copy.deepcopy(checkpoint.lm).float()  # in bf16 rounding would hide a difference
     exported = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-    exported.eval()
     generator = torch.Generator().manual_seed(0)
     length = min(PROBE_TOKENS, lm.config.positions or PROBE_TOKENS)
     tokens = torch.randint(checkpoint.tokenizer.vocab_size, (2, length), generator=generator)

@@ -36,12 +36,8 @@ class Stamp(FrozenModel):
 def verify(folder: Path, files: Collection[str] | None = None) -> Iterator[str]:
     """Compare the files of a prepared folder with the manifest's checksums, reading every byte.
 
-    Args:
-        folder: a prepared folder.
-        files: names of the shard files to check, some of `shard_files`; None for all of them and the tokenizer.
-
-    Yields:
-        The name of each file as soon as its checksum is found to agree.
+    `files` names the shard files to check, some of `shard_files`; None is all of them and the tokenizer. Each name is
+    yielded as soon as the file's checksum is found to agree.
 
     Raises:
         UserError: a file is missing or its checksum or size is not the manifest's.

@@ -117,17 +117,15 @@ class Windows:
     def __init__(self, tokens: TokenSet, context: int, within_documents: bool) -> None:
         self._tokens, self._context = tokens, context
         bounds_by_shard = tokens.document_bounds_by_shard() if within_documents else [np.array([[0, len(tokens)]])]
-        starts: list[np.ndarray] = []
-        counts: list[np.ndarray] = []
+        starts_and_counts: list[np.ndarray] = []  # int64 [2, documents that are long enough] of each shard
         longest = 0
         for bounds in bounds_by_shard:
             first = np.maximum(bounds[:, 0] - 1, 0)  # the first document of all has no end-of-document token before it
             windows = (bounds[:, 1] - first - 1) // context
-            starts.append(first[windows > 0])
-            counts.append(windows[windows > 0])
+            starts_and_counts.append(np.stack([first, windows])[:, windows > 0])
             longest = max(longest, int(np.diff(bounds).max(initial=0)))
-        self._starts = np.concatenate(starts)
-        self._cumulative = np.cumsum(np.concatenate(counts))  # windows up to the end of each document
+        self._starts, counts = np.concatenate(starts_and_counts, axis=1)
+        self._cumulative = np.cumsum(counts, out=counts)  # windows up to the end of each document
         if not len(self._starts):
             too_few = (
                 f"no document of {tokens} fills a window of {context} tokens (the longest has {longest}, its end "

@@ -32,7 +32,8 @@ class Tokenizer(ABC):
     """Convert text to token ids and back.
 
     One of the tokens is the end-of-document token (EOS), which preparation writes after every document. Encoding never
-    makes it from text. Each file format is a subclass in a file of its own, whose constructor sets the attributes.
+    makes it from text. Each file format is a subclass in a file of its own, whose constructor sets the attributes;
+    its definition registers it.
 
     Args:
         content: the bytes of the tokenizer's file.

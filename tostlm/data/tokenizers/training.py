@@ -22,16 +22,10 @@ MAX_LINE_BYTES = 1 << 16  # SentencePiece skips longer training lines, so they a
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, out: Path, sample_bytes: int = 1_000_000_000, seed: int = 0
 ) -> SentencePieceTokenizer:
-    """Train a lossless BPE tokenizer and write its .model file atomically.
+    """Train a lossless BPE tokenizer of `vocab_size` pieces, 256 bytes among them; write its .model file atomically.
 
-    The model depends on the documents, the seed and the options, not on the order of the documents.
-
-    Args:
-        texts: the documents.
-        vocab_size: number of pieces, the 256 byte pieces included.
-        out: path of the .model file.
-        sample_bytes: UTF-8 bytes of text to train on, which SentencePiece holds in memory: see `sample_texts`.
-        seed: selects the sample.
+    It is trained on a uniform sample of `sample_bytes` of the documents, which SentencePiece holds in memory. The model
+    depends on the documents, the seed of the sample and the options, not on the order of the documents.
 
     Raises:
         UserError: there is no text, or not enough for `vocab_size` pieces.
