@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
 from typing import Any
 
 from transformers import PretrainedConfig
-
-from tostlm.model.config import ModelConfig
 
 
 class TostConfig(PretrainedConfig):  # type: ignore[misc, unused-ignore]  # it has no types
@@ -23,13 +20,5 @@ class TostConfig(PretrainedConfig):  # type: ignore[misc, unused-ignore]  # it h
     }
 
     def __init__(self, **kwargs: Any) -> None:
-        for field in fields(ModelConfig):
-            if field.name in kwargs:
-                setattr(self, field.name, kwargs.pop(field.name))
         super().__init__(**kwargs)
         self.tie_word_embeddings = False  # one parameter serves both ends: there are no two to tie
-
-    @classmethod
-    def from_model(cls, config: ModelConfig, **kwargs: Any) -> TostConfig:
-        """Build the configuration of a model; `kwargs` are transformers' own keys."""
-        return cls(**{**asdict(config), "layers": [asdict(options) for options in config.layers]}, **kwargs)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import os
+import dataclasses
+import importlib
+import inspect
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,9 @@ from tostlm.convert.modeling_tost import TostForCausalLM
 from tostlm.convert.tokenizer import save_tokenizer
 from tostlm.data.tokenizers import METASPACE
 from tostlm.errors import UserError
-from tostlm.files import require_writable
+from tostlm.files import atomic_folder, require_writable
 from tostlm.model import LM
 
-CONFIGURATION, MODELING = "tostlm.convert.configuration_tost", "tostlm.convert.modeling_tost"
 INTERNAL_IMPORT = re.compile(r"^from (tostlm[\w.]*) import", re.MULTILINE)
 PROBE_TEXT = (
     "A state is 2C + H numbers.\n\n\tTokens: 1776, \u201cna\u00efve\u201d, \u2581, \u6f22\u5b57 \U0001f642  end"
@@ -46,13 +45,9 @@ def export_hf(checkpoint: Checkpoint, out: Path) -> None:
         raise UserError(f"{out} exists; remove it or choose another folder")
     require_writable(out.parent)
     transformers.utils.logging.disable_progress_bar()
-    partial = out.with_name(f"tostlm_export_{os.getpid()}")
-    try:
-        _write(checkpoint, partial)
-        _check(checkpoint, partial)
-        partial.replace(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with atomic_folder(out) as folder:
+        _write(checkpoint, folder)
+        _check(checkpoint, folder)
 
 
 def _write(checkpoint: Checkpoint, folder: Path) -> None:
@@ -60,8 +55,8 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
     if is_gpt2(lm):
         model: transformers.PreTrainedModel = to_gpt2(lm, eos_id)
     else:
-        config = TostConfig.from_model(
-            lm.config,
+        config = TostConfig(
+            **dataclasses.asdict(lm.config),
             bos_token_id=eos_id,
             eos_token_id=eos_id,
             dtype=lm.embed.weight.dtype,
@@ -74,7 +69,6 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
         with torch.device("meta"):
             model = TostForCausalLM(config)
         model.lm.load_state_dict(lm.state_dict(), assign=True)
-        folder.mkdir()
         for name, source in _standalone_sources(lm).items():
             (folder / f"{name}.py").write_text(source)
     model.config.tokenizer_sha256 = checkpoint.tokenizer.sha256
@@ -92,18 +86,15 @@ def _standalone_sources(lm: LM) -> dict[str, str]:
     """
     mixers = {type(block.mixer).__module__: type(block.mixer).__name__ for block in lm.blocks}
     sources: dict[str, str] = {}
-    pending = [MODELING, *mixers]
+    pending = [TostForCausalLM.__module__, *mixers]
     while pending:
         module = pending.pop()
         if _flat_name(module) not in sources:
-            spec = importlib.util.find_spec(module)
-            assert spec is not None and spec.origin is not None
-            source = Path(spec.origin).read_text()
+            source = inspect.getsource(importlib.import_module(module))
             pending += INTERNAL_IMPORT.findall(source)
-            relative = INTERNAL_IMPORT.sub(lambda match: f"from .{_flat_name(match[1])} import", source)
-            sources[_flat_name(module)] = relative
+            sources[_flat_name(module)] = INTERNAL_IMPORT.sub(lambda m: f"from .{_flat_name(m[1])} import", source)
     register = [f"from .{_flat_name(module)} import {mixer} as {mixer}\n" for module, mixer in sorted(mixers.items())]
-    sources[_flat_name(CONFIGURATION)] += "\n" + "".join(register)
+    sources[_flat_name(TostConfig.__module__)] += "\n" + "".join(register)
     return sources
 
 
@@ -115,7 +106,6 @@ def _flat_name(module: str) -> str:
 def _check(checkpoint: Checkpoint, folder: Path) -> None:
     lm = copy.deepcopy(checkpoint.lm).float()  # in bf16 rounding would hide a difference
     exported = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-    exported.eval()
     generator = torch.Generator().manual_seed(0)
     length = min(PROBE_TOKENS, lm.config.positions or PROBE_TOKENS)
     tokens = torch.randint(checkpoint.tokenizer.vocab_size, (2, length), generator=generator)
@@ -123,7 +113,7 @@ def _check(checkpoint: Checkpoint, folder: Path) -> None:
     _compare(folder, "logits", exported(tokens).logits, expected)
     _compare(folder, "logits of single steps", _stepwise(exported, tokens), expected)
     ours, theirs = checkpoint.tokenizer, transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    pieces = [piece for piece, size in zip(ours.pieces(), ours.token_bytes, strict=True) if size]
+    pieces = [piece for piece, size in zip(ours.pieces, ours.token_bytes, strict=True) if size]
     texts = [PROBE_TEXT, *(piece.replace(METASPACE, " ") for piece in pieces)]
     for text, ids in zip(texts, theirs(texts, add_special_tokens=False, verbose=False)["input_ids"], strict=True):
         if ids != ours.encode(text):
@@ -143,8 +133,7 @@ def _stepwise(model: Any, tokens: Tensor) -> Tensor:
 
 
 def _compare(folder: Path, what: str, found: Tensor, expected: Tensor) -> None:
-    spread = float(expected.float().std())
-    error = float((found.float() - expected.float()).abs().max())
+    spread, error = float(expected.std()), float((found - expected).abs().max())
     if not error <= TOLERANCE * spread:
         raise UserError(
             f"the {what} of the model written to {folder} differ from the checkpoint's by {error:.1e} (their standard "

@@ -32,7 +32,8 @@ class TostForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc, u
 
     def __init__(self, config: TostConfig) -> None:
         super().__init__(config)
-        self.lm = LM(model_config(config))
+        shape = {field.name: getattr(config, field.name) for field in fields(ModelConfig)}
+        self.lm = LM(ModelConfig(**shape | {"layers": tuple(map(options_from_dict, config.layers))}))
         self.post_init()
 
     @classmethod
@@ -87,9 +88,3 @@ class TostForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc, u
 
     def _reorder_cache(self, past_key_values: LMState, beam_idx: Tensor) -> LMState:
         return past_key_values.select(beam_idx.to(self.lm.embed.weight.device))
-
-
-def model_config(config: TostConfig) -> ModelConfig:
-    """Return the shape of the model. transformers loads the configuration as a copy with mixers of its own."""
-    values = {field.name: getattr(config, field.name) for field in fields(ModelConfig)}
-    return ModelConfig(**{**values, "layers": tuple(map(options_from_dict, config.layers))})

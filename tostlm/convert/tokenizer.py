@@ -19,7 +19,9 @@ def save_tokenizer(tokenizer: Tokenizer, positions: int | None, folder: Path) ->
     text, as `<|endoftext|>`, as the special token itself.
     """
     if isinstance(tokenizer, FastTokenizer):
-        fast = _without_end(tokenizer)
+        # Generation continues a text, so nothing may follow it.
+        content = json.loads(tokenizer.content) | {"post_processor": None}
+        fast = parse_tokenizer_json(json.dumps(content).encode())
     else:
         assert isinstance(tokenizer, SentencePieceTokenizer)
         fast = _from_sentencepiece(tokenizer)
@@ -34,14 +36,9 @@ def save_tokenizer(tokenizer: Tokenizer, positions: int | None, folder: Path) ->
     ).save_pretrained(folder)
 
 
-def _without_end(tokenizer: FastTokenizer) -> tokenizers.Tokenizer:
-    """Return the tokenizer without its post-processor: generation continues a text, so nothing may follow it."""
-    return parse_tokenizer_json(json.dumps(json.loads(tokenizer.content) | {"post_processor": None}).encode())
-
-
 def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
     """Return the same BPE with plain spaces in its pieces, so that U+2581 in a text is an ordinary character."""
-    vocabulary = {piece.replace(METASPACE, " "): token for token, piece in enumerate(tokenizer.pieces())}
+    vocabulary = {piece.replace(METASPACE, " "): token for token, piece in enumerate(tokenizer.pieces)}
     fast = tokenizers.Tokenizer(models.BPE(vocabulary, _merges(vocabulary), byte_fallback=True))
     steps = [decoders.ByteFallback(), decoders.Fuse()]
     if tokenizer.adds_space:
@@ -53,9 +50,6 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokeniz
 
 def _merges(vocabulary: dict[str, int]) -> list[tuple[str, str]]:
     """Return every pair of pieces that joins to a piece, in the order in which BPE learned the pieces."""
-    merges = []
-    for piece, token in vocabulary.items():
-        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        known = [(left, right) for left, right in pairs if left in vocabulary and right in vocabulary]
-        merges += [(token, vocabulary[left], vocabulary[right], left, right) for left, right in known]
-    return [(left, right) for *_, left, right in sorted(merges)]
+    pairs = [(piece[:cut], piece[cut:]) for piece in vocabulary for cut in range(1, len(piece))]
+    known = [(left, right) for left, right in pairs if left in vocabulary and right in vocabulary]
+    return sorted(known, key=lambda pair: [vocabulary[part] for part in ("".join(pair), *pair)])

@@ -1,6 +1,6 @@
 """Text to tokens to batches."""
 
-from tostlm.data.loading import ContextStage, Loader, NumpyBatch, TokenSet, TokenSource
+from tostlm.data.loading import ContextStage, Loader, NumpyBatch, TokenSet
 from tostlm.data.preparation.merge import format_counts, merge
 from tostlm.data.preparation.plan import PreparationSettings
 from tostlm.data.preparation.prepare import TaskShard, parse_task, prepare
@@ -31,7 +31,6 @@ __all__ = [
     "Selection",
     "TaskShard",
     "TokenSet",
-    "TokenSource",
     "Tokenizer",
     "common_tokenizer",
     "documents",

@@ -116,12 +116,9 @@ class SplitWriter:
         self._writers = {split: _ShardWriter(folder, split, dtype, shard_tokens) for split in (TRAIN, VALIDATION)}
 
     def add(self, tokens: Sequence[int] | np.ndarray, text: bytes, split: str | None = None) -> None:
-        """Write one document and the end-of-document token after it.
+        """Write the ids of one document, whose UTF-8 is `text`, and the end-of-document token after them.
 
-        Args:
-            tokens: the ids of the document.
-            text: its text in UTF-8.
-            split: where it belongs; None to let its text decide, by the text's hash read as a number in [0, 1).
+        Without a `split` the text decides where it belongs, by its hash read as a number in [0, 1).
         """
         content_hash = hashlib.sha256(text).digest()[:HASH_BYTES]
         if split is None:
@@ -139,22 +136,14 @@ class _ShardWriter:
         self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
         self._shards: list[Shard] = []
         self._file: BinaryIO | None = None
-        self._start_shard()
-
-    def _start_shard(self) -> None:
-        self._name = shard_name(self._split, len(self._shards))
-        self._lengths: list[int] = []
-        self._hashes: list[bytes] = []
-        self._text_bytes: list[int] = []
+        self._documents: list[tuple[int, bytes, int]] = []  # of the open shard: tokens, hash, bytes of text
         self._tokens = 0
 
     def add(self, tokens: np.ndarray, content_hash: bytes, text_bytes: int) -> None:
         if self._file is None:
-            self._file = (self._folder / f"{self._name}.bin").open("wb")
+            self._file = (self._folder / f"{shard_name(self._split, len(self._shards))}.bin").open("wb")
         self._file.write(tokens.astype(self._dtype).tobytes())
-        self._lengths.append(len(tokens))
-        self._hashes.append(content_hash)
-        self._text_bytes.append(text_bytes)
+        self._documents.append((len(tokens), content_hash, text_bytes))
         self._tokens += len(tokens)
         if self._tokens >= self._shard_tokens:
             self.finish()
@@ -164,12 +153,12 @@ class _ShardWriter:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            self._file = None
-            text_bytes = np.array(self._text_bytes, "<u4")
-            (self._folder / f"{self._name}.{TEXT_BYTES_SUFFIX}").write_bytes(text_bytes.tobytes())
-            lengths, hashes = np.array(self._lengths), b"".join(self._hashes)
-            self._shards.append(finish_shard(self._folder, self._name, lengths, hashes, text_bytes))
-            self._start_shard()
+            name = shard_name(self._split, len(self._shards))
+            lengths, hashes, sizes = zip(*self._documents, strict=True)
+            text_bytes = np.array(sizes, "<u4")
+            (self._folder / f"{name}.{TEXT_BYTES_SUFFIX}").write_bytes(text_bytes.tobytes())
+            self._shards.append(finish_shard(self._folder, name, np.array(lengths), b"".join(hashes), text_bytes))
+            self._file, self._documents, self._tokens = None, [], 0
         return tuple(self._shards)
 
 
@@ -269,11 +258,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def common_tokenizer(folders: Sequence[Path], vocab_size: int | None = None) -> Tokenizer:
-    """Return the tokenizer that all of several prepared folders were made with.
-
-    Args:
-        folders: the prepared folders.
-        vocab_size: of a model that must embed every token; None without a model.
+    """Return the tokenizer of several prepared folders; `vocab_size` is that of a model that must embed every token.
 
     Raises:
         UserError: the folders were made with different tokenizers, or `vocab_size` is less than the tokenizer's.

@@ -71,10 +71,8 @@ def count_lengths(bounds_by_shard: Iterable[np.ndarray]) -> Lengths:
     """Count the documents of each length, from the int64 [documents, 2] bounds of the documents of each shard."""
     documents: Counter[int] = Counter()
     for bounds in bounds_by_shard:
-        lengths, counts = np.unique(bounds[:, 1] - bounds[:, 0], return_counts=True)
-        documents.update(dict(zip(lengths.tolist(), counts.tolist(), strict=True)))
-    tokens = sorted(documents)
-    return Lengths(np.array(tokens), np.array([documents[length] for length in tokens]))
+        documents.update((bounds[:, 1] - bounds[:, 0]).tolist())
+    return Lengths(*np.array(sorted(documents.items())).T)
 
 
 def _sample_documents(tokens: TokenSet, split: str, samples: int, seed: int) -> Iterator[str]:
@@ -99,17 +97,12 @@ def _indented(text: str) -> str:
 
 
 def _describe(split: Split, lengths: Lengths) -> str:
-    facts = {
-        "mean": f"{split.tokens / split.documents:,.1f}",
-        "median": f"{lengths.percentile(50):,}",
-        "p90": f"{lengths.percentile(90):,}",
-        "p99": f"{lengths.percentile(99):,}",
-        "longest": f"{lengths.tokens[-1]:,}",
-    }
+    median, p90, p99 = (lengths.percentile(percent) for percent in (50, 90, 99))
     return (
         f"{split.tokens:,} tokens of {split.documents:,} documents; shards: {len(split.shards):,}; "
         f"text: {split.text_bytes:,} bytes, {split.text_bytes / split.tokens:.3f} a token\n"
-        f"tokens a document, its end included: {', '.join(f'{name} {value}' for name, value in facts.items())}"
+        f"tokens a document, its end included: mean {split.tokens / split.documents:,.1f}, median {median:,}, "
+        f"p90 {p90:,}, p99 {p99:,}, longest {lengths.tokens[-1]:,}"
     )
 
 
@@ -125,28 +118,23 @@ def _histogram(lengths: Lengths) -> str:
 def _plot(splits: Mapping[str, Lengths]) -> bytes:
     """Draw the share of each split's documents in each power of two, as a PNG."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         raise UserError("drawing takes matplotlib, which is not installed; `pip install 'tostlm[eval]'`") from None
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     for name, lengths in splits.items():
         counts = lengths.by_powers_of_two()
         edges = [2.0**k for k in [*counts, max(counts) + 1]]
         total = sum(counts.values())
-        axes.stairs(
-            [count / total for count in counts.values()], edges, fill=True, alpha=0.4, label=f"{name}, {total:,}"
-        )
+        shares = [count / total for count in counts.values()]
+        axes.stairs(shares, edges, fill=True, alpha=0.4, label=f"{name}, {total:,}")
     axes.set_xscale("log", base=2)
-    axes.set_xlabel("tokens of a document, its end included")
-    axes.set_ylabel("share of the split's documents")
+    axes.set(xlabel="tokens of a document, its end included", ylabel="share of the split's documents")
     axes.set_title("Lengths of documents")
     axes.grid(alpha=0.3)
     if splits:
         axes.legend()
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
-    pyplot.close(figure)
     return image.getvalue()

@@ -23,7 +23,6 @@ from tostlm.files import sha256_of, write_atomically
 STAMP = ".verified.json"
 HASHING_THREADS = 8  # hashing releases Python's lock, so threads use as many cores
 
-
 FileState: TypeAlias = tuple[int, int]  # size and modification time, which change when a file is written
 
 
@@ -37,12 +36,8 @@ class Stamp(FrozenModel):
 def verify(folder: Path, files: Collection[str] | None = None) -> Iterator[str]:
     """Compare the files of a prepared folder with the manifest's checksums, reading every byte.
 
-    Args:
-        folder: a prepared folder.
-        files: names of the shard files to check, some of `shard_files`; None for all of them and the tokenizer.
-
-    Yields:
-        The name of each file as soon as its checksum is found to agree.
+    `files` names the shard files to check, some of `shard_files`; None is all of them and the tokenizer. Each name is
+    yielded as soon as the file's checksum is found to agree.
 
     Raises:
         UserError: a file is missing or its checksum or size is not the manifest's.
@@ -50,7 +45,7 @@ def verify(folder: Path, files: Collection[str] | None = None) -> Iterator[str]:
     manifest = _check_sizes(folder)
     if files is None:
         yield load_tokenizer(folder).file_name
-    yield from _verify(folder, manifest, shard_files(manifest).keys() if files is None else files, {})
+    yield from _verify(folder, manifest, shard_files(manifest) if files is None else files, {})
 
 
 def verify_once(folder: Path) -> int:
@@ -63,7 +58,11 @@ def verify_once(folder: Path) -> int:
     """
     manifest = _check_sizes(folder)
     load_tokenizer(folder)
-    stamped = _read_stamp(folder, manifest)
+    stamped: dict[str, FileState] = {}
+    with suppress(OSError, pydantic.ValidationError):  # the stamp is missing or damaged
+        stamp = Stamp.model_validate_json((folder / STAMP).read_bytes())
+        if stamp.content_sha256 == manifest.content_sha256:
+            stamped = stamp.files
     changed = [name for name in shard_files(manifest) if name not in stamped or _state(folder / name) != stamped[name]]
     return sum((folder / name).stat().st_size for name in _verify(folder, manifest, changed, stamped))
 
@@ -115,12 +114,3 @@ def _state(path: Path) -> FileState | None:
         return None
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns
-
-
-def _read_stamp(folder: Path, manifest: Manifest) -> dict[str, FileState]:
-    """Return the state of each file at its last verification; nothing if the stamp is missing, damaged or outdated."""
-    try:
-        stamp = Stamp.model_validate_json((folder / STAMP).read_bytes())
-    except (OSError, pydantic.ValidationError):
-        return {}
-    return stamp.files if stamp.content_sha256 == manifest.content_sha256 else {}

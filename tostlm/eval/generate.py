@@ -17,11 +17,7 @@ from tostlm.model import LM
 def generate_text(path: Path, prompt: str, tokens: int, temperature: float, top_k: int | None, seed: int) -> str:
     """Return a prompt and its continuation by a checkpoint's model, up to the end of the document or `tokens` tokens.
 
-    Args:
-        path: a checkpoint, or a run's folder for its newest one.
-        tokens: the most tokens to generate.
-        temperature: of the softmax; 0 takes the likeliest token.
-        top_k: sample among this many of the likeliest tokens; None: among all.
+    `path` is a checkpoint, or a run's folder for its newest one; `generate` describes the other arguments.
 
     Raises:
         UserError: there is no checkpoint, the prompt is not valid text, or prompt and continuation exceed the model's

@@ -33,27 +33,21 @@ class Score(NamedTuple):
 
 
 def choose_targets(tokens: TokenSet, contexts: Sequence[int], windows: int) -> Targets:
-    """Choose spans of targets, evenly spread over the documents that are longer than the longest context.
+    """Choose spans of targets, evenly spread over the documents that are longer than the longest context to be scored.
 
-    A span is half the shortest context, so every target is predicted from at least half of the context it is scored at.
-
-    Args:
-        tokens: the tokens to choose from.
-        contexts: context lengths in tokens that will be scored.
-        windows: number of spans, or all there are if they are fewer.
+    There are `windows` spans, or as many as fit. Each is half the shortest context long, so every target is predicted
+    from at least half of the context it is scored at.
 
     Raises:
         UserError: no document is long enough.
     """
     longest, span = max(contexts), max(1, min(contexts) // 2)
-    ends = [
-        end for first, stop in tokens.document_bounds.tolist() for end in range(first + longest + 1, stop + 1, span)
-    ]
+    bounds = tokens.document_bounds
+    ends = [end for first, stop in bounds.tolist() for end in range(first + longest + 1, stop + 1, span)]
     if not ends:
-        lengths = tokens.document_bounds[:, 1] - tokens.document_bounds[:, 0]
         raise UserError(
             f"no held-out document of {tokens.folder} is longer than {longest} tokens (the longest has "
-            f"{lengths.max()}); ask for shorter --contexts or hold out more documents"
+            f"{np.diff(bounds).max()}); ask for shorter --contexts or hold out more documents"
         )
     chosen = np.unique(np.linspace(0, len(ends) - 1, min(windows, len(ends))).round().astype(int))
     return Targets([ends[index] for index in chosen], span)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,44 +56,43 @@ def evaluate_perplexity(
             raise UserError(f"{checkpoint.path} has {positions} positions, fewer than {shortest}")
         scores = list(score_contexts(checkpoint, tokens, targets, contexts))
         models.append(ModelScores(name, str(checkpoint.path), checkpoint.train_state.step, positions, scores))
-    facts = {"data": str(tokens.folder), "targets": len(targets.ends) * targets.span}
-    write_report(models, facts, out)
-    return f"{table(models, contexts)}\nwritten to {out}/perplexity.json, .csv and .png"
-
-
-def write_report(models: Sequence[ModelScores], facts: Mapping[str, object], out: Path) -> None:
-    """Write perplexity.json, perplexity.csv and perplexity.png to the folder `out`."""
-    content = {**facts, "models": [{**m._asdict(), "scores": [s._asdict() for s in m.scores]} for m in models]}
+    content = {
+        "data": str(tokens.folder),
+        "targets": len(targets.ends) * targets.span,
+        "models": [{**model._asdict(), "scores": [score._asdict() for score in model.scores]} for model in models],
+    }
     write_atomically(out / "perplexity.json", json.dumps(content, indent=2) + "\n")
+    write_atomically(out / "perplexity.csv", _csv(models))
+    write_atomically(out / "perplexity.png", _plot(models))
+    return f"{_table(models, contexts)}\nwritten to {out}/perplexity.json, .csv and .png"
+
+
+def _csv(models: Sequence[ModelScores]) -> str:
     rows = io.StringIO()
     writer = csv.writer(rows, lineterminator="\n")
     writer.writerow(["model", *Score._fields])
-    for model in models:
-        writer.writerows([model.name, *score] for score in model.scores)
-    write_atomically(out / "perplexity.csv", rows.getvalue())
-    write_atomically(out / "perplexity.png", _plot(models))
+    writer.writerows([model.name, *score] for model in models for score in model.scores)
+    return rows.getvalue()
 
 
-def table(models: Sequence[ModelScores], contexts: Sequence[int]) -> str:
-    """Return a table of the perplexity of every model at every context."""
+def _table(models: Sequence[ModelScores], contexts: Sequence[int]) -> str:
     lines = [f"{'context':>8}" + "".join(f"{model.name:>24}" for model in models)]
     for context in sorted(contexts):
-        cells = []
+        line = f"{context:>8}"
         for model in models:
             score = next((s for s in model.scores if s.context == context), None)
-            cells.append(f"{score.perplexity:.2f} ({score.bits_per_byte:.4f} b/B)" if score else "beyond its positions")
-        lines.append(f"{context:>8}" + "".join(f"{cell:>24}" for cell in cells))
+            cell = f"{score.perplexity:.2f} ({score.bits_per_byte:.4f} b/B)" if score else "beyond its positions"
+            line += f"{cell:>24}"
+        lines.append(line)
     lines += [f"{m.name} has {m.positions} learned positions and reads no further" for m in models if m.positions]
     return "\n".join(lines)
 
 
 def _plot(models: Sequence[ModelScores]) -> bytes:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     for model in models:
         label = f"{model.name} ({model.positions} positions)" if model.positions else model.name
         contexts = [score.context for score in model.scores]
@@ -101,12 +100,9 @@ def _plot(models: Sequence[ModelScores]) -> bytes:
     axes.set_xscale("log", base=2)
     ticks = sorted({score.context for model in models for score in model.scores})
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.set_xlabel("context, tokens")
-    axes.set_ylabel("perplexity")
-    axes.set_title("Held-out perplexity of the same tokens by context")
+    axes.set(xlabel="context, tokens", ylabel="perplexity", title="Held-out perplexity of the same tokens by context")
     axes.grid(alpha=0.3)
     axes.legend()
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
-    pyplot.close(figure)
     return image.getvalue()

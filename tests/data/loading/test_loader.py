@@ -20,7 +20,7 @@ from tostlm.data import (
     prepare,
     train_tokenizer,
 )
-from tostlm.data.loading.windows import DocumentWindows
+from tostlm.data.loading.token_set import Windows
 from tostlm.errors import UserError
 
 CONTEXT = 64
@@ -145,7 +145,7 @@ def test_epochs_are_summed_over_stages(tokens: TokenSet) -> None:
 
 def test_a_stage_reads_only_documents_as_long_as_its_context(tokens: TokenSet) -> None:
     loader = Loader([(tokens, 1.0)], [ContextStage(0, 64, 8), ContextStage(5, 2500, 1)], seed=0, within_documents=True)
-    windows = DocumentWindows(tokens, 2500)
+    windows = Windows(tokens, 2500, within_documents=True)
     expected = np.stack([windows[number][:-1] for number in range(len(windows))])
     rows = np.concatenate([loader.batch(step, 0, 1).inputs for step in range(5, 5 + len(windows))])
     assert np.array_equal(sort_rows(rows), sort_rows(expected))
@@ -211,8 +211,8 @@ SEQUENCES = 2 * RANKS  # of a step
 WORLDS = [1, 2, 64, 512, RANKS]
 
 
-class ComputedTokens:
-    """A token source as long as the windows need that holds nothing in memory."""
+class ComputedTokens(TokenSet):
+    """A token set as long as the windows need that holds nothing in memory."""
 
     def __init__(self, name: str) -> None:
         self.folder = Path(name)

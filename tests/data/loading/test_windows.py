@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tostlm.data import TRAIN, PreparationSettings, Tokenizer, TokenSet, import_tokens, prepare
-from tostlm.data.loading.windows import DocumentWindows, StreamWindows
+from tostlm.data.loading.token_set import Windows
 from tostlm.errors import UserError
 
 
@@ -17,7 +17,7 @@ def tokens(request: pytest.FixtureRequest, corpus: Path, tokenizer: Tokenizer, t
     return TokenSet(tmp_path / "out", TRAIN)
 
 
-def rows(windows: StreamWindows | DocumentWindows) -> np.ndarray:
+def rows(windows: Windows) -> np.ndarray:
     return np.stack([windows[number] for number in range(len(windows))])
 
 
@@ -34,7 +34,7 @@ def windows_within_documents(tokens: TokenSet, context: int) -> np.ndarray:
 
 @pytest.mark.parametrize("context", [64, 1000])
 def test_stream_windows_cover_all_tokens_but_a_rest_shorter_than_a_window(tokens: TokenSet, context: int) -> None:
-    found = rows(StreamWindows(tokens, context))
+    found = rows(Windows(tokens, context, within_documents=False))
     assert np.array_equal(found[:, :-1].ravel(), tokens.read(0, len(found) * context))
     assert np.array_equal(found[:, 1:].ravel(), tokens.read(1, len(found) * context + 1))
     assert len(tokens) - 1 - len(found) * context < context
@@ -42,7 +42,7 @@ def test_stream_windows_cover_all_tokens_but_a_rest_shorter_than_a_window(tokens
 
 @pytest.mark.parametrize("context", [16, 64, 1000, 2500])
 def test_document_windows_lie_within_one_document(tokens: TokenSet, context: int) -> None:
-    found = rows(DocumentWindows(tokens, context))
+    found = rows(Windows(tokens, context, within_documents=True))
     assert np.array_equal(found, windows_within_documents(tokens, context))
     ends = found == tokens.manifest.eos_id
     assert ends[:, 0].any()  # before a document
@@ -51,10 +51,10 @@ def test_document_windows_lie_within_one_document(tokens: TokenSet, context: int
 
 def test_a_context_may_be_as_long_as_the_longest_document_and_no_longer(tokens: TokenSet) -> None:
     lengths = np.diff(tokens.document_bounds)[:, 0]
-    windows = DocumentWindows(tokens, int(lengths.max()))
+    windows = Windows(tokens, int(lengths.max()), within_documents=True)
     assert len(windows) == (lengths == lengths.max()).sum()
     with pytest.raises(UserError) as error:
-        DocumentWindows(tokens, int(lengths.max()) + 1)
+        Windows(tokens, int(lengths.max()) + 1, within_documents=True)
     assert "no document of the train split of" in str(error.value)
     assert f"a window of {lengths.max() + 1} tokens (the longest has {lengths.max()}, its end" in str(error.value)
 
@@ -69,7 +69,7 @@ def test_windows_of_a_million_tokens(tokenizer: Tokenizer, tmp_path: Path) -> No
     import_tokens(
         "nanogpt", [tmp_path / "train.bin"], [], tokenizer, tmp_path / "out", heldout_fraction=0, shard_tokens=1_000_000
     )
-    windows = DocumentWindows(TokenSet(tmp_path / "out", TRAIN), context)
+    windows = Windows(TokenSet(tmp_path / "out", TRAIN), context, within_documents=True)
     assert len(windows) == 2
     assert np.array_equal(windows[0], ids[: context + 1])
     assert np.array_equal(windows[1], ids[1_700_001 : 1_700_001 + context + 1])

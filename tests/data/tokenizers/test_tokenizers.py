@@ -115,7 +115,7 @@ def test_text_never_encodes_to_the_end_of_document_token(kinds: Kinds, kind: str
 @pytest.mark.parametrize("kind", [*LOSSLESS, *LOSSY])
 def test_every_id_has_a_piece_and_a_number_of_bytes(kinds: Kinds, kind: str, speeches: list[str]) -> None:
     tokenizer = kinds[kind]
-    assert len(tokenizer.pieces()) == len(tokenizer.token_bytes) == tokenizer.vocab_size
+    assert len(tokenizer.pieces) == len(tokenizer.token_bytes) == tokenizer.vocab_size
     assert max(map(max, tokenizer.encode_batch(speeches, threads=2))) < tokenizer.vocab_size
 
 

@@ -2,6 +2,5 @@
 
 from tostlm.data.loading.loader import ContextStage, Loader, NumpyBatch
 from tostlm.data.loading.token_set import TokenSet
-from tostlm.data.loading.windows import TokenSource
 
-__all__ = ["ContextStage", "Loader", "NumpyBatch", "TokenSet", "TokenSource"]
+__all__ = ["ContextStage", "Loader", "NumpyBatch", "TokenSet"]

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tostlm.data.loading.sampling import MAX_CYCLE, Blend, StreamRows, permute
-from tostlm.data.loading.windows import DocumentWindows, StreamWindows, TokenSource
+from tostlm.data.loading.sampling import MAX_CYCLE, Blend, permute
+from tostlm.data.loading.token_set import TokenSet, Windows
 from tostlm.errors import UserError
 from tostlm.files import distinct_names
 
@@ -55,7 +55,7 @@ class Loader:
 
     def __init__(
         self,
-        sets: Sequence[tuple[TokenSource, float]],
+        sets: Sequence[tuple[TokenSet, float]],
         stages: Sequence[ContextStage],
         seed: int,
         *,
@@ -63,22 +63,18 @@ class Loader:
         within_documents: bool = False,
         stateful: bool = False,
     ) -> None:
-        self._stages, self._seed, self._eos_id = stages, seed, eos_id
-        weights = [weight for _, weight in sets]
-        self._stream_rows = StreamRows(weights, stages[0].sequences) if stateful else None
-        self._blend = Blend(weights)
-        assignment = self._stream_rows or self._blend
-        self._shares = [count / assignment.length for count in assignment.counts]
-        for (tokens, weight), share in zip(sets, self._shares, strict=True):
-            if not share:
-                smallest = f"row of a step's {assignment.length}" if stateful else f"sample in {MAX_CYCLE}"
+        self._stages, self._seed, self._eos_id, self._stateful = stages, seed, eos_id, stateful
+        self._blend = Blend([weight for _, weight in sets], stages[0].sequences if stateful else None)
+        for (tokens, weight), count in zip(sets, self._blend.counts, strict=True):
+            if not count:
+                smallest = f"row of a step's {self._blend.length}" if stateful else f"sample in {MAX_CYCLE}"
                 raise UserError(
                     f"the weight {weight} of {tokens.folder} is less than one {smallest}; raise it or leave the set out"
                 )
-        window_class = DocumentWindows if within_documents else StreamWindows
-        contexts = {stage.context for stage in stages}
-        by_context = {context: [window_class(tokens, context) for tokens, _ in sets] for context in contexts}
-        self._windows = [by_context[stage.context] for stage in stages]
+        self._windows = {
+            context: [Windows(tokens, context, within_documents) for tokens, _ in sets]
+            for context in {stage.context for stage in stages}
+        }
         self._names = distinct_names([tokens.folder for tokens, _ in sets])
 
     def batch(self, step: int, rank: int, world_size: int) -> NumpyBatch:
@@ -92,35 +88,36 @@ class Loader:
         count = stage.sequences // world_size
         first = (step - stage.first_step) * stage.sequences + rank * count
         located = [self._locate(number, sample) for sample in range(first, first + count)]
-        rows = np.stack([self._windows[number][chosen][window] for chosen, window in located])
+        rows = np.stack([self._windows[stage.context][chosen][window] for chosen, window in located])
         inputs = rows[:, :-1]
         mask = None if self._eos_id is None else inputs == self._eos_id
-        if mask is not None and self._stream_rows:
+        if mask is not None and self._stateful:
             mask[[window == 0 for _, window in located], 0] = True
         return NumpyBatch(inputs, rows[:, 1:], mask)
 
     def _locate(self, stage: int, sample: int) -> tuple[int, int]:
         """Return the token set of a stage's sample and the number of the window in it."""
-        if self._stream_rows:
-            return self._stream_rows.locate(sample, [len(windows) for windows in self._windows[stage]])
+        counts = [len(windows) for windows in self._windows[self._stages[stage].context]]
+        if self._stateful:
+            return self._blend.locate_in_rows(sample, counts)
         key = f"{self._seed}/{stage}"
         chosen, index = self._blend.locate(sample, key)
-        count = len(self._windows[stage][chosen])
-        epoch, index = divmod(index, count)
-        return chosen, permute(index, count, f"{key}/{chosen}/{epoch}")
+        epoch, index = divmod(index, counts[chosen])
+        return chosen, permute(index, counts[chosen], f"{key}/{chosen}/{epoch}")
 
     def epochs(self, step: int) -> dict[str, float]:
         """Return how many times the windows of each set have been read after `step` steps, by the set's name."""
         totals = dict.fromkeys(self._names, 0.0)
         ends = [*(stage.first_step for stage in self._stages[1:]), step]
-        for stage, end, windows_of_sets in zip(self._stages, ends, self._windows, strict=True):
+        for stage, end in zip(self._stages, ends, strict=True):
             samples = max(0, min(step, end) - stage.first_step) * stage.sequences
-            for name, share, windows in zip(self._names, self._shares, windows_of_sets, strict=True):
-                totals[name] += samples * share / len(windows)
+            for name, count, windows in zip(self._names, self._blend.counts, self._windows[stage.context], strict=True):
+                totals[name] += samples * count / self._blend.length / len(windows)
         return totals
 
     def steps_within(self, tokens: int) -> int:
         """Return how many steps of the last stage read at most `tokens` tokens and no window twice; at least 1."""
-        stage, counts = self._stages[-1], zip(self._blend.counts, self._windows[-1], strict=True)
+        stage = self._stages[-1]
+        counts = zip(self._blend.counts, self._windows[stage.context], strict=True)
         one_epoch = min(len(windows) * self._blend.length // count for count, windows in counts)
         return max(1, min(tokens // stage.context, one_epoch) // stage.sequences)

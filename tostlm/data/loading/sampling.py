@@ -18,11 +18,7 @@ def permute(index: int, size: int, key: str) -> int:
 
     A Feistel network permutes the numbers below a power of four that is at least `size`. It is applied again until the
     value is below `size`, which makes it a permutation of range(size) (cycle walking, Black and Rogaway 2002).
-
-    Args:
-        index: a number below `size`.
-        size: how many numbers are permuted.
-        key: selects the permutation.
+    `key` selects the permutation.
     """
     if size == 1:
         return 0
@@ -41,60 +37,38 @@ def permute(index: int, size: int, key: str) -> int:
 class Blend:
     """Assigns the samples of a run to several token sets by weight.
 
-    The samples are divided into cycles of `length`. Every cycle holds exactly `counts[i]` samples of set i, in a
-    pseudorandom order of its own. The length is the common denominator of the weights, which are taken as the decimal
-    numbers they are written as, or `MAX_CYCLE` if that is shorter; then the counts are rounded to the total, and the
-    count of a very small weight is 0.
+    The samples are divided into cycles of `length`, and `counts[i]` samples of every cycle are of set i. Without a
+    given length it is the common denominator of the weights, which are taken as the decimal numbers they are written
+    as, or `MAX_CYCLE` if that is shorter. Counts are rounded to the total; that of a very small weight is 0.
     """
 
-    def __init__(self, weights: Sequence[float]) -> None:
-        shares = _normalize(weights)
-        self.length = min(math.lcm(*(share.denominator for share in shares)), MAX_CYCLE)
+    def __init__(self, weights: Sequence[float], length: int | None = None) -> None:
+        exact = [Fraction(str(weight)) for weight in weights]
+        shares = [weight / sum(exact) for weight in exact]
+        self.length = length or min(math.lcm(*(share.denominator for share in shares)), MAX_CYCLE)
         self.counts = _round_to_total([share * self.length for share in shares])
         self._offsets = [0, *accumulate(self.counts)]
 
     def locate(self, sample: int, key: str) -> tuple[int, int]:
         """Return the token set of a sample, and how many samples of the same set come before it.
 
-        Args:
-            sample: the number of the sample in the run.
-            key: selects the order of the sets within the cycles.
+        The order of the sets is pseudorandom, in each cycle another; `key` selects it.
         """
         cycle, index = divmod(sample, self.length)
         slot = permute(index, self.length, f"{key}/{cycle}")
         chosen = bisect_right(self._offsets, slot) - 1
         return chosen, cycle * self.counts[chosen] + slot - self._offsets[chosen]
 
+    def locate_in_rows(self, sample: int, windows: Sequence[int]) -> tuple[int, int]:
+        """Return the token set of a sample and the number of the window in it, for stateful training.
 
-class StreamRows:
-    """Assigns the rows of a batch to token sets, for stateful training: each row reads its set window after window.
-
-    `counts[i]` of the `length` rows read set i, by its weight. They start at equal distances from each other and, after
-    the last window, continue with the first.
-    """
-
-    def __init__(self, weights: Sequence[float], rows: int) -> None:
-        self.length = rows
-        self.counts = _round_to_total([share * rows for share in _normalize(weights)])
-        self._offsets = [0, *accumulate(self.counts)]
-
-    def locate(self, sample: int, windows: Sequence[int]) -> tuple[int, int]:
-        """Return the token set of a sample and the number of the window in it.
-
-        Args:
-            sample: the number of the sample in the run; consecutive samples are the rows of one batch.
-            windows: how many windows each token set has.
+        A cycle is a batch, and each of its rows reads its set window after window: the rows of a set start at equal
+        distances from each other and, after the last of its `windows[i]` windows, continue with the first.
         """
         step, row = divmod(sample, self.length)
         chosen = bisect_right(self._offsets, row) - 1
         start = (row - self._offsets[chosen]) * windows[chosen] // self.counts[chosen]
         return chosen, (start + step) % windows[chosen]
-
-
-def _normalize(weights: Sequence[float]) -> list[Fraction]:
-    """Return the weights divided by their sum, exact for the decimal numbers that they are written as."""
-    exact = [Fraction(str(weight)) for weight in weights]
-    return [weight / sum(exact) for weight in exact]
 
 
 def _round_to_total(parts: Sequence[Fraction]) -> list[int]:

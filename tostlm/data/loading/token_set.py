@@ -1,4 +1,4 @@
-"""One split of a prepared folder, read as one long array of tokens."""
+"""One split of a prepared folder, read as one long array of tokens or in windows of one length."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ OPEN_SHARDS = 64  # of a token set at a time: each needs a file descriptor, and 
 
 
 class TokenSet:
-    """One split of a prepared folder as one long array of tokens; its shards are memory-mapped when they are read.
+    """The split `TRAIN` or `VALIDATION` of a prepared folder as one long array of tokens.
 
-    Args:
-        folder: the prepared folder.
-        split: `TRAIN` or `VALIDATION`.
+    Its shards are memory-mapped when they are read.
 
     Raises:
         UserError: the folder is not prepared, a shard is missing or has another size than its manifest says, or the
@@ -65,7 +63,7 @@ class TokenSet:
         Raises:
             UserError: a token is outside the vocabulary, so a shard is damaged.
         """
-        parts = []
+        parts = [np.empty(0, np.int64)]
         shard = bisect_right(self._shard_starts, start) - 1
         while start < stop:
             base = int(self._shard_starts[shard])
@@ -79,7 +77,7 @@ class TokenSet:
             parts.append(part)
             shard += 1
             start = int(self._shard_starts[shard])
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+        return np.concatenate(parts)
 
     def document_bounds_by_shard(self) -> Iterator[np.ndarray]:
         """Yield, shard by shard, the first and past-the-last token of each document: int64 [documents, 2].
@@ -103,3 +101,45 @@ class TokenSet:
     def document_bounds(self) -> np.ndarray:
         """The bounds of all documents of the split, as `document_bounds_by_shard` yields them."""
         return np.concatenate(list(self.document_bounds_by_shard()))
+
+
+class Windows:
+    """Windows of a token set, cut one after another from all its tokens or, `within_documents`, from each document.
+
+    `windows[n]` is window number n, int64 [context + 1]: the inputs of a training sequence and one more token, the last
+    target. Windows of a document begin with the end-of-document token before it; its rest after its last whole window,
+    and documents shorter than a window, are not read. Their index takes 16 bytes for each document that is long enough.
+
+    Raises:
+        UserError: there are too few tokens for one window, or no document is long enough.
+    """
+
+    def __init__(self, tokens: TokenSet, context: int, within_documents: bool) -> None:
+        self._tokens, self._context = tokens, context
+        bounds_by_shard = tokens.document_bounds_by_shard() if within_documents else [np.array([[0, len(tokens)]])]
+        starts_and_counts: list[np.ndarray] = []  # int64 [2, documents that are long enough] of each shard
+        longest = 0
+        for bounds in bounds_by_shard:
+            first = np.maximum(bounds[:, 0] - 1, 0)  # the first document of all has no end-of-document token before it
+            windows = (bounds[:, 1] - first - 1) // context
+            starts_and_counts.append(np.stack([first, windows])[:, windows > 0])
+            longest = max(longest, int(np.diff(bounds).max(initial=0)))
+        self._starts, counts = np.concatenate(starts_and_counts, axis=1)
+        self._cumulative = np.cumsum(counts, out=counts)  # windows up to the end of each document
+        if not len(self._starts):
+            too_few = (
+                f"no document of {tokens} fills a window of {context} tokens (the longest has {longest}, its end "
+                "included); prepare longer documents"
+                if within_documents
+                else f"{tokens} holds {len(tokens)} tokens, fewer than one window of {context}; prepare more text"
+            )
+            raise UserError(f"{too_few} or lower data.context_tokens")
+
+    def __len__(self) -> int:
+        return int(self._cumulative[-1])
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        document = int(np.searchsorted(self._cumulative, number, side="right"))
+        earlier = int(self._cumulative[document - 1]) if document else 0
+        start = int(self._starts[document]) + (number - earlier) * self._context
+        return self._tokens.read(start, start + self._context + 1)

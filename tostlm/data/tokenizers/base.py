@@ -32,25 +32,21 @@ class Tokenizer(ABC):
     """Convert text to token ids and back.
 
     One of the tokens is the end-of-document token (EOS), which preparation writes after every document. Encoding never
-    makes it from text. Each file format is a subclass in a file of its own; defining the subclass registers it.
+    makes it from text. Each file format is a subclass in a file of its own, whose constructor sets the attributes;
+    its definition registers it.
+
+    Args:
+        content: the bytes of the tokenizer's file.
+
+    Raises:
+        UserError: the content is damaged or names no end-of-document token.
     """
 
     file_name: ClassVar[str]  # the name of the tokenizer's file in prepared folders and checkpoints
-    _formats: ClassVar[list[type[Tokenizer]]] = []
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        Tokenizer._formats.append(cls)
+    vocab_size: int  # the number of token ids; every id is below it
+    eos_id: int  # the id of the end-of-document token
 
     def __init__(self, content: bytes) -> None:
-        """Read a tokenizer.
-
-        Args:
-            content: the bytes of the tokenizer's file.
-
-        Raises:
-            UserError: the content is damaged or names no end-of-document token.
-        """
         self.content = content
 
     @classmethod
@@ -65,7 +61,7 @@ class Tokenizer(ABC):
         Raises:
             UserError: no class recognizes the content, or it cannot be used.
         """
-        for tokenizer_class in Tokenizer._formats:
+        for tokenizer_class in Tokenizer.__subclasses__():
             if tokenizer_class.recognizes(content):
                 return tokenizer_class(content)
         raise UserError("it is not a tokenizer: neither a SentencePiece model nor a tokenizer.json")
@@ -89,11 +85,7 @@ class Tokenizer(ABC):
 
     @staticmethod
     def from_folder(folder: Path) -> Tokenizer:
-        """Read the tokenizer of a prepared folder or a checkpoint.
-
-        Raises:
-            UserError: the folder holds no tokenizer file, or several, or the file cannot be used.
-        """
+        """Read the tokenizer of a prepared folder or a checkpoint; raise UserError as `find_file` and `load` do."""
         return Tokenizer.load(Tokenizer.find_file(folder))
 
     @staticmethod
@@ -103,7 +95,7 @@ class Tokenizer(ABC):
         Raises:
             UserError: the folder holds no tokenizer file, or several.
         """
-        names = sorted(tokenizer_class.file_name for tokenizer_class in Tokenizer._formats)
+        names = sorted(tokenizer_class.file_name for tokenizer_class in Tokenizer.__subclasses__())
         found = [name for name in names if (folder / name).is_file()]
         if not found:
             raise UserError(f"{folder} has no {' or '.join(names)}; check the path, or make the folder again")
@@ -113,18 +105,13 @@ class Tokenizer(ABC):
 
     @property
     @abstractmethod
-    def vocab_size(self) -> int:
-        """The number of token ids; every id is below it."""
-
-    @property
-    @abstractmethod
-    def eos_id(self) -> int:
-        """The id of the end-of-document token."""
+    def pieces(self) -> list[str]:
+        """Every token as the tokenizer's file spells it, in the order of ids; "" for an id without a token."""
 
     @property
     def eos_token(self) -> str:
         """The end-of-document token as the tokenizer's file spells it."""
-        return self.pieces()[self.eos_id]
+        return self.pieces[self.eos_id]
 
     @cached_property
     def sha256(self) -> str:
@@ -138,10 +125,6 @@ class Tokenizer(ABC):
 
         Special tokens count 0. A space that the tokenizer adds before a text counts in the text's first token.
         """
-
-    @abstractmethod
-    def pieces(self) -> list[str]:
-        """Return every token as the tokenizer's file spells it, in the order of ids; "" for an id without a token."""
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, without an end-of-document token."""

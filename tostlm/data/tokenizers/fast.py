@@ -33,15 +33,13 @@ class FastTokenizer(Tokenizer):
     def __init__(self, content: bytes) -> None:
         super().__init__(content)
         self._fast = parse_tokenizer_json(content)
-        self._fast.no_truncation()
-        self._fast.no_padding()
         self._fast.encode_special_tokens = True
         eos_id = appended_token(self._fast)
         if eos_id is None:
             raise UserError(
                 "the tokenizer does not say which token ends a document; use `tostlm tokenizer import` on it first"
             )
-        self._eos_id = eos_id
+        self.eos_id, self.vocab_size = eos_id, len(self.pieces)
         # Some models have the name of the EOS token as an ordinary word and would find it in text: such a text gets
         # the ids of the name's characters instead.
         self._eos_characters = [t.id for character in self.eos_token for t in self._fast.model.tokenize(character)]
@@ -50,31 +48,20 @@ class FastTokenizer(Tokenizer):
     def recognizes(cls, content: bytes) -> bool:
         return content.lstrip().startswith(b"{")
 
-    @property
-    def vocab_size(self) -> int:
-        return len(self._pieces)
-
-    @property
-    def eos_id(self) -> int:
-        return self._eos_id
-
     @cached_property
-    def _pieces(self) -> list[str]:
+    def pieces(self) -> list[str]:
         vocabulary = self._fast.get_vocab(with_added_tokens=True)
         pieces = [""] * (max(vocabulary.values()) + 1)
         for piece, token in vocabulary.items():
             pieces[token] = piece
         return pieces
 
-    def pieces(self) -> list[str]:
-        return list(self._pieces)
-
     @cached_property
     def token_bytes(self) -> np.ndarray:
         kinds = set(_decoder_types(json.loads(self.content).get("decoder")))
         special = {token for token, added in self._fast.get_added_tokens_decoder().items() if added.special}
         if kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
-            sizes = [_piece_bytes(piece, "ByteLevel" in kinds, "ByteFallback" in kinds) for piece in self._pieces]
+            sizes = [_piece_bytes(piece, "ByteLevel" in kinds, "ByteFallback" in kinds) for piece in self.pieces]
         else:
             # Other decoders do not spell bytes in their pieces: count the bytes a token adds after another one.
             before = self.encode("a")
@@ -91,24 +78,27 @@ class FastTokenizer(Tokenizer):
         return [self._replace_eos(encoding.ids) for encoding in encodings]
 
     def _replace_eos(self, tokens: list[int]) -> list[int]:
-        if self._eos_id not in tokens:
+        if self.eos_id not in tokens:
             return tokens
-        return list(chain.from_iterable(self._eos_characters if t == self._eos_id else [t] for t in tokens))
+        return list(chain.from_iterable(self._eos_characters if t == self.eos_id else [t] for t in tokens))
 
     def _decode_document(self, tokens: list[int]) -> str:
         return str(self._fast.decode(tokens, skip_special_tokens=True))
 
 
 def parse_tokenizer_json(content: bytes) -> tokenizers.Tokenizer:
-    """Return the content of a tokenizer.json as a tokenizer of the `tokenizers` package.
+    """Return the content of a tokenizer.json as a tokenizer of the `tokenizers` package that neither cuts nor pads.
 
     Raises:
         UserError: the content is not a tokenizer.json.
     """
     try:
-        return tokenizers.Tokenizer.from_buffer(content)
+        fast = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the package raises plain Exceptions
         raise UserError(f"not a tokenizer.json: {error}") from None
+    fast.no_truncation()
+    fast.no_padding()
+    return fast
 
 
 def appended_token(fast: tokenizers.Tokenizer) -> int | None:

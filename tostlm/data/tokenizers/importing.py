@@ -55,8 +55,6 @@ def import_tokenizer(source: Path, eos_token: str | None = None) -> Tokenizer:
 def _set_eos(content: bytes, eos_token: str | None, config: Path) -> FastTokenizer:
     """Return a tokenizer.json's tokenizer with a post-processor that only appends its EOS, made a special token."""
     fast = parse_tokenizer_json(content)
-    fast.no_truncation()
-    fast.no_padding()
     eos_token = eos_token or _find_eos(fast, config)
     eos_id = fast.token_to_id(eos_token)
     if eos_id is None:
@@ -87,13 +85,11 @@ def _find_eos(fast: tokenizers.Tokenizer, config: Path) -> str:
         named = named.get("content") if isinstance(named, dict) else named
         if named:
             return str(named)
-    known = [token for token in COMMON_EOS_TOKENS if fast.token_to_id(token) is not None]
-    if not known:
-        raise UserError(
-            f"it has none of the common end-of-document tokens ({', '.join(COMMON_EOS_TOKENS)}); name its own with "
-            "--eos-token"
-        )
-    return known[0]
+    for token in COMMON_EOS_TOKENS:
+        if fast.token_to_id(token) is not None:
+            return token
+    common = ", ".join(COMMON_EOS_TOKENS)
+    raise UserError(f"it has none of the common end-of-document tokens ({common}); name its own with --eos-token")
 
 
 def _special_token(piece: str, token: int) -> dict[str, object]:

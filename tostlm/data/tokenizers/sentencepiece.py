@@ -31,6 +31,7 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, content: bytes) -> None:
         super().__init__(content)
         self._processor = _load_model(content)
+        self.eos_id, self.vocab_size = self._processor.eos_id(), self._processor.vocab_size()
         if self.eos_id < 0:
             raise UserError(
                 "the tokenizer has no end-of-document token (</s>); train one with `tostlm tokenizer train`"
@@ -45,18 +46,11 @@ class SentencePieceTokenizer(Tokenizer):
     def recognizes(cls, content: bytes) -> bool:
         return content[:1] != b"" and content[:1] in MODEL_PROTO_TAGS and not content.lstrip().startswith(b"{")
 
-    @property
-    def vocab_size(self) -> int:
-        return int(self._processor.vocab_size())
-
-    @property
-    def eos_id(self) -> int:
-        return int(self._processor.eos_id())
-
     @cached_property
     def token_bytes(self) -> np.ndarray:
         return np.array([len(self._bytes_of(token)) for token in range(self.vocab_size)])
 
+    @cached_property
     def pieces(self) -> list[str]:
         return [self._processor.id_to_piece(token) for token in range(self.vocab_size)]
 

@@ -22,17 +22,10 @@ MAX_LINE_BYTES = 1 << 16  # SentencePiece skips longer training lines, so they a
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, out: Path, sample_bytes: int = 1_000_000_000, seed: int = 0
 ) -> SentencePieceTokenizer:
-    """Train a lossless BPE tokenizer and write its .model file atomically.
+    """Train a lossless BPE tokenizer of `vocab_size` pieces, 256 bytes among them; write its .model file atomically.
 
-    The model depends on the documents, the seed and the options, not on the order of the documents.
-
-    Args:
-        texts: the documents.
-        vocab_size: number of pieces, the 256 byte pieces included.
-        out: path of the .model file.
-        sample_bytes: UTF-8 bytes of text to train on, a uniform sample of the documents. SentencePiece holds its
-            training text in memory.
-        seed: selects the sample.
+    It is trained on a uniform sample of `sample_bytes` of the documents, which SentencePiece holds in memory. The model
+    depends on the documents, the seed of the sample and the options, not on the order of the documents.
 
     Raises:
         UserError: there is no text, or not enough for `vocab_size` pieces.
@@ -87,18 +80,11 @@ def limit_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
 
 
 def sample_texts(texts: Iterable[str], limit: int, seed: int) -> list[bytes]:
-    """Return a uniform sample of documents in random order.
+    """Return the UTF-8 of a uniform sample of documents, at most `limit` bytes, in random order.
 
     The documents are ranked by a hash of the seed and their text, and the first that fit are taken, so the sample does
-    not depend on their order in `texts`. Memory holds the sample and one document at most.
-
-    Args:
-        texts: the documents.
-        limit: UTF-8 bytes of the sample at most; a longer document is cut to it.
-        seed: selects the sample.
-
-    Returns:
-        The UTF-8 of each sampled document.
+    not depend on their order in `texts`. A document longer than `limit` is cut to it. Memory holds the sample and one
+    document at most.
     """
     key = seed.to_bytes(8, "little")
     kept: list[tuple[int, bytes]] = []  # a heap of (-rank, text), so that the highest rank is removed first
