@@ -191,6 +191,7 @@ def test_config_show_prints_the_resolved_config(run: Run) -> None:
     printed = succeed(tostlm("config", "show", str(run.file), "train.steps=7"))
     assert "steps: 7" in printed
     assert "# parameters       37,156" in printed
+    assert f"# state            {2 * 8 * (2 * 32 + 2):,} bytes a sequence of 64 tokens" in printed
     assert "# total tokens     3,584" in printed
     fail(tostlm("config", "show", str(run.file), "model.widht=7"), "model.widht", "model.width")
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from tostlm.checkpoint import load_checkpoint
 from tostlm.convert import export_hf, sample
 from tostlm.eval import generate
-from tostlm.model import training_flops_per_token
+from tostlm.model import state_bytes, training_flops_per_token
 
 checkpoint = load_checkpoint(Path(sys.argv[1]))
 lm, shape = checkpoint.lm, checkpoint.config.model
@@ -43,7 +43,7 @@ start = [checkpoint.tokenizer.eos_id]
 written = [token for token, _ in zip(generate(lm, start, shape.vocab_size, temperature=0), range(5))]
 export_hf(checkpoint, Path(sys.argv[2]))
 print(json.dumps({
-    "module": type(lm.blocks[0].mixer).__module__, "state": state.nbytes,
+    "module": type(lm.blocks[0].mixer).__module__, "state": state.nbytes, "state_bytes": state_bytes(shape, 40),
     "flops": training_flops_per_token(shape, 64), "written": written, "logits": whole[0, -1].tolist(),
     "tokens": tokens[0].tolist(), "sample": sample(Path(sys.argv[2]), "Fellow", tokens=3),
 }))
@@ -82,8 +82,8 @@ def test_a_mixer_in_one_file(package: Path, run: Run, tmp_path: Path) -> None:
     found = json.loads(python(package, "-c", AFTER_TRAINING, str(run.dir), str(out)).splitlines()[-1])
     assert found["module"] == f"tostlm.model.mixers.{MIXER}"
     C, H, V = 32, 2, 512
-    layers = 4 * C + 8 * (2 * C + H)
-    assert found["state"] == 2 * (layers + 8)  # two sequences, each with the start of its document
+    assert found["state_bytes"] == 4 * C + 8 * (2 * C + H)
+    assert found["state"] == 2 * (found["state_bytes"] + 8)  # two sequences, each with the start of its document
     per_block = 2 * 2 * C * C + 2 * 8 * C * C
     assert found["flops"] == 3 * (2 * V * C + 2 * per_block + 2 * C + 12 * C)
     assert len(found["written"]) == 5

@@ -48,13 +48,15 @@ def config_list() -> None:
 
 @config_app.command("show")
 def config_show(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Print a run's resolved config, its parameters, steps and tokens."""
+    """Print a run's resolved config, its parameters, state, steps and tokens."""
     from tostlm.config import dump_config, load_config
-    from tostlm.model import count_parameters
+    from tostlm.model import count_parameters, state_bytes
 
     run = load_config(config, overrides or [])
     print(dump_config(run))
     print(f"# parameters       {count_parameters(run.model):,} without position embeddings")
+    context = run.data.context_tokens
+    print(f"# state            {state_bytes(run.model, context):,} bytes a sequence of {context:,} tokens")
     print(f"# tokens per step  {run.train.batch_tokens:,}")
     print(f"# steps            {run.train.steps:,}")
     print(f"# total tokens     {run.tokens:,}")

@@ -1,6 +1,12 @@
 """Language models: ToST, GPT-2 and hybrids, with a token mixer per layer."""
 
-from tostlm.model.build import count_parameters, create_lm, parameter_groups, training_flops_per_token
+from tostlm.model.build import (
+    count_parameters,
+    create_lm,
+    parameter_groups,
+    state_bytes,
+    training_flops_per_token,
+)
 from tostlm.model.config import MixerOptions, ModelConfig
 from tostlm.model.lm import LM, LMState, state_tensors
 from tostlm.model.loss import IGNORE
@@ -17,6 +23,7 @@ __all__ = [
     "count_parameters",
     "create_lm",
     "parameter_groups",
+    "state_bytes",
     "state_tensors",
     "training_flops_per_token",
 ]

@@ -58,6 +58,11 @@ def training_flops_per_token(config: ModelConfig, context: int) -> float:
     return 3 * forward
 
 
+def state_bytes(config: ModelConfig, context: int) -> int:
+    """Return the bytes that remembering one sequence of `context` tokens takes, in the dtype of fp32 weights."""
+    return sum(block.mixer.state_bytes(context) for block in _meta_lm(config).blocks)
+
+
 @functools.lru_cache(maxsize=16)
 def _meta_lm(config: ModelConfig) -> LM:
     with torch.device("meta"):

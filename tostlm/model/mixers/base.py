@@ -83,6 +83,10 @@ class Mixer(nn.Module):
     def flops_per_token(self, context: int) -> float:
         """Return the floating-point operations of the forward pass per token, on average over `context` tokens."""
 
+    @abstractmethod
+    def state_bytes(self, context: int) -> int:
+        """Return the bytes of one sequence's state after `context` tokens."""
+
     def statistics(self, x: Tensor, positions: SequencePositions, state: MixerState | None) -> dict[str, Tensor]:
         """Return scalars that describe a forward pass, by name, for the training log. By default none."""
         return {}

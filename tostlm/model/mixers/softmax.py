@@ -72,3 +72,6 @@ class SoftmaxAttention(Mixer):
     def flops_per_token(self, context: int) -> float:
         C = self.config.width
         return 2.0 * 4 * C * C + 4 * C * context / 2  # scores and values over half the context on average
+
+    def state_bytes(self, context: int) -> int:
+        return 2 * context * self.config.width * self.in_proj.weight.element_size()

@@ -68,6 +68,9 @@ class TSSA(Mixer):
         C = self.config.width
         return 2.0 * 2 * C * C + OPERATOR_FLOPS * C
 
+    def state_bytes(self, context: int) -> int:
+        return 8 * (2 * self.config.width + self.config.heads)  # float64
+
     def statistics(self, x: Tensor, positions: SequencePositions, state: State | None) -> dict[str, Tensor]:
         """Return the membership entropy and the mean gate over the heads, of this rank's tokens.
 
