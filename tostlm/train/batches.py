@@ -41,11 +41,6 @@ class Batch(NamedTuple):
         rank, size = (0, 1) if group is None else (group.rank(), group.size())
         return whole.map(lambda tensor: tensor.chunk(size, dim=1)[rank].contiguous())
 
-    @property
-    def context(self) -> int:
-        """Tokens of a whole sequence, over all ranks of the group."""
-        return self.inputs.shape[1] * (1 if self.group is None else self.group.size())
-
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """Return the batch with `function` applied to each tensor."""
         mask = None if self.document_start_mask is None else function(self.document_start_mask)
@@ -77,23 +72,18 @@ def open_data(config: RunConfig, world_size: int) -> RunData:
     """
     plan = batch_plan(config, world_size)
     tokenizer = common_tokenizer(config.data.folders, config.model.vocab_size)
-    tokens = config.train.batch_tokens
-    stages = [ContextStage(step, context, tokens // context) for step, context in config.data.stages]
-    training = _open_loader(config, TRAIN, stages, stateful=config.data.stateful)
-    validation = _open_loader(config, VALIDATION, [ContextStage(0, config.data.context_tokens, 1)], stateful=False)
+    stages = [ContextStage(step, context, config.train.batch_tokens // context) for step, context in config.data.stages]
+    training = _open_loader(config, TRAIN, stages)
+    validation = _open_loader(config, VALIDATION, [ContextStage(0, config.data.context_tokens, 1)])
     return RunData(tokenizer, training, validation, validation.steps_within(config.train.eval_tokens), plan)
 
 
-def _open_loader(config: RunConfig, split: str, stages: list[ContextStage], stateful: bool) -> Loader:
-    sets = [(TokenSet(folder, split), weight) for folder, weight in config.data.sets]
-    return Loader(
-        sets,
-        stages,
-        config.seed,
-        eos_id=sets[0][0].manifest.eos_id if config.data.reset_at_documents else None,
-        within_documents=config.data.within_documents,
-        stateful=stateful,
-    )
+def _open_loader(config: RunConfig, split: str, stages: list[ContextStage]) -> Loader:
+    data = config.data
+    sets = [(TokenSet(folder, split), weight) for folder, weight in data.sets]
+    eos_id = sets[0][0].manifest.eos_id if data.reset_at_documents else None
+    stateful = data.stateful and split == TRAIN
+    return Loader(sets, stages, config.seed, eos_id=eos_id, within_documents=data.within_documents, stateful=stateful)
 
 
 class RankBatches:
@@ -176,28 +166,24 @@ class RecurrentState:
 
     def __init__(self, config: RunConfig, micro_batches: int, ranks: RankInfo) -> None:
         self._enabled, self._group_size, self._ranks = config.data.stateful, config.train.context_parallel_size, ranks
-        self._states: list[LMState | None] = [None] * micro_batches
-
-    def __getitem__(self, micro_batch: int) -> LMState | None:
-        return self._states[micro_batch]
+        self.states: list[LMState | None] = [None] * micro_batches
 
     def store(self, micro_batch: int, state: LMState) -> None:
         """Store the state after a micro-batch for the next step, detached from its graph."""
         if self._enabled:
             # A stateful model has no position table, so the number of earlier tokens is not used.
-            self._states[micro_batch] = LMState(0, state.detach().layers)
+            self.states[micro_batch] = LMState(0, state.detach().layers)
 
     def reset(self) -> None:
         """Forget all states, as after a step that was skipped."""
-        self._states = [None] * len(self._states)
+        self.states = [None] * len(self.states)
 
     def gather(self) -> dict[str, Tensor]:
-        """Return the states of all sequences of all ranks, on the host, for a checkpoint. Every rank must call this.
+        """Return the states of all ranks on the host, for a checkpoint. Every rank must call this.
 
-        Returns:
-            `LAYER/FIELD` -> [sequences of a step, ...], in the order of the sequences; empty if there are no states.
+        They are tensors [sequences of a step, ...] by LAYER/FIELD, in the order of the sequences; {} if there are none.
         """
-        micro_batches = [state_tensors(state) for state in self._states if state is not None]
+        micro_batches = [state_tensors(state) for state in self.states if state is not None]
         gathered = {}
         for name in micro_batches[0] if micro_batches else ():
             local = torch.cat([tensors[name] for tensors in micro_batches])
@@ -209,7 +195,7 @@ class RecurrentState:
     def restore(self, gathered: Mapping[str, Tensor], lm: LM, device: torch.device) -> None:
         """Take this rank's sequences from what `gather` returned, perhaps on another number of ranks; {} for none."""
         groups, group = self._ranks.world_size // self._group_size, self._ranks.rank // self._group_size
-        count = len(self._states)
+        count = len(self.states)
         local = {name: tensor.chunk(groups)[group].to(device).chunk(count) for name, tensor in gathered.items()}
         for index in range(count) if local else ():
-            self._states[index] = lm.state_from_tensors({name: parts[index] for name, parts in local.items()})
+            self.states[index] = lm.state_from_tensors({name: parts[index] for name, parts in local.items()})

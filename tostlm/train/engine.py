@@ -249,11 +249,12 @@ def train_step(
 ) -> StepResult:
     """Make one update from this rank's micro-batches, unless the step is bad. Every rank must call this.
 
+    The micro-batches start from `recurrent_state`, which is replaced by the states after them, or reset if the update
+    is skipped.
+
     Args:
         is_bad: decides from the mean loss over all ranks whether to skip the update.
         stop: whether this rank was asked to stop.
-        recurrent_state: what the micro-batches start from; replaced by the states after them, or reset if the update
-            is skipped.
         timer: times the phases forward, backward and step.
     """
     for group in engine.optimizer.param_groups:
@@ -264,31 +265,29 @@ def train_step(
             with timer("backward"):
                 engine.step()  # DeepSpeed counts the micro-batch before; it updates at the last one alone
         with timer("forward"):
-            loss, state = compute_loss(engine, batch, recurrent_state[index])
+            loss, state = compute_loss(engine, batch, recurrent_state.states[index])
         recurrent_state.store(index, state)
         losses.append(loss.detach())
         with timer("backward"):
             engine.backward(loss)
     with timer("step"):
-        mean, stop = all_reduce_mean(torch.stack(losses).mean(), stop)
-        result = _update(engine, mean, is_bad(mean), stop)
-    if result.skipped:
+        own_loss = torch.stack(losses).mean()
+        sums = torch.stack([own_loss, torch.full_like(own_loss, stop)]).double()
+        dist.all_reduce(sums)  # from here on all ranks know the same
+        loss_sum, stops = sums.tolist()
+        mean_loss = loss_sum / dist.get_world_size()
+        bad = is_bad(mean_loss)
+        norm: Tensor | float | None = _grad_norm_at_stage0(engine)
+        engine.guard.skip = bad or not _is_finite(norm)
+        engine.guard.skipped = True  # unless DeepSpeed calls the update: it may skip the step itself
+        engine.step()
+        skipped = engine.guard.skipped
+        norm = engine.get_global_grad_norm() if norm is None else norm
+        if norm is not None:
+            norm = float(norm) if _is_finite(norm) else math.inf
+    if skipped:
         recurrent_state.reset()
-    return result
-
-
-def _update(engine: TrainingEngine, loss: float, bad: bool, stop: bool) -> StepResult:
-    """Update the parameters from the accumulated gradients, unless the step is bad."""
-    norm: Tensor | float | None = _grad_norm_at_stage0(engine)
-    engine.guard.skip = bad or not _is_finite(norm)
-    engine.guard.skipped = True  # unless DeepSpeed calls the update: it may skip the step itself
-    engine.step()
-    skipped = engine.guard.skipped
-    if norm is None:
-        norm = engine.get_global_grad_norm()
-    if norm is not None:
-        norm = float(norm) if _is_finite(norm) else math.inf
-    return StepResult(loss, norm, bad or (skipped and not engine.fp16_enabled()), skipped, stop)
+    return StepResult(mean_loss, norm, bad or (skipped and not engine.fp16_enabled()), skipped, stops > 0)
 
 
 def _grad_norm_at_stage0(engine: TrainingEngine) -> Tensor | None:
@@ -296,14 +295,6 @@ def _grad_norm_at_stage0(engine: TrainingEngine) -> Tensor | None:
     if engine.zero_optimization_stage() or engine.bfloat16_enabled() or engine.fp16_enabled():
         return None
     return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
-
-
-def all_reduce_mean(loss: Tensor, stop: bool) -> tuple[float, bool]:
-    """Return the mean of the ranks' losses, and whether any rank was asked to stop, equal on all ranks."""
-    sums = torch.stack([loss, torch.full_like(loss, stop)]).double()
-    dist.all_reduce(sums)
-    total, stops = sums.tolist()
-    return total / dist.get_world_size(), stops > 0
 
 
 @torch.no_grad()
@@ -325,8 +316,3 @@ def evaluate(engine: TrainingEngine, batches: Generator[Batch], timer: Timer) ->
     dist.all_reduce(total)
     loss, tokens = total.tolist()
     return float(loss / tokens)
-
-
-def learning_rates(engine: TrainingEngine) -> dict[str, float]:
-    """Return the learning rate of each optimizer group by its name."""
-    return {group["name"]: group["lr"] for group in engine.optimizer.param_groups}

@@ -26,7 +26,7 @@ class SpikeDetector:
         self._zscore, self._max_bad_steps = train.spike_zscore, train.bad_steps_before_rollback
         self.good_losses = deque(good_losses, maxlen=train.spike_window_steps if train.spike_zscore else 0)
         self._bad_in_a_row = 0
-        self.rollback_failed = False  # the run rolled back and has had no good step since
+        self.rollbacks_in_a_row = 0  # without a good step after any of them
 
     def is_bad(self, loss: float) -> bool:
         """Return whether a loss is not finite, or is a spike compared with a full window of good steps."""
@@ -40,15 +40,14 @@ class SpikeDetector:
     def update(self, loss: float, bad: bool) -> bool:
         """Count a finished step and return whether the run must roll back, after too many bad steps in a row."""
         if not bad:
-            self._bad_in_a_row, self.rollback_failed = 0, False
+            self._bad_in_a_row = self.rollbacks_in_a_row = 0
             self.good_losses.append(loss)
             return False
         self._bad_in_a_row += 1
-        return self._bad_in_a_row >= self._max_bad_steps
-
-    def rolled_back(self) -> None:
-        """Start counting again after a rollback."""
-        self._bad_in_a_row, self.rollback_failed = 0, True
+        if self._bad_in_a_row < self._max_bad_steps:
+            return False
+        self._bad_in_a_row, self.rollbacks_in_a_row = 0, self.rollbacks_in_a_row + 1
+        return True
 
 
 class StopRequest:

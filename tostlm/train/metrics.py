@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -34,10 +34,8 @@ class PhaseTimers:
     """Divides the time between two reports into phases, without gaps or overlaps.
 
     A phase inside another interrupts it. On a GPU the limits of phases are events in its stream, which are read once
-    they have passed: a phase lasts as long as the GPU works on it, and nothing waits before a report.
-
-    Args:
-        on_phase: called with the name of each phase when it begins.
+    they have passed: a phase lasts as long as the GPU works on it, and nothing waits before a report. `on_phase` is
+    called with the name of each phase when it begins.
     """
 
     def __init__(self, device: torch.device, on_phase: Callable[[str], object] = lambda name: None) -> None:
@@ -132,13 +130,14 @@ class Metrics:
         self,
         state: TrainState,
         result: StepResult,
-        learning_rates: Mapping[str, float],
+        groups: Sequence[Mapping[str, Any]],
         context: int,
         epochs: Mapping[str, float],
     ) -> None:
         """Report a training step on sequences of `context` tokens, after which the run is in `state`.
 
-        `learning_rates` has that of each optimizer group, `epochs` how often each data set has been read, by name.
+        `groups` are the optimizer's, with a name and a learning rate each; `epochs` is how often each data set has been
+        read so far, by its name.
         """
         seconds, steps = self._timers.report(), state.step - self._reported_step
         self._reported_step = state.step
@@ -148,8 +147,8 @@ class Metrics:
         values = {
             "loss": result.loss,
             "perplexity": _perplexity(result.loss),
-            "lr": max(learning_rates.values()),
-            **{f"lr/{name}": rate for name, rate in learning_rates.items()},
+            "lr": max(group["lr"] for group in groups),
+            **{f"lr/{group['name']}": group["lr"] for group in groups},
             **({} if result.grad_norm is None else {"grad_norm": result.grad_norm}),
             **{f"epoch/{name}" if len(epochs) > 1 else "epoch": value for name, value in epochs.items()},
             "tokens": state.step * self._config.train.batch_tokens,
@@ -199,7 +198,6 @@ class Metrics:
         self._reported_step = step
         if self._writer is not None:
             self._writer.rewind(step)
-            self._update_bar(step)
 
     def _report(self, kind: str, step: int, values: Mapping[str, object], line: str = "", **bar: str) -> None:
         """Write values to the files, print a line if there is one, and update the progress bar."""
@@ -209,10 +207,7 @@ class Metrics:
         if line:
             tqdm.write(f"step {step}/{self._config.train.steps}  {line}", file=sys.stdout)
             sys.stdout.flush()
-        self._update_bar(step, **bar)
-
-    def _update_bar(self, step: int, **values: str) -> None:
-        self._bar_values |= values
+        self._bar_values |= bar
         self._bar.set_postfix(self._bar_values, refresh=False)
         self._bar.n = step
         self._bar.refresh()

@@ -26,7 +26,6 @@ from tostlm.train.engine import (
     context_parallel_group,
     evaluate,
     init_distributed,
-    learning_rates,
     rank0_first,
     start_engine,
     train_step,
@@ -133,14 +132,14 @@ def run_loop(
                 metrics.event(state.step, "skipped", loss=result.loss, grad_norm=result.grad_norm)
             if spikes.update(result.loss, result.bad):
                 saver.finish()
-                state = roll_back(engine, config, state, spikes.rollback_failed, ranks)
-                spikes.rolled_back()
+                state = roll_back(engine, config, state, spikes.rollbacks_in_a_row > 1, ranks)
                 metrics.rewind(state.step)
                 metrics.event(state.step, "rolled back", rollbacks=state.rollbacks)
                 continue
             if due(settings.log_every_steps):
+                context = micro_batches[0].inputs.shape[1] * settings.context_parallel_size
                 epochs = data.training.epochs(state.data_step)
-                metrics.log(state, result, learning_rates(engine), micro_batches[0].context, epochs)
+                metrics.log(state, result, engine.optimizer.param_groups, context, epochs)
             if due(settings.statistics_every_steps):
                 metrics.statistics(state.step, layer_statistics(engine, micro_batches[0], timers))
             if due(settings.eval_every_steps):
@@ -160,12 +159,8 @@ def roll_back(
 ) -> TrainState:
     """Load the newest checkpoint and return the progress to continue from, which leaves out the data read since.
 
-    Every rank must call this.
-
-    Args:
-        state: the progress of the run.
-        rollback_failed: no step was good since the last rollback, so the newest checkpoint's weights are bad too:
-            it is quarantined and the one before it is loaded.
+    With `rollback_failed`, no step was good since the last rollback, so the newest checkpoint's weights are bad too: it
+    is quarantined and the one before it is loaded. Every rank must call this.
 
     Raises:
         UserError: on rank 0, if the run has rolled back too often or has no checkpoint.

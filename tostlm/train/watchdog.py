@@ -60,10 +60,6 @@ class Heartbeat(NamedTuple):
     status: str | None = None
 
     @property
-    def name(self) -> str:
-        return f"rank {self.rank} on {self.host} (pid {self.pid})"
-
-    @property
     def visible(self) -> bool:
         """Whether this process can see that of the rank: they share a machine and a pid namespace."""
         return bool(self.pid_namespace) and self.pid_namespace == _pid_namespace()
@@ -81,10 +77,8 @@ def read_heartbeats(folder: Path, world_size: int) -> dict[int, Heartbeat]:
     """Return the heartbeat of every rank that has written one."""
     beats = {}
     for rank in range(world_size):
-        try:
+        with suppress(OSError, ValueError, TypeError):  # not started, ended, or a file system that is gone
             beats[rank] = Heartbeat(**json.loads(_rank_file(folder, rank, BEAT).read_text()))
-        except (OSError, ValueError, TypeError):  # not started, ended, or a file system that is gone
-            continue
     return beats
 
 
@@ -191,7 +185,7 @@ class Watchdog:
         while not self._done.wait(self._interval):
             self._write_heartbeat()
             idle = time.monotonic() - self._main[1]
-            if idle < READ_AFTER * self._timeout and not self._verdict.exists():
+            if idle < READ_AFTER * self._timeout and not self._has_verdict():
                 earlier = None
                 continue
             later = self._read_heartbeats()
@@ -200,7 +194,7 @@ class Watchdog:
             stalled: list[int] = []
             if earlier and idle >= DECIDE_AFTER * self._timeout:  # heartbeats may be an interval old
                 stalled = stalled_ranks(later, frozen, DECIDE_AFTER * self._timeout - self._interval)
-            if (stalled or self._verdict.exists()) and self._ending.acquire(blocking=False):
+            if (stalled or self._has_verdict()) and self._ending.acquire(blocking=False):
                 self._end_hung_run(stalled, frozen, later, idle)
             earlier = earlier or later
 
@@ -244,15 +238,15 @@ class Watchdog:
             self._wait_until(reported.exists, 3 * self._interval)
         exit_rank(EXIT_LOST_RANK)
 
+    def _has_verdict(self) -> bool:
+        return os.access(self._verdict, os.F_OK)  # False, and no error, on a file system that is gone
+
     def _create_verdict(self) -> bool:
         """Return whether this rank is the first that found a rank stalled."""
-        try:
+        with suppress(OSError):
             self._verdict.mkdir()
-        except FileExistsError:
-            return False
-        except OSError:
-            pass  # two reports are better than none
-        return True
+            return True
+        return not self._has_verdict()  # where none can be made, two reports are better than none
 
     def _wait_for_stacks(self, ranks: Iterable[int]) -> None:
         """Wait until all stack files exist and grow no longer; other ranks may act an interval later than this one."""
@@ -309,7 +303,7 @@ class Watchdog:
             if gone:
                 _print(f"{_names(gone, beats)} died without an error message in step {self._main[0].step}; {ADVICE}")
             elif not reported:
-                name = beats[self._rank].name
+                name = _names([self._rank], beats)
                 _print(f"{name} lost its connection to the other ranks ({error_summary(error)}); {ADVICE}")
         exit_rank(EXIT_LOST_RANK)
 
@@ -348,8 +342,9 @@ def _start_of(pid: int) -> str:
 
 
 def _names(ranks: Sequence[int], beats: Heartbeats) -> str:
+    places = {rank: f" on {beat.host} (pid {beat.pid})" for rank, beat in beats.items()}
     more = f" and {len(ranks) - MAX_NAMED_RANKS} more" if len(ranks) > MAX_NAMED_RANKS else ""
-    return ", ".join(beats[rank].name if rank in beats else f"rank {rank}" for rank in ranks[:MAX_NAMED_RANKS]) + more
+    return ", ".join(f"rank {rank}{places.get(rank, '')}" for rank in ranks[:MAX_NAMED_RANKS]) + more
 
 
 def _print(line: str) -> None:
