@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -223,9 +223,8 @@ class Watchdog:
         reported = self._verdict / "reported"
         if reports:
             namespaces = {beat.pid_namespace for beat in watching}
-            self._wait_for_stacks(
-                rank for rank, beat in beats.items() if beat.pid_namespace in namespaces and not beat.gone
-            )
+            watched = [rank for rank, beat in beats.items() if beat.pid_namespace in namespaces and not beat.gone]
+            self._wait_for_stacks(watched)
             # A frozen rank's heartbeat may be an interval old; it is where this rank waits for it, or before.
             since = beats[self._rank] if frozen else beats[stalled[0]]
             folder = self._write_report(since.step, stalled, frozen, beats)
@@ -248,7 +247,7 @@ class Watchdog:
             return True
         return not self._has_verdict()  # where none can be made, two reports are better than none
 
-    def _wait_for_stacks(self, ranks: Iterable[int]) -> None:
+    def _wait_for_stacks(self, ranks: Sequence[int]) -> None:
         """Wait until all stack files exist and grow no longer; other ranks may act an interval later than this one."""
         files = [_rank_file(self._folder, rank, STACK) for rank in ranks]
         sizes: list[int] = []
