@@ -28,7 +28,7 @@ from tostlm.config import RunConfig, batch_plan, load_config
 from tostlm.data import common_tokenizer
 from tostlm.launch import RankInfo, rank_from_environment
 from tostlm.launch.local import rank_env
-from tostlm.model import LM, create_lm
+from tostlm.model import LM
 from tostlm.train.engine import TrainingEngine, init_distributed, start_engine
 
 WORLD_SIZE = 2
@@ -56,7 +56,7 @@ def set_state(engine: TrainingEngine, expected: Expected, step: int) -> None:
 
 
 def create_engine(config: RunConfig, ranks: RankInfo) -> TrainingEngine:
-    return start_engine(config, create_lm(config.model, config.seed), batch_plan(config, ranks.world_size), ranks)
+    return start_engine(config, batch_plan(config, ranks.world_size), ranks)
 
 
 def create_saver(config: RunConfig, ranks: RankInfo) -> CheckpointSaver:

@@ -20,7 +20,6 @@ from tostlm.checkpoint.layout import checkpoint_folder, load_checkpoint, read_re
 from tostlm.checkpoint.load import resume
 from tostlm.config import batch_plan, load_config
 from tostlm.launch import RankInfo
-from tostlm.model import create_lm
 from tostlm.train.engine import start_engine
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}  # of a loss
@@ -160,9 +159,7 @@ def resume_counting_bytes(file: str, checkpoint: Path, rank: int, world_size: in
     found = []
     for stage in range(4):
         config, CountingSlice.total = load_config(Path(file), options(stage, "fp32")), 0
-        engine = start_engine(
-            config, create_lm(config.model, 0), batch_plan(config, world_size), RankInfo(rank, rank, world_size)
-        )
+        engine = start_engine(config, batch_plan(config, world_size), RankInfo(rank, rank, world_size))
         resume(engine, checkpoint)
         found.append(CountingSlice.total)
         engine.destroy()

@@ -16,7 +16,6 @@ from tostlm.checkpoint.load import resume
 from tostlm.checkpoint.save import CheckpointSaver
 from tostlm.config import load_config
 from tostlm.launch import RankInfo
-from tostlm.model import create_lm
 from tostlm.train.batches import RankBatches, RecurrentState, open_data
 from tostlm.train.engine import TrainingEngine, start_engine, train_step
 from tostlm.train.trainer import learning_rate
@@ -51,7 +50,7 @@ def run_job(job: Job, ranks: RankInfo) -> dict[str, Any]:
     """Train to LAST_STEP and save KEPT_STEP; a job that resumes first saves again what it has read."""
     config = load_config(Path(job.config), job.overrides)
     data = open_data(config, ranks.world_size)
-    engine = start_engine(config, create_lm(config.model, config.seed), data.plan, ranks)
+    engine = start_engine(config, data.plan, ranks)
     state, facts, losses = TrainState(), {}, {}
     recurrent_state = RecurrentState(config, data.plan.accumulation, ranks)
     with CheckpointSaver(config, data.tokenizer, ranks, lambda: None) as saver:

@@ -5,6 +5,7 @@ import threading
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -97,9 +98,21 @@ def test_micro_batches_are_parts_of_the_batch_in_order(run: Run) -> None:
         assert torch.equal(torch.cat([getattr(part, field) for part in micro_batches]), getattr(batch, field))
 
 
+class Group(NamedTuple):
+    """What a process group of four ranks says of itself."""
+
+    own: int
+
+    def rank(self) -> int:
+        return self.own
+
+    def size(self) -> int:
+        return 4
+
+
 def test_slices_of_sequences_join_to_the_whole(run: Run) -> None:
     batch = open_data(run.config("data.reset_at_documents=true"), 1).training.batch(0, 0, 1)
-    slices = [Batch.from_slice(batch, index, 4) for index in range(4)]
+    slices = [Batch.from_numpy(batch, Group(rank)) for rank in range(4)]
     assert {part.inputs.shape[1] for part in slices} == {16}
     for field in ("inputs", "targets", "document_start_mask"):
         joined = torch.cat([getattr(part, field) for part in slices], 1)

@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.conftest import Run, fail, succeed
 from tests.train.run_helpers import REPORTED, zero_options
@@ -12,7 +11,6 @@ from tostlm.checkpoint import checkpoints
 from tostlm.config import batch_plan
 from tostlm.errors import UserError
 from tostlm.model import LM
-from tostlm.train.batches import Batch, open_data
 from tostlm.train.engine import deepspeed_dict, prepare_blocks
 
 HYBRID = ["model.layers=[{mixer: tssa}, {mixer: softmax}]", "model.positions=64", "data.reset_at_documents=true"]
@@ -75,14 +73,6 @@ def test_several_groups_of_ranks_resume_exactly(run: Run) -> None:
     shutil.rmtree(checkpoints(run.dir)[-1])
     succeed(run.train(*SPLIT, *zero_options(1), nproc=4))
     assert {key: run.metrics(*key) for key in REPORTED} == before
-
-
-def test_pieces_of_a_batch(run: Run) -> None:
-    batch = open_data(run.config("data.reset_at_documents=true"), 1).training.batch(0, 0, 1)
-    pieces = [Batch.from_slice(batch, piece, 4) for piece in range(4)]
-    assert {rows.inputs.shape[1] for rows in pieces} == {16}
-    for whole, *parts in zip(Batch.from_numpy(batch)[:3], *(piece[:3] for piece in pieces), strict=True):
-        assert torch.equal(torch.cat(parts, 1), whole)
 
 
 def test_batches_of_groups(run: Run) -> None:

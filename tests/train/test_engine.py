@@ -15,7 +15,6 @@ from tests.processes import on_ranks
 from tests.train.run_helpers import zero_options
 from tostlm.checkpoint.deepspeed_state import gather_weights
 from tostlm.launch import RankInfo
-from tostlm.model import create_lm
 from tostlm.train.batches import Batch, RankBatches, RecurrentState, open_data
 from tostlm.train.engine import (
     StepResult,
@@ -53,7 +52,7 @@ def on_rank(run: Run, rank: int, world_size: int) -> list[dict[str, Any]]:
 def bad_among_good(run: Run, ranks: RankInfo, stage: int, bf16: str, more: tuple[str, ...]) -> dict[str, Any]:
     config = run.config(*zero_options(stage, bf16), *more)
     data = open_data(config, ranks.world_size)
-    engine = start_engine(config, create_lm(config.model, config.seed), data.plan, ranks)
+    engine = start_engine(config, data.plan, ranks)
 
     recurrent_state = RecurrentState(config, data.plan.accumulation, ranks)
 
@@ -116,7 +115,7 @@ def validation_losses(run: Run, rank: int, world_size: int) -> dict[tuple[int, i
             split = [f"train.context_parallel_size={size}", f"train.eval_tokens={64 * sequences}"]
             config = run.config(*zero_options(stage), *split)
             data = open_data(config, world_size)
-            engine = start_engine(config, create_lm(config.model, config.seed), data.plan, ranks)
+            engine = start_engine(config, data.plan, ranks)
             batches = RankBatches(data, ranks, torch.device("cpu"), group).validation()
             losses[stage, size, sequences] = evaluate(engine, batches, lambda name: nullcontext())
     return losses

@@ -20,7 +20,7 @@ from tostlm.train.engine import StepResult
 from tostlm.train.metrics import Metrics, PhaseTimers
 
 ALONE = RankInfo(0, 0, 1)
-RATES = {"decay": 1e-3, "no_decay": 2e-3}
+GROUPS = [{"name": "decay", "lr": 1e-3}, {"name": "no_decay", "lr": 2e-3}]
 
 
 def no_constant(name: str) -> None:
@@ -42,7 +42,7 @@ def report(
     record: Metrics, step: int, loss: float = 2.0, grad_norm: float | None = 0.5, context: int = 64, skipped: int = 0
 ) -> None:
     state = TrainState(step=step, skipped_steps=skipped)
-    record.log(state, StepResult(loss, grad_norm, False, False, False), RATES, context, {"data": 0.25})
+    record.log(state, StepResult(loss, grad_norm, False, False, False), GROUPS, context, {"data": 0.25})
 
 
 def open_metrics(config: RunConfig, start_step: int = 0, ranks: RankInfo = ALONE) -> Metrics:
@@ -109,7 +109,7 @@ def test_mfu_is_of_the_operations_of_the_mixer(run: Run, mixer: str, monkeypatch
 def test_the_epochs_of_a_blend_go_by_name(run: Run) -> None:
     with open_metrics(run.config(), 0, ALONE) as record:
         result = StepResult(2.0, None, False, False, False)
-        record.log(TrainState(step=1), result, RATES, 64, {"web": 0.25, "books": 1.5})
+        record.log(TrainState(step=1), result, GROUPS, 64, {"web": 0.25, "books": 1.5})
     (line,) = lines(run)
     assert (line["epoch/web"], line["epoch/books"]) == (0.25, 1.5)
     assert "epoch" not in line

@@ -13,7 +13,6 @@ from tests.warm import Program
 from tostlm.errors import EXIT_BUG, EXIT_LOST_RANK, EXIT_USER_ERROR
 from tostlm.launch import RankInfo
 from tostlm.launch.local import rank_env
-from tostlm.model import create_lm
 from tostlm.train import engine, trainer
 from tostlm.train.batches import open_data
 
@@ -94,7 +93,7 @@ def test_lost_peers_keep_their_error(
 
     monkeypatch.setattr(deepspeed, "initialize", initialize)
     config = run.config()
-    lm, plan = create_lm(config.model, config.seed), open_data(config, 2).plan
+    plan = open_data(config, 2).plan
     with pytest.raises(wrapper or RuntimeError) as error:
-        engine.start_engine(config, lm, plan, RankInfo(rank, rank, 2))
+        engine.start_engine(config, plan, RankInfo(rank, rank, 2))
     assert message in str(error.value) or message in str(error.value.__cause__)

@@ -17,7 +17,7 @@ from tostlm.checkpoint import checkpoints, step_of
 from tostlm.data import Loader
 from tostlm.errors import EXIT_LOST_RANK
 from tostlm.launch.local import rank_env
-from tostlm.train.watchdog import FAILED, LOST_PEER, Heartbeat, read_heartbeats, stalled_ranks
+from tostlm.train.watchdog import FAILED, LOST_PEER, Heartbeat, frozen_ranks, read_heartbeats, stalled_ranks
 
 pytestmark = pytest.mark.alone
 
@@ -32,7 +32,8 @@ def beat(
 
 
 def verdict(earlier: list[Heartbeat], later: list[Heartbeat], world_size: int = 3) -> list[int]:
-    return stalled_ranks({b.rank: b for b in earlier}, {b.rank: b for b in later}, world_size, LIMIT)
+    before, after = ({beat.rank: beat for beat in beats} for beats in (earlier, later))
+    return stalled_ranks(after, frozen_ranks(before, after, world_size), LIMIT)
 
 
 EARLIER = [beat(0), beat(1), beat(2)]

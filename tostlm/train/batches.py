@@ -18,16 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tostlm.config import BatchPlan, RunConfig, batch_plan
-from tostlm.data import (
-    TRAIN,
-    VALIDATION,
-    ContextStage,
-    Loader,
-    NumpyBatch,
-    Tokenizer,
-    TokenSet,
-    common_tokenizer,
-)
+from tostlm.data import TRAIN, VALIDATION, ContextStage, Loader, NumpyBatch, Tokenizer, TokenSet, common_tokenizer
 from tostlm.launch import RankInfo
 from tostlm.model import IGNORE, LM, LMState, state_tensors
 
@@ -35,10 +26,7 @@ PREFETCHED_BATCHES = 2
 
 
 class Batch(NamedTuple):
-    """The tensors of one rank's batch.
-
-    With a `group`, each rank of it holds its own slice of the tokens of the same sequences.
-    """
+    """The tensors of one rank's batch. The ranks of a `group` hold slices of the tokens of the same sequences."""
 
     inputs: Tensor  # int64 [B, T]
     targets: Tensor  # int64 [B, T]: the token after each input, or IGNORE
@@ -48,25 +36,10 @@ class Batch(NamedTuple):
     @classmethod
     def from_numpy(cls, batch: NumpyBatch, group: dist.ProcessGroup | None = None) -> Batch:
         """Return a batch as tensors; with a `group`, only this rank's slice of each sequence."""
-        if group is None:
-            return cls.from_slice(batch, 0, 1)
-        return cls.from_slice(batch, group.rank(), group.size())._replace(group=group)
-
-    @classmethod
-    def from_slice(cls, batch: NumpyBatch, index: int, count: int) -> Batch:
-        """Return slice number `index` of `count` equal slices of every sequence's tokens."""
-        tokens = batch.inputs.shape[1] // count
-        inputs, targets, mask = (
-            None if array is None else torch.from_numpy(array[:, index * tokens : (index + 1) * tokens].copy())
-            for array in batch
-        )
-        assert inputs is not None and targets is not None
-        return cls(inputs, targets, mask)
-
-    @property
-    def context(self) -> int:
-        """Tokens of a whole sequence, over all ranks of the group."""
-        return self.inputs.shape[1] * (1 if self.group is None else self.group.size())
+        mask = None if batch.document_start_mask is None else torch.from_numpy(batch.document_start_mask)
+        whole = cls(torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets), mask, group)
+        rank, size = (0, 1) if group is None else (group.rank(), group.size())
+        return whole.map(lambda tensor: tensor.chunk(size, dim=1)[rank].contiguous())
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """Return the batch with `function` applied to each tensor."""
@@ -99,31 +72,22 @@ def open_data(config: RunConfig, world_size: int) -> RunData:
     """
     plan = batch_plan(config, world_size)
     tokenizer = common_tokenizer(config.data.folders, config.model.vocab_size)
-    tokens = config.train.batch_tokens
-    stages = [ContextStage(step, context, tokens // context) for step, context in config.data.stages]
-    training = _open_loader(config, TRAIN, stages, stateful=config.data.stateful)
-    validation = _open_loader(config, VALIDATION, [ContextStage(0, config.data.context_tokens, 1)], stateful=False)
+    stages = [ContextStage(step, context, config.train.batch_tokens // context) for step, context in config.data.stages]
+    training = _open_loader(config, TRAIN, stages)
+    validation = _open_loader(config, VALIDATION, [ContextStage(0, config.data.context_tokens, 1)])
     return RunData(tokenizer, training, validation, validation.steps_within(config.train.eval_tokens), plan)
 
 
-def _open_loader(config: RunConfig, split: str, stages: list[ContextStage], stateful: bool) -> Loader:
-    sets = [(TokenSet(folder, split), weight) for folder, weight in config.data.sets]
-    return Loader(
-        sets,
-        stages,
-        config.seed,
-        eos_id=sets[0][0].manifest.eos_id if config.data.reset_at_documents else None,
-        within_documents=config.data.within_documents,
-        stateful=stateful,
-    )
+def _open_loader(config: RunConfig, split: str, stages: list[ContextStage]) -> Loader:
+    data = config.data
+    sets = [(TokenSet(folder, split), weight) for folder, weight in data.sets]
+    eos_id = sets[0][0].manifest.eos_id if data.reset_at_documents else None
+    stateful = data.stateful and split == TRAIN
+    return Loader(sets, stages, config.seed, eos_id=eos_id, within_documents=data.within_documents, stateful=stateful)
 
 
 class RankBatches:
-    """The training and validation batches of one rank, prefetched to its device.
-
-    Args:
-        group: the context-parallel group of this rank; None if every rank reads its own sequences.
-    """
+    """The training and validation batches of one rank, or of its context-parallel `group`, prefetched to its device."""
 
     def __init__(
         self, data: RunData, ranks: RankInfo, device: torch.device, group: dist.ProcessGroup | None = None
@@ -173,17 +137,15 @@ def prefetch(read: Callable[[int], Batch], steps: range, device: torch.device) -
 
     A thread reads up to `PREFETCHED_BATCHES` ahead of their use; it ends with the generator.
     """
-    on_cuda = device.type == "cuda"
 
     def read_pinned(step: int) -> Batch:
         batch = read(step)
-        return batch.map(Tensor.pin_memory) if on_cuda else batch
+        if device.type != "cuda":
+            return batch
+        torch.cuda.set_device(device)  # pinning memory would otherwise start CUDA on the first device too
+        return batch.map(Tensor.pin_memory)
 
-    def select_device() -> None:  # pinning memory would otherwise start CUDA on the first device too
-        if on_cuda:
-            torch.cuda.set_device(device)
-
-    thread = ThreadPoolExecutor(1, "prefetch", select_device)
+    thread = ThreadPoolExecutor(1, "prefetch")
     try:
         pending = deque(thread.submit(read_pinned, step) for step in steps[:PREFETCHED_BATCHES])
         for step in steps:
@@ -196,37 +158,32 @@ def prefetch(read: Callable[[int], Batch], steps: range, device: torch.device) -
 
 
 class RecurrentState:
-    """The model's state after each sequence of a step, which the next step starts from (`data.stateful`).
+    """The model's state after each sequence of a step, by micro-batch, which the next step starts from.
 
-    Gradients stop there: this is truncated backpropagation through time. The states are held per micro-batch. There
-    are none before the first step, and never any without `data.stateful`. The ranks of a context-parallel group hold
-    the same states.
+    Gradients stop there: this is truncated backpropagation through time. There are no states before the first step, and
+    never any without `data.stateful`. The ranks of a context-parallel group hold the same ones.
     """
 
     def __init__(self, config: RunConfig, micro_batches: int, ranks: RankInfo) -> None:
         self._enabled, self._group_size, self._ranks = config.data.stateful, config.train.context_parallel_size, ranks
-        self._states: list[LMState | None] = [None] * micro_batches
-
-    def __getitem__(self, micro_batch: int) -> LMState | None:
-        return self._states[micro_batch]
+        self.states: list[LMState | None] = [None] * micro_batches
 
     def store(self, micro_batch: int, state: LMState) -> None:
         """Store the state after a micro-batch for the next step, detached from its graph."""
         if self._enabled:
             # A stateful model has no position table, so the number of earlier tokens is not used.
-            self._states[micro_batch] = LMState(0, state.detach().layers)
+            self.states[micro_batch] = LMState(0, state.detach().layers)
 
     def reset(self) -> None:
         """Forget all states, as after a step that was skipped."""
-        self._states = [None] * len(self._states)
+        self.states = [None] * len(self.states)
 
     def gather(self) -> dict[str, Tensor]:
-        """Return the states of all sequences of all ranks, on the host, for a checkpoint. Every rank must call this.
+        """Return the states of all ranks on the host, for a checkpoint. Every rank must call this.
 
-        Returns:
-            `LAYER/FIELD` -> [sequences of a step, ...], in the order of the sequences; empty if there are no states.
+        They are tensors [sequences of a step, ...] by LAYER/FIELD, in the order of the sequences; {} if there are none.
         """
-        micro_batches = [state_tensors(state) for state in self._states if state is not None]
+        micro_batches = [state_tensors(state) for state in self.states if state is not None]
         gathered = {}
         for name in micro_batches[0] if micro_batches else ():
             local = torch.cat([tensors[name] for tensors in micro_batches])
@@ -236,12 +193,9 @@ class RecurrentState:
         return gathered
 
     def restore(self, gathered: Mapping[str, Tensor], lm: LM, device: torch.device) -> None:
-        """Take this rank's sequences from the result of `gather`, which may come from another number of ranks."""
-        self.reset()
-        if not gathered:
-            return
+        """Take this rank's sequences from what `gather` returned, perhaps on another number of ranks; {} for none."""
         groups, group = self._ranks.world_size // self._group_size, self._ranks.rank // self._group_size
-        count = len(self._states)
+        count = len(self.states)
         local = {name: tensor.chunk(groups)[group].to(device).chunk(count) for name, tensor in gathered.items()}
-        for index in range(count):
-            self._states[index] = lm.state_from_tensors({name: parts[index] for name, parts in local.items()})
+        for index in range(count) if local else ():
+            self.states[index] = lm.state_from_tensors({name: parts[index] for name, parts in local.items()})

@@ -6,8 +6,8 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, closing, suppress
 from datetime import timedelta
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
@@ -25,7 +25,7 @@ from tostlm.checkpoint.deepspeed_state import DeepSpeedEngine
 from tostlm.config import BatchPlan, RunConfig
 from tostlm.errors import EXIT_LOST_RANK, EXIT_USER_ERROR, UserError, is_lost_peer
 from tostlm.launch import RankInfo
-from tostlm.model import IGNORE, LM, LMState, parameter_groups
+from tostlm.model import IGNORE, LM, LMState, create_lm, parameter_groups
 from tostlm.train.batches import Batch, RecurrentState
 
 T = TypeVar("T")
@@ -126,8 +126,8 @@ def deepspeed_dict(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
     }
 
 
-def start_engine(config: RunConfig, lm: LM, plan: BatchPlan, ranks: RankInfo) -> TrainingEngine:
-    """Return a DeepSpeed engine around the model and AdamW.
+def start_engine(config: RunConfig, plan: BatchPlan, ranks: RankInfo) -> TrainingEngine:
+    """Return a DeepSpeed engine around the config's model, initialized by its seed, and AdamW.
 
     Raises:
         UserError: on rank 0, if DeepSpeed rejects the `deepspeed` block, or its state would be where checkpoints do
@@ -136,12 +136,13 @@ def start_engine(config: RunConfig, lm: LM, plan: BatchPlan, ranks: RankInfo) ->
     """
     if key := _offload_beyond_checkpoints(config):
         _reject(f"{key} keeps state where checkpoints do not reach; use device: cpu there, and only that", ranks)
+    lm = create_lm(config.model, config.seed)
     prepare_blocks(lm, config)
     optimizer = _create_optimizer(config, lm, ranks)
     try:
-        engine, *_ = deepspeed.initialize(
+        engine: TrainingEngine = deepspeed.initialize(
             model=lm, optimizer=optimizer, config=deepspeed_dict(config, plan), dist_init_required=False
-        )
+        )[0]
     except (ValueError, TypeError, AssertionError, DeepSpeedConfigError, ZeRORuntimeException) as error:
         if is_lost_peer(error):
             raise
@@ -151,8 +152,7 @@ def start_engine(config: RunConfig, lm: LM, plan: BatchPlan, ranks: RankInfo) ->
         # At stage 0 in low precision DeepSpeed creates the optimizer's state by a step on zero gradients, which Adam's
         # bias correction would count.
         state["step"].zero_()
-    started: TrainingEngine = engine
-    return started
+    return engine
 
 
 def prepare_blocks(lm: LM, config: RunConfig) -> None:
@@ -231,19 +231,9 @@ def _is_finite(grad_norm: Tensor | float | None) -> bool:
 
 
 def compute_loss(model: LM | DeepSpeedEngine, batch: Batch, state: LMState | None = None) -> tuple[Tensor, LMState]:
-    """Return the mean loss of a batch in nats, and the model's state after it.
-
-    Args:
-        model: an LM or an engine around one.
-        batch: this rank's tokens.
-        state: the model's state before the batch.
-    """
+    """Return the mean loss of this rank's batch in nats, and the model's state after it; `state` is that before it."""
     loss, after = model(
-        batch.inputs,
-        state,
-        targets=batch.targets,
-        document_start_mask=batch.document_start_mask,
-        group=batch.group,
+        batch.inputs, state, targets=batch.targets, document_start_mask=batch.document_start_mask, group=batch.group
     )
     return loss, after
 
@@ -259,12 +249,12 @@ def train_step(
 ) -> StepResult:
     """Make one update from this rank's micro-batches, unless the step is bad. Every rank must call this.
 
+    The micro-batches start from `recurrent_state`, which is replaced by the states after them, or reset if the update
+    is skipped.
+
     Args:
-        lr: the learning rate of the update.
         is_bad: decides from the mean loss over all ranks whether to skip the update.
         stop: whether this rank was asked to stop.
-        recurrent_state: what the micro-batches start from; replaced by the states after them, or reset if the update
-            is skipped.
         timer: times the phases forward, backward and step.
     """
     for group in engine.optimizer.param_groups:
@@ -275,31 +265,29 @@ def train_step(
             with timer("backward"):
                 engine.step()  # DeepSpeed counts the micro-batch before; it updates at the last one alone
         with timer("forward"):
-            loss, state = compute_loss(engine, batch, recurrent_state[index])
+            loss, state = compute_loss(engine, batch, recurrent_state.states[index])
         recurrent_state.store(index, state)
         losses.append(loss.detach())
         with timer("backward"):
             engine.backward(loss)
     with timer("step"):
-        mean, stop = all_reduce_mean(torch.stack(losses).mean(), stop)
-        result = _update(engine, mean, is_bad(mean), stop)
-    if result.skipped:
+        own_loss = torch.stack(losses).mean()
+        sums = torch.stack([own_loss, torch.full_like(own_loss, stop)]).double()
+        dist.all_reduce(sums)  # from here on all ranks know the same
+        loss_sum, stops = sums.tolist()
+        mean_loss = loss_sum / dist.get_world_size()
+        bad = is_bad(mean_loss)
+        norm: Tensor | float | None = _grad_norm_at_stage0(engine)
+        engine.guard.skip = bad or not _is_finite(norm)
+        engine.guard.skipped = True  # unless DeepSpeed calls the update: it may skip the step itself
+        engine.step()
+        skipped = engine.guard.skipped
+        norm = engine.get_global_grad_norm() if norm is None else norm
+        if norm is not None:
+            norm = float(norm) if _is_finite(norm) else math.inf
+    if skipped:
         recurrent_state.reset()
-    return result
-
-
-def _update(engine: TrainingEngine, loss: float, bad: bool, stop: bool) -> StepResult:
-    """Update the parameters from the accumulated gradients, unless the step is bad."""
-    norm: Tensor | float | None = _grad_norm_at_stage0(engine)
-    engine.guard.skip = bad or not _is_finite(norm)
-    engine.guard.skipped = True  # unless DeepSpeed calls the update: it may skip the step itself
-    engine.step()
-    skipped = engine.guard.skipped
-    if norm is None:
-        norm = engine.get_global_grad_norm()
-    if norm is not None:
-        norm = float(norm) if _is_finite(norm) else math.inf
-    return StepResult(loss, norm, bad or (skipped and not engine.fp16_enabled()), skipped, stop)
+    return StepResult(mean_loss, norm, bad or (skipped and not engine.fp16_enabled()), skipped, stops > 0)
 
 
 def _grad_norm_at_stage0(engine: TrainingEngine) -> Tensor | None:
@@ -309,16 +297,8 @@ def _grad_norm_at_stage0(engine: TrainingEngine) -> Tensor | None:
     return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
 
 
-def all_reduce_mean(loss: Tensor, stop: bool) -> tuple[float, bool]:
-    """Return the mean of the ranks' losses, and whether any rank was asked to stop, equal on all ranks."""
-    sums = torch.stack([loss.double(), torch.tensor(float(stop), dtype=torch.float64, device=loss.device)])
-    dist.all_reduce(sums)
-    total, stops = sums.tolist()
-    return total / dist.get_world_size(), stops > 0
-
-
 @torch.no_grad()
-def evaluate(engine: TrainingEngine, batches: Iterable[Batch], timer: Timer) -> float:
+def evaluate(engine: TrainingEngine, batches: Generator[Batch], timer: Timer) -> float:
     """Return the mean loss in nats over the scored tokens of all ranks' batches. Every rank must call this.
 
     Each token counts once, however the tokens are distributed over batches and ranks, so the mean does not depend on
@@ -326,17 +306,13 @@ def evaluate(engine: TrainingEngine, batches: Iterable[Batch], timer: Timer) -> 
     """
     engine.eval()
     sums = []  # [summed loss, scored tokens] of each batch
-    for batch in batches:
-        with timer("eval"):
-            scored = (batch.targets != IGNORE).sum().double()
-            sums.append(torch.stack([compute_loss(engine, batch)[0] * scored, scored]))
+    with closing(batches):
+        for batch in batches:
+            with timer("eval"):
+                scored = (batch.targets != IGNORE).sum().double()
+                sums.append(torch.stack([compute_loss(engine, batch)[0] * scored, scored]))
     engine.train()
     total = torch.stack(sums).sum(0)
     dist.all_reduce(total)
     loss, tokens = total.tolist()
     return float(loss / tokens)
-
-
-def learning_rates(engine: TrainingEngine) -> dict[str, float]:
-    """Return the learning rate of each optimizer group by its name."""
-    return {group["name"]: group["lr"] for group in engine.optimizer.param_groups}

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Sequence
-from types import FrameType, TracebackType
+from types import FrameType
 
 from tostlm.config import TrainConfig
 
@@ -18,55 +18,43 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # sent by launchers and Slurm b
 class SpikeDetector:
     """Decides which steps are bad and when the run must roll back to a checkpoint.
 
-    All ranks see the same losses, so all of them decide the same.
-
-    Args:
-        train: the thresholds (`spike_zscore`, `spike_window_steps`, `bad_steps_before_rollback`).
-        good_losses: losses of the last good steps in nats, oldest first, from the checkpoint that a run resumes.
+    All ranks see the same losses, so all of them decide the same. `good_losses` are those of the last good steps in
+    nats, oldest first; a run that resumes gives them from its checkpoint.
     """
 
     def __init__(self, train: TrainConfig, good_losses: Sequence[float] = ()) -> None:
         self._zscore, self._max_bad_steps = train.spike_zscore, train.bad_steps_before_rollback
-        self._good_losses = deque(good_losses, maxlen=train.spike_window_steps if train.spike_zscore else 0)
+        self.good_losses = deque(good_losses, maxlen=train.spike_window_steps if train.spike_zscore else 0)
         self._bad_in_a_row = 0
-        self.rollback_failed = False  # the run rolled back and has had no good step since
-
-    @property
-    def good_losses(self) -> tuple[float, ...]:
-        """Losses of the last good steps, which spikes are compared with, oldest first."""
-        return tuple(self._good_losses)
+        self.rollbacks_in_a_row = 0  # without a good step after any of them
 
     def is_bad(self, loss: float) -> bool:
         """Return whether a loss is not finite, or is a spike compared with a full window of good steps."""
         if not math.isfinite(loss):
             return True
-        if self._zscore is None or len(self._good_losses) < (self._good_losses.maxlen or 0):
+        if self._zscore is None or len(self.good_losses) < (self.good_losses.maxlen or 0):
             return False
-        mean, deviation = statistics.fmean(self._good_losses), statistics.stdev(self._good_losses)
+        mean, deviation = statistics.fmean(self.good_losses), statistics.stdev(self.good_losses)
         return loss > mean + self._zscore * deviation
 
     def update(self, loss: float, bad: bool) -> bool:
         """Count a finished step and return whether the run must roll back, after too many bad steps in a row."""
         if not bad:
-            self._bad_in_a_row, self.rollback_failed = 0, False
-            self._good_losses.append(loss)
+            self._bad_in_a_row = self.rollbacks_in_a_row = 0
+            self.good_losses.append(loss)
             return False
         self._bad_in_a_row += 1
-        return self._bad_in_a_row >= self._max_bad_steps
-
-    def rolled_back(self) -> None:
-        """Start counting again after a rollback."""
-        self._bad_in_a_row, self.rollback_failed = 0, True
+        if self._bad_in_a_row < self._max_bad_steps:
+            return False
+        self._bad_in_a_row, self.rollbacks_in_a_row = 0, self.rollbacks_in_a_row + 1
+        return True
 
 
 class StopRequest:
-    """Records whether this rank was asked to stop, by a signal or by the end of its time limit.
+    """Records whether this rank was asked to stop, by a signal or by its time limit, which starts at construction.
 
     A context manager: it handles SIGTERM and SIGUSR1 until it exits. Ranks receive the signals at different moments,
     so `train_step` agrees on the step after which all of them stop.
-
-    Args:
-        time_limit_minutes: how long after construction to stop; None for no limit.
     """
 
     def __init__(self, time_limit_minutes: float | None) -> None:
@@ -77,9 +65,7 @@ class StopRequest:
         self._previous_handlers = {number: signal.signal(number, self._record_signal) for number in STOP_SIGNALS}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 

@@ -33,7 +33,7 @@ class MetricsWriter:
 
     def __init__(self, config: RunConfig, step: int) -> None:
         self._run_dir, self._batch_tokens = config.run_dir, config.train.batch_tokens
-        self._wandb = WandbRun(config) if config.train.wandb_project is not None else None
+        self._wandb = WandbRun(config)
         self._open(step)
 
     def _open(self, step: int) -> None:
@@ -54,31 +54,24 @@ class MetricsWriter:
     def close(self, failed: bool) -> None:
         """Write what is buffered and close all destinations; `failed` marks the run so in Weights & Biases."""
         self._close_files()
-        if self._wandb is not None:
-            self._wandb.close(failed)
+        self._wandb.close(failed)
 
-    def scalars(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Write numbers of a kind (train, validation, statistics) at a step; they are flushed when this returns."""
-        self._write_line(kind, step, values)
-        finite = {f"{kind}/{name}": value for name, value in values.items() if math.isfinite(value)}
-        for name, value in finite.items():
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Write values of a kind (train, validation, statistics, event) at a step; they are flushed when this returns.
+
+        Events go to metrics.jsonl alone; all other values are numbers.
+        """
+        header = {"kind": kind, "step": step, "tokens": step * self._batch_tokens, "time": time.time()}
+        finite = {name: x for name, x in values.items() if not isinstance(x, float) or math.isfinite(x)}
+        self._file.write(json.dumps({**header, **dict.fromkeys(values), **finite}, allow_nan=False) + "\n")
+        self._file.flush()
+        if kind == EVENT:
+            return
+        scalars = {f"{kind}/{name}": value for name, value in finite.items()}
+        for name, value in scalars.items():
             self._tensorboard.add_scalar(name, value, step)
         self._tensorboard.flush()  # a run that is killed would lose its queue
-        if self._wandb is not None:
-            self._wandb.write(step, finite)
-
-    def event(self, step: int, name: str, values: Mapping[str, object]) -> None:
-        """Write that something happened after `step`, in metrics.jsonl alone."""
-        self._write_line(EVENT, step, {"event": name, **values})
-
-    def _write_line(self, kind: str, step: int, values: Mapping[str, object]) -> None:
-        header = {"kind": kind, "step": step, "tokens": step * self._batch_tokens, "time": time.time()}
-        finite = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in values.items()
-        }
-        self._file.write(json.dumps({**header, **finite}, allow_nan=False) + "\n")
-        self._file.flush()
+        self._wandb.write(step, scalars)
 
 
 def _remove_later_lines(path: Path, step: int) -> None:
@@ -119,21 +112,26 @@ def check_wandb(config: RunConfig) -> None:
 
 
 class WandbRun:
-    """Sends scalars to Weights & Biases. No failure of the service stops the training run.
+    """Sends scalars to Weights & Biases if `train.wandb_project` is set. No failure of the service stops the run.
 
     A resumed run continues under the same W&B id, which its folder keeps. Nothing can be removed there: after a
     rollback W&B has some steps twice.
     """
 
     def __init__(self, config: RunConfig) -> None:
+        self._run: Any = None
+        if config.train.wandb_project is None:
+            return
         import wandb
 
-        self._run: Any = None
         with self._ignore_failures():
+            id_file = config.run_dir / "wandb" / "id"
+            if not id_file.exists():
+                write_atomically(id_file, secrets.token_hex(8))
             self._run = wandb.init(
                 project=config.train.wandb_project,
                 name=config.run_dir.name,
-                id=_wandb_id(config.run_dir),
+                id=id_file.read_text(),
                 resume="allow",
                 dir=config.run_dir,
                 config=config.model_dump(mode="json"),
@@ -162,10 +160,3 @@ class WandbRun:
         except Exception as error:  # of the service, the network or wandb's own processes
             self._run = None
             log.warning("the run continues without Weights & Biases: %s", error_summary(error))
-
-
-def _wandb_id(run_dir: Path) -> str:
-    path = run_dir / "wandb" / "id"
-    if not path.exists():
-        write_atomically(path, secrets.token_hex(8))
-    return path.read_text()

@@ -7,14 +7,14 @@ import resource
 import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
-from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from tostlm.checkpoint import TrainState
@@ -23,8 +23,8 @@ from tostlm.device import best_device, peak_flops
 from tostlm.launch import RankInfo
 from tostlm.model import Mixer, training_flops_per_token
 from tostlm.train.batches import Batch
-from tostlm.train.engine import StepResult, TrainingEngine, compute_loss
-from tostlm.train.metric_writers import MetricsWriter
+from tostlm.train.engine import StepResult, Timer, TrainingEngine, compute_loss
+from tostlm.train.metric_writers import EVENT, MetricsWriter
 
 OTHER = "other"  # the time outside of all phases
 PHASES_BESIDE_TRAINING = ("eval", "save", "statistics")  # not counted in the throughput
@@ -34,10 +34,8 @@ class PhaseTimers:
     """Divides the time between two reports into phases, without gaps or overlaps.
 
     A phase inside another interrupts it. On a GPU the limits of phases are events in its stream, which are read once
-    they have passed: a phase lasts as long as the GPU works on it, and nothing waits before a report.
-
-    Args:
-        on_phase: called with the name of each phase when it begins.
+    they have passed: a phase lasts as long as the GPU works on it, and nothing waits before a report. `on_phase` is
+    called with the name of each phase when it begins.
     """
 
     def __init__(self, device: torch.device, on_phase: Callable[[str], object] = lambda name: None) -> None:
@@ -116,8 +114,8 @@ class Metrics:
         self._writer: MetricsWriter | None = None
         if ranks.rank == 0:
             self._writer = MetricsWriter(config, start_step)
-            steps, hidden = config.train.steps, not sys.stderr.isatty()
-            self._bar = tqdm(total=steps, initial=start_step, desc="train", unit=" steps", disable=hidden)
+            # `disable=None` shows the bar on a terminal only.
+            self._bar = tqdm(total=config.train.steps, initial=start_step, desc="train", unit=" steps", disable=None)
             self._bar_values: dict[str, str] = {}
 
     def __enter__(self) -> Metrics:
@@ -132,17 +130,14 @@ class Metrics:
         self,
         state: TrainState,
         result: StepResult,
-        learning_rates: Mapping[str, float],
+        groups: Sequence[Mapping[str, Any]],
         context: int,
         epochs: Mapping[str, float],
     ) -> None:
-        """Report a training step.
+        """Report a training step on sequences of `context` tokens, after which the run is in `state`.
 
-        Args:
-            state: after the step.
-            learning_rates: of each optimizer group, by its name.
-            context: tokens of a sequence.
-            epochs: how often each data set, by its name, has been read so far.
+        `groups` are the optimizer's, with a name and a learning rate each; `epochs` is how often each data set has been
+        read so far, by its name.
         """
         seconds, steps = self._timers.report(), state.step - self._reported_step
         self._reported_step = state.step
@@ -152,8 +147,8 @@ class Metrics:
         values = {
             "loss": result.loss,
             "perplexity": _perplexity(result.loss),
-            "lr": max(learning_rates.values()),
-            **{f"lr/{name}": rate for name, rate in learning_rates.items()},
+            "lr": max(group["lr"] for group in groups),
+            **{f"lr/{group['name']}": group["lr"] for group in groups},
             **({} if result.grad_norm is None else {"grad_norm": result.grad_norm}),
             **{f"epoch/{name}" if len(epochs) > 1 else "epoch": value for name, value in epochs.items()},
             "tokens": state.step * self._config.train.batch_tokens,
@@ -164,11 +159,10 @@ class Metrics:
         }
         if "save" in self._timers.last:
             values["save_seconds"] = self._timers.last["save"]
-        self._writer.scalars("train", state.step, values)
         line = f"loss {result.loss:.4f}  lr {values['lr']:.2e}  grad {values.get('grad_norm', math.nan):.2f}  "
         line += f"{values['tokens_per_second']:,.0f} tokens/s" + (f"  skipped {skipped}" if skipped else "")
-        self._print(state.step, line)
-        self._update_bar(state.step, loss=f"{result.loss:.4f}", **({"skipped": str(skipped)} if skipped else {}))
+        bar = {"loss": f"{result.loss:.4f}", **({"skipped": str(skipped)} if skipped else {})}
+        self._report("train", state.step, values, line, **bar)
 
     def _throughput(self, steps: int, seconds: Mapping[str, float], context: int) -> dict[str, float]:
         """Return the throughput of training, without the time of evaluations, saves and statistics."""
@@ -185,23 +179,18 @@ class Metrics:
 
     def validation(self, step: int, loss: float) -> None:
         """Report the loss in nats of an evaluation on validation text."""
-        if self._writer is None:
-            return
-        self._writer.scalars("validation", step, {"loss": loss, "perplexity": _perplexity(loss)})
-        self._print(step, f"validation loss {loss:.4f}")
-        self._update_bar(step, validation=f"{loss:.4f}")
+        values = {"loss": loss, "perplexity": _perplexity(loss)}
+        self._report("validation", step, values, f"validation loss {loss:.4f}", validation=f"{loss:.4f}")
 
     def statistics(self, step: int, values: Mapping[str, float]) -> None:
         """Report the statistics of the layers, from `layer_statistics`; nothing if there are none."""
-        if self._writer is not None and values:
-            self._writer.scalars("statistics", step, values)
+        if values:
+            self._report("statistics", step, values)
 
     def event(self, step: int, name: str, **values: object) -> None:
         """Report that something happened after `step` steps. Events of steps that are rolled back stay in the file."""
-        if self._writer is None:
-            return
-        self._writer.event(step, name, values)
-        self._print(step, "  ".join([name, *(f"{key} {value}" for key, value in values.items())]))
+        line = "  ".join([name, *(f"{key} {value}" for key, value in values.items())])
+        self._report(EVENT, step, {"event": name, **values}, line)
 
     def rewind(self, step: int) -> None:
         """Continue after `step`, from a rollback on: what was reported of later steps is removed, except events."""
@@ -209,14 +198,16 @@ class Metrics:
         self._reported_step = step
         if self._writer is not None:
             self._writer.rewind(step)
-            self._update_bar(step)
 
-    def _print(self, step: int, line: str) -> None:
-        tqdm.write(f"step {step}/{self._config.train.steps}  {line}", file=sys.stdout)
-        sys.stdout.flush()
-
-    def _update_bar(self, step: int, **values: str) -> None:
-        self._bar_values |= values
+    def _report(self, kind: str, step: int, values: Mapping[str, object], line: str = "", **bar: str) -> None:
+        """Write values to the files, print a line if there is one, and update the progress bar."""
+        if self._writer is None:
+            return
+        self._writer.write(kind, step, values)
+        if line:
+            tqdm.write(f"step {step}/{self._config.train.steps}  {line}", file=sys.stdout)
+            sys.stdout.flush()
+        self._bar_values |= bar
         self._bar.set_postfix(self._bar_values, refresh=False)
         self._bar.n = step
         self._bar.refresh()
@@ -234,30 +225,28 @@ def _peak_memory_bytes() -> int:
 
 
 @torch.no_grad()
-def layer_statistics(engine: TrainingEngine, batch: Batch) -> dict[str, float]:
+def layer_statistics(engine: TrainingEngine, batch: Batch, timer: Timer) -> dict[str, float]:
     """Return the statistics that the layers' mixers define, such as entropy/0 of layer 0, from one forward pass.
 
     They are of this rank's tokens. Every rank must call this, because a forward pass needs all ranks at ZeRO stage 3.
     """
     found: dict[str, Tensor] = {}
 
-    def record(layer: int, mixer: Mixer) -> RemovableHandle:
-        def hook(mixer: Mixer, inputs: tuple[Any, ...], output: object) -> None:
-            found.update({f"{name}/{layer}": value for name, value in mixer.statistics(*inputs).items()})
+    def record(layer: int, mixer: Mixer, inputs: tuple[Any, ...], output: object) -> None:
+        found.update({f"{name}/{layer}": value for name, value in mixer.statistics(*inputs).items()})
 
-        # It must run before DeepSpeed's own hook, which releases the layer's parameters at stage 3.
-        return mixer.register_forward_hook(hook, prepend=True)
-
-    mixers = [(layer, block.mixer) for layer, block in enumerate(engine.module.blocks)]
-    hooks = [record(layer, mixer) for layer, mixer in mixers if type(mixer).statistics is not Mixer.statistics]
+    hooks = [  # each must run before DeepSpeed's own, which releases the layer's parameters at stage 3
+        block.mixer.register_forward_hook(partial(record, layer), prepend=True)
+        for layer, block in enumerate(engine.module.blocks)
+        if type(block.mixer).statistics is not Mixer.statistics
+    ]
     if not hooks:
         return {}
-    engine.eval()
-    try:
+    with timer("statistics"):
+        engine.eval()
         with torch.compiler.set_stance("force_eager"):  # compiled code does not call hooks
             compute_loss(engine, batch._replace(targets=batch.targets[:, -1:]))  # the loss itself is not needed
-    finally:
         engine.train()
-        for handle in hooks:
-            handle.remove()
-    return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
+        for hook in hooks:
+            hook.remove()
+        return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))

@@ -8,8 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import profile, record_function
 
 from tostlm.config import RunConfig
 from tostlm.launch import RankInfo
@@ -44,8 +43,7 @@ class StepProfiler:
             yield
             return
         if self._profile is None:
-            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-            self._profile = profile(activities=activities)
+            self._profile = profile()
             with _drop_profiler_messages():
                 self._profile.start()
         self._traced_steps.append(step)

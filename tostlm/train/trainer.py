@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -20,15 +19,13 @@ from tostlm.device import best_device, device_name, supports_matmul
 from tostlm.errors import EXIT_REQUEUE, UserError
 from tostlm.files import lock_for_life, require_writable, write_atomically
 from tostlm.launch import RankInfo
-from tostlm.model import create_lm
-from tostlm.train.batches import Batch, RankBatches, RecurrentState, RunData, open_data
+from tostlm.train.batches import RankBatches, RecurrentState, RunData, open_data
 from tostlm.train.engine import (
-    StepResult,
+    TrainingEngine,
     broadcast_from_rank0,
     context_parallel_group,
     evaluate,
     init_distributed,
-    learning_rates,
     rank0_first,
     start_engine,
     train_step,
@@ -63,16 +60,15 @@ def train(config: RunConfig, ranks: RankInfo) -> None:
     dist.destroy_process_group()
     if step < config.train.steps:
         if ranks.rank == 0:
-            done_of_all = f"step {step} of {config.train.steps}"
-            print(f"{config.run_dir}: stopped after {done_of_all} ({stop.reason}); the same command resumes")
+            reached = f"step {step} of {config.train.steps} ({stop.reason})"
+            print(f"{config.run_dir}: stopped after {reached}; the same command resumes")
         raise SystemExit(EXIT_REQUEUE)
 
 
 def check_run(config: RunConfig, data: RunData) -> Path | None:
-    """Check everything about a run that can be wrong before it starts, and prepare `run_dir`. Only rank 0 calls this.
+    """Check what can be wrong before a run starts, prepare `run_dir` and return the checkpoint to resume from, if any.
 
-    Returns:
-        The checkpoint to resume from; None to start anew.
+    Only rank 0 calls this.
 
     Raises:
         UserError: a check failed.
@@ -108,9 +104,12 @@ def run_loop(
     """Train from a checkpoint, or from the start, to the last step or a request to stop; return the steps done."""
     settings, steps = config.train, config.train.steps
     timers = PhaseTimers(device, on_phase=lambda phase: watchdog.record_phase(state.step, phase))
-    trainer = Trainer(config, data, ranks, device, timers)
-    state, stopping = trainer.resume(newest), False
-    spikes = SpikeDetector(settings, state.good_losses)
+    engine = start_engine(config, data.plan, ranks)
+    state = TrainState() if newest is None else resume(engine, newest)
+    recurrent_state = RecurrentState(config, data.plan.accumulation, ranks)
+    recurrent_state.restore({} if newest is None else read_recurrent_state(newest), engine.module, device)
+    rank_batches = RankBatches(data, ranks, device, context_parallel_group(settings.context_parallel_size))
+    spikes, stopping = SpikeDetector(settings, state.good_losses), False
 
     def due(every_steps: int | None) -> bool:
         return every_steps is not None and (state.step % every_steps == 0 or state.step == steps)
@@ -119,105 +118,56 @@ def run_loop(
         Metrics(config, state.step, ranks, timers) as metrics,
         StepProfiler(config, ranks) as profiler,
         CheckpointSaver(config, data.tokenizer, ranks, watchdog.keep_alive) as saver,
-        closing(trainer.batches.training(state.data_step)) as batches,
+        closing(rank_batches.training(state.data_step)) as batches,
     ):
         while state.step < steps and not stopping:
             with timers("data"):
-                batch = next(batches)
+                micro_batches = next(batches).split(data.plan.accumulation)
             with profiler.step(state.step + 1):
                 lr = learning_rate(config, state.step)
-                result = trainer.train_step(batch, lr, spikes.is_bad, stop.requested)
+                result = train_step(engine, micro_batches, lr, spikes.is_bad, stop.requested, recurrent_state, timers)
             state, stopping = state.advance(result.skipped), result.stop
 
             if result.skipped:
                 metrics.event(state.step, "skipped", loss=result.loss, grad_norm=result.grad_norm)
             if spikes.update(result.loss, result.bad):
                 saver.finish()
-                state = trainer.roll_back(state, spikes.rollback_failed)
-                spikes.rolled_back()
+                state = roll_back(engine, config, state, spikes.rollbacks_in_a_row > 1, ranks)
                 metrics.rewind(state.step)
                 metrics.event(state.step, "rolled back", rollbacks=state.rollbacks)
                 continue
             if due(settings.log_every_steps):
+                context = micro_batches[0].inputs.shape[1] * settings.context_parallel_size
                 epochs = data.training.epochs(state.data_step)
-                metrics.log(state, result, learning_rates(trainer.engine), batch.context, epochs)
+                metrics.log(state, result, engine.optimizer.param_groups, context, epochs)
             if due(settings.statistics_every_steps):
-                metrics.statistics(state.step, trainer.statistics(batch))
+                metrics.statistics(state.step, layer_statistics(engine, micro_batches[0], timers))
             if due(settings.eval_every_steps):
-                loss = trainer.evaluate()
+                loss = evaluate(engine, rank_batches.validation(), timers)
                 state = state._replace(validation_loss=loss)
                 metrics.validation(state.step, loss)
             if (due(settings.save_every_steps) or stopping) and (not result.bad or state.step == steps):
-                trainer.save(saver, state._replace(good_losses=spikes.good_losses))
+                with timers("save"):
+                    saver.save(engine, state._replace(good_losses=tuple(spikes.good_losses)), recurrent_state.gather())
         with timers("save"):
             saver.finish()
     return state.step
 
 
-class Trainer:
-    """The model in training on this rank: its engine, its recurrent state and its batches.
+def roll_back(
+    engine: TrainingEngine, config: RunConfig, state: TrainState, rollback_failed: bool, ranks: RankInfo
+) -> TrainState:
+    """Load the newest checkpoint and return the progress to continue from, which leaves out the data read since.
 
-    Every rank has one and calls its methods together with the others.
+    With `rollback_failed`, no step was good since the last rollback, so the newest checkpoint's weights are bad too: it
+    is quarantined and the one before it is loaded. Every rank must call this.
 
-    Args:
-        timers: time the phases forward, backward, step, statistics, eval and save.
+    Raises:
+        UserError: on rank 0, if the run has rolled back too often or has no checkpoint.
     """
-
-    def __init__(
-        self, config: RunConfig, data: RunData, ranks: RankInfo, device: torch.device, timers: PhaseTimers
-    ) -> None:
-        self._config, self._plan, self._ranks, self._device, self._timers = config, data.plan, ranks, device, timers
-        self.engine = start_engine(config, create_lm(config.model, config.seed), data.plan, ranks)
-        self.recurrent_state = RecurrentState(config, data.plan.accumulation, ranks)
-        group = context_parallel_group(config.train.context_parallel_size)
-        self.batches = RankBatches(data, ranks, device, group)
-
-    def resume(self, checkpoint: Path | None) -> TrainState:
-        """Load a checkpoint, if there is one, and return the progress of the run."""
-        if checkpoint is None:
-            return TrainState()
-        state = resume(self.engine, checkpoint)
-        self.recurrent_state.restore(read_recurrent_state(checkpoint), self.engine.module, self._device)
-        return state
-
-    def train_step(self, batch: Batch, lr: float, is_bad: Callable[[float], bool], stop: bool) -> StepResult:
-        """Make one update from this rank's batch, unless the step is bad; see `tostlm.train.engine.train_step`."""
-        micro_batches = batch.split(self._plan.accumulation)
-        return train_step(self.engine, micro_batches, lr, is_bad, stop, self.recurrent_state, self._timers)
-
-    def statistics(self, batch: Batch) -> dict[str, float]:
-        """Return statistics of the model's layers on this rank's first micro-batch."""
-        with self._timers("statistics"):
-            return layer_statistics(self.engine, batch.split(self._plan.accumulation)[0])
-
-    def evaluate(self) -> float:
-        """Return the mean loss in nats on `train.eval_tokens` validation tokens, the same for any number of ranks."""
-        with closing(self.batches.validation()) as batches:
-            return evaluate(self.engine, batches, self._timers)
-
-    def save(self, saver: CheckpointSaver, state: TrainState) -> None:
-        """Save a checkpoint of the model and the progress of the run."""
-        with self._timers("save"):
-            saver.save(self.engine, state, self.recurrent_state.gather())
-
-    def roll_back(self, state: TrainState, rollback_failed: bool) -> TrainState:
-        """Load the newest checkpoint and return the progress to continue from, which leaves out the data read since.
-
-        Args:
-            state: the progress of the run.
-            rollback_failed: no step was good since the last rollback, so the newest checkpoint's weights are bad too:
-                it is quarantined and the one before it is loaded.
-
-        Raises:
-            UserError: on rank 0, if the run has rolled back too often or has no checkpoint.
-        """
-        checkpoint = broadcast_from_rank0(
-            lambda: _choose_rollback_checkpoint(self._config, state, rollback_failed), self._ranks
-        )
-        saved = resume(self.engine, checkpoint)
-        return saved._replace(
-            data_step=state.data_step, skipped_steps=state.skipped_steps, rollbacks=state.rollbacks + 1
-        )
+    checkpoint = broadcast_from_rank0(lambda: _choose_rollback_checkpoint(config, state, rollback_failed), ranks)
+    saved = resume(engine, checkpoint)
+    return saved._replace(data_step=state.data_step, skipped_steps=state.skipped_steps, rollbacks=state.rollbacks + 1)
 
 
 def _choose_rollback_checkpoint(config: RunConfig, state: TrainState, rollback_failed: bool) -> Path:

@@ -17,8 +17,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -33,6 +34,9 @@ READ_AFTER, DECIDE_AFTER = 0.3, 0.6
 POLL_SECONDS = 0.1
 ADVICE = "run the same command to resume from the newest checkpoint"
 MAX_NAMED_RANKS = 8  # in one line
+
+HEARTBEATS = "heartbeats"  # folder in `run_dir`, which is removed when the run ends well
+BEAT, STACK = ".json", ".txt"  # suffixes of the two files of a rank in it
 
 # The status of a rank that ends.
 FAILED = "failed"  # by an error of its own, which it has printed
@@ -56,12 +60,14 @@ class Heartbeat(NamedTuple):
     status: str | None = None
 
     @property
-    def name(self) -> str:
-        return f"rank {self.rank} on {self.host} (pid {self.pid})"
+    def visible(self) -> bool:
+        """Whether this process can see that of the rank: they share a machine and a pid namespace."""
+        return bool(self.pid_namespace) and self.pid_namespace == _pid_namespace()
 
-    def process_is_gone(self, pid_namespace: str) -> bool:
-        """Return whether the rank's process has ended, as far as `pid_namespace` shows."""
-        return bool(pid_namespace) and self.pid_namespace == pid_namespace and _start_of(self.pid) != self.process_start
+    @property
+    def gone(self) -> bool:
+        """Whether the rank's process has ended, as far as this process can see."""
+        return self.visible and _start_of(self.pid) != self.process_start
 
 
 Heartbeats = Mapping[int, Heartbeat]  # by rank, of the ranks whose files exist
@@ -71,10 +77,8 @@ def read_heartbeats(folder: Path, world_size: int) -> dict[int, Heartbeat]:
     """Return the heartbeat of every rank that has written one."""
     beats = {}
     for rank in range(world_size):
-        try:
-            beats[rank] = Heartbeat(**json.loads(_heartbeat_file(folder, rank).read_text()))
-        except (OSError, ValueError, TypeError):  # not started, ended, or a file system that is gone
-            continue
+        with suppress(OSError, ValueError, TypeError):  # not started, ended, or a file system that is gone
+            beats[rank] = Heartbeat(**json.loads(_rank_file(folder, rank, BEAT).read_text()))
     return beats
 
 
@@ -87,24 +91,23 @@ def frozen_ranks(earlier: Heartbeats, later: Heartbeats, world_size: int) -> lis
     ]
 
 
-def stalled_ranks(earlier: Heartbeats, later: Heartbeats, world_size: int, max_idle_seconds: float) -> list[int]:
-    """Return the ranks that all others wait for, judged by two readings: frozen ranks, or else those furthest behind.
+def stalled_ranks(beats: Heartbeats, frozen: Sequence[int], max_idle_seconds: float) -> list[int]:
+    """Return the ranks that all others wait for: the frozen ones, or if there are none, those furthest behind.
 
     While the main thread of any rank was idle for less than `max_idle_seconds`, no rank counts as stalled.
     """
-    frozen = frozen_ranks(earlier, later, world_size)
-    writing = [beat for rank, beat in later.items() if rank not in frozen]
+    writing = [beat for rank, beat in beats.items() if rank not in frozen]
     if any(beat.idle_seconds < max_idle_seconds for beat in writing):
         return []
     if frozen:
-        return [rank for rank in frozen if rank not in later or later[rank].status not in (FAILED, LOST_PEER)]
+        return [rank for rank in frozen if rank not in beats or beats[rank].status not in (FAILED, LOST_PEER)]
     last = min((beat.step, beat.phase_index) for beat in writing)
     return [beat.rank for beat in writing if (beat.step, beat.phase_index) == last]
 
 
 def clear_heartbeats(config: RunConfig) -> None:
     """Remove the heartbeats of a run that crashed; the reports of hangs stay."""
-    shutil.rmtree(_heartbeats_folder(config), ignore_errors=True)
+    shutil.rmtree(config.run_dir / HEARTBEATS, ignore_errors=True)
 
 
 class Watchdog:
@@ -118,12 +121,13 @@ class Watchdog:
         self._rank, self._world_size = ranks.rank, ranks.world_size
         self._timeout = float(config.train.hang_timeout_seconds)
         self._interval = min(10.0, max(0.2, self._timeout / 10))
-        self._run_dir, self._folder = config.run_dir, _heartbeats_folder(config)
+        self._run_dir, self._folder = config.run_dir, config.run_dir / HEARTBEATS
+        self._heartbeat_file = _rank_file(self._folder, self._rank, BEAT)
+        self._stack_file = _rank_file(self._folder, self._rank, STACK)
         self._verdict = self._folder / "verdict"  # made by the first rank that finds a rank stalled; ends all others
-        self._pid_namespace, process_start = _pid_namespace(), _start_of(os.getpid())
         self._start_allowance = max(0.0, START_SECONDS - self._timeout)
         host, pid = socket.gethostname(), os.getpid()
-        start = Heartbeat(self._rank, host, self._pid_namespace, pid, process_start, step=0, phase="start")
+        start = Heartbeat(self._rank, host, _pid_namespace(), pid, _start_of(pid), step=0, phase="start")
         # The main thread's progress, and from when on it counts as idle. The pair is replaced whole, so that the
         # watching thread never reads half of an update.
         self._main = start, time.monotonic() + self._start_allowance
@@ -152,7 +156,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._stack = _stack_file(self._folder, self._rank).open("w")
+        self._stack = self._stack_file.open("w")
         # Other ranks request this rank's stack by SIGUSR2. It holds the main thread alone: the other threads' stacks
         # change while they are written.
         faulthandler.register(signal.SIGUSR2, self._stack, all_threads=False)
@@ -162,38 +166,35 @@ class Watchdog:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._ending.acquire()  # blocks for ever if the watching thread is about to end the process
-        if isinstance(error, Exception):
-            if is_lost_peer(error):
-                self._end_after_lost_peer(error)
-            self._status = FAILED
+        if isinstance(error, Exception) and is_lost_peer(error):
+            self._end_after_lost_peer(error)
         self._done.set()
         self._thread.join()
-        self._write_heartbeat()
         faulthandler.unregister(signal.SIGUSR2)
         self._stack.close()
-        if self._status is None:
-            for file in (_heartbeat_file(self._folder, self._rank), _stack_file(self._folder, self._rank)):
-                file.unlink(missing_ok=True)
-            with suppress(OSError):  # only the last rank finds the folder empty
-                self._folder.rmdir()
+        if isinstance(error, Exception):
+            self._write_heartbeat(FAILED)
+            return
+        self._heartbeat_file.unlink(missing_ok=True)
+        self._stack_file.unlink(missing_ok=True)
+        with suppress(OSError):  # only the last rank finds the folder empty
+            self._folder.rmdir()
 
     def _watch(self) -> None:
         earlier: Heartbeats | None = None
         while not self._done.wait(self._interval):
             self._write_heartbeat()
             idle = time.monotonic() - self._main[1]
-            if idle < READ_AFTER * self._timeout and not self._verdict.exists():
+            if idle < READ_AFTER * self._timeout and not self._has_verdict():
                 earlier = None
                 continue
             later = self._read_heartbeats()
-            frozen: list[int] = []
+            # One reading is not enough: this rank may have been stopped itself until now.
+            frozen = frozen_ranks(earlier, later, self._world_size) if earlier else []
             stalled: list[int] = []
-            if earlier is not None:  # one reading is not enough: this rank may have been stopped itself until now
-                frozen = frozen_ranks(earlier, later, self._world_size)
-                if idle >= DECIDE_AFTER * self._timeout:
-                    max_idle = DECIDE_AFTER * self._timeout - self._interval  # heartbeats may be an interval old
-                    stalled = stalled_ranks(earlier, later, self._world_size, max_idle)
-            if (stalled or self._verdict.exists()) and self._ending.acquire(blocking=False):
+            if earlier and idle >= DECIDE_AFTER * self._timeout:  # heartbeats may be an interval old
+                stalled = stalled_ranks(later, frozen, DECIDE_AFTER * self._timeout - self._interval)
+            if (stalled or self._has_verdict()) and self._ending.acquire(blocking=False):
                 self._end_hung_run(stalled, frozen, later, idle)
             earlier = earlier or later
 
@@ -202,15 +203,11 @@ class Watchdog:
         idle_seconds = round(time.monotonic() - idle_from, 1)
         return progress._replace(writes=self._writes, idle_seconds=idle_seconds, status=self._status)
 
-    def _write_heartbeat(self) -> None:
+    def _write_heartbeat(self, status: str | None = None) -> None:
+        """Write the heartbeat, from now on with a `status` if one is given."""
         with self._writing, suppress(OSError):  # a full disk ends a run where it saves, not here
-            self._writes += 1
-            content = json.dumps(self._heartbeat()._asdict())
-            write_atomically(_heartbeat_file(self._folder, self._rank), content, durable=False)
-
-    def _write_status(self, status: str) -> None:
-        self._status = status
-        self._write_heartbeat()
+            self._writes, self._status = self._writes + 1, status or self._status
+            write_atomically(self._heartbeat_file, json.dumps(self._heartbeat()._asdict()), durable=False)
 
     def _read_heartbeats(self) -> dict[int, Heartbeat]:
         return {**read_heartbeats(self._folder, self._world_size), self._rank: self._heartbeat()}
@@ -219,18 +216,15 @@ class Watchdog:
         """End a run in which nothing moves: all ranks write their stacks, the first reports, then all end."""
         reports = bool(stalled) and self._create_verdict()
         faulthandler.dump_traceback(self._stack)
-        self._write_status(HUNG)
+        self._write_heartbeat(HUNG)
         watching = [beat for rank, beat in beats.items() if rank not in frozen]
-        if self._rank == min(beat.rank for beat in watching if beat.pid_namespace == self._pid_namespace):
-            self._request_stacks([beats[rank] for rank in frozen if rank in beats])
+        if self._rank == min((beat.rank for beat in watching if beat.visible), default=None):
+            _request_stacks([beats[rank] for rank in frozen if rank in beats])
         reported = self._verdict / "reported"
         if reports:
             namespaces = {beat.pid_namespace for beat in watching}
-            self._wait_for_stacks(
-                rank
-                for rank, beat in beats.items()
-                if beat.pid_namespace in namespaces and not beat.process_is_gone(self._pid_namespace)
-            )
+            watched = [rank for rank, beat in beats.items() if beat.pid_namespace in namespaces and not beat.gone]
+            self._wait_for_stacks(watched)
             # A frozen rank's heartbeat may be an interval old; it is where this rank waits for it, or before.
             since = beats[self._rank] if frozen else beats[stalled[0]]
             folder = self._write_report(since.step, stalled, frozen, beats)
@@ -243,28 +237,19 @@ class Watchdog:
             self._wait_until(reported.exists, 3 * self._interval)
         exit_rank(EXIT_LOST_RANK)
 
+    def _has_verdict(self) -> bool:
+        return os.access(self._verdict, os.F_OK)  # False, and no error, on a file system that is gone
+
     def _create_verdict(self) -> bool:
         """Return whether this rank is the first that found a rank stalled."""
-        try:
+        with suppress(OSError):
             self._verdict.mkdir()
-        except FileExistsError:
-            return False
-        except OSError:
-            pass  # two reports are better than none
-        return True
+            return True
+        return not self._has_verdict()  # where none can be made, two reports are better than none
 
-    def _request_stacks(self, frozen: Sequence[Heartbeat]) -> None:
-        """Make the frozen ranks on this machine write their stacks; a stopped process does so when it continues."""
-        for beat in frozen:
-            if beat.pid_namespace == self._pid_namespace and not beat.process_is_gone(self._pid_namespace):
-                with suppress(OSError, AttributeError):
-                    # kill(2) could deliver the signal to any thread of the process.
-                    ctypes.CDLL(None).tgkill(beat.pid, beat.pid, signal.SIGUSR2)
-                    os.kill(beat.pid, signal.SIGCONT)
-
-    def _wait_for_stacks(self, ranks: Iterable[int]) -> None:
+    def _wait_for_stacks(self, ranks: Sequence[int]) -> None:
         """Wait until all stack files exist and grow no longer; other ranks may act an interval later than this one."""
-        files = [_stack_file(self._folder, rank) for rank in ranks]
+        files = [_rank_file(self._folder, rank, STACK) for rank in ranks]
         sizes: list[int] = []
 
         def complete() -> bool:
@@ -289,7 +274,7 @@ class Watchdog:
             heartbeat = beats[rank]._asdict() if rank in beats else {"rank": rank}
             stack = None  # there is none of a process that is gone, or on a host where no rank watches
             with suppress(OSError):
-                file = _stack_file(self._folder, rank)
+                file = _rank_file(self._folder, rank, STACK)
                 if file.stat().st_size:
                     folder.mkdir(exist_ok=True)
                     stack = file.replace(folder / file.name).name
@@ -300,18 +285,14 @@ class Watchdog:
 
     def _end_after_lost_peer(self, error: Exception) -> NoReturn:
         """End after a collective lost a peer: find out which rank is gone, and let one rank report it."""
-        self._write_status(LOST_PEER)
+        self._write_heartbeat(LOST_PEER)
         first, deadline = self._read_heartbeats(), time.monotonic() + 3 * self._interval
         while True:
             beats = self._read_heartbeats()
             late = time.monotonic() >= deadline
-            unexplained = {rank: beat for rank, beat in beats.items() if beat.status is None}
+            unexplained = [beat for beat in beats.values() if beat.status is None]
             frozen = frozen_ranks(first, beats, self._world_size) if late else []
-            gone = [
-                rank
-                for rank, beat in unexplained.items()
-                if rank in frozen or beat.process_is_gone(self._pid_namespace)
-            ]
+            gone = [beat.rank for beat in unexplained if beat.rank in frozen or beat.gone]
             # A rank that failed, hung or ended well has printed why, or its launcher knows.
             reported = len(beats) < self._world_size or any(beat.status in (FAILED, HUNG) for beat in beats.values())
             if gone or reported or late or not unexplained:
@@ -321,24 +302,26 @@ class Watchdog:
             if gone:
                 _print(f"{_names(gone, beats)} died without an error message in step {self._main[0].step}; {ADVICE}")
             elif not reported:
-                name = beats[self._rank].name
+                name = _names([self._rank], beats)
                 _print(f"{name} lost its connection to the other ranks ({error_summary(error)}); {ADVICE}")
         exit_rank(EXIT_LOST_RANK)
 
 
-def _heartbeats_folder(config: RunConfig) -> Path:
-    """Return the folder of a run's heartbeats, which is removed when the run ends well."""
-    return config.run_dir / "heartbeats"
+def _request_stacks(frozen: Sequence[Heartbeat]) -> None:
+    """Make the frozen ranks on this machine write their stacks; a stopped process does so when it continues."""
+    for beat in frozen:
+        if beat.visible and not beat.gone:
+            with suppress(OSError, AttributeError):
+                # kill(2) could deliver the signal to any thread of the process.
+                ctypes.CDLL(None).tgkill(beat.pid, beat.pid, signal.SIGUSR2)
+                os.kill(beat.pid, signal.SIGCONT)
 
 
-def _heartbeat_file(folder: Path, rank: int) -> Path:
-    return folder / f"rank-{rank:05d}.json"
+def _rank_file(folder: Path, rank: int, suffix: str) -> Path:
+    return folder / f"rank-{rank:05d}{suffix}"
 
 
-def _stack_file(folder: Path, rank: int) -> Path:
-    return folder / f"rank-{rank:05d}.txt"
-
-
+@cache
 def _pid_namespace() -> str:
     """Return what two processes share that can see each other's pids: a boot of Linux and a pid namespace."""
     try:
@@ -358,8 +341,9 @@ def _start_of(pid: int) -> str:
 
 
 def _names(ranks: Sequence[int], beats: Heartbeats) -> str:
+    places = {rank: f" on {beat.host} (pid {beat.pid})" for rank, beat in beats.items()}
     more = f" and {len(ranks) - MAX_NAMED_RANKS} more" if len(ranks) > MAX_NAMED_RANKS else ""
-    return ", ".join(beats[rank].name if rank in beats else f"rank {rank}" for rank in ranks[:MAX_NAMED_RANKS]) + more
+    return ", ".join(f"rank {rank}{places.get(rank, '')}" for rank in ranks[:MAX_NAMED_RANKS]) + more
 
 
 def _print(line: str) -> None:
