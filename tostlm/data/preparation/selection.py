@@ -87,8 +87,8 @@ class Condition(NamedTuple):
 class Selector:
     """Turns records into documents.
 
-    `dropped` counts the other records by reason, `examples` holds reason, place and detail of the first of each reason,
-    and `columns` are the columns that are read.
+    `dropped` counts the other records by reason, `examples` holds reason, document and detail of the first of each
+    reason, and `columns` are the columns that are read.
 
     Raises:
         UserError: a condition of the selection has not the form of one.
@@ -98,7 +98,7 @@ class Selector:
         self._selection = selection
         self._conditions = [Condition.parse(rule) for rule in selection.keep]
         self.dropped: Counter[str] = Counter()
-        self.examples: list[tuple[str, str, str]] = []
+        self.examples: list[dict[str, str]] = []
         columns = [selection.text_column, selection.id_column, *(c.column for c in self._conditions)]
         self.columns = list(dict.fromkeys(column for column in columns if column))
 
@@ -158,7 +158,7 @@ class Selector:
     def _drop(self, reason: str, place: str, detail: str) -> None:
         self.dropped[reason] += 1
         if self.dropped[reason] <= MAX_EXAMPLES:
-            self.examples.append((reason, place, detail))
+            self.examples.append({"reason": reason, "document": place, "detail": detail})
 
 
 def value_of(row: Mapping[str, object], column: str) -> object:

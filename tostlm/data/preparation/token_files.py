@@ -37,7 +37,7 @@ def nanogpt_documents(path: Path, eos_id: int, vocab_size: int) -> Iterator[np.n
     pieces: list[np.ndarray] = []  # of the document whose end is not read yet
     with path.open("rb") as file:
         for start in range(0, size // 2, CHUNK):
-            ids = _checked(_read(file, "<u2", min(CHUNK, size // 2 - start), path), vocab_size, path)
+            ids = _read(file, "<u2", min(CHUNK, size // 2 - start), vocab_size, path)
             *ended, rest = _split(ids, eos_id)
             for document in ended:
                 whole = np.concatenate([*pieces, document])
@@ -74,7 +74,7 @@ def megatron_documents(prefix: Path, eos_id: int, vocab_size: int) -> Iterator[n
             first, last = index.bounds[number : number + 2]
             count = int(index.sizes[first:last].sum(dtype=np.int64))
             _require_short(count, path)
-            ids = _checked(_read(file, index.dtype, count, path), vocab_size, path)
+            ids = _read(file, index.dtype, count, vocab_size, path)
             yield from (document for document in _split(ids, eos_id) if len(document))
 
 
@@ -117,15 +117,12 @@ def _check_index(index: MegatronIndex, path: Path, bin_bytes: int, bin_path: Pat
         end = int(ends[-1])
     if end != bin_bytes:
         raise UserError(f"{bin_path} has {bin_bytes} bytes, {path} says {end}; one of the two is damaged: copy both")
-    previous = 0
-    for start in range(0, len(index.bounds), CHUNK):
-        bounds = index.bounds[start : start + CHUNK]
-        if bounds[0] < previous or (bounds[1:] < bounds[:-1]).any():
-            raise UserError(f"{path} is damaged: its document indices do not ascend; copy it again")
-        previous = int(bounds[-1])
-    if index.bounds[0] != 0 or previous != len(index.sizes):
+    bounds = index.bounds
+    if (bounds[1:] < bounds[:-1]).any():
+        raise UserError(f"{path} is damaged: its document indices do not ascend; copy it again")
+    if bounds[0] != 0 or bounds[-1] != len(index.sizes):
         raise UserError(
-            f"{path} is damaged: its document indices go from {index.bounds[0]} to {previous}, not from 0 to its "
+            f"{path} is damaged: its document indices go from {bounds[0]} to {bounds[-1]}, not from 0 to its "
             f"{len(index.sizes)} sequences; copy it again"
         )
 
@@ -136,19 +133,16 @@ def _size(path: Path) -> int:
     return path.stat().st_size
 
 
-def _read(file: BinaryIO, dtype: str, count: int, path: Path) -> np.ndarray:
+def _read(file: BinaryIO, dtype: str, count: int, vocab_size: int, path: Path) -> np.ndarray:
+    """Return the next ids of a file, which are all there and below `vocab_size`."""
     ids = np.fromfile(file, dtype, count)
     if len(ids) != count:
         raise UserError(f"{path} was cut short while it was read; run again when nothing writes it")
-    return ids
-
-
-def _checked(ids: np.ndarray, vocab_size: int, path: Path) -> np.ndarray:
-    if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
-        wrong = ids.max() if ids.min() >= 0 else ids.min()
+    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    if len(wrong):
         raise UserError(
-            f"{path} holds token {wrong}, outside the vocabulary of {vocab_size}: it was made with another tokenizer, "
-            "or is damaged; name the tokenizer it was made with"
+            f"{path} holds token {wrong[0]}, outside the vocabulary of {vocab_size}: it was made with another "
+            "tokenizer, or is damaged; name the tokenizer it was made with"
         )
     return ids.astype(np.int64)
 
