@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import queue
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.queues import Queue
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from tostlm.data.preparation.plan import (
 )
 from tostlm.data.preparation.progress import ProgressBar, WorkDone
 from tostlm.data.preparation.readers import Reader
-from tostlm.data.preparation.selection import Document, Selector
+from tostlm.data.preparation.selection import Selector
 from tostlm.data.shards import Manifest, SplitWriter
 from tostlm.data.tokenizers import Tokenizer
 from tostlm.errors import UserError
@@ -143,15 +144,16 @@ def _write_unit(out: Path, index: int, folder: Path, threads: int, report: Calla
     selector = Selector(settings)
     reader = Reader(unit, selector.columns, settings.max_document_bytes)
     reported = 0
-    for batch, encoded in _encoded(selector.documents(reader), tokenizer, threads):
-        for document, tokens in zip(batch, encoded, strict=True):
-            writer.add(tokens, document.data)
+    for texts, encoded in _encoded(selector.documents(reader), tokenizer, threads):
+        data = [text.encode() for text in texts]
+        for text, tokens in zip(data, encoded, strict=True):
+            writer.add(tokens, text)
         report(
             WorkDone(
                 source_bytes=reader.bytes_read - reported,
-                documents=len(batch),
-                tokens=sum(map(len, encoded)) + len(batch),
-                text_bytes=sum(len(document.data) for document in batch),
+                documents=len(texts),
+                tokens=sum(map(len, encoded)) + len(texts),
+                text_bytes=sum(map(len, data)),
             )
         )
         reported = reader.bytes_read
@@ -164,27 +166,21 @@ def _write_unit(out: Path, index: int, folder: Path, threads: int, report: Calla
     )
 
 
-def _encoded(
-    documents: Iterable[Document], tokenizer: Tokenizer, threads: int
-) -> Iterator[tuple[list[Document], Sequence[Sequence[int]]]]:
-    """Yield batches of documents and their tokens; the next batch is read while one is tokenized on another thread."""
+def _encoded(texts: Iterable[str], tokenizer: Tokenizer, threads: int) -> Iterator[tuple[list[str], list[list[int]]]]:
+    """Yield batches of texts and their tokens; the next batch is read while one is tokenized on another thread."""
     with ThreadPoolExecutor(1) as pool:
-        before: tuple[list[Document], Future[list[list[int]]]] | None = None
-        for batch in _batches(documents):
-            future = pool.submit(tokenizer.encode_batch, [document.text for document in batch], threads)
-            if before is not None:
-                yield before[0], before[1].result()
-            before = batch, future
-        if before is not None:
-            yield before[0], before[1].result()
+        batches = itertools.chain(_batches(texts), [[]])  # so that the last batch has one after it
+        futures = ((batch, pool.submit(tokenizer.encode_batch, batch, threads)) for batch in batches)
+        for (batch, future), _ in itertools.pairwise(futures):
+            yield batch, future.result()
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
     characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
