@@ -81,9 +81,16 @@ def test_workers_and_tasks_change_nothing(crawl: Path, tokenizer: Tokenizer, tmp
     list(verify(tmp_path / "tasks"))
 
 
+@pytest.mark.parametrize("hashes_at_once", [4_000_000, 7])
 def test_the_first_of_equal_documents_is_kept(
-    crawl: Path, speeches: list[str], tokenizer: Tokenizer, tmp_path: Path
+    crawl: Path,
+    speeches: list[str],
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    hashes_at_once: int,
 ) -> None:
+    monkeypatch.setattr("tostlm.data.preparation.merge.HASHES_AT_ONCE", hashes_at_once)
     prepare(made_of(crawl), tokenizer, tmp_path / "all", workers=1)
     manifest = prepare(made_of(crawl, dedup=True), tokenizer, tmp_path / "once", workers=1)
     before = all_texts(tmp_path / "all")

@@ -54,7 +54,7 @@ class UnitResult(FrozenModel):
 
     tokenizer_sha256: str
     dropped: dict[str, int]
-    examples: tuple[dict[str, str], ...]  # reason, document and detail of the first documents dropped
+    examples: list[dict[str, str]]  # reason, document and detail of the first documents dropped
     shards: dict[str, tuple[Shard, ...]]  # by split
 
 

@@ -159,10 +159,7 @@ def _write_unit(out: Path, index: int, folder: Path, threads: int, report: Calla
         reported = reader.bytes_read
     report(WorkDone(source_bytes=(unit.bytes or 0) - reported))
     return UnitResult(
-        tokenizer_sha256=tokenizer.sha256,
-        dropped=dict(selector.dropped),
-        examples=tuple(selector.examples),
-        shards=writer.finish(),
+        tokenizer_sha256=tokenizer.sha256, dropped=selector.dropped, examples=selector.examples, shards=writer.finish()
     )
 
 

@@ -104,15 +104,15 @@ class Selector:
         id_column = self._selection.id_column
         for place, row in records:
             if isinstance(row, RecordError):
-                self._reject(row, place)
+                self._leave_out(place, row.reason, row.detail)
                 continue
             if id_column is not None:
                 place = f"{place} ({value_of(row, id_column)})"
             text = self._text(row)
             if isinstance(text, RecordError):
-                self._reject(text, place)
+                self._leave_out(place, text.reason, text.detail)
             elif reason := self._reason_to_drop(row, text):
-                self._drop(reason, place, "")
+                self._leave_out(place, reason)
             else:
                 yield text
 
@@ -143,15 +143,12 @@ class Selector:
             return f"above {self._selection.max_characters} characters"
         return next((f"not {condition.rule}" for condition in self._conditions if not condition.holds(row)), None)
 
-    def _reject(self, error: RecordError, place: str) -> None:
-        if self._selection.on_error == "fail":
-            raise UserError(f"{place}: {error.detail}; correct it, or leave such records out with --on-error skip")
-        self._drop(error.reason, place, error.detail)
-
-    def _drop(self, reason: str, place: str, detail: str) -> None:
+    def _leave_out(self, place: str, reason: str, error: str = "") -> None:
+        if error and self._selection.on_error == "fail":
+            raise UserError(f"{place}: {error}; correct it, or leave such records out with --on-error skip")
         self.dropped[reason] += 1
         if self.dropped[reason] <= MAX_EXAMPLES:
-            self.examples.append({"reason": reason, "document": place, "detail": detail})
+            self.examples.append({"reason": reason, "document": place, "detail": error})
 
 
 def value_of(row: Mapping[str, object], column: str) -> object:
