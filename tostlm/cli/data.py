@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import pydantic
 import typer
@@ -15,9 +15,7 @@ from tostlm.errors import UserError
 from tostlm.files import require_file_writable, write_atomically
 
 if TYPE_CHECKING:
-    from tostlm.data import Manifest
-
-Model = TypeVar("Model", bound=pydantic.BaseModel)
+    from tostlm.data import Manifest, PreparationSettings
 
 SOURCE_HELP = "file, folder, glob, package:NAME/GLOB or Hugging Face OWNER/NAME[:CONFIG][@SPLIT]; may be repeated"
 MoreSources = Annotated[
@@ -126,8 +124,8 @@ def prepare(
     sources = [*(source or []), *(more or [])]
     if not sources or tokenizer is None:
         raise UserError("prepare needs --source and --tokenizer, or --merge for work units that are finished")
-    selection = checked(
-        data.Selection,
+    settings = settings_of_options(
+        sources=sources,
         text_column=text_column,
         id_column=id_column,
         keep=keep or [],
@@ -135,17 +133,12 @@ def prepare(
         max_characters=max_characters,
         max_document_bytes=max_document_bytes,
         on_error=on_error,
-    )
-    settings = checked(
-        data.PreparationSettings,
-        sources=sources,
-        selection=selection,
+        dedup=dedup,
+        dedup_against=dedup_against or [],
         heldout_fraction=heldout_fraction,
         shard_tokens=shard_tokens,
         unit_bytes=unit_bytes,
         allow_lossy=allow_lossy,
-        dedup=dedup,
-        dedup_against=dedup_against or [],
     )
     manifest = data.prepare(
         settings,
@@ -168,10 +161,12 @@ def report(out: Path, manifest: Manifest) -> None:
         print(f"{out}: dropped {format_counts(manifest.dropped)}; {out}/dropped.jsonl names the first")
 
 
-def checked(kind: type[Model], **values: object) -> Model:
+def settings_of_options(**options: object) -> PreparationSettings:
     """Return settings made of options; raise a UserError that names the option whose value is wrong."""
+    from tostlm.data import PreparationSettings
+
     try:
-        return kind(**values)
+        return PreparationSettings.model_validate(options)
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
         option = "--" + str(problem["loc"][0]).replace("_", "-")

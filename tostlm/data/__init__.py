@@ -3,7 +3,7 @@
 from tostlm.data.loading import ContextStage, Loader, NumpyBatch, TokenSet
 from tostlm.data.preparation.merge import format_counts, merge
 from tostlm.data.preparation.plan import PreparationSettings
-from tostlm.data.preparation.prepare import TaskShard, parse_task, prepare
+from tostlm.data.preparation.prepare import parse_task, prepare
 from tostlm.data.preparation.selection import Selection, documents
 from tostlm.data.preparation.token_import import import_tokens
 from tostlm.data.shards import (
@@ -29,7 +29,6 @@ __all__ = [
     "NumpyBatch",
     "PreparationSettings",
     "Selection",
-    "TaskShard",
     "TokenSet",
     "Tokenizer",
     "common_tokenizer",

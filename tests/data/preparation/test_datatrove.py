@@ -8,7 +8,7 @@ from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.writers import JsonlWriter, ParquetWriter
 
 from tests.data.preparation.test_prepare import all_texts
-from tostlm.data import PreparationSettings, Selection, Tokenizer, prepare
+from tostlm.data import PreparationSettings, Tokenizer, prepare
 
 
 @pytest.mark.parametrize("writer", [JsonlWriter, ParquetWriter])
@@ -21,6 +21,7 @@ def test_the_output_of_a_pipeline(
         for n, text in enumerate(speeches)
     ]
     LocalPipelineExecutor([crawl, writer(str(tmp_path / "unique"))], logging_dir=str(tmp_path / "logs")).run()
-    selection = Selection(id_column="id", keep=("metadata.language=en", "metadata.score>=0.5"))
-    prepare(PreparationSettings(sources=(str(tmp_path / "unique"),), selection=selection), tokenizer, tmp_path / "out")
+    keep = ("metadata.language=en", "metadata.score>=0.5")
+    settings = PreparationSettings(sources=(str(tmp_path / "unique"),), id_column="id", keep=keep)
+    prepare(settings, tokenizer, tmp_path / "out")
     assert sorted(all_texts(tmp_path / "out")) == sorted(speeches[31::2])

@@ -20,8 +20,6 @@ from tostlm.cli.data import prepare as prepare_command
 from tostlm.data import (
     VALIDATION,
     PreparationSettings,
-    Selection,
-    TaskShard,
     Tokenizer,
     load_tokenizer,
     merge,
@@ -72,7 +70,7 @@ def test_workers_and_tasks_change_nothing(crawl: Path, tokenizer: Tokenizer, tmp
     for workers in (1, 3):
         prepare(settings, tokenizer, tmp_path / f"w{workers}", workers=workers)
     for first in (2, 0, 1):
-        assert prepare(settings, tokenizer, tmp_path / "tasks", workers=2, task=TaskShard(first, 3)) is None
+        assert prepare(settings, tokenizer, tmp_path / "tasks", workers=2, task=(first, 3)) is None
     merge(tmp_path / "tasks")
     whole = content(tmp_path / "w1")
     assert len([name for name in whole if name.endswith(".bin")]) > 5
@@ -83,9 +81,16 @@ def test_workers_and_tasks_change_nothing(crawl: Path, tokenizer: Tokenizer, tmp
     list(verify(tmp_path / "tasks"))
 
 
+@pytest.mark.parametrize("hashes_at_once", [4_000_000, 7])
 def test_the_first_of_equal_documents_is_kept(
-    crawl: Path, speeches: list[str], tokenizer: Tokenizer, tmp_path: Path
+    crawl: Path,
+    speeches: list[str],
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    hashes_at_once: int,
 ) -> None:
+    monkeypatch.setattr("tostlm.data.preparation.merge.HASHES_AT_ONCE", hashes_at_once)
     prepare(made_of(crawl), tokenizer, tmp_path / "all", workers=1)
     manifest = prepare(made_of(crawl, dedup=True), tokenizer, tmp_path / "once", workers=1)
     before = all_texts(tmp_path / "all")
@@ -134,7 +139,7 @@ def test_a_killed_preparation_redoes_its_unfinished_unit_alone(
     shutil.rmtree(unit_folder(out, 0))  # as if it had been lost; the others' files stay as they are
     kept = {path: mtime for path, mtime in finished.items() if path.exists()}
     prepare(
-        made_of(crawl), tokenizer, out, workers=1, task=TaskShard(0, 1)
+        made_of(crawl), tokenizer, out, workers=1, task=(0, 1)
     )  # every work unit, without the merge that would clear them
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     merge(out)
@@ -146,7 +151,7 @@ def test_an_interrupted_merge_is_done_again(
 ) -> None:
     settings = made_of(crawl, dedup=True)
     prepare(settings, tokenizer, tmp_path / "whole", workers=1)
-    prepare(settings, tokenizer, tmp_path / "out", workers=1, task=TaskShard(0, 1))
+    prepare(settings, tokenizer, tmp_path / "out", workers=1, task=(0, 1))
 
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -168,7 +173,7 @@ def test_what_is_finished_stays_when_a_record_is_bad(
         with pytest.raises(UserError, match=r"3\.jsonl, record \d+.*: is no UTF-8.*--on-error skip"):
             prepare(made_of(crawl), tokenizer, tmp_path / "out", workers=workers)
     assert unit_folder(tmp_path / "out", 0).exists()
-    manifest = prepare(made_of(crawl, selection=Selection(on_error="skip")), tokenizer, tmp_path / "out", workers=2)
+    manifest = prepare(made_of(crawl, on_error="skip"), tokenizer, tmp_path / "out", workers=2)
     assert manifest is not None
     assert manifest.dropped == {"invalid UTF-8": 1}
     report = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
@@ -204,13 +209,13 @@ def test_another_tokenizer_or_setting_is_refused(
     crawl: Path, speeches: list[str], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    prepare(made_of(crawl), tokenizer, out, workers=1, task=TaskShard(0, 2))
+    prepare(made_of(crawl), tokenizer, out, workers=1, task=(0, 2))
     other = train_tokenizer(speeches, 400, tmp_path / "other.model")
     with pytest.raises(UserError, match="was started with another tokenizer"):
         prepare(made_of(crawl), other, out)
     with pytest.raises(UserError, match="was started with min_characters=1, not 5"):
-        prepare(made_of(crawl, selection=Selection(min_characters=5)), tokenizer, out)
-    prepare(made_of(crawl), tokenizer, out, workers=1, task=TaskShard(1, 2))
+        prepare(made_of(crawl, min_characters=5), tokenizer, out)
+    prepare(made_of(crawl), tokenizer, out, workers=1, task=(1, 2))
     path = unit_folder(out, 1) / RESULT
     path.write_text(path.read_text().replace(tokenizer.sha256, other.sha256))
     with pytest.raises(UserError, match=r"work unit 1 of \S+ was made with another tokenizer"):
@@ -241,7 +246,7 @@ def test_nothing_is_left(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' * 10)
     with pytest.raises(UserError, match=r"no document of \S+ is left; dropped: 10 below 5 characters"):
         prepare(
-            PreparationSettings(sources=(str(tmp_path / "a.jsonl"),), selection=Selection(min_characters=5)),
+            PreparationSettings(sources=(str(tmp_path / "a.jsonl"),), min_characters=5),
             tokenizer,
             tmp_path / "out",
         )
@@ -275,21 +280,21 @@ def test_the_command_line(crawl: Path, tokenizer: Tokenizer, tmp_path: Path) -> 
     assert "dropped 70 not n<10" in printed
     manifest = read_manifest(tmp_path / "out")
     assert manifest.command.startswith("tostlm prepare --source")
-    assert manifest.model_dump()["settings"]["selection"]["keep"] == ["n<10"]
+    assert manifest.model_dump()["settings"]["keep"] == ["n<10"]
     assert "(12)" in (tmp_path / "out" / "dropped.jsonl").read_text()
     assert load_tokenizer(tmp_path / "out").sha256 == tokenizer.sha256
 
 
 def test_the_defaults_of_the_command_are_those_of_the_settings() -> None:
     options = inspect.signature(prepare_command).parameters
-    fields = {**Selection.model_fields, **PreparationSettings.model_fields}
+    fields = PreparationSettings.model_fields
     defaults = {name: options[name].default for name in fields if name in options}
     assert {"unit_bytes", "max_document_bytes", "shard_tokens", "heldout_fraction"} <= defaults.keys()
     assert all(default in (None, fields[name].default) for name, default in defaults.items())
 
 
 def test_tasks() -> None:
-    assert parse_task("2/8") == TaskShard(2, 8)
+    assert parse_task("2/8") == (2, 8)
     for text in ("", "1", "8/8", "-1/3", "a/b"):
         with pytest.raises(UserError, match="must be INDEX/COUNT"):
             parse_task(text)

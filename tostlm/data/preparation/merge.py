@@ -11,7 +11,7 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TypeAlias
 
 import numpy as np
 
@@ -36,12 +36,7 @@ from tostlm.files import locked
 LOCK = ".merge.lock"
 HASHES_AT_ONCE = 4_000_000  # compared in memory, some 64 bytes each
 
-
-class ShardRef(NamedTuple):
-    """A shard and the folder that holds its files."""
-
-    folder: Path
-    shard: Shard
+ShardRef: TypeAlias = tuple[Path, Shard]  # a shard and the folder that holds its files
 
 
 def merge(out: Path) -> Manifest:
@@ -59,11 +54,11 @@ def merge(out: Path) -> Manifest:
         splits = [
             (folder, split) for folder in settings.dedup_against for split in read_manifest(folder).splits.values()
         ]
-        earlier = [ShardRef(folder, shard) for folder, split in splits for shard in split.shards]
+        earlier = [(folder, shard) for folder, split in splits for shard in split.shards]
         merged = {}
         for split in (TRAIN, VALIDATION):
             shards = [
-                ShardRef(unit_folder(out, index), shard)
+                (unit_folder(out, index), shard)
                 for index, result in enumerate(results)
                 for shard in result.shards[split]
             ]
@@ -74,9 +69,7 @@ def merge(out: Path) -> Manifest:
             merged[split] = _publish(out, split, shards, keep)
         if not any(merged.values()):
             raise UserError(f"no document of {', '.join(settings.sources)} is left; dropped: {format_counts(dropped)}")
-        examples = [example for result in results for example in result.examples]
-        keys = ("reason", "document", "detail")
-        lines = [json.dumps(dict(zip(keys, example, strict=True))) + "\n" for example in examples]
+        lines = [json.dumps(example) + "\n" for result in results for example in result.examples]
         (out / "dropped.jsonl").write_text("".join(lines))
         manifest = write_manifest(
             out,
@@ -102,31 +95,28 @@ def format_counts(dropped: Mapping[str, int]) -> str:
 def find_first_copies(earlier: Sequence[ShardRef], shards: Sequence[ShardRef], within: bool) -> np.ndarray:
     """Return which documents of `shards` have a text that no document of `earlier` has, bool [documents].
 
-    With `within`, no document before it in `shards` may have it either. Hashes are compared one range of values at a
-    time, so memory holds `HASHES_AT_ONCE` of them.
+    With `within`, no document before it in `shards` may have it either. Hashes are compared a part of their values at a
+    time, so memory holds some `HASHES_AT_ONCE` of them.
     """
-    documents = sum(shard.documents for _, shard in shards)
     known = sum(shard.documents for _, shard in earlier)
-    keep = np.ones(documents, bool)
-    ranges = max(1, -(-(documents + known) // HASHES_AT_ONCE))
-    for index in range(ranges):
-        hashes, numbers = _hashes_in_range([*earlier, *shards], index, ranges)
-        numbers -= known  # documents of `earlier` have negative numbers
+    keep = np.ones(known + sum(shard.documents for _, shard in shards), bool)
+    parts = -(-len(keep) // HASHES_AT_ONCE)
+    for part in range(parts):
+        hashes, numbers = _hashes_of_part([*earlier, *shards], part, parts)
         _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
         first_copy = numbers[first][inverse]
-        again = first_copy < (numbers if within else 0)
-        keep[numbers[again & (numbers >= 0)]] = False
-    return keep
+        keep[numbers[first_copy < (numbers if within else known)]] = False
+    return keep[known:]
 
 
-def _hashes_in_range(shards: Sequence[ShardRef], index: int, ranges: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the hashes whose first bytes are in one of `ranges` equal ranges, and the numbers of their documents."""
-    hashes, numbers = [np.empty(0, f"S{HASH_BYTES}")], [np.empty(0, np.int64)]
+def _hashes_of_part(shards: Sequence[ShardRef], part: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the hashes whose remainder by `parts` is `part`, and the numbers of their documents."""
+    hashes, numbers = [], []
     first = 0
     for folder, shard in shards:
         stored = np.fromfile(folder / f"{shard.name}.hashes", f"S{HASH_BYTES}")
-        leading = np.frombuffer(stored.tobytes(), ">u4").reshape(len(stored), -1)[:, 0].astype(np.uint64)
-        chosen = np.flatnonzero(leading * np.uint64(ranges) >> np.uint64(32) == index)
+        second_halves = stored.view("<u8")[1::2]  # the first decide which documents are held out
+        chosen = np.flatnonzero(second_halves % parts == part)
         hashes.append(stored[chosen])
         numbers.append(chosen + first)
         first += shard.documents
@@ -166,8 +156,7 @@ def _copy_kept(folder: Path, shard: Shard, kept: np.ndarray, out: Path, name: st
     text_bytes = np.fromfile(folder / f"{shard.name}.{TEXT_BYTES_SUFFIX}", "<u4")
     width = (folder / f"{shard.name}.bin").stat().st_size // shard.tokens
     content = np.memmap(folder / f"{shard.name}.bin", np.dtype(f"V{width}"), mode="r")
-    edges = np.flatnonzero(np.diff(kept, prepend=False, append=False)).reshape(-1, 2)  # runs of kept documents
     with (out / f"{name}.bin").open("wb") as file:
-        for begin, end in edges.tolist():
-            file.write(content[ends[begin] - lengths[begin] : ends[end - 1]].tobytes())
+        for end, length in zip(ends[kept].tolist(), lengths[kept].tolist(), strict=True):
+            file.write(content[end - length : end].tobytes())
     return finish_shard(out, name, lengths[kept], hashes[kept].tobytes(), text_bytes[kept])

@@ -28,11 +28,10 @@ UNITS = "units"
 RESULT = "result.json"
 
 
-class PreparationSettings(FrozenModel):
+class PreparationSettings(Selection):
     """Everything that decides what the shards hold, except the tokenizer."""
 
     sources: tuple[str, ...]
-    selection: Selection = Selection()
     heldout_fraction: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.01
     shard_tokens: Annotated[int, pydantic.Field(ge=1)] = 100_000_000
     unit_bytes: Annotated[int, pydantic.Field(ge=1)] = UNIT_BYTES
@@ -55,7 +54,7 @@ class UnitResult(FrozenModel):
 
     tokenizer_sha256: str
     dropped: dict[str, int]
-    examples: tuple[tuple[str, str, str], ...]  # reason, place and detail of the first documents dropped
+    examples: list[dict[str, str]]  # reason, document and detail of the first documents dropped
     shards: dict[str, tuple[Shard, ...]]  # by split
 
 
@@ -75,7 +74,7 @@ def make_plan(settings: PreparationSettings, tokenizer: Tokenizer, out: Path, co
     dtype_for(tokenizer.vocab_size)
     if (loss := tokenizer.find_lossy_text()) and not settings.allow_lossy:
         raise UserError(f"the tokenizer loses text: {loss}; use a lossless one, or accept that with --allow-lossy")
-    Selector(settings.selection)
+    Selector(settings)
     for folder in settings.dedup_against:
         read_manifest(folder)
     if not (out / PLAN).exists():
@@ -100,10 +99,7 @@ def _require_same(plan: PreparationPlan, settings: PreparationSettings, tokenize
     if plan.tokenizer_sha256 != tokenizer.sha256:
         raise UserError(f"{out} was started with another tokenizer; continue with its own, or choose another --out")
     # A finished unit met no error, whatever `on_error` is.
-    started, requested = (
-        {**chosen.selection.model_dump(exclude={"on_error"}), **chosen.model_dump(mode="json", exclude={"selection"})}
-        for chosen in (plan.settings, settings)
-    )
+    started, requested = (chosen.model_dump(mode="json", exclude={"on_error"}) for chosen in (plan.settings, settings))
     for key, value in started.items():
         if value != requested[key]:
             raise UserError(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
 import os
+import queue
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import NamedTuple
 
 from tostlm.data.preparation.merge import merge
 from tostlm.data.preparation.plan import (
     RESULT,
-    PreparationPlan,
     PreparationSettings,
     UnitResult,
     make_plan,
@@ -19,9 +22,9 @@ from tostlm.data.preparation.plan import (
     unfinished,
     unit_folder,
 )
+from tostlm.data.preparation.progress import ProgressBar, WorkDone
 from tostlm.data.preparation.readers import Reader
-from tostlm.data.preparation.selection import Document, Selector
-from tostlm.data.preparation.workers import WorkDone, run_workers
+from tostlm.data.preparation.selection import Selector
 from tostlm.data.shards import Manifest, SplitWriter
 from tostlm.data.tokenizers import Tokenizer
 from tostlm.errors import UserError
@@ -30,40 +33,92 @@ from tostlm.files import atomic_folder, locked, write_atomically
 BATCH_CHARACTERS = 2_000_000  # text tokenized at once; two of them are in memory
 
 
-class TaskShard(NamedTuple):
-    """One of `task_count` tasks that share the work units: it does every `task_count`-th, from `task_index` on."""
-
-    task_index: int
-    task_count: int
-
-
 def prepare(
     settings: PreparationSettings,
     tokenizer: Tokenizer,
     out: Path,
     *,
     workers: int | None = None,
-    task: TaskShard | None = None,
+    task: tuple[int, int] | None = None,
     command: str = "",
 ) -> Manifest | None:
     """Tokenize every document of the sources into shards under `out`; the same call continues after an interruption.
 
     Args:
         settings: all that decides what the shards hold; the workers and tasks do not.
-        workers: cores to use; None for all that this process may use.
-        task: do only the work units of this task; `merge` makes the folder when all tasks are finished.
+        workers: cores to use; None for all that this process may use. Several work units are done by a process each,
+            which share the cores; a single one by threads of this process.
+        task: index and count; do every count-th work unit from the index on, and leave `merge` for when all tasks are
+            finished.
         command: recorded in the manifest.
 
     Returns:
         The manifest; None for a task.
 
     Raises:
-        UserError: a source, a record or `out` cannot be used.
+        UserError: a source, a record or `out` cannot be used, or a worker was killed. Finished units stay.
     """
     plan = make_plan(settings, tokenizer, out, command)
-    units = [index for index in unfinished(out, plan) if task is None or index % task.task_count == task.task_index]
-    run_workers(prepare_unit, out, plan, units, workers or len(os.sched_getaffinity(0)))
+    first, step = task or (0, 1)
+    units = [unit for unit in unfinished(out, plan) if unit % step == first]
+    cores = workers or len(os.sched_getaffinity(0))
+    processes = min(cores, len(units))
+    progress = ProgressBar([plan.units[unit].bytes for unit in units])
+    try:
+        if processes > 1:
+            _run_processes(out, units, processes, cores // processes, progress)
+        else:
+            for unit in units:
+                prepare_unit(out, unit, cores, progress.add)
+    finally:
+        progress.close()
     return merge(out) if task is None else None
+
+
+def _run_processes(out: Path, units: Sequence[int], processes: int, threads: int, progress: ProgressBar) -> None:
+    """Have processes do work units; when one fails, the others are ended."""
+    context = multiprocessing.get_context("spawn")
+    jobs: Queue[int | None] = context.Queue()  # work units, and None for each process at the end
+    reports: Queue[WorkDone | Exception | None] = context.Queue()  # None from a process that has ended
+    for job in [*units, *[None] * processes]:
+        jobs.put(job)
+    started = [context.Process(target=_work, args=(out, threads, jobs, reports), daemon=True) for _ in range(processes)]
+    try:
+        for process in started:
+            process.start()
+        working = processes
+        while working:
+            try:
+                report = reports.get(timeout=1)
+            except queue.Empty:
+                killed = [process.exitcode for process in started if process.exitcode]
+                if killed:
+                    raise UserError(
+                        f"a worker ended with code {killed[0]} (-9: killed, mostly for lack of memory); run the "
+                        "command again, with fewer --workers if need be: it continues from what is finished"
+                    ) from None
+                continue
+            if isinstance(report, WorkDone):
+                progress.add(report)
+            elif report is None:
+                working -= 1
+            else:
+                raise report
+    finally:
+        for process in started:
+            if process.pid is not None:
+                process.terminate()
+                process.join()
+
+
+def _work(out: Path, threads: int, jobs: Queue[int | None], reports: Queue[WorkDone | Exception | None]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    try:
+        while (unit := jobs.get()) is not None:
+            prepare_unit(out, unit, threads, reports.put)
+        reports.put(None)
+    except (UserError, OSError, MemoryError) as error:
+        reports.put(error)
 
 
 def prepare_unit(out: Path, index: int, threads: int, report: Callable[[WorkDone], None]) -> None:
@@ -72,72 +127,57 @@ def prepare_unit(out: Path, index: int, threads: int, report: Callable[[WorkDone
     Raises:
         UserError: a record cannot be used, or another process is doing this work unit.
     """
-    plan = read_plan(out)
     folder = unit_folder(out, index)
     folder.parent.mkdir(exist_ok=True)
     busy = f"another tostlm prepare is doing work unit {index} of {out}; wait for it or end it"
     with locked(folder.with_name(f".{folder.name}.lock"), busy):
         if not folder.exists():
             with atomic_folder(folder) as partial:
-                result = _write_unit(plan, index, Tokenizer.from_folder(out), partial, threads, report)
+                result = _write_unit(out, index, partial, threads, report)
                 write_atomically(partial / RESULT, result.model_dump_json())
 
 
-def _write_unit(
-    plan: PreparationPlan,
-    index: int,
-    tokenizer: Tokenizer,
-    folder: Path,
-    threads: int,
-    report: Callable[[WorkDone], None],
-) -> UnitResult:
-    settings = plan.settings
+def _write_unit(out: Path, index: int, folder: Path, threads: int, report: Callable[[WorkDone], None]) -> UnitResult:
+    plan, tokenizer = read_plan(out), Tokenizer.from_folder(out)
+    unit, settings = plan.units[index], plan.settings
     writer = SplitWriter(folder, tokenizer, settings.heldout_fraction, settings.shard_tokens)
-    selector = Selector(settings.selection)
-    reader = Reader(plan.units[index], selector.columns, settings.selection.max_document_bytes)
+    selector = Selector(settings)
+    reader = Reader(unit, selector.columns, settings.max_document_bytes)
     reported = 0
-    for batch, encoded in _encoded(selector.documents(reader), tokenizer, threads):
-        for document, tokens in zip(batch, encoded, strict=True):
-            writer.add(tokens, document.data)
+    for texts, encoded in _encoded(selector.documents(reader), tokenizer, threads):
+        data = [text.encode() for text in texts]
+        for text, tokens in zip(data, encoded, strict=True):
+            writer.add(tokens, text)
         report(
             WorkDone(
                 source_bytes=reader.bytes_read - reported,
-                documents=len(batch),
-                tokens=sum(map(len, encoded)) + len(batch),
-                text_bytes=sum(len(document.data) for document in batch),
+                documents=len(texts),
+                tokens=sum(map(len, encoded)) + len(texts),
+                text_bytes=sum(map(len, data)),
             )
         )
         reported = reader.bytes_read
-    report(WorkDone(source_bytes=(plan.units[index].bytes or 0) - reported))
+    report(WorkDone(source_bytes=(unit.bytes or 0) - reported))
     return UnitResult(
-        tokenizer_sha256=tokenizer.sha256,
-        dropped=dict(selector.dropped),
-        examples=tuple(selector.examples),
-        shards=writer.finish(),
+        tokenizer_sha256=tokenizer.sha256, dropped=selector.dropped, examples=selector.examples, shards=writer.finish()
     )
 
 
-def _encoded(
-    documents: Iterable[Document], tokenizer: Tokenizer, threads: int
-) -> Iterator[tuple[list[Document], Sequence[Sequence[int]]]]:
-    """Yield batches of documents and their tokens; the next batch is read while one is tokenized on another thread."""
+def _encoded(texts: Iterable[str], tokenizer: Tokenizer, threads: int) -> Iterator[tuple[list[str], list[list[int]]]]:
+    """Yield batches of texts and their tokens; the next batch is read while one is tokenized on another thread."""
     with ThreadPoolExecutor(1) as pool:
-        before: tuple[list[Document], Future[list[list[int]]]] | None = None
-        for batch in _batches(documents):
-            future = pool.submit(tokenizer.encode_batch, [document.text for document in batch], threads)
-            if before is not None:
-                yield before[0], before[1].result()
-            before = batch, future
-        if before is not None:
-            yield before[0], before[1].result()
+        batches = itertools.chain(_batches(texts), [[]])  # so that the last batch has one after it
+        futures = ((batch, pool.submit(tokenizer.encode_batch, batch, threads)) for batch in batches)
+        for (batch, future), _ in itertools.pairwise(futures):
+            yield batch, future.result()
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
     characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -145,8 +185,8 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def parse_task(text: str) -> TaskShard:
-    """Return the task that INDEX/COUNT names.
+def parse_task(text: str) -> tuple[int, int]:
+    """Return the index and the count of a task that is given as INDEX/COUNT.
 
     Raises:
         UserError: the text is not of that form.
@@ -154,4 +194,4 @@ def parse_task(text: str) -> TaskShard:
     index, _, count = text.partition("/")
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise UserError(f"--task {text} must be INDEX/COUNT, the index from 0 to COUNT - 1, as in 0/8")
-    return TaskShard(int(index), int(count))
+    return int(index), int(count)

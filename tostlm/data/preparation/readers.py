@@ -8,19 +8,17 @@ from __future__ import annotations
 import bz2
 import glob
 import gzip
+import io
 import json
 import lzma
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
-
-import zstandard
 
 from tostlm.data.preparation.sources import WorkUnit, hub_dataset, kind_of
 from tostlm.errors import error_summary
 
 if TYPE_CHECKING:
-    import datasets
     import pyarrow
 
 PIECE_BYTES = 1 << 18  # read at once
@@ -64,74 +62,56 @@ class Reader:
         if self._unit.hub is not None:
             index, count = self._unit.shard
             shard = hub_dataset(self._unit.hub).shard(num_shards=count, index=index, contiguous=True)
-            yield from self._tables(shard, f"{self._unit.hub} shard {index} of {count}")
-            return
-        before = 0
-        for file in self._unit.files:
+            tables = shard.with_format("arrow").iter(batch_size=TABLE_ROWS)
+            yield from self._rows(tables, f"{self._unit.hub} shard {index} of {count}")
+        for path in self._unit.files:
+            before = self.bytes_read
+            kind = kind_of(path)
             try:
-                yield from self._file(file)
-            except (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError) as error:
-                yield SourceRecord(
-                    file, RecordError("unreadable file", f"cannot be read to its end: {error_summary(error)}")
-                )
-            before += Path(file).stat().st_size
-            self.bytes_read = before if self._unit.byte_range is None else self.bytes_read
+                if kind == "lines":
+                    yield from self._lines(path)
+                elif kind == "text":
+                    yield SourceRecord(path, self._text(path))
+                else:
+                    yield from self._rows(_tables_of_file(path, kind), path)
+            except (OSError, EOFError, lzma.LZMAError) as error:
+                detail = f"cannot be read to its end: {error_summary(error)}"
+                yield SourceRecord(path, RecordError("unreadable file", detail))
+            if self._unit.byte_range is None:
+                self.bytes_read = before + Path(path).stat().st_size
 
-    def _file(self, path: str) -> Iterator[SourceRecord]:
-        kind = kind_of(path)
-        if kind == "lines":
-            yield from self._lines(path)
-        elif kind == "text":
-            yield SourceRecord(path, self._text(path))
-        else:
-            import datasets
-
-            datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported once, as records
-            options = {"batch_size": TABLE_ROWS} if kind == "parquet" else {}
-            files = [glob.escape(path)]
-            try:
-                dataset = datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **options)
-            except Exception as error:  # each reader of `datasets` raises its own kind on broken data
-                yield SourceRecord(path, RecordError("unreadable file", f"cannot be read: {error_summary(error)}"))
-            else:
-                yield from self._tables(dataset, path)
+    def _lines(self, path: str) -> Iterator[SourceRecord]:
+        before = self.bytes_read
+        start, stop = self._unit.byte_range or (0, None)
+        where = "" if stop is None else f" after byte {start}"
+        with Path(path).open("rb") as raw:
+            for number, line in enumerate(read_lines(decompressed(raw, path), self._largest, start, stop)):
+                self.bytes_read = before + raw.tell() - start
+                if line is None or line.strip():
+                    row = self._too_large if line is None else parse(line)
+                    yield SourceRecord(f"{path}, record {number}{where}", row)
 
     def _text(self, path: str) -> Mapping[str, object] | RecordError:
         content = b""
-        for piece in self._pieces(path):
-            content += piece
-            if len(content) > self._largest:
-                return self._too_large
+        with Path(path).open("rb") as raw:
+            file = decompressed(raw, path)
+            while piece := file.read(PIECE_BYTES):
+                content += piece
+                if len(content) > self._largest:
+                    return self._too_large
         try:
             return dict.fromkeys(self._columns, content.removeprefix(BOM).decode())
         except UnicodeDecodeError as error:
             return RecordError("invalid UTF-8", f"is no UTF-8: {error}")
 
-    def _lines(self, path: str) -> Iterator[SourceRecord]:
-        where = "" if self._unit.byte_range is None else f" after byte {self._unit.byte_range[0]}"
-        for number, line in enumerate(split_lines(self._pieces(path), self._largest)):
-            if line is None or line.strip():
-                row = self._too_large if line is None else parse(line)
-                yield SourceRecord(f"{path}, record {number}{where}", row)
-
-    def _pieces(self, path: str) -> Iterator[bytes]:
-        """Yield the file's content, decompressed, or the lines that begin in the unit's byte range."""
-        before = self.bytes_read
-        start, stop = self._unit.byte_range or (0, None)
-        with Path(path).open("rb") as raw:
-            for piece in decompressed(raw, path) if stop is None else lines_of_range(raw, start, stop):
-                self.bytes_read = before + raw.tell() - start
-                yield piece
-
-    def _tables(self, dataset: datasets.IterableDataset, place: str) -> Iterator[SourceRecord]:
+    def _rows(self, tables: Iterator[pyarrow.Table], place: str) -> Iterator[SourceRecord]:
         number = 0
-        tables = dataset.with_format("arrow").iter(batch_size=TABLE_ROWS)
         while True:
             try:
                 table = next(tables)
             except StopIteration:
                 return
-            except Exception as error:
+            except Exception as error:  # each reader of `datasets` raises its own kind on broken data
                 detail = f"cannot be read after {number} records: {error_summary(error.__cause__ or error)}"
                 yield SourceRecord(place, RecordError("unreadable file", detail))
                 return
@@ -143,6 +123,15 @@ class Reader:
                 bad = next((value for value in values if isinstance(value, RecordError)), None)
                 yield SourceRecord(f"{place}, record {number}", bad or dict(zip(names, values, strict=True)))
                 number += 1
+
+
+def _tables_of_file(path: str, kind: str | None) -> Iterator[pyarrow.Table]:
+    import datasets
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported once, as records
+    options = {"batch_size": TABLE_ROWS} if kind == "parquet" else {}
+    dataset = datasets.load_dataset(kind, data_files=[glob.escape(path)], split="train", streaming=True, **options)
+    yield from dataset.with_format("arrow").iter(batch_size=TABLE_ROWS)
 
 
 def _values(column: pyarrow.ChunkedArray) -> list[object]:
@@ -170,61 +159,42 @@ def parse(line: bytes) -> dict[str, object] | RecordError:
     return row if isinstance(row, dict) else RecordError("unreadable record", f"is {str(row)!r:.40}, not a JSON object")
 
 
-def split_lines(pieces: Iterable[bytes], largest: int) -> Iterator[bytes | None]:
-    """Yield the lines of a stream without their ends; None for one longer than `largest` bytes, which is not kept."""
-    held: list[bytes] = []  # of the line whose end is not read yet
-    size = 0
-    for piece in pieces:
-        *ended, rest = piece.split(b"\n")
-        for line in ended:
-            yield None if size + len(line) > largest else b"".join([*held, line])
-            held, size = [], 0
-        size += len(rest)
-        if size <= largest:
-            held.append(rest)
-        else:
-            held.clear()
-    if size:
-        yield None if size > largest else b"".join(held)
+def read_lines(file: BinaryIO, largest: int, start: int = 0, stop: int | None = None) -> Iterator[bytes | None]:
+    """Yield the lines that begin at byte `start` up to `stop`, with their ends.
 
-
-def lines_of_range(raw: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
-    """Yield the lines that begin at byte `start` up to `stop`, whole, in pieces of at most `PIECE_BYTES`."""
-    position = raw.seek(max(0, start - 1))
-    begun = start == 0
-    while piece := raw.readline(PIECE_BYTES):
-        if begun:
-            yield piece
-        position += len(piece)
-        if piece.endswith(b"\n"):
-            begun = True
-            if position >= stop:
-                return
-
-
-def decompressed(raw: BinaryIO, path: str) -> Iterator[bytes]:
-    """Yield a file's content in pieces, decompressed by the suffix of its name.
-
-    Raises:
-        EOFError, OSError, LZMAError, ZstdError: it is damaged or cut short.
+    None stands for a line of more than `largest` bytes before its end, which is never whole in memory.
     """
-    suffix = Path(path.lower()).suffix
-    if suffix == ".zst":
-        yield from _zstandard(raw)
-        return
-    opener: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix)
-    file = opener(raw) if opener else raw
-    while piece := file.read(PIECE_BYTES):
-        yield piece
+    if start:
+        file.seek(start - 1)
+        _skip_line(file)  # it begins before `start`
+    while stop is None or file.tell() < stop:
+        line = file.readline(largest + 1)
+        if not line:
+            return
+        if len(line) <= largest or line.endswith(b"\n"):
+            yield line
+        else:
+            _skip_line(file)
+            yield None
 
 
-def _zstandard(raw: BinaryIO) -> Iterator[bytes]:
-    """Yield all frames of a file; `zstandard.open` stops after the first, and is silent if a file is cut short."""
-    frame = None
-    while piece := raw.read(PIECE_BYTES):
-        while piece:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            yield frame.decompress(piece)
-            piece, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-    if frame is not None:
-        raise EOFError("it ends in the middle of a frame")
+def _skip_line(file: BinaryIO) -> None:
+    while (piece := file.readline(PIECE_BYTES)) and not piece.endswith(b"\n"):
+        pass
+
+
+def decompressed(raw: BinaryIO, path: str) -> BinaryIO:
+    """Return a file's content as a stream, decompressed by the suffix of its name.
+
+    Reading raises EOFError, OSError or LZMAError where the file is damaged or cut short.
+    """
+    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstandard}
+    opener = openers.get(Path(path.lower()).suffix)
+    file: BinaryIO = opener(raw) if opener else raw
+    return file
+
+
+def _open_zstandard(raw: BinaryIO) -> io.BufferedReader:
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(raw, compression="zstd"), PIECE_BYTES)

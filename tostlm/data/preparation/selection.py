@@ -44,13 +44,6 @@ class Selection(FrozenModel):
     on_error: Literal["fail", "skip"] = "fail"
 
 
-class Document(NamedTuple):
-    """A text, as characters and in UTF-8."""
-
-    text: str
-    data: bytes
-
-
 class Condition(NamedTuple):
     """A rule about one column, COLUMN RELATION VALUE; `=` and `!=` take several values with commas between.
 
@@ -87,8 +80,8 @@ class Condition(NamedTuple):
 class Selector:
     """Turns records into documents.
 
-    `dropped` counts the other records by reason, `examples` holds reason, place and detail of the first of each reason,
-    and `columns` are the columns that are read.
+    `dropped` counts the other records by reason, `examples` holds reason, document and detail of the first of each
+    reason, and `columns` are the columns that are read.
 
     Raises:
         UserError: a condition of the selection has not the form of one.
@@ -98,12 +91,12 @@ class Selector:
         self._selection = selection
         self._conditions = [Condition.parse(rule) for rule in selection.keep]
         self.dropped: Counter[str] = Counter()
-        self.examples: list[tuple[str, str, str]] = []
+        self.examples: list[dict[str, str]] = []
         columns = [selection.text_column, selection.id_column, *(c.column for c in self._conditions)]
         self.columns = list(dict.fromkeys(column for column in columns if column))
 
-    def documents(self, records: Iterable[SourceRecord]) -> Iterator[Document]:
-        """Yield the documents that are kept, in order.
+    def documents(self, records: Iterable[SourceRecord]) -> Iterator[str]:
+        """Yield the texts of the documents that are kept, in order.
 
         Raises:
             UserError: a record cannot be used, and the selection's `on_error` is "fail".
@@ -111,19 +104,19 @@ class Selector:
         id_column = self._selection.id_column
         for place, row in records:
             if isinstance(row, RecordError):
-                self._reject(row, place)
+                self._leave_out(place, row.reason, row.detail)
                 continue
             if id_column is not None:
                 place = f"{place} ({value_of(row, id_column)})"
-            document = self._document(row)
-            if isinstance(document, RecordError):
-                self._reject(document, place)
-            elif reason := self._reason_to_drop(row, document.text):
-                self._drop(reason, place, "")
+            text = self._text(row)
+            if isinstance(text, RecordError):
+                self._leave_out(place, text.reason, text.detail)
+            elif reason := self._reason_to_drop(row, text):
+                self._leave_out(place, reason)
             else:
-                yield document
+                yield text
 
-    def _document(self, row: Mapping[str, object]) -> Document | RecordError:
+    def _text(self, row: Mapping[str, object]) -> str | RecordError:
         text_column, limit = self._selection.text_column, self._selection.max_document_bytes
         for column in self.columns:
             if value_of(row, column) is MISSING:
@@ -133,13 +126,13 @@ class Selector:
         if not isinstance(text, str):
             return RecordError("no text", f"{text_column} is {text!r:.40}, not text")
         try:
-            data = text.encode()
+            size = len(text.encode())
         except UnicodeEncodeError as error:
             return RecordError("invalid UTF-8", f"{text_column} holds half of a surrogate pair: {error}")
-        if len(data) > limit:
-            detail = f"{text_column} has {len(data)} bytes, --max-document-bytes allows {limit}"
+        if size > limit:
+            detail = f"{text_column} has {size} bytes, --max-document-bytes allows {limit}"
             return RecordError("record too large", detail)
-        return Document(text, data)
+        return text
 
     def _reason_to_drop(self, row: Mapping[str, object], text: str) -> str | None:
         if not text:
@@ -150,15 +143,12 @@ class Selector:
             return f"above {self._selection.max_characters} characters"
         return next((f"not {condition.rule}" for condition in self._conditions if not condition.holds(row)), None)
 
-    def _reject(self, error: RecordError, place: str) -> None:
-        if self._selection.on_error == "fail":
-            raise UserError(f"{place}: {error.detail}; correct it, or leave such records out with --on-error skip")
-        self._drop(error.reason, place, error.detail)
-
-    def _drop(self, reason: str, place: str, detail: str) -> None:
+    def _leave_out(self, place: str, reason: str, error: str = "") -> None:
+        if error and self._selection.on_error == "fail":
+            raise UserError(f"{place}: {error}; correct it, or leave such records out with --on-error skip")
         self.dropped[reason] += 1
         if self.dropped[reason] <= MAX_EXAMPLES:
-            self.examples.append((reason, place, detail))
+            self.examples.append({"reason": reason, "document": place, "detail": error})
 
 
 def value_of(row: Mapping[str, object], column: str) -> object:
@@ -193,8 +183,8 @@ def documents(sources: Sequence[str], selection: Selection | None = None) -> Ite
     for source in sources:
         selector, empty = Selector(selection), True
         for unit in list_work_units([source]):
-            for document in selector.documents(Reader(unit, selector.columns, selection.max_document_bytes)):
+            for text in selector.documents(Reader(unit, selector.columns, selection.max_document_bytes)):
                 empty = False
-                yield document.text
+                yield text
         if empty:
             raise no_text(source)

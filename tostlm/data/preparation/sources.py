@@ -82,10 +82,8 @@ def _units_of_files(files: Sequence[str], unit_bytes: int) -> Iterator[WorkUnit]
 
 def kind_of(path: str) -> str | None:
     """Return the kind of a data file by its name, compressed or not; None if it is not one."""
-    path = path.lower()
-    for compression in COMPRESSIONS:
-        path = path.removesuffix(compression)
-    return next((kind for suffix, kind in KINDS.items() if path.endswith(suffix)), None)
+    name = Path(path.lower())
+    return KINDS.get(name.with_suffix("").suffix if name.suffix in COMPRESSIONS else name.suffix)
 
 
 def _files(source: str) -> list[str] | None:

@@ -7,8 +7,9 @@ missing after the last; documents without tokens are left out.
 
 from __future__ import annotations
 
+import itertools
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -34,21 +35,10 @@ def nanogpt_documents(path: Path, eos_id: int, vocab_size: int) -> Iterator[np.n
     size = _size(path)
     if not size or size % 2:
         raise UserError(f"{path} has {size} bytes; a file of uint16 tokens has an even number above 0: copy it again")
-    pieces: list[np.ndarray] = []  # of the document whose end is not read yet
+    counts = (min(CHUNK, size // 2 - start) for start in range(0, size // 2, CHUNK))
     with path.open("rb") as file:
-        for start in range(0, size // 2, CHUNK):
-            ids = _checked(_read(file, "<u2", min(CHUNK, size // 2 - start), path), vocab_size, path)
-            *ended, rest = _split(ids, eos_id)
-            for document in ended:
-                whole = np.concatenate([*pieces, document])
-                pieces = []
-                if len(whole):
-                    yield whole
-            pieces.append(rest)
-            _require_short(sum(map(len, pieces)), path)
-    whole = np.concatenate(pieces)
-    if len(whole):
-        yield whole
+        pieces = (_read(file, "<u2", count, vocab_size, path) for count in counts)
+        yield from _documents(itertools.chain(pieces, [np.array([eos_id])]), eos_id, path)
 
 
 class MegatronIndex(NamedTuple):
@@ -69,13 +59,10 @@ def megatron_documents(prefix: Path, eos_id: int, vocab_size: int) -> Iterator[n
     index_path, path = (prefix.with_name(prefix.name + suffix) for suffix in (".idx", ".bin"))
     index = _read_index(index_path)
     _check_index(index, index_path, _size(path), path)
+    counts = (int(index.sizes[a:b].sum(dtype=np.int64)) for a, b in itertools.pairwise(index.bounds))
     with path.open("rb") as file:
-        for number in range(len(index.bounds) - 1):
-            first, last = index.bounds[number : number + 2]
-            count = int(index.sizes[first:last].sum(dtype=np.int64))
-            _require_short(count, path)
-            ids = _checked(_read(file, index.dtype, count, path), vocab_size, path)
-            yield from (document for document in _split(ids, eos_id) if len(document))
+        pieces = (np.append(_read(file, index.dtype, count, vocab_size, path), eos_id) for count in counts)
+        yield from _documents(pieces, eos_id, path)
 
 
 def _read_index(path: Path) -> MegatronIndex:
@@ -117,15 +104,12 @@ def _check_index(index: MegatronIndex, path: Path, bin_bytes: int, bin_path: Pat
         end = int(ends[-1])
     if end != bin_bytes:
         raise UserError(f"{bin_path} has {bin_bytes} bytes, {path} says {end}; one of the two is damaged: copy both")
-    previous = 0
-    for start in range(0, len(index.bounds), CHUNK):
-        bounds = index.bounds[start : start + CHUNK]
-        if bounds[0] < previous or (bounds[1:] < bounds[:-1]).any():
-            raise UserError(f"{path} is damaged: its document indices do not ascend; copy it again")
-        previous = int(bounds[-1])
-    if index.bounds[0] != 0 or previous != len(index.sizes):
+    bounds = index.bounds
+    if (bounds[1:] < bounds[:-1]).any():
+        raise UserError(f"{path} is damaged: its document indices do not ascend; copy it again")
+    if bounds[0] != 0 or bounds[-1] != len(index.sizes):
         raise UserError(
-            f"{path} is damaged: its document indices go from {index.bounds[0]} to {previous}, not from 0 to its "
+            f"{path} is damaged: its document indices go from {bounds[0]} to {bounds[-1]}, not from 0 to its "
             f"{len(index.sizes)} sequences; copy it again"
         )
 
@@ -136,27 +120,33 @@ def _size(path: Path) -> int:
     return path.stat().st_size
 
 
-def _read(file: BinaryIO, dtype: str, count: int, path: Path) -> np.ndarray:
+def _read(file: BinaryIO, dtype: str, count: int, vocab_size: int, path: Path) -> np.ndarray:
+    """Return the next ids of a file, which are all there and below `vocab_size`."""
+    _require_short(count, path)
     ids = np.fromfile(file, dtype, count)
     if len(ids) != count:
         raise UserError(f"{path} was cut short while it was read; run again when nothing writes it")
-    return ids
-
-
-def _checked(ids: np.ndarray, vocab_size: int, path: Path) -> np.ndarray:
-    if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
-        wrong = ids.max() if ids.min() >= 0 else ids.min()
+    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    if len(wrong):
         raise UserError(
-            f"{path} holds token {wrong}, outside the vocabulary of {vocab_size}: it was made with another tokenizer, "
-            "or is damaged; name the tokenizer it was made with"
+            f"{path} holds token {wrong[0]}, outside the vocabulary of {vocab_size}: it was made with another "
+            "tokenizer, or is damaged; name the tokenizer it was made with"
         )
     return ids.astype(np.int64)
 
 
-def _split(ids: np.ndarray, eos_id: int) -> list[np.ndarray]:
-    """Return the ids before, between and after the end-of-document tokens, without these."""
-    first, *others = np.split(ids, np.flatnonzero(ids == eos_id))
-    return [first, *(document[1:] for document in others)]
+def _documents(pieces: Iterable[np.ndarray], eos_id: int, path: Path) -> Iterator[np.ndarray]:
+    """Yield the ids between end-of-document tokens, of which the last id is one."""
+    begun: list[np.ndarray] = []  # of the document whose end is not read yet
+    for ids in pieces:
+        rest, *others = np.split(ids, np.flatnonzero(ids == eos_id))
+        begun.append(rest)
+        for following in others:
+            document = np.concatenate(begun)
+            if len(document):
+                yield document
+            begun = [following[1:]]
+        _require_short(sum(map(len, begun)), path)
 
 
 def _require_short(count: int, path: Path) -> None:
