@@ -1,9 +1,9 @@
 """The description of a prepared folder agrees with its content."""
 
+import importlib.util
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,7 +137,7 @@ def test_damaged_document_ends(shards: Path, tmp_path: Path, damage: Callable[[b
 
 
 def test_without_matplotlib_statistics_come_first(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     printed = []
     with pytest.raises(UserError, match=r"pip install 'tostlm\[eval\]'"):
         for paragraph in show(data, 1, 0, tmp_path / "x.png"):

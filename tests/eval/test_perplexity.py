@@ -1,6 +1,7 @@
 """The same target tokens at every context, scored as a plain loop would."""
 
 import csv
+import importlib.util
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from tests.conftest import Run, fail, succeed, tostlm
 from tostlm.checkpoint import load_checkpoint
 from tostlm.data import VALIDATION, TokenSet
 from tostlm.errors import UserError
-from tostlm.eval import choose_targets, score_contexts
+from tostlm.eval import choose_targets, report, score_contexts
 
 CONTEXTS = [16, 64, 512]
 
@@ -123,3 +124,12 @@ def test_another_tokenizer(trained: dict[str, Run], corpus: Path, speeches: list
         tostlm("eval", "perplexity", run, "--data", str(tmp_path / "other"), "--out", str(tmp_path / "out")),
         "was prepared with another tokenizer",
     )
+
+
+def test_without_matplotlib_nothing_is_scored(
+    trained: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(report, "score_contexts", None)
+    with pytest.raises(UserError, match=r"pip install 'tostlm\[eval\]'"):
+        report.evaluate_perplexity([trained["tssa"].dir], [32], None, 2, tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from tostlm.bench.report import now, report
 from tostlm.device import best_device
 from tostlm.files import require_file_writable, write_atomically
+from tostlm.plots import new_figure, png_bytes, require_matplotlib
 from tostlm.tssa import tssa
 from tostlm.tssa.reference import EPS, EPS_MASS
 
@@ -72,6 +72,8 @@ def report_operator(
     """
     if out:
         require_file_writable(out)
+    if out:
+        require_matplotlib()
     torch.set_num_threads(threads)
     device = best_device()
     backends = backends or ["torch", "triton" if device.type == "cuda" else "cpp"]
@@ -146,10 +148,8 @@ def table(timings: Sequence[Timing], backends: Sequence[str]) -> str:
 
 def _plot(timings: Sequence[Timing], backends: Sequence[str]) -> bytes:
     """Nanoseconds a token, forward and backward, by tokens: a panel for each width and dtype. PNG."""
-    from matplotlib.figure import Figure
-
     panels = list(dict.fromkeys((t.shape.width, t.shape.dtype) for t in timings))
-    figure = Figure(figsize=(4 * len(panels), 4), layout="constrained")
+    figure = new_figure(4 * len(panels), 4)
     (axes,) = figure.subplots(1, len(panels), squeeze=False)
     for panel, (width, dtype) in zip(axes, panels, strict=True):
         for name in (AUTHORS, *backends, LINEAR):
@@ -160,6 +160,4 @@ def _plot(timings: Sequence[Timing], backends: Sequence[str]) -> bytes:
         panel.grid(alpha=0.3)
     axes[0].set_ylabel("ns a token, forward and backward")
     axes[0].legend()
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    return image.getvalue()
+    return png_bytes(figure)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,8 +12,8 @@ import numpy as np
 
 from tostlm.data.loading.token_set import TokenSet
 from tostlm.data.shards import Split, load_tokenizer, read_manifest
-from tostlm.errors import UserError
 from tostlm.files import require_file_writable, write_atomically
+from tostlm.plots import new_figure, png_bytes
 
 CHARACTERS = 300  # of a sample
 BAR = 40  # characters of the longest bar
@@ -117,11 +116,7 @@ def _histogram(lengths: Lengths) -> str:
 
 def _plot(splits: Mapping[str, Lengths]) -> bytes:
     """Draw the share of each split's documents in each power of two, as a PNG."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("drawing takes matplotlib, which is not installed; `pip install 'tostlm[eval]'`") from None
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = new_figure(7, 4.5)
     axes = figure.subplots()
     for name, lengths in splits.items():
         counts = lengths.by_powers_of_two()
@@ -135,6 +130,4 @@ def _plot(splits: Mapping[str, Lengths]) -> bytes:
     axes.grid(alpha=0.3)
     if splits:
         axes.legend()
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150)
-    return image.getvalue()
+    return png_bytes(figure)

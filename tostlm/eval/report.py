@@ -15,6 +15,7 @@ from tostlm.device import best_device
 from tostlm.errors import UserError
 from tostlm.eval.perplexity import Score, choose_targets, score_contexts
 from tostlm.files import distinct_names, require_writable, write_atomically
+from tostlm.plots import new_figure, png_bytes, require_matplotlib
 
 
 class ModelScores(NamedTuple):
@@ -40,8 +41,9 @@ def evaluate_perplexity(
         out: folder of the report; None: the first run's folder.
 
     Raises:
-        UserError: a checkpoint, the data and the contexts do not fit each other.
+        UserError: a checkpoint, the data and the contexts do not fit each other, or matplotlib is missing.
     """
+    require_matplotlib()
     checkpoints = [load_checkpoint(path, best_device()) for path in paths]
     tokens = TokenSet(data or checkpoints[0].config.data.sets[0][0], VALIDATION)
     folders = [run_folder(checkpoint.path) for checkpoint in checkpoints]
@@ -89,9 +91,7 @@ def _table(models: Sequence[ModelScores], contexts: Sequence[int]) -> str:
 
 
 def _plot(models: Sequence[ModelScores]) -> bytes:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = new_figure(7, 4.5)
     axes = figure.subplots()
     for model in models:
         label = f"{model.name} ({model.positions} positions)" if model.positions else model.name
@@ -103,6 +103,4 @@ def _plot(models: Sequence[ModelScores]) -> bytes:
     axes.set(xlabel="context, tokens", ylabel="perplexity", title="Held-out perplexity of the same tokens by context")
     axes.grid(alpha=0.3)
     axes.legend()
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150)
-    return image.getvalue()
+    return png_bytes(figure)

@@ -40,7 +40,8 @@ class Selection(FrozenModel):
     keep: tuple[str, ...] = ()  # conditions such as language=en or score>=0.8; all must hold
     min_characters: Annotated[int, pydantic.Field(ge=0)] = 1
     max_characters: int | None = None
-    max_document_bytes: int = 16_000_000  # SentencePiece takes 40 bytes of memory for each of a text
+    # SentencePiece takes 40 bytes of memory for each of a text.
+    max_document_bytes: Annotated[int, pydantic.Field(ge=1, le=1 << 40)] = 16_000_000
     on_error: Literal["fail", "skip"] = "fail"
 
 
