@@ -43,7 +43,7 @@ def tostlm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def run(tostlm: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     command = [str(tostlm), *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def succeed(tostlm: Path, folder: Path, *arguments: str) -> str:
