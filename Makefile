@@ -11,14 +11,15 @@ SLURM := TOSTLM_TEST_INSTALL_SLURM=1
 
 .PHONY: install quickstart test test-slow format clean
 
-install: $(VENV)/.installed
+install: $(VENV)/.installed-dev
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# The quickstart needs less than the tests, and waits for no more.
+$(VENV)/.installed-%: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	touch $@
 
-quickstart: install
+quickstart: $(VENV)/.installed-quickstart
 	$(BIN)/tostlm quickstart
 
 test: install
