@@ -22,6 +22,11 @@ ROOT = Path(__file__).parent.parent
 VOCAB = 512
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cases", default="1", help="how many times more cases tests/adversarial draws")
+    parser.addoption("--seed", default="0", help="from which tests/adversarial draws its cases")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that the workers, which take a file each, end together."""
     items.sort(key=lambda item: item.path.name not in ("test_readme.py", "test_deepspeed_state.py", "test_triton.py"))

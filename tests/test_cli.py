@@ -112,11 +112,22 @@ def test_from_text_to_shards(corpus: Path, tmp_path: Path) -> None:
     manifest = read_manifest(out)
     assert sum(split.documents for split in manifest.splits.values()) == 61
     assert f"train {manifest.splits['train'].tokens:,} tokens" in printed
-    assert "7 files match" in succeed(tostlm("data", "verify", str(out)))
+    assert "8 files match" in succeed(tostlm("data", "verify", str(out)))
     fail(tostlm(*command), "is prepared already")
     fail(tostlm("prepare", "--source", "nowhere.txt", "--tokenizer", str(model), "--out", "x"), "names no file")
     fail(tostlm("prepare", "--source", str(corpus), "--tokenizer", "no.model", "--out", "x"), "no.model is no file")
     fail(tostlm("data", "verify", str(tmp_path)), "holds no prepared data")
+
+
+def test_a_tokenizer_is_trained_as_its_errors_advise(corpus: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(corpus.read_text() + '{"text": 5}\n{"text": "' + "x" * 100_000 + '"}\n')
+    command = ["tokenizer", "train", "--source", str(bad), "--vocab-size", "400", "--out", str(tmp_path / "t.model")]
+    fail(tostlm(*command), "text is 5, not text", "--on-error skip")
+    limited = [*command, "--on-error", "skip", "--max-document-bytes", "50000"]
+    assert "dropped 1 no text, 1 record too large" in succeed(tostlm(*limited))
+    fail(tostlm(*command, "--keep", "language=en"), "has no column 'language'")
+    fail(tostlm(*command, "--on-error", "never"), "--on-error 'never'")
 
 
 @pytest.mark.parametrize("kind", ["tokenizer.model", "tokenizer.json"])
@@ -130,7 +141,7 @@ def test_the_pipeline_with_an_imported_tokenizer(corpus: Path, speeches: list[st
     command = ["prepare", "--source", str(corpus), "--tokenizer", imported, "--heldout-fraction", "0.2"]
     succeed(tostlm(*command, "--out", str(data)))
     assert (data / kind).read_bytes() == Path(imported).read_bytes()
-    assert "7 files match" in succeed(tostlm("data", "verify", str(data)))
+    assert "8 files match" in succeed(tostlm("data", "verify", str(data)))
     run = Run(tmp_path, data)
     succeed(run.train("train.steps=2", "train.save_every_steps=2"))
     succeed(run.train("train.steps=3", "train.save_every_steps=1"))

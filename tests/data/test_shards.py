@@ -13,7 +13,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tostlm.data import TRAIN, VALIDATION, PreparationSettings, Tokenizer, TokenSet, load_tokenizer, prepare, verify
+from tostlm.data import (
+    TRAIN,
+    VALIDATION,
+    PreparationSettings,
+    Tokenizer,
+    TokenSet,
+    load_tokenizer,
+    prepare,
+    read_manifest,
+    shards,
+    verify,
+)
 from tostlm.data.shards import dtype_for
 from tostlm.errors import UserError
 
@@ -72,7 +83,7 @@ def test_dtype_is_the_narrowest() -> None:
 
 
 def test_verify_reads_every_byte(copy: Path) -> None:
-    assert len(list(verify(copy))) == 7
+    assert len(list(verify(copy))) == 8
     shard = copy / "train-00000.bin"
     content = bytearray(shard.read_bytes())
     content[1234] ^= 1
@@ -122,17 +133,40 @@ print(int(tokens.read(0, len(tokens)).sum()), len(tokens.document_bounds))
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.data())
-def test_any_manifest_is_read_or_refused(copy: Path, changes: st.DataObject) -> None:
-    original = (copy / "manifest.json").read_bytes()
+def test_any_change_of_a_manifest_is_seen(copy: Path, changes: st.DataObject) -> None:
+    original, manifest = (copy / "manifest.json").read_bytes(), read_manifest(copy)
     content = bytearray(original)
     for _ in range(changes.draw(st.integers(1, 3))):
         at = changes.draw(st.integers(0, len(content) - 1))
         content[at : at + changes.draw(st.integers(0, 5))] = changes.draw(st.binary(max_size=5))
     (copy / "manifest.json").write_bytes(content)
     try:
-        tokens = TokenSet(copy, TRAIN)
-        tokens.read(0, len(tokens))
+        assert read_manifest(copy) == manifest  # another space, or nothing
     except UserError as error:
         assert str(copy) in str(error)
     finally:
         (copy / "manifest.json").write_bytes(original)
+
+
+def test_every_flipped_byte_of_a_manifest_is_seen(copy: Path) -> None:
+    original, manifest = (copy / "manifest.json").read_bytes(), read_manifest(copy)
+    unseen = []
+    for at in range(len(original)):
+        (copy / "manifest.json").write_bytes(original[:at] + bytes([original[at] ^ 1]) + original[at + 1 :])
+        try:
+            read_manifest(copy)
+            unseen.append(at)
+        except UserError:
+            pass
+    (copy / "manifest.json").write_bytes(original)
+    assert not unseen
+    assert read_manifest(copy) == manifest
+
+
+def test_a_manifest_agrees_with_its_tokenizer(copy: Path, tokenizer: Tokenizer) -> None:
+    """Written so by a program, whose seal is good."""
+    manifest = read_manifest(copy)
+    content = {**manifest.model_dump(mode="json"), "eos_id": tokenizer.eos_id + 2}
+    (copy / "manifest.json").write_text(json.dumps({**content, "sha256": shards._digest(content)}))
+    with pytest.raises(UserError, match=f"eos_id {tokenizer.eos_id + 2}, its tokenizer {tokenizer.eos_id}"):
+        load_tokenizer(copy)

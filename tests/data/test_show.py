@@ -66,7 +66,7 @@ def test_the_drawing_is_beside_the_shards(data: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(data, tmp_path / "copy"))
     assert f"drawn in {copy / 'lengths.png'}" in succeed(tostlm("data", "show", str(copy)))
     assert (copy / "lengths.png").read_bytes().startswith(PNG)
-    assert "7 files match" in succeed(tostlm("data", "verify", str(copy)))
+    assert "8 files match" in succeed(tostlm("data", "verify", str(copy)))
 
 
 def test_samples_are_documents_chosen_by_the_seed(shards: Path, speeches: list[str], tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_a_folder_that_cannot_be_written_is_verified_each_time(folder: Path, mon
 
 
 def test_the_command_reads_every_byte_whatever_the_stamp_says(folder: Path) -> None:
-    assert "7 files match" in succeed(tostlm("data", "verify", str(folder)))
+    assert "8 files match" in succeed(tostlm("data", "verify", str(folder)))
     assert verify_once(folder) == 0  # the command wrote the stamp
     flip_byte(folder / "train-00000.bin", keep_mtime=True)
     assert verify_once(folder) == 0  # neither size nor modification time show the damage
@@ -150,3 +150,9 @@ def test_the_second_start_of_a_training_run_reads_no_shard(
         hashed.clear()
         trainer.check_run(config, open_data(config, 1))
         assert len(hashed) == expected
+
+
+def test_a_damaged_report_of_dropped_documents_is_found(folder: Path) -> None:
+    assert "dropped.jsonl" in list(verify(folder))
+    (folder / "dropped.jsonl").write_text("{}\n")
+    fail(tostlm("data", "verify", str(folder)), "dropped.jsonl is damaged")

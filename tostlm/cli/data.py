@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import pydantic
 import typer
@@ -15,7 +16,9 @@ from tostlm.errors import UserError
 from tostlm.files import require_file_writable, write_atomically
 
 if TYPE_CHECKING:
-    from tostlm.data import Manifest, PreparationSettings
+    from tostlm.data import Manifest
+
+Model = TypeVar("Model", bound=pydantic.BaseModel)
 
 SOURCE_HELP = "file, folder, glob, package:NAME/GLOB or Hugging Face OWNER/NAME[:CONFIG][@SPLIT]; may be repeated"
 MoreSources = Annotated[
@@ -23,6 +26,12 @@ MoreSources = Annotated[
 ]
 Sources = Annotated[list[str], typer.Option("--source", help=SOURCE_HELP)]
 TextColumn = Annotated[str, typer.Option(help="column that holds the text")]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(help="keep documents where this holds, as language=en,de or score>=0.8; may be repeated"),
+]
+MaxDocumentBytes = Annotated[int, typer.Option(min=1, help="a longer text is an error; memory is some 40 times this")]
+OnError = Annotated[str, typer.Option(help="on a record that cannot be used: fail or skip")]
 HeldoutFraction = Annotated[float, typer.Option(help="share of the documents kept from training")]
 ShardTokens = Annotated[int, typer.Option(min=1, help="a new shard begins after this many tokens")]
 
@@ -34,6 +43,9 @@ def tokenizer_train(
     out: Annotated[Path, typer.Option(help="the .model file to write")],
     more: MoreSources = None,
     text_column: TextColumn = "text",
+    keep: Keep = None,
+    max_document_bytes: MaxDocumentBytes = 16_000_000,
+    on_error: OnError = "fail",
     sample_bytes: Annotated[
         int, typer.Option(min=1, help="train on a uniform sample of the documents, at most this much text")
     ] = 1_000_000_000,
@@ -43,14 +55,20 @@ def tokenizer_train(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="of the sample")] = 0,
 ) -> None:
     """Train a lossless SentencePiece BPE tokenizer."""
-    from tostlm.data import Selection, documents, limit_bytes, train_tokenizer
+    from tostlm.data import Selection, documents, format_counts, limit_bytes, train_tokenizer
 
     require_file_writable(out)
-    texts = documents([*source, *(more or [])], Selection(text_column=text_column))
+    selection = checked(
+        Selection, text_column=text_column, keep=keep or [], max_document_bytes=max_document_bytes, on_error=on_error
+    )
+    dropped: Counter[str] = Counter()
+    texts = documents([*source, *(more or [])], selection, dropped)
     if scan_bytes is not None:
         texts = limit_bytes(texts, scan_bytes)
     tokenizer = train_tokenizer(texts, vocab_size, out, sample_bytes, seed)
     print(f"{out}: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.sha256}")
+    if dropped:
+        print(f"{out}: dropped {format_counts(dropped)}")
 
 
 @tokenizer_app.command("import")
@@ -93,16 +111,11 @@ def prepare(
     more: MoreSources = None,
     text_column: TextColumn = "text",
     id_column: Annotated[str | None, typer.Option(help="column that names documents in reports")] = None,
-    keep: Annotated[
-        list[str] | None,
-        typer.Option(help="keep documents where this holds, as language=en,de or score>=0.8; may be repeated"),
-    ] = None,
+    keep: Keep = None,
     min_characters: Annotated[int, typer.Option(min=0, help="drop shorter documents")] = 1,
     max_characters: Annotated[int | None, typer.Option(min=1, help="drop longer documents")] = None,
-    max_document_bytes: Annotated[
-        int, typer.Option(min=1, help="a longer text is an error; memory is some 40 times this")
-    ] = 16_000_000,
-    on_error: Annotated[str, typer.Option(help="on a record that cannot be used: fail or skip")] = "fail",
+    max_document_bytes: MaxDocumentBytes = 16_000_000,
+    on_error: OnError = "fail",
     dedup: Annotated[bool, typer.Option("--dedup", help="keep the first of documents with the same text")] = False,
     dedup_against: Annotated[
         list[Path] | None, typer.Option(help="drop documents that this prepared folder holds; may be repeated")
@@ -124,7 +137,8 @@ def prepare(
     sources = [*(source or []), *(more or [])]
     if not sources or tokenizer is None:
         raise UserError("prepare needs --source and --tokenizer, or --merge for work units that are finished")
-    settings = settings_of_options(
+    settings = checked(
+        data.PreparationSettings,
         sources=sources,
         text_column=text_column,
         id_column=id_column,
@@ -161,12 +175,10 @@ def report(out: Path, manifest: Manifest) -> None:
         print(f"{out}: dropped {format_counts(manifest.dropped)}; {out}/dropped.jsonl names the first")
 
 
-def settings_of_options(**options: object) -> PreparationSettings:
+def checked(kind: type[Model], **options: object) -> Model:
     """Return settings made of options; raise a UserError that names the option whose value is wrong."""
-    from tostlm.data import PreparationSettings
-
     try:
-        return PreparationSettings.model_validate(options)
+        return kind.model_validate(options)
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
         option = "--" + str(problem["loc"][0]).replace("_", "-")

@@ -24,10 +24,11 @@ import numpy as np
 import pydantic
 
 from tostlm.data.tokenizers import Tokenizer
-from tostlm.errors import UserError
+from tostlm.errors import UserError, error_summary
 from tostlm.files import sha256_of, write_atomically
 
-MANIFEST = "manifest.json"
+MANIFEST, DROPPED = "manifest.json", "dropped.jsonl"
+SEAL = "sha256"  # key of the manifest: the hash of all others
 TRAIN, VALIDATION = "train", "heldout"
 SUFFIXES = ("bin", "ends", "hashes")
 TEXT_BYTES_SUFFIX = "lengths"  # uint32, UTF-8 bytes of each document's text; kept until the shards are merged
@@ -51,10 +52,14 @@ class FrozenModel(pydantic.BaseModel):
         try:
             return cls.model_validate_json(path.read_bytes())
         except pydantic.ValidationError as error:
-            problem = error.errors()[0]
-            where = ".".join(map(str, problem["loc"])) or "content"
-            wrong = f"{where} {problem['input']!r:.40}: {problem['msg']}"
+            wrong = describe_problem(error)
             raise UserError(f"{path} is damaged or of another version ({wrong}); {remedy}") from None
+
+
+def describe_problem(error: pydantic.ValidationError) -> str:
+    """Return the first thing that is wrong with a record."""
+    problem = error.errors()[0]
+    return f"{'.'.join(map(str, problem['loc'])) or 'content'} {problem['input']!r:.40}: {problem['msg']}"
 
 
 class Shard(FrozenModel):
@@ -85,7 +90,7 @@ class Split(FrozenModel):
 class Manifest(FrozenModel):
     """The content of a prepared folder's manifest.json."""
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     dtype: Literal["<u2", "<u4"]
     tokenizer_sha256: str
     vocab_size: int
@@ -95,6 +100,7 @@ class Manifest(FrozenModel):
     command: str  # that made the folder
     settings: dict[str, object]  # that decided what is in it
     dropped: dict[str, int]  # documents left out, by reason
+    dropped_sha256: str | None  # of dropped.jsonl, which names the first of them
     splits: dict[str, Split]
 
     @property
@@ -224,9 +230,15 @@ def write_manifest(
             )
             for split, of_split in shards.items()
         },
+        dropped_sha256=sha256_of(folder / DROPPED) if (folder / DROPPED).exists() else None,
     )
-    write_atomically(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+    content = manifest.model_dump(mode="json")
+    write_atomically(folder / MANIFEST, json.dumps({**content, SEAL: _digest(content)}, indent=2) + "\n")
     return manifest
+
+
+def _digest(content: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -238,7 +250,18 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(f"{folder} holds no prepared data; make it with `tostlm prepare --out {folder}`")
-    return Manifest.read(path, "prepare the data again")
+    damaged = f"{path} is damaged or of another version ({{}}); prepare the data again"
+    try:
+        content = json.loads(path.read_bytes())
+        seal = content.pop(SEAL)
+        manifest = Manifest.model_validate_json(json.dumps(content))
+    except pydantic.ValidationError as error:
+        raise UserError(damaged.format(describe_problem(error))) from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(damaged.format(f"it cannot be read: {error_summary(error)}")) from None
+    if seal != _digest(content):
+        raise UserError(damaged.format("its content is not what was written"))
+    return manifest
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -254,6 +277,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             f"{folder / tokenizer.file_name} is not the tokenizer the shards were made with (sha256 "
             f"{tokenizer.sha256[:12]}, manifest {manifest.tokenizer_sha256[:12]}); prepare the data again"
         )
+    for key in ("vocab_size", "eos_id"):
+        if (stored := getattr(manifest, key)) != (own := getattr(tokenizer, key)):
+            raise UserError(f"{folder / MANIFEST} has {key} {stored}, its tokenizer {own}; prepare the data again")
     return tokenizer
 
 

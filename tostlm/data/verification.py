@@ -16,7 +16,7 @@ from typing import TypeAlias
 import pydantic
 
 from tostlm.data.loading.token_set import TokenSet
-from tostlm.data.shards import FrozenModel, Manifest, load_tokenizer, read_manifest
+from tostlm.data.shards import DROPPED, FrozenModel, Manifest, load_tokenizer, read_manifest
 from tostlm.errors import UserError
 from tostlm.files import sha256_of, write_atomically
 
@@ -36,8 +36,8 @@ class Stamp(FrozenModel):
 def verify(folder: Path, files: Collection[str] | None = None) -> Iterator[str]:
     """Compare the files of a prepared folder with the manifest's checksums, reading every byte.
 
-    `files` names the shard files to check, some of `shard_files`; None is all of them and the tokenizer. Each name is
-    yielded as soon as the file's checksum is found to agree.
+    `files` names the shard files to check, some of `shard_files`; None is all of them, the tokenizer and the report of
+    dropped documents. Each name is yielded as soon as the file's checksum is found to agree.
 
     Raises:
         UserError: a file is missing or its checksum or size is not the manifest's.
@@ -45,6 +45,11 @@ def verify(folder: Path, files: Collection[str] | None = None) -> Iterator[str]:
     manifest = _check_sizes(folder)
     if files is None:
         yield load_tokenizer(folder).file_name
+        if manifest.dropped_sha256 is not None:
+            report = folder / DROPPED
+            if not report.is_file() or sha256_of(report) != manifest.dropped_sha256:
+                raise UserError(f"{report} is damaged: its SHA-256 is not the manifest's; prepare the data again")
+            yield report.name
     yield from _verify(folder, manifest, shard_files(manifest) if files is None else files, {})
 
 

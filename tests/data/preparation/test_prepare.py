@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def content(folder: Path) -> dict[str, bytes]:
     """Every byte of a prepared folder, but for the command that made it."""
     found = {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
     manifest = json.loads(found.pop("manifest.json"))
-    manifest.pop("command")
+    del manifest["command"], manifest["sha256"]
     return {**found, "manifest": json.dumps(manifest).encode()}
 
 
@@ -179,6 +180,60 @@ def test_what_is_finished_stays_when_a_record_is_bad(
     report = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
     assert [(line["reason"], "3.jsonl" in line["document"]) for line in report] == [("invalid UTF-8", True)]
     assert "after" in all_texts(tmp_path / "out")
+
+
+def replace(path: Path) -> None:
+    """Other content of the same size."""
+    content = path.read_bytes()
+    path.write_bytes(content[:-9] + b"x" * 5 + content[-4:])
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "replaced": (replace, "0.jsonl changed since work unit 0"),
+    "emptied": (lambda path: path.write_bytes(b""), "0.jsonl is gone or empty since"),
+    "grown": (lambda path: path.write_bytes(path.read_bytes() * 2), "0.jsonl"),
+    "deleted": (lambda path: path.unlink(), "0.jsonl is gone or empty since"),
+    "added": (lambda path: path.with_name("4.jsonl").write_bytes(path.read_bytes()), "4.jsonl is new since"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_source_that_changed_between_two_runs_is_refused(
+    crawl: Path, tokenizer: Tokenizer, tmp_path: Path, change: str
+) -> None:
+    (crawl / "3.jsonl").write_bytes(b"no JSON\n")
+    with pytest.raises(UserError, match="is no JSON"):
+        prepare(made_of(crawl), tokenizer, tmp_path / "out", workers=1)
+    assert unit_folder(tmp_path / "out", 0).exists()
+    harm, words = CHANGES[change]
+    harm(crawl / "0.jsonl")
+    with pytest.raises(UserError, match=words):
+        prepare(made_of(crawl), tokenizer, tmp_path / "out", workers=1)
+
+
+def test_a_file_that_is_not_finished_may_be_corrected(crawl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (crawl / "3.jsonl").write_bytes(b"no JSON\n")
+    with pytest.raises(UserError, match="is no JSON"):
+        prepare(made_of(crawl), tokenizer, tmp_path / "out", workers=1)
+    (crawl / "3.jsonl").write_bytes(b'{"text": "corrected"}\n')
+    assert prepare(made_of(crawl), tokenizer, tmp_path / "out", workers=1)
+    assert "corrected" in all_texts(tmp_path / "out")
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(
+    crawl: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = type(tokenizer).encode_batch
+
+    def encode_and_touch(self: Tokenizer, texts: Sequence[str], threads: int) -> list[list[int]]:
+        os.utime(crawl / "0.jsonl")
+        return encode(self, texts, threads)
+
+    monkeypatch.setattr(type(tokenizer), "encode_batch", encode_and_touch)
+    with pytest.raises(UserError, match=r"0\.jsonl changed while it was read; run the same command again"):
+        prepare(made_of(crawl), tokenizer, tmp_path / "out", workers=1)
+    monkeypatch.undo()
+    assert prepare(made_of(crawl), tokenizer, tmp_path / "out", workers=1)
 
 
 def test_a_killed_worker(crawl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:

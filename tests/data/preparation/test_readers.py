@@ -1,22 +1,35 @@
 """Records come out whatever the pieces are, and a bad one costs itself alone."""
 
 import bz2
+import errno
 import gzip
 import io
 import itertools
 import json
 import lzma
+import os
+import random
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
+from typing import Any, ClassVar
 
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
 import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tostlm.data.preparation import readers
+from tostlm.data.preparation import json_values, readers
+from tostlm.data.preparation.json_values import JSONDamage, read_json_values
 from tostlm.data.preparation.readers import Reader, RecordError, decompressed, parse, read_lines
+from tostlm.data.preparation.selection import Selection, Selector
 from tostlm.data.preparation.sources import WorkUnit, list_work_units
+from tostlm.errors import UserError
 
 LINES = st.lists(st.binary(max_size=12).map(lambda line: line.replace(b"\n", b"")), max_size=20)
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
@@ -30,7 +43,7 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
 
 def records(path: Path, *, largest: int = 1000) -> list[object]:
     unit = WorkUnit(bytes=path.stat().st_size, files=(str(path),))
-    return [row if isinstance(row, RecordError) else row["text"] for _, row in Reader(unit, ["text"], largest)]
+    return [row if isinstance(row, RecordError) else row.get("text", "") for _, row in Reader(unit, ["text"], largest)]
 
 
 def reasons(found: list[object]) -> list[object]:
@@ -131,3 +144,147 @@ def test_work_units_hold_every_record_once(tmp_path: Path, size: int) -> None:
         read += [row["text"] for _, row in reader if not isinstance(row, RecordError)]
         assert unit.byte_range or reader.bytes_read == unit.bytes
     assert read == texts
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def read_values(content: bytes, piece: int, largest: int = 10_000) -> list[object]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_values, "PIECE_BYTES", piece)
+        return list(read_json_values(io.BytesIO(content), largest))
+
+
+@settings(max_examples=300)
+@given(
+    values=st.lists(VALUES, max_size=6),
+    in_array=st.booleans(),
+    ascii_only=st.booleans(),
+    indent=st.sampled_from([None, 2]),
+    bom=st.sampled_from([b"", readers.BOM]),
+    piece=st.integers(1, 40),
+)
+def test_json_files_hold_what_json_reads(
+    values: list[object], in_array: bool, ascii_only: bool, indent: int | None, bom: bytes, piece: int
+) -> None:
+    if not in_array and values and isinstance(values[0], list):
+        values[0] = {"first": values[0]}  # a file that begins with an array holds its elements
+    texts = [json.dumps(value, ensure_ascii=ascii_only, indent=indent) for value in values]
+    content = json.dumps(values, ensure_ascii=ascii_only, indent=indent) if in_array else " \n".join(texts)
+    assert read_values(bom + content.encode(), piece) == values
+
+
+@settings(max_examples=300)
+@given(rows=st.lists(st.text(max_size=9), min_size=1, max_size=5), at=st.integers(0, 10_000), byte=st.integers(0, 255))
+def test_a_damaged_json_file_is_read_up_to_the_damage(rows: list[str], at: int, byte: int) -> None:
+    content = bytearray(json.dumps([{"text": row} for row in rows]).encode())
+    content[at % len(content)] = byte
+    found: list[object] = []
+    with suppress(JSONDamage):
+        for value in read_json_values(io.BytesIO(bytes(content)), 10_000):
+            found.append(value)
+    intact = json.dumps([{"text": row} for row in rows]).encode()[: at % len(content)].count(b"}")
+    assert found[: min(intact, len(rows))] == [{"text": row} for row in rows][:intact]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'[{"text": "a"}', "the array does not end after value 0"),
+        (b'[{"text": "a"} {"text": "b"}]', "no comma after value 0"),
+        (b'[{"text": "a"}] x', "something follows the array"),
+        (b'[{"text": "a"}, {"text": }]', "value 1 is no JSON: Expecting value"),
+        (b'[{"text": "' + b"a" * 400_000, "value 0 is larger than 10000 bytes or has no end"),
+        (b"[" * 100_000, "value 0 is nested too deeply"),
+    ],
+)
+def test_json_files_that_end_early(content: bytes, words: str) -> None:
+    with pytest.raises(JSONDamage, match=words):
+        list(read_json_values(io.BytesIO(content), 10_000))
+
+
+TRICKY = ['He said "hi"\n', "2024-01-01", "2024-01-01T00:00:00", "12", "1e5", "NaN", "true", "null", "", "{}", "007"]
+
+
+@pytest.mark.parametrize("bad", [5, 5.5, True, None, ["a"], {"a": "b"}])
+def test_no_type_is_guessed_in_json_files(tmp_path: Path, bad: object) -> None:
+    """A column of texts that look like something else, and one value that is none, which alone is left out."""
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": text} for text in [*TRICKY, bad, *TRICKY]]))
+    assert records(path) == [*TRICKY, bad, *TRICKY]
+    selector = Selector(Selection(on_error="skip"))
+    unit = WorkUnit(bytes=path.stat().st_size, files=(str(path),))
+    assert list(selector.documents(Reader(unit, ["text"], 1000))) == 2 * [text for text in TRICKY if text]
+    assert selector.dropped == {"no text": 1, "empty": 2}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize("column", [[datetime(2024, 1, 1)], [5], [b"bytes"], [["a"]]], ids=str)
+def test_columns_of_tables_that_are_no_text_are_refused(tmp_path: Path, kind: str, column: list[object]) -> None:
+    table = pyarrow.table({"text": column})
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with pyarrow.ipc.new_stream(path, table.schema) as stream:
+            stream.write_table(table)
+    selector = Selector(Selection(on_error="skip"))
+    unit = WorkUnit(bytes=path.stat().st_size, files=(str(path),))
+    assert not list(selector.documents(Reader(unit, ["text"], 1000)))
+    assert selector.dropped == {"no text": 1}
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+@settings(max_examples=100)
+@given(at=st.integers(0, 10_000), bit=st.integers(0, 7))
+def test_a_flipped_bit_in_a_compressed_file_is_no_crash(suffix: str, at: int, bit: int) -> None:
+    texts = [json.dumps({"text": f"a document {number * number}"}) + "\n" for number in range(300)]
+    content = bytearray(COMPRESS[suffix]("".join(texts).encode()))
+    content[at % len(content)] ^= 1 << bit
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"a.jsonl{suffix}")
+        path.write_bytes(content)
+        found = records(path)
+    assert {type(row) for row in found} <= {str, RecordError}
+    assert sum(isinstance(row, RecordError) and row.reason == "unreadable file" for row in found) <= 1
+
+
+class Unreliable(io.FileIO):
+    """A file that fails twice, each time further on."""
+
+    failures: ClassVar[list[OSError]] = []
+
+    def readinto(self, buffer: Any) -> int | None:
+        if self.failures and self.tell() > 20_000 // len(self.failures):
+            raise self.failures.pop()
+        return super().readinto(memoryview(buffer)[:5000])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt", "a.jsonl.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("failures", [2, 9])
+def test_what_a_disk_does_not_give_is_read_again_and_never_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, failures: int
+) -> None:
+    texts = [f"{number}: {random.Random(number).randbytes(90).hex()}" for number in range(400)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    content = {"json": json.dumps([{"text": text} for text in texts]), "txt": "".join(texts)}.get(name[2:], lines)
+    path = tmp_path / name
+    path.write_bytes(COMPRESS[path.suffix if path.suffix in COMPRESS else ""](content.encode()))
+    expected = records(path, largest=1 << 20)
+
+    def open_unreliably(self: Path, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(Unreliable(str(self)), 5000)
+
+    monkeypatch.setattr(readers, "RETRY_SECONDS", (0.0,) * 3)
+    monkeypatch.setattr(Path, "open", open_unreliably)
+    Unreliable.failures = [OSError(code, os.strerror(code)) for code in [errno.EIO, errno.ESTALE] * (failures // 2)]
+    if failures == 2:
+        assert records(path, largest=1 << 20) == expected
+        assert not Unreliable.failures
+    else:
+        with pytest.raises(UserError, match=r"cannot be read now .*(Input/output|Stale).*run the same command again"):
+            records(path, largest=1 << 20)

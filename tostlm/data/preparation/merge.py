@@ -17,6 +17,7 @@ import numpy as np
 
 from tostlm.data.preparation.plan import PLAN, UNITS, read_plan, read_results, unit_folder
 from tostlm.data.shards import (
+    DROPPED,
     HASH_BYTES,
     SUFFIXES,
     TEXT_BYTES_SUFFIX,
@@ -70,7 +71,7 @@ def merge(out: Path) -> Manifest:
         if not any(merged.values()):
             raise UserError(f"no document of {', '.join(settings.sources)} is left; dropped: {format_counts(dropped)}")
         lines = [json.dumps(example) + "\n" for result in results for example in result.examples]
-        (out / "dropped.jsonl").write_text("".join(lines))
+        (out / DROPPED).write_text("".join(lines))
         manifest = write_manifest(
             out,
             Tokenizer.from_folder(out),

@@ -17,7 +17,7 @@ from typing import Annotated
 import pydantic
 
 from tostlm.data.preparation.selection import Selection, Selector
-from tostlm.data.preparation.sources import UNIT_BYTES, WorkUnit, list_work_units
+from tostlm.data.preparation.sources import UNIT_BYTES, FileState, WorkUnit, list_work_units
 from tostlm.data.shards import MANIFEST, FrozenModel, Shard, dtype_for, read_manifest
 from tostlm.data.tokenizers import Tokenizer
 from tostlm.errors import UserError
@@ -53,6 +53,7 @@ class UnitResult(FrozenModel):
     """The content of a finished work unit's result.json."""
 
     tokenizer_sha256: str
+    files: dict[str, FileState]  # of the source, by path
     dropped: dict[str, int]
     examples: list[dict[str, str]]  # reason, document and detail of the first documents dropped
     shards: dict[str, tuple[Shard, ...]]  # by split
@@ -88,6 +89,7 @@ def make_plan(settings: PreparationSettings, tokenizer: Tokenizer, out: Path, co
         write_atomically(out / PLAN, plan.model_dump_json(indent=1), overwrite=False)
     plan = read_plan(out)
     _require_same(plan, settings, tokenizer, out)
+    _require_same_files(plan, out)
     write_atomically(out / tokenizer.file_name, tokenizer.content, overwrite=False)
     if plan.settings != settings:  # in `on_error`, which may change
         plan = plan.model_copy(update={"settings": settings})
@@ -105,6 +107,30 @@ def _require_same(plan: PreparationPlan, settings: PreparationSettings, tokenize
             raise UserError(
                 f"{out} was started with {key}={value}, not {requested[key]}; use the same, or choose another --out"
             )
+
+
+def _require_same_files(plan: PreparationPlan, out: Path) -> None:
+    """Check that the sources have the files of the plan, and that those of finished work units have not changed.
+
+    A file that no finished unit has read may be corrected, unless the plan divides it by its bytes.
+    """
+    advice = f"put it back, or remove {out} and prepare again"
+    planned, found = (
+        {file: unit for unit in units for file in unit.files}
+        for units in (plan.units, list_work_units(plan.settings.sources, plan.settings.unit_bytes))
+    )
+    for file in sorted(planned.keys() ^ found.keys()):
+        what = "is gone or empty" if file in planned else "is new"
+        raise UserError(f"{file} {what} since the preparation in {out} began; {advice}")
+    for file, unit in planned.items():
+        if unit.byte_range is not None and unit.byte_range[1] != Path(file).stat().st_size:
+            raise UserError(
+                f"{file} has not {unit.byte_range[1]} bytes as when the preparation in {out} began; {advice}"
+            )
+    for index in set(range(len(plan.units))) - set(unfinished(out, plan)):
+        for file, state in read_result(out, index).files.items():
+            if not state.is_same(FileState.of(file)):
+                raise UserError(f"{file} changed since work unit {index} of {out} read it; {advice}")
 
 
 def read_plan(out: Path) -> PreparationPlan:
@@ -136,13 +162,17 @@ def read_results(out: Path, plan: PreparationPlan) -> list[UnitResult]:
         )
     results = []
     for index in range(len(plan.units)):
-        folder = unit_folder(out, index)
-        remedy = f"remove {folder} and run again"
-        result = UnitResult.read(folder / RESULT, remedy)
+        result = read_result(out, index)
         if result.tokenizer_sha256 != plan.tokenizer_sha256:
             raise UserError(
                 f"work unit {index} of {out} was made with another tokenizer (sha256 {result.tokenizer_sha256[:12]}) "
-                f"than the plan's ({plan.tokenizer_sha256[:12]}); {remedy}"
+                f"than the plan's ({plan.tokenizer_sha256[:12]}); remove {unit_folder(out, index)} and run again"
             )
         results.append(result)
     return results
+
+
+def read_result(out: Path, index: int) -> UnitResult:
+    """Return the result of a finished work unit; raise UserError if it is damaged."""
+    folder = unit_folder(out, index)
+    return UnitResult.read(folder / RESULT, f"remove {folder} and run again")

@@ -25,6 +25,7 @@ from tostlm.data.preparation.plan import (
 from tostlm.data.preparation.progress import ProgressBar, WorkDone
 from tostlm.data.preparation.readers import Reader
 from tostlm.data.preparation.selection import Selector
+from tostlm.data.preparation.sources import FileState
 from tostlm.data.shards import Manifest, SplitWriter
 from tostlm.data.tokenizers import Tokenizer
 from tostlm.errors import UserError
@@ -117,7 +118,7 @@ def _work(out: Path, threads: int, jobs: Queue[int | None], reports: Queue[WorkD
         while (unit := jobs.get()) is not None:
             prepare_unit(out, unit, threads, reports.put)
         reports.put(None)
-    except (UserError, OSError, MemoryError) as error:
+    except Exception as error:
         reports.put(error)
 
 
@@ -143,6 +144,7 @@ def _write_unit(out: Path, index: int, folder: Path, threads: int, report: Calla
     writer = SplitWriter(folder, tokenizer, settings.heldout_fraction, settings.shard_tokens)
     selector = Selector(settings)
     reader = Reader(unit, selector.columns, settings.max_document_bytes)
+    before = {file: FileState.of(file) for file in unit.files}
     reported = 0
     for texts, encoded in _encoded(selector.documents(reader), tokenizer, threads):
         data = [text.encode() for text in texts]
@@ -158,8 +160,16 @@ def _write_unit(out: Path, index: int, folder: Path, threads: int, report: Calla
         )
         reported = reader.bytes_read
     report(WorkDone(source_bytes=(unit.bytes or 0) - reported))
+    shards = writer.finish()
+    for file, state in before.items():
+        if FileState.of(file) != state:
+            raise UserError(f"{file} changed while it was read; run the same command again when it is finished")
     return UnitResult(
-        tokenizer_sha256=tokenizer.sha256, dropped=selector.dropped, examples=selector.examples, shards=writer.finish()
+        tokenizer_sha256=tokenizer.sha256,
+        files=before,
+        dropped=selector.dropped,
+        examples=selector.examples,
+        shards=shards,
     )
 
 

@@ -174,8 +174,12 @@ def _comparable(found: object, value: object) -> bool:
     return isinstance(found, number) == isinstance(value, number) and isinstance(found, str) == isinstance(value, str)
 
 
-def documents(sources: Sequence[str], selection: Selection | None = None) -> Iterator[str]:
+def documents(
+    sources: Sequence[str], selection: Selection | None = None, dropped: Counter[str] | None = None
+) -> Iterator[str]:
     """Yield the texts of several sources in order; files are read as the texts are consumed.
+
+    `dropped` counts what is left out, by reason, as far as the sources are read.
 
     Raises:
         UserError: a source is missing, unreadable or without text, or a record cannot be used.
@@ -183,6 +187,8 @@ def documents(sources: Sequence[str], selection: Selection | None = None) -> Ite
     selection = selection or Selection()
     for source in sources:
         selector, empty = Selector(selection), True
+        if dropped is not None:
+            selector.dropped = dropped
         for unit in list_work_units([source]):
             for text in selector.documents(Reader(unit, selector.columns, selection.max_document_bytes)):
                 empty = False

@@ -7,8 +7,10 @@ workers.
 from __future__ import annotations
 
 import glob
+import hashlib
 import importlib.resources
 import itertools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -27,6 +29,7 @@ PACKAGE = "package:"
 HUB_ID = re.compile(r"^(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.\[\]:%-]+))?$")
 MAX_HUB_UNITS = 1000  # of one dataset
 UNIT_BYTES = 1 << 28  # on disk
+ENDS_BYTES = 1 << 16  # of a file's head, and of its tail
 
 
 class WorkUnit(FrozenModel):
@@ -37,6 +40,33 @@ class WorkUnit(FrozenModel):
     byte_range: tuple[int, int] | None = None  # of the one file, for the records that begin in it
     hub: str | None = None
     shard: tuple[int, int] = (0, 1)  # of the hub dataset: index and number of shards
+
+
+class FileState(FrozenModel):
+    """What changes when a file is written: its size, its time, and the hash of its head and tail."""
+
+    bytes: int
+    mtime_ns: int
+    sha256: str  # of the first and last `ENDS_BYTES`
+
+    @classmethod
+    def of(cls, path: str) -> FileState:
+        """Return the state of a file.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        with Path(path).open("rb") as file:
+            stat = os.fstat(file.fileno())
+            ends = file.read(ENDS_BYTES)
+            file.seek(max(len(ends), stat.st_size - ENDS_BYTES))
+            ends += file.read(ENDS_BYTES)
+        return cls(bytes=stat.st_size, mtime_ns=stat.st_mtime_ns, sha256=hashlib.sha256(ends).hexdigest())
+
+    def is_same(self, other: FileState) -> bool:
+        """Return whether the content is the same, as far as the states tell; a copy of a small file is the same."""
+        same_ends = (self.bytes, self.sha256) == (other.bytes, other.sha256)
+        return same_ends and (self.mtime_ns == other.mtime_ns or self.bytes <= 2 * ENDS_BYTES)
 
 
 def list_work_units(sources: Sequence[str], unit_bytes: int = UNIT_BYTES) -> list[WorkUnit]:
