@@ -13,8 +13,9 @@ from tests.data.preparation.test_prepare import content
 from tests.slurm.conftest import ClusterJob
 from tostlm.checkpoint import checkpoints
 from tostlm.data import Tokenizer
-from tostlm.files import locked
+from tostlm.files import locked, write_atomically
 from tostlm.launch.environment import first_node
+from tostlm.slurm.history import SITE, JobHistory
 
 pytestmark = pytest.mark.alone
 
@@ -60,6 +61,13 @@ def test_a_range_of_nodes_has_no_tasks_option(run: Run) -> None:
         (["--chain", "2", "--until-done"], ["give one"]),
         (["--sweep", "seed"], ["--sweep seed must be a key and its values"]),
         (["--sweep", "seed=1,2", "--chain", "2"], ["--sweep makes one array"]),
+        (["--sweep", "seed=1,2,1"], ["--sweep seed=1,2,1 names seed=1 twice"]),
+        (["--dry-run", "--time", "abc"], ["--time abc must be minutes, HOURS:MINUTES:SECONDS or DAYS-HOURS"]),
+        (["--dry-run", "--sbatch", "--foo"], ["--sbatch --foo must be NAME or NAME=VALUE"]),
+        (["--dry-run", "--sbatch", "output=x"], ["--sbatch output=x: tostlm sets output itself"]),
+        (["--dry-run", "--sbatch", "comment=a\nb"], ["has control characters"]),
+        (["--dry-run", "run_dir=a\\b"], ["has a backslash, which Slurm does not take"]),
+        (["--dry-run", "deepspeed.zero_optimization.stage=7"], ["stage=7 must be 0, 1, 2 or 3"]),
         (["--site", "nowhere.env"], ["--site nowhere.env does not exist", "tostlm submit site-template"]),
     ],
 )
@@ -114,6 +122,11 @@ def test_slurm_errors_are_one_line_and_queue_nothing(job: ClusterJob) -> None:
     assert not job.events()
 
 
+def test_options_that_sbatch_does_not_have(job: ClusterJob) -> None:
+    result = job.command("submit", "pretrain", str(job.run.file), "--dry-run", "--sbatch", "constrain=h100")
+    fail(result, "--sbatch constrain=h100: sbatch has no option constrain; the nearest is constraint")
+
+
 def test_a_run_is_submitted_once_and_its_inputs_are_saved(job: ClusterJob) -> None:
     job.cluster.ask("sbatch", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 100")
     printed = job.submit("train.steps=7", "--nodes", "2")
@@ -146,7 +159,7 @@ def test_a_run_that_trains_without_slurm_is_not_submitted(job: ClusterJob) -> No
 
 
 def test_a_sweep_is_an_array_of_runs(job: ClusterJob) -> None:
-    job.run.dir = job.run.dir.with_name("a sweep")  # a folder name that needs quoting
+    job.run.dir = job.run.dir.with_name("a #sweep of 'two' %j 50% $(x) ä")  # a name that Slurm and shells would change
     printed = job.submit("train.steps=3", f"run_dir={job.run.dir}", "--sweep", "optimizer.lr=1e-2,3e-3")
     assert "an array of 2 runs" in printed
     job.wait_for(job.gone)
@@ -176,12 +189,13 @@ def test_prepare_jobs_make_the_same_data_as_one_process(
     command = ["submit", "prepare", *options, "--out", "out", "--nodes", "3"]
     printed = succeed(job.command(*command)).splitlines()
     assert len(printed) == 2 and "when job" in printed[1]
-    folder = tmp_path / "out-jobs" / "slurm" / "logs"
+    folder = tmp_path / "out-jobs" / "slurm" / "prepare" / "logs"
     job.wait_for(job.gone)
     logs = "\n".join(path.read_text() for path in folder.iterdir())
     assert (tmp_path / "out" / "manifest.json").exists(), logs
     assert content(tmp_path / "out") == content(tmp_path / "whole"), logs
     fail(job.command("submit", "prepare", *options[2:], "--out", "o"), "--source is missing")
+    fail(job.command("submit", "prepare", *options[:2], "--tokenizer=x", "--out=o"), "--tokenizer x does not exist")
     fail(
         job.command("submit", "prepare", *options[:2], "--tokenizer", "x", "--out", "o"), "--tokenizer x does not exist"
     )
@@ -194,13 +208,17 @@ def test_eval_bench_and_convert_jobs(job: ClusterJob, trained: dict[str, Run]) -
         "bench": [str(run.file), "--contexts", "16", "--tokens", "64", "--repeats", "1"],
         "convert": [str(run.dir), "--to", "hf", str(run.dir / "hf")],
     }
+    training = JobHistory(run.dir)
+    write_atomically(training.folder / SITE, "export OF=training\n")  # that a queued job will source
     for kind, arguments in tasks.items():
         assert "its log is" in succeed(job.command("submit", kind, *arguments, "--gpus-per-node", "0"))
     by_hand = ["sbatch", "--output=/dev/null", f"--chdir={ROOT}", str(ROOT / "slurm" / "eval.sbatch"), *tasks["eval"]]
     job.cluster.ask(*by_hand, "--out", str(run.dir / "by-hand"))
     job.wait_for(job.gone)
     assert (run.dir / "by-hand" / "perplexity.json").exists()
-    logs = "\n".join(path.read_text() for path in (run.dir / "slurm" / "logs").iterdir())
+    logs = "\n".join(path.read_text() for path in (run.dir / "slurm").glob("*/logs/*"))
+    assert (training.folder / SITE).read_text() == "export OF=training\n"
+    assert not training.jobs()  # the run itself has none, and may be submitted
     assert (run.dir / "perplexity.json").exists(), logs
     assert (run.dir / "hf" / "config.json").exists(), logs
     assert "tokens/s" in logs

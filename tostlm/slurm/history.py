@@ -7,18 +7,18 @@ run_dir/slurm/
   site.env             the cluster's settings, empty without any
   code.txt             version, git commit and changes, installed packages
   logs/JOB.log         output of the job and of rank 0; JOB-rank-N.log holds the output of rank N
+  eval/, bench/, ...   the same of jobs that do not train
 """
 
 from __future__ import annotations
 
-import json
 import time
-from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, NotRequired, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict, cast
 
 from tostlm.checkpoint import checkpoints, step_of
 from tostlm.errors import EXIT_LOST_RANK
+from tostlm.files import append_json_line, read_json_lines
 
 FOLDER, LOGS, JOBS = "slurm", "logs", "jobs.jsonl"
 SCRIPT, CONFIG, SITE, CODE = "pretrain.sbatch", "config.yaml", "site.env", "code.txt"
@@ -51,26 +51,23 @@ class StartResult(NamedTuple):
 
 
 class JobHistory:
-    """The events of a run's jobs, in its folder `run_dir`/slurm."""
+    """The events of a run's jobs, in its folder `run_dir`/slurm; those of a `task`, such as eval, in one inside."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir, self.folder = run_dir, run_dir / FOLDER
+    def __init__(self, run_dir: Path, task: str = "") -> None:
+        self.run_dir, self.folder = run_dir, run_dir / FOLDER / task
         self.logs = self.folder / LOGS
 
     def add(self, event: str, job: str, **facts: object) -> None:
         """Append an event of a job with its time and the other keys of `JobEvent`."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / JOBS).open("a") as file:
-            file.write(json.dumps({"event": event, "job": job, "time": round(time.time(), 1), **facts}) + "\n")
+        line = {"event": event, "job": job, "time": round(time.time(), 1), **facts}
+        append_json_line(self.folder / JOBS, line)
 
     def events(self, job: str | None = None) -> list[JobEvent]:
         """Return all events, or those of one job, oldest first."""
-        file = self.folder / JOBS
-        events: list[JobEvent] = []
-        for line in file.read_text().splitlines() if file.exists() else ():
-            with suppress(ValueError):  # half a line, left by a machine that lost power
-                events.append(json.loads(line))
-        return [event for event in events if job in (None, event["job"])]
+        events, _ = read_json_lines(self.folder / JOBS)
+        known = cast(list[JobEvent], [event for event in events if {"event", "job"} <= event.keys()])
+        return [event for event in known if job in (None, event["job"])]
 
     def jobs(self) -> list[str]:
         """Return every job of the run, the oldest first."""
@@ -97,7 +94,7 @@ class JobHistory:
             if event["job"] not in chain or event["event"] not in (STARTED, ENDED):
                 continue
             if event["event"] == ENDED or running:
-                results.append(StartResult(event.get("exit_code", EXIT_LOST_RANK), event["step"]))
+                results.append(StartResult(event.get("exit_code", EXIT_LOST_RANK), event.get("step", 0)))
             running = event["event"] == STARTED
         return results
 

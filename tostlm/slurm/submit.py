@@ -124,10 +124,15 @@ def _sweep_runs(config_file: Path, overrides: Sequence[str], run_dir: Path, swee
         if not equals or not all(values.split(",")):
             raise UserError(f"--sweep {axis} must be a key and its values, as in optimizer.lr=1e-3,3e-4")
         axes.append([f"{key}={value}" for value in values.split(",")])
-    return [
-        load_config(config_file, [*overrides, *values, f"run_dir={run_dir / ','.join(values)}"])
-        for values in itertools.product(*axes)
-    ]
+    runs = []
+    for point in itertools.product(*axes):
+        folder = run_dir / ",".join(point).replace("/", "_")
+        runs.append(load_config(config_file, [*overrides, *point]).model_copy(update={"run_dir": folder}))
+    folders = [each.run_dir for each in runs]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise UserError(f"--sweep {' '.join(sweep)} names {folder.name} twice; name every value once")
+    return runs
 
 
 def _pretrain_script(run: RunConfig, array: Sequence[RunConfig], resources: Resources, policy: RestartPolicy) -> str:
@@ -147,9 +152,8 @@ def _pretrain_script(run: RunConfig, array: Sequence[RunConfig], resources: Reso
         job += f" --on-stop {policy.on_stop}"
     if policy.doctor:
         job += " --doctor"
-    resources = replace(resources, sbatch=[*resources.sbatch, f"signal=B:USR1@{policy.warning_seconds}"])
-    folder = JobHistory(run.run_dir).folder
-    return batch_script("pretrain", _job_name(run.run_dir), folder, resources, [*before, job], len(array))
+    folder, name = JobHistory(run.run_dir).folder, _job_name(run.run_dir)
+    return batch_script("pretrain", name, folder, resources, [*before, job], len(array), policy.warning_seconds)
 
 
 def _job_name(run_dir: Path) -> str:
@@ -201,7 +205,7 @@ def submit_task(kind: str, arguments: Sequence[str], resources: Resources, site:
     Raises:
         UserError: what the subcommand reads does not exist, its folder cannot be written, or Slurm refuses the job.
     """
-    history = JobHistory(_task_folder(kind, arguments))
+    history = JobHistory(_task_folder(kind, arguments), kind)
     scripts = _task_scripts(kind, arguments, resources, history.folder)
     if dry_run:
         return "\n".join(scripts.values()).rstrip()
@@ -232,9 +236,12 @@ def _task_folder(kind: str, arguments: Sequence[str]) -> Path:
 
 def _option(arguments: Sequence[str], name: str) -> str:
     """Return the value of an option of `tostlm prepare`."""
-    if name not in arguments[:-1]:
-        raise UserError(f"{name} is missing; give the options of `tostlm prepare`")
-    return arguments[arguments.index(name) + 1]
+    for argument, following in itertools.pairwise([*arguments, ""]):
+        if argument == name and following:
+            return following
+        if argument.startswith(f"{name}="):
+            return argument.removeprefix(f"{name}=")
+    raise UserError(f"{name} is missing; give the options of `tostlm prepare`")
 
 
 def _task_scripts(kind: str, arguments: Sequence[str], resources: Resources, folder: Path) -> dict[str, str]:
