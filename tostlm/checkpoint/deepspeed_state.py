@@ -20,6 +20,7 @@ import torch.distributed as dist
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor
 
+from tostlm.errors import EXIT_USER_ERROR, UserError
 from tostlm.model import LM
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -107,7 +108,11 @@ def gather_state(engine: DeepSpeedEngine, rank_of: Mapping[str, int]) -> dict[st
 
     They are in fp32 and have the parameters' shapes. Every rank must call this, and holds one more full tensor at a
     time.
+
+    Raises:
+        UserError: see `check_fragments`.
     """
+    check_fragments(engine)
     gathered = {}
     partitioned = engine.zero_optimization()
     for name, parameter in engine.module.named_parameters():
@@ -130,6 +135,9 @@ def restore_state(engine: DeepSpeedEngine, fragments: Iterable[tuple[str, Tensor
 
     `fragments` are, of each flattened tensor NAME/KIND, the elements that `state_elements` returns on this rank;
     `optimizer_steps` are the updates that Adam's bias correction counts.
+
+    Raises:
+        UserError: see `check_fragments`.
     """
     parameters = dict(engine.module.named_parameters())
     if stage3 := _stage3(engine):
@@ -150,6 +158,40 @@ def restore_state(engine: DeepSpeedEngine, fragments: Iterable[tuple[str, Tensor
     else:
         for parameter, master in _master_copies(engine):
             parameter.copy_(master)
+    check_fragments(engine)
+
+
+@torch.no_grad()
+def check_fragments(engine: DeepSpeedEngine) -> None:
+    """Check that the fragments of the master weights, rounded, are what the model computes with. Every rank must call.
+
+    Where the fragments lie is DeepSpeed's own knowledge, and an option of it may change that unseen: a checkpoint would
+    then hold parameters that are mixed up, and the run that saved it would resume from it all the same.
+
+    Raises:
+        UserError: on rank 0, if they are not on any rank. The other ranks raise SystemExit with `EXIT_USER_ERROR`.
+    """
+    misplaced = []
+    for name, parameter in engine.module.named_parameters():
+        fragment = _fragment(engine, parameter)
+        if _stage3(engine):
+            own = parameter.ds_tensor.view(-1)[: len(fragment.elements)]  # type: ignore[attr-defined]
+        else:
+            own = parameter.view(-1)[fragment.elements.start : fragment.elements.stop]
+        if not torch.equal(_view(engine, fragment, "weight").to(own), own):
+            misplaced.append(name)
+    everywhere = torch.tensor(len(misplaced), device=engine.device)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(everywhere)
+    if not everywhere:
+        return
+    if dist.get_rank():
+        raise SystemExit(EXIT_USER_ERROR)
+    raise UserError(
+        f"the master weights of DeepSpeed's optimizer ({', '.join(misplaced[:3]) or 'on another rank'}) are not where "
+        "tostlm reads them: some option of the deepspeed block moves them; leave out what your run does not need. "
+        "Nothing was saved"
+    )
 
 
 def optimizer_steps(engine: DeepSpeedEngine) -> int:

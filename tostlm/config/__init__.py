@@ -1,5 +1,6 @@
 """Run configurations: one YAML file per run, strict and frozen, with dotted overrides."""
 
+from tostlm.config.deepspeed_block import nearest, use_cpu_without_gpu
 from tostlm.config.files import dump_config, find_config, load_config, shipped_configs
 from tostlm.config.sections import (
     BatchPlan,
@@ -20,5 +21,7 @@ __all__ = [
     "fixed_keys",
     "load_config",
     "matmul_dtype",
+    "nearest",
     "shipped_configs",
+    "use_cpu_without_gpu",
 ]

@@ -13,7 +13,8 @@ from typing import Any, ClassVar, NamedTuple, get_args, get_origin, get_type_hin
 import pydantic
 import yaml
 
-from tostlm.config.sections import RunConfig, nearest
+from tostlm.config.deepspeed_block import nearest
+from tostlm.config.sections import RunConfig
 from tostlm.errors import UserError
 from tostlm.model import MIXERS
 
@@ -46,7 +47,14 @@ def dump_config(config: RunConfig) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose floats may be written 3e-4, as YAML 1.2 has it and PyYAML does not."""
+    """YAML 1.2 in two ways in which PyYAML is not: floats may be written 3e-4, and a key stands once in a mapping."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        own = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        for key in own:
+            if own.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"it names the key {key!r} twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
@@ -67,7 +75,9 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             raise UserError(f"override {override!r}: {parent} holds a value, not keys")
     place = _index(node, last, override) if isinstance(node, list) else last
     try:
-        node[place] = yaml.load(value, _Loader)
+        parsed = yaml.load(value, _Loader)
+        # Of a plain string YAML would drop what follows a space and #, as in the name of a folder.
+        node[place] = value if isinstance(parsed, str) and value.startswith(parsed) else parsed
     except (yaml.YAMLError, ValueError):
         raise UserError(f"override {override!r}: {value!r} is not a YAML value") from None
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
@@ -14,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union
 import pydantic
 import torch
 
+from tostlm.config.deepspeed_block import check_deepspeed_block
 from tostlm.errors import UserError
 from tostlm.model import MIXERS, ModelConfig
 
@@ -54,46 +54,6 @@ def fixed_keys(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 Share = Annotated[float, pydantic.Field(ge=0, lt=1)]
-
-# DeepSpeed keys that are derived from tostlm's own, and the key to set instead.
-DERIVED_DEEPSPEED_KEYS = {
-    "train_batch_size": "train.batch_tokens",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_tokens",
-    "gradient_accumulation_steps": "train.batch_tokens and train.micro_batch_tokens",
-    "optimizer": "optimizer",
-    "scheduler": "optimizer.schedule",
-}
-# DeepSpeed ignores unknown top-level keys (its inner blocks check their own), so the known ones are listed here.
-DEEPSPEED_KEYS = (
-    "aio",
-    "bf16",
-    "checkpoint",
-    "comms_logger",
-    "communication_data_type",
-    "csv_monitor",
-    "data_types",
-    "disable_allgather",
-    "dump_state",
-    "flops_profiler",
-    "fp16",
-    "gradient_allreduce_op",
-    "gradient_clipping",
-    "gradient_predivide_factor",
-    "memory_breakdown",
-    "prescale_gradients",
-    "seq_parallel_communication_data_type",
-    "steps_per_print",
-    "tensorboard",
-    "torch_autocast",
-    "wall_clock_breakdown",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "zero_optimization",
-)
-
-
-DEEPSPEED_BLOCKS = ("bf16", "data_types", "fp16", "torch_autocast", "zero_optimization")
-
 
 # The options of some registered mixer, distinguished by their key `mixer`.
 AnyMixerOptions: Any = Annotated[
@@ -235,10 +195,16 @@ class OptimizerConfig(Section):
         return self
 
 
+def _printable(path: Path) -> Path:
+    if not str(path).isprintable():
+        raise ValueError(f"{str(path)!r} has control characters, such as a line break; choose another name")
+    return path
+
+
 class RunConfig(Section):
     """Everything that determines a run. `deepspeed` is DeepSpeed's own configuration, passed on as it is."""
 
-    run_dir: Free[Path]
+    run_dir: Free[Annotated[Path, pydantic.AfterValidator(_printable)]]
     seed: Fixed[Annotated[int, pydantic.Field(ge=0, lt=1 << 63)]] = 0
     model: Fixed[RunModelConfig]
     data: DataConfig
@@ -253,6 +219,10 @@ class RunConfig(Section):
             raise ValueError(
                 f"data.context_tokens {context} is longer than model.positions {positions}; raise model.positions"
             )
+        if self.optimizer.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} is above train.steps {self.train.steps}"
+            )
         last_stage = self.data.stages[-1][0]
         if last_stage >= self.train.steps:
             raise ValueError(
@@ -262,16 +232,7 @@ class RunConfig(Section):
         self._check_divisibility()
         self._check_context_parallelism()
         self._check_stateful()
-        for key in self.deepspeed:
-            if key in DERIVED_DEEPSPEED_KEYS:
-                raise ValueError(f"deepspeed.{key} is derived; set {DERIVED_DEEPSPEED_KEYS[key]} instead")
-            if key not in DEEPSPEED_KEYS:
-                raise ValueError(f"deepspeed.{key} is not a DeepSpeed key{nearest(key, DEEPSPEED_KEYS)}")
-            if key in DEEPSPEED_BLOCKS and not isinstance(self.deepspeed[key], dict):
-                raise ValueError(f"deepspeed.{key} is {self.deepspeed[key]!r}; it must be a mapping of keys")
-        clip = self.deepspeed.get("gradient_clipping", 0.0)
-        if isinstance(clip, bool) or not isinstance(clip, int | float) or not 0 <= clip < math.inf:
-            raise ValueError(f"deepspeed.gradient_clipping is {clip!r}; it must be a number, 0 for none")
+        check_deepspeed_block(self.deepspeed)
         return self
 
     def _check_divisibility(self) -> None:
@@ -380,12 +341,6 @@ def batch_plan(config: RunConfig, world_size: int) -> BatchPlan:
         train.micro_batch_tokens * group // context,
         train.batch_tokens // per_pass,
     )
-
-
-def nearest(key: str, known: Iterable[str]) -> str:
-    """Return the end of an error message on an unknown key: the most similar known one, if there is one."""
-    match = difflib.get_close_matches(key, list(known), n=1)
-    return f"; the nearest is {match[0]}" if match else ""
 
 
 def _nearest_multiple(value: int, unit: int) -> int:

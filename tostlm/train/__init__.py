@@ -1,12 +1,9 @@
 """Training under DeepSpeed: `train` runs on every rank."""
 
-import os
+from tostlm.config import use_cpu_without_gpu
 
-import torch
+use_cpu_without_gpu()
 
-if not torch.accelerator.is_available():  # set before DeepSpeed is imported, which otherwise warns that it found no GPU
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-from tostlm.train.trainer import train
+from tostlm.train.trainer import train  # noqa: E402  (it imports DeepSpeed)
 
 __all__ = ["train"]

@@ -31,6 +31,10 @@ from tostlm.train.batches import Batch, RecurrentState
 T = TypeVar("T")
 Timer = Callable[[str], AbstractContextManager[None]]  # times the code inside as a phase of the given name
 
+REJECTIONS = (  # of a config, by DeepSpeed
+    *(ValueError, TypeError, AssertionError, NotImplementedError, DeepSpeedConfigError, ZeRORuntimeException),
+)
+
 # The ranks wait in a collective while rank 0 checks the data, which may take hours of reading. DeepSpeed's default of
 # ten minutes would end them. During training the watchdog acts sooner.
 COLLECTIVE_TIMEOUT = timedelta(days=1)
@@ -130,12 +134,10 @@ def start_engine(config: RunConfig, plan: BatchPlan, ranks: RankInfo) -> Trainin
     """Return a DeepSpeed engine around the config's model, initialized by its seed, and AdamW.
 
     Raises:
-        UserError: on rank 0, if DeepSpeed rejects the `deepspeed` block, or its state would be where checkpoints do
-            not reach. The other ranks raise SystemExit with `EXIT_USER_ERROR`.
+        UserError: on rank 0, if DeepSpeed rejects the `deepspeed` block on these ranks. The others raise SystemExit
+            with `EXIT_USER_ERROR`.
         RuntimeError: a peer was lost or memory ran out.
     """
-    if key := _offload_beyond_checkpoints(config):
-        _reject(f"{key} keeps state where checkpoints do not reach; use device: cpu there, and only that", ranks)
     lm = create_lm(config.model, config.seed)
     prepare_blocks(lm, config)
     optimizer = _create_optimizer(config, lm, ranks)
@@ -143,7 +145,7 @@ def start_engine(config: RunConfig, plan: BatchPlan, ranks: RankInfo) -> Trainin
         engine: TrainingEngine = deepspeed.initialize(
             model=lm, optimizer=optimizer, config=deepspeed_dict(config, plan), dist_init_required=False
         )[0]
-    except (ValueError, TypeError, AssertionError, DeepSpeedConfigError, ZeRORuntimeException) as error:
+    except REJECTIONS as error:
         if is_lost_peer(error):
             raise
         _reject(f"DeepSpeed rejects the deepspeed block: {_one_line(error)}", ranks)
@@ -174,19 +176,6 @@ def _create_optimizer(config: RunConfig, lm: LM, ranks: RankInfo) -> torch.optim
     except RuntimeError as error:  # DeepSpeed compiles it with g++ at the first start
         _reject(f"offload_optimizer needs DeepSpeed's CPU Adam, which cannot be built here: {_one_line(error)}", ranks)
     return optimizer
-
-
-def _offload_beyond_checkpoints(config: RunConfig) -> str | None:
-    """Return the config key, if any, that makes DeepSpeed keep state where checkpoints do not reach."""
-    for kind in ("optimizer", "param"):
-        block, key = _offload(config, kind), f"deepspeed.zero_optimization.offload_{kind}"
-        if block.get("device") == "nvme":
-            return f"{key}.device=nvme"
-        if block.get("ratio", 1) != 1:
-            return f"{key}.ratio={block['ratio']}"
-        if block.get("super_offload"):
-            return f"{key}.super_offload=true"
-    return None
 
 
 def _offload(config: RunConfig, kind: str) -> dict[str, Any]:

@@ -27,8 +27,8 @@ class TSSAOptions(MixerOptions):
     halflife_tokens: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        if self.halflife_tokens is not None and min(self.halflife_tokens) <= 0:
-            raise ValueError(f"halflife_tokens {list(self.halflife_tokens)} must be positive")
+        if self.halflife_tokens is not None and not 0 < self.halflife_tokens[0] <= self.halflife_tokens[1]:
+            raise ValueError(f"halflife_tokens {list(self.halflife_tokens)} must be positive, shortest first")
 
 
 class TSSA(Mixer):

@@ -1,0 +1,98 @@
+"""Every boolean option of DeepSpeed's ZeRO block: refused, or without effect on the losses and on what is saved."""
+
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+from tests.conftest import Run
+from tests.processes import on_ranks
+from tests.train.engines import state_facts
+from tostlm.config import RunConfig, deepspeed_block, load_config
+from tostlm.errors import EXIT_USER_ERROR, UserError
+from tostlm.launch import RankInfo
+from tostlm.train.batches import RankBatches, RecurrentState, open_data
+from tostlm.train.engine import start_engine, train_step
+from tostlm.train.trainer import learning_rate
+
+STEPS = 3
+OPTIONS: dict[str, Any] = {  # each boolean of the block, by its name in a config, and the value that is not the default
+    field.alias or name: not field.default
+    for name, field in DeepSpeedZeroConfig.model_fields.items()
+    if bool in (field.annotation, *getattr(field.annotation, "__args__", ()))
+}
+OPTIONS |= {  # and sizes that move state or messages
+    "sub_group_size": 1000,
+    "reduce_bucket_size": 500,
+    "allgather_bucket_size": 500,
+    "stage3_prefetch_bucket_size": 10,
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_module_granularity_threshold": 1000,
+    "zero_hpz_partition_size": 2,
+}
+
+
+def train(config: RunConfig, ranks: RankInfo) -> tuple[list[float], list[str]]:
+    """Train some steps; return the losses, and the parameters whose masters are not where they should be."""
+    data = open_data(config, ranks.world_size)
+    engine = start_engine(config, data.plan, ranks)
+    state = RecurrentState(config, data.plan.accumulation, ranks)
+    losses = []
+    batches = RankBatches(data, ranks, torch.device("cpu")).training(0)
+    for step in range(STEPS):
+        micro_batches = next(batches).split(data.plan.accumulation)
+        lr = learning_rate(config, step)
+        result = train_step(engine, micro_batches, lr, lambda loss: False, False, state, lambda name: nullcontext())
+        losses.append(result.loss)
+    batches.close()
+    misplaced = state_facts(engine)["weights_unlike_masters"]
+    engine.destroy()
+    return losses, misplaced
+
+
+def sweep(file: str, rank: int, world_size: int) -> dict[tuple[int, str], Any]:
+    found: dict[tuple[int, str], Any] = {}
+    for stage in (1, 2, 3):
+        for name, value in {"stage": stage, **OPTIONS}.items():
+            zero = {"stage": stage, "param_persistence_threshold": 100, name: value}
+            try:
+                found[stage, name] = train(
+                    load_config(Path(file), [f"deepspeed.zero_optimization={zero}"]), RankInfo(rank, rank, world_size)
+                )
+            except (UserError, SystemExit) as error:
+                found[stage, name] = str(error)
+    return found
+
+
+def test_options_are_refused_or_harmless(run: Run, tmp_path: Path) -> None:
+    found = on_ranks(2, partial(sweep, str(run.file)), tmp_path / "ranks")[0]
+    expected = found[1, "stage"]
+    assert isinstance(expected, tuple)
+    for (stage, name), result in found.items():
+        if f"zero_optimization.{name}" in deepspeed_block.REFUSED:
+            assert f"zero_optimization.{name}=" in result, (stage, name)
+        else:
+            assert result == expected, (stage, name)
+
+
+def save_round_robin(file: str, rank: int, world_size: int) -> str:
+    """What is said at the first save under an option that moves the masters, were it let through."""
+    option = "deepspeed.zero_optimization.round_robin_gradients"
+    deepspeed_block.REFUSED.clear()
+    try:
+        train(load_config(Path(file), [f"{option}=true"]), RankInfo(rank, rank, world_size))
+    except UserError as error:
+        return str(error)
+    except SystemExit as end:
+        return str(end.code)
+    return "saved"
+
+
+def test_masters_that_are_elsewhere_are_not_saved(run: Run, tmp_path: Path) -> None:
+    first, second = on_ranks(2, partial(save_round_robin, str(run.file)), tmp_path / "ranks")
+    assert "are not where tostlm reads them" in first
+    assert second == str(EXIT_USER_ERROR)
