@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from tostlm.errors import UserError
 
@@ -48,6 +50,34 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """Return the JSON objects of a file's lines, and the other lines: half of one, left by a crash, or damaged ones.
+
+    A file that does not exist has no lines.
+    """
+    objects: list[dict[str, Any]] = []
+    others: list[bytes] = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            value = json.loads(line)
+        except ValueError:  # no JSON, or no UTF-8
+            value = None
+        if isinstance(value, dict):
+            objects.append(value)
+        else:
+            others.append(line)
+    return objects, others
+
+
+def append_json_line(path: Path, value: Mapping[str, object]) -> None:
+    """Append a JSON object to a file of lines, on a line of its own whatever was written last."""
+    with path.open("ab+") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        begin = b"" if file.read(1) in (b"", b"\n") else b"\n"
+        file.write(begin + json.dumps(value).encode() + b"\n")
 
 
 def sync_folder(path: Path) -> None:

@@ -60,7 +60,7 @@ def create_engine(config: RunConfig, ranks: RankInfo) -> TrainingEngine:
 
 
 def create_saver(config: RunConfig, ranks: RankInfo) -> CheckpointSaver:
-    return CheckpointSaver(config, common_tokenizer(config.data.folders), ranks, lambda: None)
+    return CheckpointSaver(config, common_tokenizer(config.data.folders), ranks, lambda progress: None)
 
 
 def check_newest(config: RunConfig) -> int:
@@ -139,7 +139,8 @@ def kill_at_every_point(file: str, rank: int, world_size: int) -> dict[str, int]
             operations = DurableOperations(folder, kill)
             with suppress(InterruptedError), create_saver(config, ranks) as saver:
                 saver.save(engine, TrainState(step=2), {})
-                raise InterruptedError  # the saver then waits for its thread, but calls no collective
+                saver._thread.shutdown()  # wait until all is written
+                raise InterruptedError  # the saver then calls no collective
             names.write_text(json.dumps(operations.names))
             os._exit(0)
         _, status = os.waitpid(child, 0)

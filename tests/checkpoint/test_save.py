@@ -1,5 +1,6 @@
 """Checkpoints that survive kills, damage and full disks; unrecognized folders; which checkpoints are kept."""
 
+import errno
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from tests.train.test_faults import harm
 from tests.warm import Program
 from tostlm.checkpoint.layout import TrainState, checkpoint_folder, checkpoints, load_checkpoint, read_train_state
 from tostlm.checkpoint.load import latest_valid_checkpoint
-from tostlm.checkpoint.save import expired_checkpoints, partial_folder
+from tostlm.checkpoint.save import expired_checkpoints, partial_folder, prune
 from tostlm.checkpoint.state_files import FILE_BYTES, assign_files, write_file
 from tostlm.config import dump_config
 from tostlm.errors import UserError
@@ -252,6 +253,43 @@ def test_what_is_kept(tmp_path: Path) -> None:
     assert kept(losses, tmp_path, keep_last_checkpoints=1, keep_every_steps=20) == [20, 40, 60]
     assert kept(losses, tmp_path, keep_last_checkpoints=1, keep_best_checkpoint=True) == [30, 60]
     assert kept(dict.fromkeys(losses), tmp_path, keep_last_checkpoints=1, keep_best_checkpoint=True) == [60]
+
+
+def test_what_cannot_be_deleted_is_tried_again(
+    copy: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def busy(path: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    config = copy.config("train.keep_last_checkpoints=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        prune(config)
+    assert "cannot be deleted yet (Directory not empty); the next save tries again" in capsys.readouterr().err
+    assert [path.name for path in checkpoints(copy.dir)] == ["step-00000006"]
+    prune(config)
+    assert sorted(path.name for path in (copy.dir / "checkpoints").iterdir()) == ["latest", "step-00000006"]
+
+
+def test_an_old_checkpoint_that_cannot_be_read_ends_no_run(copy: Run) -> None:
+    (checkpoints(copy.dir)[0] / "train_state.json").write_bytes(b"\xff")
+    succeed(copy.train("train.steps=9", "train.keep_last_checkpoints=2", "train.keep_best_checkpoint=true"))
+    assert [path.name for path in checkpoints(copy.dir)] == ["step-00000006", "step-00000009"]
+
+
+def replace_data(folder: Path, other: Path, engine: object) -> None:
+    shutil.copyfile(other / "manifest.json", folder / "manifest.json")
+
+
+def test_data_that_changed_since_the_start_are_not_saved_as_those_trained_on(
+    run: Run, data: Path, digits: Path
+) -> None:
+    mine = Path(shutil.copytree(data, run.file.parent / "mine"))
+    (place,) = rank_env(1)
+    spoil = partial(harm, 5, partial(replace_data, mine, digits))
+    ended = Program("train", str(run.file), f"data.path={mine}", before=spoil, **place).end()
+    fail(ended, "step-00000006 cannot be written: the data in", "mine changed since training started; put it back")
+    assert [path.name for path in checkpoints(run.dir)] == ["step-00000003"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])

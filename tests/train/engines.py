@@ -53,7 +53,7 @@ def run_job(job: Job, ranks: RankInfo) -> dict[str, Any]:
     engine = start_engine(config, data.plan, ranks)
     state, facts, losses = TrainState(), {}, {}
     recurrent_state = RecurrentState(config, data.plan.accumulation, ranks)
-    with CheckpointSaver(config, data.tokenizer, ranks, lambda: None) as saver:
+    with CheckpointSaver(config, data.tokenizer, ranks, lambda progress: None) as saver:
         if job.origin:
             state = resume(engine, checkpoint_folder(Path(job.origin), KEPT_STEP))
             facts = state_facts(engine)

@@ -1,16 +1,23 @@
-"""Weights & Biases: asked for without what it needs is a mistake, and nothing of it ever ends a run."""
+"""Where numbers are written: damaged files, clocks and full disks; no failure of Weights & Biases ends a run."""
 
 import logging
 import sys
+import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import wandb
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.conftest import Run, fail, tostlm
+from tests.conftest import Run, fail, succeed, tostlm
+from tests.train.test_faults import harm
+from tests.warm import Program
 from tostlm.errors import UserError
 from tostlm.launch import RankInfo
+from tostlm.launch.local import rank_env
 from tostlm.train import metric_writers
 from tostlm.train.batches import open_data
 from tostlm.train.metrics import Metrics, PhaseTimers
@@ -52,3 +59,44 @@ def test_a_service_that_does_not_answer_is_logged(
     (warning,) = (entry for entry in caplog.records if entry.name == metric_writers.__name__)
     assert warning.message.startswith("the run continues without Weights & Biases: ")
     assert capfd.readouterr().err == ""
+
+
+def test_lines_that_cannot_be_read_are_put_aside(run: Run) -> None:
+    succeed(run.train("train.steps=3"))
+    good = run.metrics("train")
+    with (run.dir / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xff\xfe\n[1]\n{"kind": "train", "st')
+    succeed(run.train())
+    assert {step: loss for step, loss in run.metrics("train").items() if step <= 3} == good
+    assert list(run.metrics("train")) == list(range(1, 7))
+    assert (run.dir / "metrics.jsonl.damaged").read_bytes() == b'\xff\xfe\n[1]\n{"kind": "train", "st\n'
+
+
+def test_steps_are_shown_though_the_clock_was_set_back(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.dir.mkdir()
+    real, day = time.time, 86_400
+    for first, ahead in ((0, 2 * day), (2, day), (4, 0)):
+        monkeypatch.setattr(time, "time", lambda ahead=ahead: real() + ahead)
+        writer = metric_writers.MetricsWriter(run.config(), first)
+        for step in range(first + 1, first + 4):  # the last one is of a step that is made again
+            writer.write("train", step, {"loss": float(step)})
+        writer.close(failed=False)
+    names = sorted(path.name for path in (run.dir / "tensorboard").iterdir())
+    assert [name.split(".")[3][:5] for name in names[:2]] == ["00000", "00000"]
+    events = EventAccumulator(str(run.dir / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def fill(disk: Path, engine: object) -> None:
+    """Leave no room on a disk."""
+    with suppress(OSError), (disk / "ballast").open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+
+
+def test_a_full_disk_while_reporting_names_the_file(small_disk: Path, run: Run) -> None:
+    (place,) = rank_env(1)
+    spoil = partial(harm, 3, partial(fill, small_disk))
+    options = [f"run_dir={small_disk}/run", "train.steps=5000", "train.save_every_steps=5000"]
+    fail(Program("train", str(run.file), *options, before=spoil, **place).end(), "No space left on device", "/run/")

@@ -4,7 +4,10 @@ import json
 import os
 import re
 import signal
+import threading
 import time
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,11 @@ import pytest
 from tests.conftest import Run, succeed
 from tests.train.run_helpers import wait_for_a_checkpoint
 from tests.warm import Program
-from tostlm.checkpoint import checkpoints, step_of
+from tostlm.checkpoint import checkpoints, save, step_of
 from tostlm.data import Loader
 from tostlm.errors import EXIT_LOST_RANK
 from tostlm.launch.local import rank_env
+from tostlm.train import watchdog
 from tostlm.train.watchdog import FAILED, LOST_PEER, Heartbeat, frozen_ranks, read_heartbeats, stalled_ranks
 
 pytestmark = pytest.mark.alone
@@ -152,3 +156,56 @@ def test_a_rank_stuck_in_python_is_named_though_its_watchdog_thread_runs(run: Ru
     (folder,) = run.dir.glob("hang-step-*")
     assert "stuck" in (folder / "rank-00001.txt").read_text()
     assert "tostlm/train/engine.py" in (folder / "rank-00000.txt").read_text()
+
+
+def hang_files(everything: bool) -> None:
+    """From the second or third save on, no file is ever forced to the disk, or with `everything` written at all."""
+    fsync, calls = os.fsync, count(1)
+
+    def hang(*_: object, **__: object) -> Any:
+        time.sleep(3600)
+
+    def slow_fsync(descriptor: int) -> None:
+        if threading.current_thread().name.startswith("save") and next(calls) > 20:
+            if everything:
+                watchdog.write_atomically = watchdog.read_heartbeats = hang
+            hang()
+        fsync(descriptor)
+
+    os.fsync = slow_fsync
+
+
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_a_disk_that_hangs_ends_the_run_in_time(run: Run, everything: bool, background: str) -> None:
+    """Whether the watching thread still writes its own files or hangs too."""
+    (place,) = rank_env(1)
+    options = [f"train.hang_timeout_seconds={TIMEOUT}", f"train.save_in_background={background}", "train.steps=1000"]
+    program = Program("train", str(run.file), *options, before=partial(hang_files, everything), **place)
+    ended = program.end(120)
+    assert ended.returncode == EXIT_LOST_RANK
+    since_the_last_save = time.time() - (checkpoints(run.dir)[-1] / "COMPLETE").stat().st_mtime
+    assert since_the_last_save < 2 * TIMEOUT
+    (line,) = ended.stderr.strip().splitlines()
+    words = "has not answered for" if everything else r"has made no progress since step \d+ \(save\)"
+    assert re.search(rf"rank 0 on \S+ \(pid {program.pid}\):? .*{words}", line), line
+
+
+def die_while_saving() -> None:
+    def die(*_: object) -> Any:
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    save.write_file = die
+
+
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_a_rank_killed_while_it_saves_is_named_at_once(run: Run, background: str) -> None:
+    first, second = rank_env(2)
+    options = ["train.hang_timeout_seconds=100", f"train.save_in_background={background}", "train.steps=1000"]
+    survivor = Program("train", str(run.file), *options, **first)
+    victim = Program("train", str(run.file), *options, before=die_while_saving, **second)
+    assert victim.end().returncode == -signal.SIGKILL
+    ended = survivor.end(15)
+    assert ended.returncode == EXIT_LOST_RANK
+    assert re.search(rf"rank 1 on \S+ \(pid {victim.pid}\) died without an error message", ended.stderr)

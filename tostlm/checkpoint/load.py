@@ -20,8 +20,8 @@ from tostlm.checkpoint.layout import (
     TrainState,
     read_state,
     read_train_state,
-    step_folders,
 )
+from tostlm.checkpoint.rollback import PASSED_OVER, apply_record, following_checkpoints
 from tostlm.checkpoint.save import data_sha256, remove_unfinished
 from tostlm.config import RunConfig, fixed_keys, load_config
 from tostlm.data import Tokenizer
@@ -48,7 +48,7 @@ def latest_valid_checkpoint(config: RunConfig) -> Path | None:
                 f"{path} is no checkpoint that this version reads; move it elsewhere or choose another run_dir"
             )
     remove_unfinished(config.run_dir)
-    for checkpoint in reversed(step_folders(config.run_dir)):
+    for checkpoint in reversed(following_checkpoints(config.run_dir)):
         damage = find_damage(checkpoint)
         if damage is None:
             return checkpoint
@@ -71,9 +71,9 @@ def quarantine(checkpoint: Path, reason: str) -> None:
 
 def _is_recognized(folder: Path) -> bool:
     """Return whether tostlm wrote a folder among checkpoints; a run must not start anew beside others."""
-    if not STEP.match(folder.name.removesuffix(DAMAGED)):
+    if not STEP.match(folder.name.removesuffix(DAMAGED).removesuffix(PASSED_OVER)):
         return False
-    return folder.suffix == DAMAGED or (folder / COMPLETE).exists() or (folder / STATE).exists()
+    return folder.suffix in (DAMAGED, PASSED_OVER) or (folder / COMPLETE).exists() or (folder / STATE).exists()
 
 
 def find_damage(checkpoint: Path) -> str | None:
@@ -139,7 +139,7 @@ def resume(engine: DeepSpeedEngine, checkpoint: Path) -> TrainState:
         raise UserError(
             f"this rank does not see {checkpoint}, which rank 0 does; run_dir must be on a shared file system"
         )
-    train_state = read_train_state(checkpoint)
+    train_state = apply_record(checkpoint.parent.parent, read_train_state(checkpoint))
     restore_state(engine, read_state(checkpoint, state_elements(engine)), train_state.optimizer_steps)
     restore_loss_scale(engine, train_state.loss_scale)
     engine.global_steps = train_state.step  # DeepSpeed's own monitors count by these

@@ -6,6 +6,8 @@ import errno
 import hashlib
 import json
 import shutil
+import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -36,7 +38,9 @@ from tostlm.checkpoint.layout import (
     checkpoint_folder,
     checkpoints,
     read_train_state,
+    step_of,
 )
+from tostlm.checkpoint.rollback import settle_rollback
 from tostlm.checkpoint.state_files import Checksum, Content, assign_files, write_file
 from tostlm.config import RunConfig, dump_config
 from tostlm.data import Tokenizer, read_manifest
@@ -57,11 +61,16 @@ class CheckpointSaver:
     rank 0's publishes the checkpoint by a rename once all ranks' files are on disk.
 
     Args:
-        on_wait: called every second while a rank waits for the disk, which may take long and is no hang.
+        on_wait: called every second while a rank waits for files, with whether any were written on since the last call:
+            a slow disk is no hang.
     """
 
-    def __init__(self, config: RunConfig, tokenizer: Tokenizer, ranks: RankInfo, on_wait: Callable[[], None]) -> None:
+    def __init__(
+        self, config: RunConfig, tokenizer: Tokenizer, ranks: RankInfo, on_wait: Callable[[bool], None]
+    ) -> None:
         self._config, self._tokenizer, self._ranks, self._on_wait = config, tokenizer, ranks, on_wait
+        self._data_sha256 = data_sha256(config)
+        self._progress = threading.Event()  # something was written since the last look
         self._thread = ThreadPoolExecutor(1, "save")
         self._pending: tuple[Path, Future[str | None]] | None = None
 
@@ -75,7 +84,7 @@ class CheckpointSaver:
             if kind is None:
                 self.finish()
         finally:
-            self._thread.shutdown()
+            self._thread.shutdown(wait=kind is None)  # after an error the thread may wait for a rank that is gone
 
     def save(self, engine: DeepSpeedEngine, train_state: TrainState, recurrent_state: Mapping[str, Tensor]) -> None:
         """Save a checkpoint, in the background unless `train.save_in_background` is off.
@@ -104,7 +113,9 @@ class CheckpointSaver:
             return
         (folder, written), self._pending = self._pending, None
         while wait([written], WAIT_SECONDS).not_done:
-            self._on_wait()
+            progress = self._progress.is_set()
+            self._progress.clear()
+            self._on_wait(progress)
         errors: list[str | None] = [None] * self._ranks.world_size
         dist.all_gather_object(errors, written.result())
         error = next(filter(None, reversed(errors)), None)  # rank 0 may only know that another rank failed
@@ -113,10 +124,7 @@ class CheckpointSaver:
         if self._ranks.rank:
             raise SystemExit(EXIT_USER_ERROR)
         shutil.rmtree(partial_folder(folder), ignore_errors=True)
-        raise UserError(
-            f"checkpoint {folder} cannot be written: {error}; make room and run the command again, it resumes from "
-            "the checkpoint before"
-        )
+        raise UserError(f"checkpoint {folder} cannot be written: {error}")
 
     def _copy_to_host(
         self, engine: DeepSpeedEngine, train_state: TrainState, recurrent_state: Mapping[str, Tensor]
@@ -143,7 +151,7 @@ class CheckpointSaver:
             loss_scale=loss_scale(engine),
             world_size=world_size,
             zero_stage=self._config.zero_stage,
-            data_sha256=data_sha256(self._config),
+            data_sha256=self._data_sha256,
         )
         files[CONFIG] = dump_config(self._config).encode()
         files[self._tokenizer.file_name] = self._tokenizer.content
@@ -155,29 +163,45 @@ class CheckpointSaver:
         partial, rank = partial_folder(folder), self._ranks.rank
         try:
             (partial / STATE).mkdir(parents=True, exist_ok=True)
-            checksums = {name: write_file(partial / name, content) for name, content in files.items()}
+            checksums = {
+                name: write_file(partial / name, content, self._progress.set) for name, content in files.items()
+            }
             write_atomically(partial / RANK_DONE.format(rank), json.dumps(checksums))
             if rank == 0:
+                if self._data_changed():
+                    folders = ", ".join(map(str, self._config.data.folders))
+                    return f"the data in {folders} changed since training started; put it back, or train it elsewhere"
                 publish(partial, folder, self._gather_checksums(partial))
-                for expired in expired_checkpoints(self._config, checkpoints(self._config.run_dir)):
-                    remove_checkpoint(expired)
+                settle_rollback(self._config.run_dir, folder)
+                prune(self._config)
         except OSError as error:
             for name in files:  # makes room for the mark below on a full disk
                 with suppress(OSError):
                     (partial / name).unlink()
             with suppress(OSError):  # without the mark, rank 0 waits until its deadline
                 (partial / RANK_FAILED.format(rank)).touch()
-            return error.strerror
+            return f"{error.strerror}; make room and run the command again, it resumes from the checkpoint before"
         return None
+
+    def _data_changed(self) -> bool:
+        try:
+            return data_sha256(self._config) != self._data_sha256
+        except UserError:
+            return True
 
     def _gather_checksums(self, partial: Path) -> dict[str, Checksum]:
         """Wait until all ranks have written their files, and return the checksums of these."""
         checksums: dict[str, Checksum] = {}
-        deadline = time.monotonic() + self._config.train.hang_timeout_seconds
+        last_progress, size = time.monotonic(), 0
         for rank in range(self._ranks.world_size):
             done = partial / RANK_DONE.format(rank)
             while not done.exists():
-                if any(partial.glob(RANK_FAILED.format("*"))) or time.monotonic() > deadline:
+                written = sum(path.stat().st_size for path in (partial / STATE).iterdir())
+                if written != size:
+                    last_progress, size = time.monotonic(), written
+                    self._progress.set()
+                late = time.monotonic() - last_progress > self._config.train.hang_timeout_seconds
+                if any(partial.glob(RANK_FAILED.format("*"))) or late:
                     raise OSError(errno.EIO, f"rank {rank} did not write its part")
                 time.sleep(POLL_SECONDS)
             checksums |= json.loads(done.read_text())
@@ -202,19 +226,43 @@ def publish(partial: Path, folder: Path, checksums: Mapping[str, Checksum]) -> N
     write_atomically(folder.parent / LATEST, f"{folder.name}\n")
 
 
+def prune(config: RunConfig) -> None:
+    """Delete the checkpoints that the config does not keep, and what an earlier deletion left.
+
+    What cannot be deleted is reported on stderr and tried again after the next save: it never ends a run.
+    """
+    folder = config.run_dir / "checkpoints"
+    try:
+        for leftover in folder.glob(f"{REMOVED}*"):
+            shutil.rmtree(leftover)
+        for expired in expired_checkpoints(config, checkpoints(config.run_dir)):
+            remove_checkpoint(expired)
+    except OSError as error:
+        where = error.filename or folder
+        print(f"tostlm: {where} cannot be deleted yet ({error.strerror}); the next save tries again", file=sys.stderr)
+
+
 def expired_checkpoints(config: RunConfig, found: Sequence[Path]) -> list[Path]:
     """Return which checkpoints, of those `found` oldest first, the config does not keep."""
     train = config.train
     if train.keep_last_checkpoints is None:
         return []
     kept = set(found[-train.keep_last_checkpoints :])
-    states = {folder: read_train_state(folder) for folder in found}
     if train.keep_every_steps:
-        kept |= {folder for folder in found if states[folder].step % train.keep_every_steps == 0}
-    losses = {folder: loss for folder in found if (loss := states[folder].validation_loss) is not None}
-    if train.keep_best_checkpoint and losses:
+        kept |= {folder for folder in found if step_of(folder) % train.keep_every_steps == 0}
+    if train.keep_best_checkpoint and (losses := _validation_losses(found)):
         kept.add(min(losses, key=lambda folder: losses[folder]))  # of equals the oldest, nearest to its evaluation
     return [folder for folder in found if folder not in kept]
+
+
+def _validation_losses(found: Sequence[Path]) -> dict[Path, float]:
+    """Return the validation loss of each checkpoint that has one; one that cannot be read has none."""
+    losses = {}
+    for folder in found:
+        with suppress(UserError):
+            if (loss := read_train_state(folder).validation_loss) is not None:
+                losses[folder] = loss
+    return losses
 
 
 def remove_checkpoint(folder: Path) -> None:

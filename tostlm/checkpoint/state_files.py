@@ -6,13 +6,14 @@ import hashlib
 import heapq
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 FILE_BYTES = 512 << 20  # about the size of a file in state/, unless one parameter is larger
+WRITE_BYTES = 64 << 20  # at once
 # safetensors' names: https://github.com/huggingface/safetensors#format
 DTYPES = {
     torch.float64: "F64",
@@ -46,20 +47,24 @@ def _balance(sizes: Mapping[str, int], bins: int) -> list[list[str]]:
     return names_of
 
 
-def write_file(path: Path, content: Content) -> Checksum:
-    """Write a file durably and return its checksum.
+def write_file(path: Path, content: Content, on_progress: Callable[[], object] = lambda: None) -> Checksum:
+    """Write a file durably and return its checksum; `on_progress` is called as often as something was written.
 
     Raises:
         OSError: it cannot be written.
     """
     digest, size = hashlib.sha256(), 0
     with path.open("wb") as file:
-        for piece in [content] if isinstance(content, bytes) else _safetensors_pieces(content):
-            file.write(piece)
-            digest.update(piece)
-            size += len(piece)
+        for whole in [content] if isinstance(content, bytes) else _safetensors_pieces(content):
+            for start in range(0, len(whole), WRITE_BYTES):
+                piece = whole[start : start + WRITE_BYTES]
+                file.write(piece)
+                digest.update(piece)
+                size += len(piece)
+                on_progress()
         file.flush()
         os.fsync(file.fileno())
+        on_progress()
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import secrets
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from tostlm.config import RunConfig
 from tostlm.errors import UserError, error_summary
-from tostlm.files import write_atomically
+from tostlm.files import read_json_lines, write_atomically
 
 EVENT = "event"  # the kind of the lines that a rollback keeps
 WANDB_START_SECONDS, WANDB_END_SECONDS = 60, 60  # how long the service may delay a run
@@ -34,17 +35,21 @@ class MetricsWriter:
     def __init__(self, config: RunConfig, step: int) -> None:
         self._run_dir, self._batch_tokens = config.run_dir, config.train.batch_tokens
         self._wandb = WandbRun(config)
+        threading.excepthook = _excepthook
         self._open(step)
 
     def _open(self, step: int) -> None:
-        path = self._run_dir / "metrics.jsonl"
-        _remove_later_lines(path, step)
-        self._file = path.open("a")
-        self._tensorboard = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=step + 1)
+        self._path, tensorboard = self._run_dir / "metrics.jsonl", self._run_dir / "tensorboard"
+        _remove_later_lines(self._path, step)
+        self._file = self._path.open("a")
+        _sort_before_now(tensorboard)
+        self._tensorboard = SummaryWriter(str(tensorboard), purge_step=step + 1)
 
     def _close_files(self) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        with _named(self._path):
+            self._file.close()
+        with _named(self._run_dir / "tensorboard"):
+            self._tensorboard.close()
 
     def rewind(self, step: int) -> None:
         """Continue after `step`, without what was written of later steps."""
@@ -60,32 +65,67 @@ class MetricsWriter:
         """Write values of a kind (train, validation, statistics, event) at a step; they are flushed when this returns.
 
         Events go to metrics.jsonl alone; all other values are numbers.
+
+        Raises:
+            OSError: with the file's name, if it cannot be written.
         """
         header = {"kind": kind, "step": step, "tokens": step * self._batch_tokens, "time": time.time()}
         finite = {name: x for name, x in values.items() if not isinstance(x, float) or math.isfinite(x)}
-        self._file.write(json.dumps({**header, **dict.fromkeys(values), **finite}, allow_nan=False) + "\n")
-        self._file.flush()
+        with _named(self._path):
+            self._file.write(json.dumps({**header, **dict.fromkeys(values), **finite}, allow_nan=False) + "\n")
+            self._file.flush()
         if kind == EVENT:
             return
         scalars = {f"{kind}/{name}": value for name, value in finite.items()}
-        for name, value in scalars.items():
-            self._tensorboard.add_scalar(name, value, step)
-        self._tensorboard.flush()  # a run that is killed would lose its queue
+        with _named(self._run_dir / "tensorboard"):
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()  # a run that is killed would lose its queue
         self._wandb.write(step, scalars)
 
 
-def _remove_later_lines(path: Path, step: int) -> None:
-    if path.exists():
-        lines = path.read_text().splitlines()
-        write_atomically(path, "".join(f"{line}\n" for line in lines if _is_kept(line, step)))
+def _excepthook(arguments: threading.ExceptHookArgs) -> None:
+    """Print what ends a thread, but for TensorBoard's, whose error its next call raises."""
+    if not type(arguments.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(arguments)
 
 
-def _is_kept(line: str, step: int) -> bool:
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Put a path into errors of writing to an open file, which have none."""
     try:
-        entry = json.loads(line)
-        return bool(entry["kind"] == EVENT or entry["step"] <= step)
-    except (ValueError, TypeError, LookupError):  # cut short by a crash, or not written by tostlm
-        return False
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _sort_before_now(folder: Path) -> None:
+    """Rename TensorBoard's files, which it reads in the order of the times in their names, so that a new one is last.
+
+    It would not be after the clock was set back, and its steps would be hidden.
+    """
+    files = sorted(folder.glob("events.out.tfevents.*"))
+    if files and files[-1].name.split(".")[3] >= f"{int(time.time()):010d}":
+        for number, file in enumerate(files):
+            parts = file.name.split(".")
+            file.rename(file.with_name(".".join([*parts[:3], f"{number:010d}", *parts[4:]])))
+
+
+def _remove_later_lines(path: Path, step: int) -> None:
+    """Remove the lines of later steps, except events. Lines that cannot be read go to a file beside, PATH.damaged."""
+    entries, damaged = read_json_lines(path)
+    kept = [entry for entry in entries if entry.get("kind") == EVENT or _step_of(entry) <= step]
+    if damaged:
+        with path.with_name(f"{path.name}.damaged").open("ab") as file:
+            file.writelines(line + b"\n" for line in damaged)
+    if entries or damaged:
+        write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+
+
+def _step_of(entry: Mapping[str, Any]) -> float:
+    """Return the step of a line; that of one without any is after all others."""
+    step = entry.get("step")
+    return step if isinstance(step, int) else math.inf
 
 
 def check_wandb(config: RunConfig) -> None:

@@ -112,6 +112,7 @@ class Metrics:
         self._config, self._world_size, self._timers = config, ranks.world_size, timers
         self._reported_step = start_step
         self._writer: MetricsWriter | None = None
+        self._rewind_to: int | None = None
         if ranks.rank == 0:
             self._writer = MetricsWriter(config, start_step)
             # `disable=None` shows the bar on a terminal only.
@@ -193,16 +194,20 @@ class Metrics:
         self._report(EVENT, step, {"event": name, **values}, line)
 
     def rewind(self, step: int) -> None:
-        """Continue after `step`, from a rollback on: what was reported of later steps is removed, except events."""
+        """Continue after `step`, from a rollback on: what was reported of later steps is removed, except events.
+
+        It is removed when something else is reported: if the run ends before that, it resumes from another checkpoint.
+        """
         self._timers.report()
-        self._reported_step = step
-        if self._writer is not None:
-            self._writer.rewind(step)
+        self._reported_step = self._rewind_to = step
 
     def _report(self, kind: str, step: int, values: Mapping[str, object], line: str = "", **bar: str) -> None:
         """Write values to the files, print a line if there is one, and update the progress bar."""
         if self._writer is None:
             return
+        if self._rewind_to is not None and kind != EVENT:
+            self._writer.rewind(self._rewind_to)
+            self._rewind_to = None
         self._writer.write(kind, step, values)
         if line:
             tqdm.write(f"step {step}/{self._config.train.steps}  {line}", file=sys.stdout)

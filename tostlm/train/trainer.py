@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tostlm.checkpoint import CONFIG, TrainState, checkpoints, read_train_state
+from tostlm.checkpoint import CONFIG, TrainState, read_train_state
 from tostlm.checkpoint.layout import read_recurrent_state
-from tostlm.checkpoint.load import check_resumable, latest_valid_checkpoint, quarantine, resume
+from tostlm.checkpoint.load import check_resumable, latest_valid_checkpoint, resume
+from tostlm.checkpoint.rollback import choose_checkpoint, record_rollback
 from tostlm.checkpoint.save import CheckpointSaver
 from tostlm.config import RunConfig, dump_config, matmul_dtype
 from tostlm.data import verify_once
@@ -117,7 +118,7 @@ def run_loop(
     with (
         Metrics(config, state.step, ranks, timers) as metrics,
         StepProfiler(config, ranks) as profiler,
-        CheckpointSaver(config, data.tokenizer, ranks, watchdog.keep_alive) as saver,
+        CheckpointSaver(config, data.tokenizer, ranks, watchdog.wait_for_files) as saver,
         closing(rank_batches.training(state.data_step)) as batches,
     ):
         while state.step < steps and not stopping:
@@ -126,16 +127,20 @@ def run_loop(
             with profiler.step(state.step + 1):
                 lr = learning_rate(config, state.step)
                 result = train_step(engine, micro_batches, lr, spikes.is_bad, stop.requested, recurrent_state, timers)
-            state, stopping = state.advance(result.skipped), result.stop
+            # After a bad step there is nothing good to save: a request to stop is honoured at the next good one.
+            state, stopping = state.advance(result.skipped), result.stop and not result.bad
 
             if result.skipped:
                 metrics.event(state.step, "skipped", loss=result.loss, grad_norm=result.grad_norm)
             if spikes.update(result.loss, result.bad):
                 saver.finish()
                 state = roll_back(engine, config, state, spikes.rollbacks_in_a_row > 1, ranks)
+                stopping = result.stop  # with the rollback recorded, everything is saved
                 metrics.rewind(state.step)
                 metrics.event(state.step, "rolled back", rollbacks=state.rollbacks)
                 continue
+            if result.bad and spikes.rollbacks_in_a_row and state.step < steps:
+                continue  # nothing is reported or saved until the rollback has helped
             if due(settings.log_every_steps):
                 context = micro_batches[0].inputs.shape[1] * settings.context_parallel_size
                 epochs = data.training.epochs(state.data_step)
@@ -155,35 +160,20 @@ def run_loop(
 
 
 def roll_back(
-    engine: TrainingEngine, config: RunConfig, state: TrainState, rollback_failed: bool, ranks: RankInfo
+    engine: TrainingEngine, config: RunConfig, state: TrainState, failed: bool, ranks: RankInfo
 ) -> TrainState:
-    """Load the newest checkpoint and return the progress to continue from, which leaves out the data read since.
+    """Load an earlier checkpoint and return the progress to continue from, which leaves out the data read since.
 
-    With `rollback_failed`, no step was good since the last rollback, so the newest checkpoint's weights are bad too: it
-    is quarantined and the one before it is loaded. Every rank must call this.
+    Every rank must call this. `failed` says that no step was good since the last rollback.
 
     Raises:
         UserError: on rank 0, if the run has rolled back too often or has no checkpoint.
     """
-    checkpoint = broadcast_from_rank0(lambda: _choose_rollback_checkpoint(config, state, rollback_failed), ranks)
+    checkpoint = broadcast_from_rank0(lambda: choose_checkpoint(config, state, failed), ranks)
     saved = resume(engine, checkpoint)
-    return saved._replace(data_step=state.data_step, skipped_steps=state.skipped_steps, rollbacks=state.rollbacks + 1)
-
-
-def _choose_rollback_checkpoint(config: RunConfig, state: TrainState, rollback_failed: bool) -> Path:
-    settings, found = config.train, checkpoints(config.run_dir)
-    problem = f"the last {settings.bad_steps_before_rollback} losses or gradients up to step {state.step} were bad"
-    advice = "lower optimizer.lr or set deepspeed.gradient_clipping, and run the command again"
-    if state.rollbacks >= settings.rollbacks_before_stop:
-        raise UserError(
-            f"{problem} after {state.rollbacks} rollbacks (train.rollbacks_before_stop): training has diverged; "
-            f"{advice}: it resumes from the newest checkpoint"
-        )
-    if rollback_failed and found:
-        quarantine(found.pop(), "no step was good after it")
-    if not found:
-        raise UserError(f"{problem} and there is no checkpoint to roll back to: training has diverged; {advice}")
-    return found[-1]
+    state = saved._replace(data_step=state.data_step, skipped_steps=state.skipped_steps, rollbacks=state.rollbacks + 1)
+    broadcast_from_rank0(lambda: record_rollback(config.run_dir, state), ranks)
+    return state
 
 
 def learning_rate(config: RunConfig, step: int) -> float:

@@ -31,6 +31,7 @@ from tostlm.launch import RankInfo, exit_rank
 START_SECONDS = 1800.0  # allowed for the start and the first step, which may compile
 # Fractions of the timeout after which an idle rank reads the others' heartbeats, and decides; the rest is for ending.
 READ_AFTER, DECIDE_AFTER = 0.3, 0.6
+GUARD_AFTER = 0.85  # fraction of the timeout after which a rank ends whose watching thread hangs itself
 POLL_SECONDS = 0.1
 ADVICE = "run the same command to resume from the newest checkpoint"
 MAX_NAMED_RANKS = 8  # in one line
@@ -135,8 +136,10 @@ class Watchdog:
         self._status: str | None = None
         self._writes = 0
         self._writing, self._ending = threading.Lock(), threading.Lock()  # the thread that ends keeps the latter
-        self._done = threading.Event()
+        self._done, self._left = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._watched_at = time.monotonic()  # when the watching thread last began to look
+        self._guard = threading.Thread(target=self._guard_against_files, name="watchdog-guard", daemon=True)
 
     def record_phase(self, step: int, phase: str) -> None:
         """Record that the main thread begins a phase (data, forward, ...) after `step` finished steps.
@@ -150,9 +153,16 @@ class Watchdog:
         allowance = self._start_allowance if step == self._first_step else 0.0
         self._main = before._replace(step=step, phase=phase, phase_index=index), time.monotonic() + allowance
 
-    def keep_alive(self) -> None:
-        """Record that the main thread waits for a disk, which may take long, and does not hang."""
-        self._main = self._main[0], time.monotonic()
+    def wait_for_files(self, progress: bool) -> None:
+        """Record that the main thread waits for files, its own and other ranks', which is no hang with `progress`.
+
+        It ends the process if a rank is gone, which would be waited for.
+        """
+        if progress:
+            self._main = self._main[0], time.monotonic()
+        if any(beat.gone for beat in self._read_heartbeats().values() if beat.status is None):
+            self._ending.acquire()  # see __exit__
+            self._end_after_lost_peer(ConnectionResetError("a rank is gone"))
 
     def __enter__(self) -> Watchdog:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -162,6 +172,7 @@ class Watchdog:
         faulthandler.register(signal.SIGUSR2, self._stack, all_threads=False)
         self._write_heartbeat()
         self._thread.start()
+        self._guard.start()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -174,15 +185,17 @@ class Watchdog:
         self._stack.close()
         if isinstance(error, Exception):
             self._write_heartbeat(FAILED)
-            return
-        self._heartbeat_file.unlink(missing_ok=True)
-        self._stack_file.unlink(missing_ok=True)
-        with suppress(OSError):  # only the last rank finds the folder empty
-            self._folder.rmdir()
+        else:
+            with suppress(OSError):  # only the last rank finds the folder empty
+                self._heartbeat_file.unlink(missing_ok=True)
+                self._stack_file.unlink(missing_ok=True)
+                self._folder.rmdir()
+        self._left.set()
 
     def _watch(self) -> None:
         earlier: Heartbeats | None = None
         while not self._done.wait(self._interval):
+            self._watched_at = time.monotonic()
             self._write_heartbeat()
             idle = time.monotonic() - self._main[1]
             if idle < READ_AFTER * self._timeout and not self._has_verdict():
@@ -197,6 +210,23 @@ class Watchdog:
             if (stalled or self._has_verdict()) and self._ending.acquire(blocking=False):
                 self._end_hung_run(stalled, frozen, later, idle)
             earlier = earlier or later
+
+    def _guard_against_files(self) -> None:
+        """End this process in time where `run_dir` hangs and the watching thread with it; this thread reads no file."""
+        while not self._left.wait(self._interval):
+            now = time.monotonic()
+            idle, blocked = now - self._main[1], now - self._watched_at
+            if idle >= GUARD_AFTER * self._timeout and blocked > 2 * self._interval:
+                # Standard error and the report may be files that hang too.
+                end = threading.Thread(target=self._end_without_files, args=(min(idle, blocked),), daemon=True)
+                end.start()
+                end.join(self._interval)
+                os._exit(EXIT_LOST_RANK)
+
+    def _end_without_files(self, seconds: float) -> NoReturn:
+        where = f"rank {self._rank} on {socket.gethostname()} (pid {os.getpid()})"
+        _print(f"{where}: {self._run_dir} has not answered for {seconds:.0f} s; {ADVICE}")
+        exit_rank(EXIT_LOST_RANK)
 
     def _heartbeat(self) -> Heartbeat:
         progress, idle_from = self._main
