@@ -70,6 +70,7 @@ def test_dump_reads_back(run: Run, tmp_path: Path) -> None:
 def test_an_override_is_not_cut_at_a_comment(run: Run) -> None:
     assert run.config("run_dir=runs/a #1").run_dir == Path("runs/a #1")
     assert run.config('run_dir="runs/a #1"').run_dir == Path("runs/a #1")
+    assert run.config('train.wandb_project=""').train.wandb_project == ""
 
 
 def test_overrides_make_missing_parents(run: Run) -> None:

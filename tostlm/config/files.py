@@ -77,7 +77,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     try:
         parsed = yaml.load(value, _Loader)
         # Of a plain string YAML would drop what follows a space and #, as in the name of a folder.
-        node[place] = value if isinstance(parsed, str) and value.startswith(parsed) else parsed
+        node[place] = value if parsed and isinstance(parsed, str) and value.startswith(parsed) else parsed
     except (yaml.YAMLError, ValueError):
         raise UserError(f"override {override!r}: {value!r} is not a YAML value") from None
 

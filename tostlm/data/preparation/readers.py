@@ -97,7 +97,7 @@ class Reader:
             except Exception as error:
                 if not is_transient(error):
                     raise
-                if pause is None:
+                if pause is None or isinstance(error, FileNotFoundError | PermissionError):
                     raise UserError(
                         f"{source} cannot be read now ({error_summary(error)}); run the same command again when it "
                         "can: it continues from what is finished"
