@@ -32,6 +32,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         content = yaml.safe_load((ROOT / "configs" / name).read_text())
         content["model"] |= {"depth": 1, "width": 32, "heads": 2, "vocab_size": 1024}
         content["train"] |= {"steps": 4, "save_every_steps": 2, "eval_tokens": 4096}
+        content["optimizer"] |= {"warmup_steps": 1}
         (folder / "configs" / name).write_text(yaml.safe_dump(content))
     return folder
 

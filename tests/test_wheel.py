@@ -75,7 +75,13 @@ def test_a_shipped_config_trains(tostlm: Path, tmp_path: Path, data: Path) -> No
         "data.context_tokens=64",
         "train.micro_batch_tokens=512",
     ]
-    short = ["train.steps=2", "train.batch_tokens=512", "train.eval_tokens=512", "train.save_every_steps=2"]
+    short = [
+        "train.steps=2",
+        "optimizer.warmup_steps=1",
+        "train.batch_tokens=512",
+        "train.eval_tokens=512",
+        "train.save_every_steps=2",
+    ]
     printed = succeed(tostlm, tmp_path, "train", "quickstart", f"data.path={data}", *small, *short)
     assert "step 2/2" in printed
     assert (tmp_path / "runs" / "quickstart" / "tost" / "config.yaml").exists()

@@ -43,7 +43,8 @@ def test_the_cluster_starts_within_seconds(machines: Cluster) -> None:
 
 def test_sbatch_by_hand_on_two_nodes(cluster: Cluster, tmp_path: Path, data: Path) -> None:
     run_dir = tmp_path / "run"
-    overrides = [f"run_dir={run_dir}", f"data.path={data}", "train.steps=3", "train.eval_tokens=1024"]
+    overrides = [f"run_dir={run_dir}", f"data.path={data}", "train.steps=3", "optimizer.warmup_steps=1"]
+    overrides += ["train.eval_tokens=1024"]
     script = ["slurm/pretrain.sbatch", "configs/quickstart.yaml", *overrides]
     hardware = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1"]
     command = ["sbatch", "--parsable", *hardware, f"--output={tmp_path}/%j.log", *script]

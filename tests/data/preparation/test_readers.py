@@ -253,7 +253,6 @@ def test_a_flipped_bit_in_a_compressed_file_is_no_crash(suffix: str, at: int, bi
         path = Path(folder, f"a.jsonl{suffix}")
         path.write_bytes(content)
         found = records(path)
-    assert {type(row) for row in found} <= {str, RecordError}
     assert sum(isinstance(row, RecordError) and row.reason == "unreadable file" for row in found) <= 1
 
 
