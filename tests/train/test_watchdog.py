@@ -175,8 +175,15 @@ def hang_files(everything: bool) -> None:
     os.fsync = slow_fsync
 
 
-@pytest.mark.parametrize("everything", [False, True])
-@pytest.mark.parametrize("background", ["false", "true"])
+@pytest.mark.parametrize(
+    ("everything", "background"),
+    [
+        (False, "true"),
+        (True, "false"),
+        pytest.param(False, "false", marks=pytest.mark.slow),
+        pytest.param(True, "true", marks=pytest.mark.slow),
+    ],
+)
 def test_a_disk_that_hangs_ends_the_run_in_time(run: Run, everything: bool, background: str) -> None:
     """Whether the watching thread still writes its own files or hangs too."""
     (place,) = rank_env(1)
