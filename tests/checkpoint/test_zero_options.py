@@ -1,22 +1,19 @@
 """Every boolean option of DeepSpeed's ZeRO block: refused, or without effect on the losses and on what is saved."""
 
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from tests.conftest import Run
 from tests.processes import on_ranks
-from tests.train.engines import state_facts
+from tests.train.engines import state_facts, train_steps
 from tostlm.config import RunConfig, deepspeed_block, load_config
 from tostlm.errors import EXIT_USER_ERROR, UserError
 from tostlm.launch import RankInfo
-from tostlm.train.batches import RankBatches, RecurrentState, open_data
-from tostlm.train.engine import start_engine, train_step
-from tostlm.train.trainer import learning_rate
+from tostlm.train.batches import open_data
+from tostlm.train.engine import start_engine
 
 STEPS = 3
 OPTIONS: dict[str, Any] = {  # each boolean of the block, by its name in a config, and the value that is not the default
@@ -40,15 +37,7 @@ def train(config: RunConfig, ranks: RankInfo) -> tuple[list[float], list[str]]:
     """Train some steps; return the losses, and the parameters whose masters are not where they should be."""
     data = open_data(config, ranks.world_size)
     engine = start_engine(config, data.plan, ranks)
-    state = RecurrentState(config, data.plan.accumulation, ranks)
-    losses = []
-    batches = RankBatches(data, ranks, torch.device("cpu")).training(0)
-    for step in range(STEPS):
-        micro_batches = next(batches).split(data.plan.accumulation)
-        lr = learning_rate(config, step)
-        result = train_step(engine, micro_batches, lr, lambda loss: False, False, state, lambda name: nullcontext())
-        losses.append(result.loss)
-    batches.close()
+    losses = [result.loss for result in train_steps(config, data, engine, ranks, 0, STEPS)]
     misplaced = state_facts(engine)["weights_unlike_masters"]
     engine.destroy()
     return losses, misplaced

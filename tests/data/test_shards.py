@@ -19,13 +19,11 @@ from tostlm.data import (
     PreparationSettings,
     Tokenizer,
     TokenSet,
-    load_tokenizer,
     prepare,
-    read_manifest,
     shards,
     verify,
 )
-from tostlm.data.shards import dtype_for
+from tostlm.data.shards import dtype_for, load_tokenizer, read_manifest
 from tostlm.errors import UserError
 
 

@@ -1,6 +1,7 @@
 """Real engines in real process groups, several in turn, which is much faster than a training run for each."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +15,10 @@ from tostlm.checkpoint.deepspeed_state import gather_state, gather_weights, loss
 from tostlm.checkpoint.layout import TrainState, checkpoint_folder
 from tostlm.checkpoint.load import resume
 from tostlm.checkpoint.save import CheckpointSaver
-from tostlm.config import load_config
+from tostlm.config import RunConfig, load_config
 from tostlm.launch import RankInfo
-from tostlm.train.batches import RankBatches, RecurrentState, open_data
-from tostlm.train.engine import TrainingEngine, start_engine, train_step
+from tostlm.train.batches import RankBatches, RecurrentState, RunData, open_data
+from tostlm.train.engine import StepResult, TrainingEngine, start_engine, train_step
 from tostlm.train.trainer import learning_rate
 
 KEPT_STEP, LAST_STEP = 3, 6  # of a job: the step that it saves and may be resumed from, and the last one
@@ -52,26 +53,32 @@ def run_job(job: Job, ranks: RankInfo) -> dict[str, Any]:
     data = open_data(config, ranks.world_size)
     engine = start_engine(config, data.plan, ranks)
     state, facts, losses = TrainState(), {}, {}
-    recurrent_state = RecurrentState(config, data.plan.accumulation, ranks)
     with CheckpointSaver(config, data.tokenizer, ranks, lambda progress: None) as saver:
         if job.origin:
             state = resume(engine, checkpoint_folder(Path(job.origin), KEPT_STEP))
             facts = state_facts(engine)
             saver.save(engine, state, {})
-        batches = RankBatches(data, ranks, torch.device("cpu")).training(state.step)
-        for step in range(state.step, LAST_STEP):
-            micro_batches = next(batches).split(data.plan.accumulation)
-            lr = learning_rate(config, step)
-            result = train_step(
-                engine, micro_batches, lr, lambda loss: False, False, recurrent_state, lambda name: nullcontext()
-            )
-            losses[step + 1] = result.loss
+        for result in train_steps(config, data, engine, ranks, state.step, LAST_STEP):
             state = state.advance(result.skipped)
-            if step + 1 == KEPT_STEP:
+            losses[state.step] = result.loss
+            if state.step == KEPT_STEP:
                 saver.save(engine, state, RECURRENT_STATE if config.data.stateful else {})
-        batches.close()
     engine.destroy()
     return {"losses": losses, **facts}
+
+
+def train_steps(
+    config: RunConfig, data: RunData, engine: TrainingEngine, ranks: RankInfo, first: int, last: int
+) -> Iterator[StepResult]:
+    """Train from step `first` to step `last`, and yield the result of each step."""
+    recurrent_state = RecurrentState(config, data.plan.accumulation, ranks)
+    with closing(RankBatches(data, ranks, torch.device("cpu")).training(first)) as batches:
+        for step in range(first, last):
+            micro_batches = next(batches).split(data.plan.accumulation)
+            lr = learning_rate(config, step)
+            yield train_step(
+                engine, micro_batches, lr, lambda loss: False, False, recurrent_state, lambda name: nullcontext()
+            )
 
 
 def state_facts(engine: TrainingEngine) -> dict[str, Any]:

@@ -72,7 +72,6 @@ def report_operator(
     """
     if out:
         require_file_writable(out)
-    if out:
         require_matplotlib()
     torch.set_num_threads(threads)
     device = best_device()

@@ -58,6 +58,16 @@ class TrainState(NamedTuple):
     zero_stage: int = 0
     data_sha256: str = ""  # of the content of the prepared folders
 
+    def to_json(self) -> str:
+        """Return the state as a line of JSON."""
+        return f"{json.dumps(self._asdict())}\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> TrainState:
+        """Return the state that `to_json` made a line of; raise ValueError or TypeError if the text is none."""
+        state = cls(**json.loads(text))
+        return state._replace(good_losses=tuple(state.good_losses))  # JSON has lists only
+
     def advance(self, skipped: bool) -> TrainState:
         """Return the state after one more step, whose update was `skipped` or not."""
         return self._replace(
@@ -122,8 +132,7 @@ def read_train_state(checkpoint: Path) -> TrainState:
         UserError: the file is missing or damaged.
     """
     try:
-        state = TrainState(**json.loads((checkpoint / TRAIN_STATE).read_text()))
-        return state._replace(good_losses=tuple(state.good_losses))  # JSON has lists only
+        return TrainState.from_json((checkpoint / TRAIN_STATE).read_text())
     except (OSError, ValueError, TypeError):
         raise UserError(f"checkpoint {checkpoint} has no readable {TRAIN_STATE}; use an older one") from None
 

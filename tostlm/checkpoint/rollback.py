@@ -6,7 +6,6 @@ and then get another name, under which they can still be evaluated or converted.
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -49,13 +48,13 @@ def choose_checkpoint(config: RunConfig, state: TrainState, failed: bool) -> Pat
 
 def record_rollback(run_dir: Path, state: TrainState) -> None:
     """Record the progress that a run continues from after a rollback, so that a kill does not undo it."""
-    write_atomically(_record_file(run_dir), json.dumps(state._asdict()))
+    write_atomically(_record_file(run_dir), state.to_json())
 
 
 def read_record(run_dir: Path) -> TrainState | None:
     """Return the progress after the last rollback; None if there was none since the last checkpoint was saved."""
     try:
-        return TrainState(**json.loads(_record_file(run_dir).read_bytes()))
+        return TrainState.from_json(_record_file(run_dir).read_bytes())
     except (OSError, ValueError, TypeError):
         return None
 

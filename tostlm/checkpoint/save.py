@@ -155,7 +155,7 @@ class CheckpointSaver:
         )
         files[CONFIG] = dump_config(self._config).encode()
         files[self._tokenizer.file_name] = self._tokenizer.content
-        files[TRAIN_STATE] = f"{json.dumps(train_state._asdict())}\n".encode()
+        files[TRAIN_STATE] = train_state.to_json().encode()
         return files
 
     def _write(self, folder: Path, files: Mapping[str, Content]) -> str | None:

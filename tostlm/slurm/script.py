@@ -18,19 +18,24 @@ from tostlm.slurm.history import LOGS, SITE
 TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)  # sbatch(1), --time
 # Options that the scripts set, or that would keep them from running; sbatch takes the last of two.
 RESERVED = {
-    *(
-        "array",
-        "chdir",
-        "dependency",
-        "error",
-        "job-name",
-        "nodes",
-        "no-requeue",
-        "ntasks",
-        "ntasks-per-node",
-        "open-mode",
-    ),
-    *("output", "parsable", "requeue", "signal", "test-only", "time", "wait", "wrap"),
+    "array",
+    "chdir",
+    "dependency",
+    "error",
+    "job-name",
+    "nodes",
+    "no-requeue",
+    "ntasks",
+    "ntasks-per-node",
+    "open-mode",
+    "output",
+    "parsable",
+    "requeue",
+    "signal",
+    "test-only",
+    "time",
+    "wait",
+    "wrap",
 }
 
 TEMPLATES = Path(__file__).parent / "templates"  # in a checkout a link to slurm/, in a wheel the files themselves

@@ -224,7 +224,7 @@ class Watchdog:
                 os._exit(EXIT_LOST_RANK)
 
     def _end_without_files(self, seconds: float) -> NoReturn:
-        where = f"rank {self._rank} on {socket.gethostname()} (pid {os.getpid()})"
+        where = _names([self._rank], {self._rank: self._main[0]})
         _print(f"{where}: {self._run_dir} has not answered for {seconds:.0f} s; {ADVICE}")
         exit_rank(EXIT_LOST_RANK)
 

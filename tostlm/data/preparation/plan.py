@@ -11,6 +11,7 @@ Every process that takes part, on any machine, reads the plan there.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -78,7 +79,8 @@ def make_plan(settings: PreparationSettings, tokenizer: Tokenizer, out: Path, co
     Selector(settings)
     for folder in settings.dedup_against:
         read_manifest(folder)
-    if not (out / PLAN).exists():
+    continues = (out / PLAN).exists()
+    if not continues:
         # Another task may have started in this folder a moment ago.
         own = (PLAN, UNITS, tokenizer.file_name)
         if out.exists() and not (out.is_dir() and all(p.name in own or p.name[0] == "." for p in out.iterdir())):
@@ -89,7 +91,8 @@ def make_plan(settings: PreparationSettings, tokenizer: Tokenizer, out: Path, co
         write_atomically(out / PLAN, plan.model_dump_json(indent=1), overwrite=False)
     plan = read_plan(out)
     _require_same(plan, settings, tokenizer, out)
-    _require_same_files(plan, out)
+    if continues:
+        _require_same_files(plan, out)
     write_atomically(out / tokenizer.file_name, tokenizer.content, overwrite=False)
     if plan.settings != settings:  # in `on_error`, which may change
         plan = plan.model_copy(update={"settings": settings})
@@ -127,9 +130,10 @@ def _require_same_files(plan: PreparationPlan, out: Path) -> None:
             raise UserError(
                 f"{file} has not {unit.byte_range[1]} bytes as when the preparation in {out} began; {advice}"
             )
+    state_of = cache(FileState.of)  # a file may be in many units
     for index in set(range(len(plan.units))) - set(unfinished(out, plan)):
         for file, state in read_result(out, index).files.items():
-            if not state.is_same(FileState.of(file)):
+            if not state.is_same(state_of(file)):
                 raise UserError(f"{file} changed since work unit {index} of {out} read it; {advice}")
 
 
