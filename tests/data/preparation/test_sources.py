@@ -57,8 +57,9 @@ def test_every_kind_of_file(tmp_path: Path, kind: str) -> None:
 
 def test_several_sources_and_another_column(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"body": "x"}\n{"body": ""}\n{"body": "y"}\n')
-    source = str(tmp_path / "b.jsonl")
-    assert list(documents([source, source], Selection(text_column="body"))) == ["x", "y", "x", "y"]
+    (tmp_path / "a.jsonl").write_text('{"body": "z"}\n')
+    sources = [str(tmp_path / "b.jsonl"), str(tmp_path / "a.jsonl")]
+    assert list(documents(sources, Selection(text_column="body"))) == ["x", "y", "z"]
 
 
 def test_data_that_a_package_ships() -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import pydantic
 
 from tostlm.data.preparation.readers import Reader, RecordError, SourceRecord
-from tostlm.data.preparation.sources import list_work_units, no_text
+from tostlm.data.preparation.sources import divide, find_sources, no_text
 from tostlm.data.shards import FrozenModel
 from tostlm.errors import UserError
 
@@ -185,13 +185,13 @@ def documents(
         UserError: a source is missing, unreadable or without text, or a record cannot be used.
     """
     selection = selection or Selection()
-    for source in sources:
+    for source in find_sources(sources):
         selector, empty = Selector(selection), True
         if dropped is not None:
             selector.dropped = dropped
-        for unit in list_work_units([source]):
+        for unit in divide([source]):
             for text in selector.documents(Reader(unit, selector.columns, selection.max_document_bytes)):
                 empty = False
                 yield text
         if empty:
-            raise no_text(source)
+            raise no_text(source.name)

@@ -6,17 +6,17 @@ workers.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import importlib.resources
 import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from tostlm.data.preparation.folders import FoundFile, find_files
 from tostlm.data.shards import FrozenModel
 from tostlm.errors import UserError, error_summary
 
@@ -77,37 +77,67 @@ def list_work_units(sources: Sequence[str], unit_bytes: int = UNIT_BYTES) -> lis
     `OWNER/NAME[:CONFIG][@SPLIT]`.
 
     Raises:
-        UserError: a source is missing, or of no known kind.
+        UserError: a source is missing, of no known kind, or named twice.
     """
-    files_of_sources = [(source, _files(source)) for source in sources]
-    units: list[WorkUnit] = []
-    for in_hub, group in itertools.groupby(files_of_sources, key=lambda pair: pair[1] is None):
+    return list(divide(find_sources(sources), unit_bytes))
+
+
+def divide(found: Iterable[FoundSource], unit_bytes: int = UNIT_BYTES) -> Iterator[WorkUnit]:
+    """Yield the work units of sources, in order; files of several sources may share one."""
+    for in_hub, group in itertools.groupby(found, key=lambda source: source.files is None):
         if in_hub:
-            for source, _ in group:
-                count = min(hub_dataset(source).num_shards, MAX_HUB_UNITS)
-                units += [WorkUnit(bytes=None, hub=source, shard=(index, count)) for index in range(count)]
+            for name, _ in group:
+                count = min(hub_dataset(name).num_shards, MAX_HUB_UNITS)
+                yield from (WorkUnit(bytes=None, hub=name, shard=(index, count)) for index in range(count))
         else:
-            units += _units_of_files([file for _, files in group for file in files or ()], unit_bytes)
-    return units
+            yield from _units_of_files([file for _, files in group for file in files or ()], unit_bytes)
 
 
-def _units_of_files(files: Sequence[str], unit_bytes: int) -> Iterator[WorkUnit]:
+def _units_of_files(files: Sequence[FoundFile], unit_bytes: int) -> Iterator[WorkUnit]:
     group: list[str] = []
     size = 0
-    for file in files:
-        file_bytes = Path(file).stat().st_size
+    for path, file_bytes, _ in files:
         if group and size + file_bytes > unit_bytes:
             yield WorkUnit(bytes=size, files=tuple(group))
             group, size = [], 0
-        if file_bytes > unit_bytes and file.lower().endswith(".jsonl"):
+        if file_bytes > unit_bytes and path.lower().endswith(".jsonl"):
             for start in range(0, file_bytes, unit_bytes):
                 stop = min(start + unit_bytes, file_bytes)
-                yield WorkUnit(bytes=stop - start, files=(file,), byte_range=(start, stop))
+                yield WorkUnit(bytes=stop - start, files=(path,), byte_range=(start, stop))
         else:
-            group.append(file)
+            group.append(path)
             size += file_bytes
     if group:
         yield WorkUnit(bytes=size, files=tuple(group))
+
+
+class FoundSource(NamedTuple):
+    """A source and its data files that are not empty, by path; no files for a hub dataset."""
+
+    name: str
+    files: list[FoundFile] | None
+
+
+def find_sources(sources: Sequence[str]) -> list[FoundSource]:
+    """Find the files of sources.
+
+    Raises:
+        UserError: a source is missing, of no known kind, or names what another one does.
+    """
+    found = [FoundSource(source, _files(source)) for source in sources]
+    first: dict[object, tuple[str, str]] = {}  # what was named, and by which source, of each file and hub dataset
+    for source, files in found:
+        named = [(file.identity, file.path) for file in files] if files is not None else [(_hub_parts(source), source)]
+        for identity, path in named:
+            if identity in first:
+                raise UserError(f"{_both_names(*first[identity], path, source)}; name it once")
+            first[identity] = path, source
+    return found
+
+
+def _both_names(path: str, source: str, other_path: str, other_source: str) -> str:
+    also = "" if other_path == path else f" (as {other_path})"
+    return f"{path} is in two sources, {source} and {other_source}{also}"
 
 
 def kind_of(path: str) -> str | None:
@@ -116,8 +146,8 @@ def kind_of(path: str) -> str | None:
     return KINDS.get(name.with_suffix("").suffix if name.suffix in COMPRESSIONS else name.suffix)
 
 
-def _files(source: str) -> list[str] | None:
-    """Return the data files that a source names, sorted; None if it names none but has the form of a hub id."""
+def _files(source: str) -> list[FoundFile] | None:
+    """Return the data files that a source names, by path; None if it names none but has the form of a hub id."""
     if not source:
         raise UserError("a source is empty; name a file, folder, glob or dataset")
     pattern = source
@@ -127,20 +157,16 @@ def _files(source: str) -> list[str] | None:
             pattern = str(importlib.resources.files(name).joinpath(inside))
         except (ModuleNotFoundError, ValueError):
             raise UserError(f"source {source}: the package {name} is not installed; `pip install {name}`") from None
-    if Path(pattern).is_dir():
-        found = [str(path) for path in Path(pattern).rglob("*") if path.is_file() and kind_of(str(path))]
-    else:
-        matches = [pattern] if Path(pattern).exists() else glob.glob(pattern, recursive=True)  # noqa: PTH207
-        found = [path for path in matches if Path(path).is_file()]
+    found = find_files(pattern, kind_of)
     types = " ".join(KINDS)
     if not found:
         if not Path(pattern).exists() and HUB_ID.match(source) and "/" in source and not kind_of(source):
             return None
         raise UserError(f"source {source} names no file ({types}, compressed or not); check the path")
-    unknown = [path for path in found if not kind_of(path)]
+    unknown = [file.path for file in found if not kind_of(file.path)]
     if unknown:
         raise UserError(f"source {unknown[0]} is of no known type; use one of {types}, compressed or not")
-    written = sorted(path for path in found if Path(path).stat().st_size)
+    written = [file for file in found if file.bytes]
     if not written:
         raise no_text(source)
     return written
@@ -159,12 +185,17 @@ def hub_dataset(source: str) -> datasets.IterableDataset:
     """
     import datasets
 
-    match = HUB_ID.match(source)
-    assert match is not None
-    split = match["split"] or "train"
+    name, config, split = _hub_parts(source)
     try:
-        return datasets.load_dataset(match["name"], match["config"], split=split, streaming=True)
+        return datasets.load_dataset(name, config, split=split, streaming=True)
     except Exception as error:  # the hub client raises many kinds, all of which mean the same to the user
         raise UserError(
             f"source {source} is no file here and the Hugging Face hub did not give it: {error_summary(error)}"
         ) from None
+
+
+def _hub_parts(source: str) -> tuple[str, str | None, str]:
+    """Return the name, the configuration and the split of a hub dataset."""
+    match = HUB_ID.match(source)
+    assert match is not None
+    return match["name"], match["config"], match["split"] or "train"
