@@ -2,7 +2,9 @@
 
 import errno
 import inspect
+import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -30,6 +32,7 @@ from tostlm.data import (
     train_tokenizer,
     verify,
 )
+from tostlm.data.preparation import dedup as dedup_module
 from tostlm.data.preparation.plan import RESULT, unit_folder
 from tostlm.errors import UserError
 
@@ -91,7 +94,7 @@ def test_the_first_of_equal_documents_is_kept(
     monkeypatch: pytest.MonkeyPatch,
     hashes_at_once: int,
 ) -> None:
-    monkeypatch.setattr("tostlm.data.preparation.merge.HASHES_AT_ONCE", hashes_at_once)
+    monkeypatch.setattr("tostlm.data.preparation.dedup.HASHES_AT_ONCE", hashes_at_once)
     prepare(made_of(crawl), tokenizer, tmp_path / "all", workers=1)
     manifest = prepare(made_of(crawl, dedup=True), tokenizer, tmp_path / "once", workers=1)
     before = all_texts(tmp_path / "all")
@@ -163,6 +166,33 @@ def test_an_interrupted_merge_is_done_again(
             merge(tmp_path / "out")
     merge(tmp_path / "out")
     assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_a_merge_killed_among_its_hashes_is_done_again(
+    crawl: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dedup_module, "HASHES_AT_ONCE", 7)
+    settings = made_of(crawl, dedup=True)
+    prepare(settings, tokenizer, tmp_path / "whole", workers=1)
+    prepare(settings, tokenizer, tmp_path / "out", workers=1, task=(0, 1))
+    for step, count in (("_divide", 5), ("_duplicates_of_part", 3)):
+        calls, call = itertools.count(1), getattr(dedup_module, step)
+
+        def killed(*args: Any, calls: Any = calls, call: Any = call, count: int = count) -> Any:
+            if next(calls) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(dedup_module, step, killed)
+            process = multiprocessing.get_context("fork").Process(target=merge, args=(tmp_path / "out",))
+            process.start()
+            process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert list((tmp_path / "out" / ".dedup").iterdir())
+    merge(tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert not (tmp_path / "out" / ".dedup").exists()
 
 
 def test_what_is_finished_stays_when_a_record_is_bad(

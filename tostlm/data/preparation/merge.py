@@ -5,17 +5,18 @@ The units are not changed before the manifest is there, so an interrupted merge 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 
-from tostlm.data.preparation.plan import PLAN, UNITS, read_plan, read_results, unit_folder
+from tostlm.data.preparation.dedup import Duplicates, ShardRef, find_duplicates
+from tostlm.data.preparation.plan import PLAN, UNITS, PreparationSettings, read_plan, read_results, unit_folder
 from tostlm.data.shards import (
     DROPPED,
     HASH_BYTES,
@@ -35,9 +36,7 @@ from tostlm.errors import UserError
 from tostlm.files import locked
 
 LOCK = ".merge.lock"
-HASHES_AT_ONCE = 4_000_000  # compared in memory, some 64 bytes each
-
-ShardRef: TypeAlias = tuple[Path, Shard]  # a shard and the folder that holds its files
+SCRATCH = ".dedup"
 
 
 def merge(out: Path) -> Manifest:
@@ -51,23 +50,18 @@ def merge(out: Path) -> Manifest:
     with locked(out / LOCK, f"another tostlm prepare --merge is running in {out}; wait for it or end it"):
         results = read_results(out, plan)
         dropped = sum((Counter(result.dropped) for result in results), Counter[str]())
-        # All splits of the earlier folders: they may have held out another share.
-        splits = [
-            (folder, split) for folder in settings.dedup_against for split in read_manifest(folder).splits.values()
-        ]
-        earlier = [(folder, shard) for folder, split in splits for shard in split.shards]
-        merged = {}
-        for split in (TRAIN, VALIDATION):
-            shards = [
-                (unit_folder(out, index), shard)
-                for index, result in enumerate(results)
-                for shard in result.shards[split]
+        shards = {
+            split: [
+                (unit_folder(out, index), shard) for index, each in enumerate(results) for shard in each.shards[split]
             ]
-            keep = np.ones(sum(shard.documents for _, shard in shards), bool)
-            if settings.dedup or settings.dedup_against:
-                keep = find_first_copies(earlier, shards, within=settings.dedup)
-                dropped["duplicate"] += int((~keep).sum())
-            merged[split] = _publish(out, split, shards, keep)
+            for split in (TRAIN, VALIDATION)
+        }
+        duplicates = _find_duplicates(settings, list(itertools.chain(*shards.values())), out / SCRATCH)
+        dropped["duplicate"] += duplicates.count
+        merged, first = {}, 0
+        for split, of_split in shards.items():
+            merged[split] = _publish(out, split, of_split, duplicates, first)
+            first += sum(shard.documents for _, shard in of_split)
         if not any(merged.values()):
             raise UserError(f"no document of {', '.join(settings.sources)} is left; dropped: {format_counts(dropped)}")
         lines = [json.dumps(example) + "\n" for result in results for example in result.examples]
@@ -93,45 +87,22 @@ def format_counts(dropped: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()) if count) or "none"
 
 
-def find_first_copies(earlier: Sequence[ShardRef], shards: Sequence[ShardRef], within: bool) -> np.ndarray:
-    """Return which documents of `shards` have a text that no document of `earlier` has, bool [documents].
-
-    With `within`, no document before it in `shards` may have it either. Hashes are compared a part of their values at a
-    time, so memory holds some `HASHES_AT_ONCE` of them.
-    """
-    known = sum(shard.documents for _, shard in earlier)
-    keep = np.ones(known + sum(shard.documents for _, shard in shards), bool)
-    parts = -(-len(keep) // HASHES_AT_ONCE)
-    for part in range(parts):
-        hashes, numbers = _hashes_of_part([*earlier, *shards], part, parts)
-        _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-        first_copy = numbers[first][inverse]
-        keep[numbers[first_copy < (numbers if within else known)]] = False
-    return keep[known:]
+def _find_duplicates(settings: PreparationSettings, shards: Sequence[ShardRef], scratch: Path) -> Duplicates:
+    if not (settings.dedup or settings.dedup_against):
+        return Duplicates(sum(shard.documents for _, shard in shards))
+    # All splits of the earlier folders: they may have held out another share.
+    splits = [(folder, split) for folder in settings.dedup_against for split in read_manifest(folder).splits.values()]
+    earlier = [(folder, shard) for folder, split in splits for shard in split.shards]
+    return find_duplicates(earlier, shards, settings.dedup, scratch)
 
 
-def _hashes_of_part(shards: Sequence[ShardRef], part: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the hashes whose remainder by `parts` is `part`, and the numbers of their documents."""
-    hashes, numbers = [], []
-    first = 0
-    for folder, shard in shards:
-        stored = np.fromfile(folder / f"{shard.name}.hashes", f"S{HASH_BYTES}")
-        second_halves = stored.view("<u8")[1::2]  # the first decide which documents are held out
-        chosen = np.flatnonzero(second_halves % parts == part)
-        hashes.append(stored[chosen])
-        numbers.append(chosen + first)
-        first += shard.documents
-    return np.concatenate(hashes), np.concatenate(numbers)
-
-
-def _publish(out: Path, split: str, shards: Sequence[ShardRef], keep: np.ndarray) -> list[Shard]:
-    """Put shards into the folder as SPLIT-00000 and so on, without the documents that are not kept."""
+def _publish(out: Path, split: str, shards: Sequence[ShardRef], duplicates: Duplicates, first: int) -> list[Shard]:
+    """Put shards into the folder as SPLIT-00000 and so on, without duplicates; `first` numbers their first document."""
     for leftover in out.glob(f"{split}-*"):
         leftover.unlink()
     published: list[Shard] = []
-    first = 0
     for folder, shard in shards:
-        kept = keep[first : first + shard.documents]
+        kept = duplicates.kept(first, shard.documents)
         first += shard.documents
         name = shard_name(split, len(published))
         if kept.all():
