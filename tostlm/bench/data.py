@@ -101,8 +101,7 @@ def _library_encode(tokenizer: Tokenizer, texts: list[str], workers: int) -> lis
 
 def _write(folder: Path, tokenizer: Tokenizer, texts: list[str], encoded: list[list[int]]) -> None:
     writer = SplitWriter(folder, tokenizer, heldout_fraction=0, shard_tokens=1 << 40)
-    for text, tokens in zip(texts, encoded, strict=True):
-        writer.add(tokens, text.encode())
+    writer.add(encoded, [text.encode() for text in texts])
     writer.finish()
 
 

@@ -14,11 +14,12 @@ docs/data.md is the format's specification.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 import numpy as np
 import pydantic
@@ -118,70 +119,116 @@ class SplitWriter:
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, heldout_fraction: float, shard_tokens: int) -> None:
         self._eos_id, self._heldout_fraction = tokenizer.eos_id, heldout_fraction
-        dtype = dtype_for(tokenizer.vocab_size)
-        self._writers = {split: _ShardWriter(folder, split, dtype, shard_tokens) for split in (TRAIN, VALIDATION)}
+        self._dtype = dtype_for(tokenizer.vocab_size)
+        self._writers = {split: _ShardsWriter(folder, split, shard_tokens) for split in (TRAIN, VALIDATION)}
 
-    def add(self, tokens: Sequence[int] | np.ndarray, text: bytes, split: str | None = None) -> None:
-        """Write the ids of one document, whose UTF-8 is `text`, and the end-of-document token after them.
+    def add(self, encoded: Sequence[Sequence[int]], texts: Sequence[bytes], split: str | None = None) -> None:
+        """Write the ids of documents, whose UTF-8 are `texts`, with an end-of-document token after each.
 
-        Without a `split` the text decides where it belongs, by its hash read as a number in [0, 1).
+        Without a `split` a document's text decides where it belongs, by its hash read as a number in [0, 1).
         """
-        content_hash = hashlib.sha256(text).digest()[:HASH_BYTES]
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded)) + 1
+        pieces = itertools.chain.from_iterable(zip(encoded, itertools.repeat((self._eos_id,))))
+        tokens = np.fromiter(itertools.chain.from_iterable(pieces), self._dtype, lengths.sum())
+        digests = np.frombuffer(b"".join([hashlib.sha256(text).digest() for text in texts]), np.uint8)
+        hashes = np.ascontiguousarray(digests.reshape(len(texts), -1)[:, :HASH_BYTES])
+        documents = Documents(tokens, lengths, hashes, np.fromiter(map(len, texts), "<u4", len(texts)))
         if split is None:
-            held_out = int.from_bytes(content_hash[:8], "big") / 2**64 < self._heldout_fraction
-            split = VALIDATION if held_out else TRAIN
-        self._writers[split].add(np.append(tokens, self._eos_id), content_hash, len(text))
+            held_out = hashes.view(">u8")[:, 0] / 2.0**64 < self._heldout_fraction
+            self._writers[VALIDATION].add(documents.chosen(held_out))
+            self._writers[TRAIN].add(documents.chosen(~held_out))
+        else:
+            self._writers[split].add(documents)
 
     def finish(self) -> dict[str, tuple[Shard, ...]]:
         """Close the last shards; return all shards by split."""
         return {split: writer.finish() for split, writer in self._writers.items()}
 
 
-class _ShardWriter:
-    def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int) -> None:
-        self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
-        self._shards: list[Shard] = []
-        self._file: BinaryIO | None = None
-        self._documents: list[tuple[int, bytes, int]] = []  # of the open shard: tokens, hash, bytes of text
-        self._tokens = 0
+class Documents(NamedTuple):
+    """Some documents as a shard's files hold them."""
 
-    def add(self, tokens: np.ndarray, content_hash: bytes, text_bytes: int) -> None:
-        if self._file is None:
-            self._file = (self._folder / f"{shard_name(self._split, len(self._shards))}.bin").open("wb")
-        self._file.write(tokens.astype(self._dtype).tobytes())
-        self._documents.append((len(tokens), content_hash, text_bytes))
-        self._tokens += len(tokens)
-        if self._tokens >= self._shard_tokens:
-            self.finish()
+    tokens: np.ndarray  # of all, each document's end-of-document token included
+    lengths: np.ndarray  # int64 [documents], tokens of each
+    hashes: np.ndarray  # uint8 [documents, HASH_BYTES]
+    text_bytes: np.ndarray  # uint32 [documents], UTF-8 bytes of each text
+
+    def chosen(self, chosen: np.ndarray) -> Documents:
+        """Return the documents where a bool array [documents] is true."""
+        if chosen.all():
+            return self
+        rest = (array[chosen] for array in self[1:])
+        return Documents(self.tokens[np.repeat(chosen, self.lengths)], *rest)
+
+    def divided(self, count: int) -> tuple[Documents, Documents]:
+        """Return the first `count` documents, and the others."""
+        tokens = int(self.lengths[:count].sum())
+        return (
+            Documents(self.tokens[:tokens], *(array[:count] for array in self[1:])),
+            Documents(self.tokens[tokens:], *(array[count:] for array in self[1:])),
+        )
+
+
+class _ShardsWriter:
+    def __init__(self, folder: Path, split: str, shard_tokens: int) -> None:
+        self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
+        self._shards: list[Shard] = []
+        self._open: ShardWriter | None = None
+
+    def add(self, documents: Documents) -> None:
+        while len(documents.lengths):
+            if self._open is None:
+                self._open = ShardWriter(self._folder, shard_name(self._split, len(self._shards)))
+            missing = self._shard_tokens - self._open.tokens
+            count = int(np.searchsorted(np.cumsum(documents.lengths), missing)) + 1  # to the one that reaches it
+            part, documents = documents.divided(count)
+            self._open.add(part)
+            if self._open.tokens >= self._shard_tokens:
+                self.finish()
 
     def finish(self) -> tuple[Shard, ...]:
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            name = shard_name(self._split, len(self._shards))
-            lengths, hashes, sizes = zip(*self._documents, strict=True)
-            text_bytes = np.array(sizes, "<u4")
-            (self._folder / f"{name}.{TEXT_BYTES_SUFFIX}").write_bytes(text_bytes.tobytes())
-            self._shards.append(finish_shard(self._folder, name, np.array(lengths), b"".join(hashes), text_bytes))
-            self._file, self._documents, self._tokens = None, [], 0
+        if self._open is not None:
+            self._shards.append(self._open.finish())
+            self._open = None
         return tuple(self._shards)
 
 
-def finish_shard(folder: Path, name: str, lengths: np.ndarray, hashes: bytes, text_bytes: np.ndarray) -> Shard:
-    """Write the .ends and .hashes of a shard whose .bin is written; return its entry in the manifest.
+class ShardWriter:
+    """Writes the files of one shard, some documents at a time; nothing of them stays in memory.
 
-    `lengths` and `text_bytes` are each document's tokens, its end included, and UTF-8 bytes of text.
+    `tokens` is how many are written.
     """
-    (folder / f"{name}.ends").write_bytes(np.cumsum(lengths).astype("<u8").tobytes())
-    (folder / f"{name}.hashes").write_bytes(hashes)
-    return Shard(
-        name=name,
-        tokens=int(lengths.sum()),
-        documents=len(lengths),
-        text_bytes=int(text_bytes.sum(dtype=np.int64)),
-        sha256={suffix: sha256_of(folder / f"{name}.{suffix}") for suffix in SUFFIXES},
-    )
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.tokens = self._documents = self._text_bytes = 0
+        self._name = name
+        self._files = {suffix: (folder / f"{name}.{suffix}").open("wb") for suffix in (*SUFFIXES, TEXT_BYTES_SUFFIX)}
+        self._digests = {suffix: hashlib.sha256() for suffix in self._files}
+
+    def add(self, documents: Documents) -> None:
+        """Append documents."""
+        ends = (self.tokens + np.cumsum(documents.lengths)).astype("<u8")
+        self.tokens += len(documents.tokens)
+        self._documents += len(documents.lengths)
+        self._text_bytes += int(documents.text_bytes.sum(dtype=np.int64))
+        arrays = (documents.tokens, ends, documents.hashes, documents.text_bytes)
+        for (suffix, file), array in zip(self._files.items(), arrays, strict=True):
+            self._digests[suffix].update(array.tobytes())
+            file.write(array.tobytes())
+
+    def finish(self) -> Shard:
+        """Force the files to the disk and close them; return the shard's entry in the manifest."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        return Shard(
+            name=self._name,
+            tokens=self.tokens,
+            documents=self._documents,
+            text_bytes=self._text_bytes,
+            sha256={suffix: self._digests[suffix].hexdigest() for suffix in SUFFIXES},
+        )
 
 
 def shard_name(split: str, number: int) -> str:

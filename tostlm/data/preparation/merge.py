@@ -24,9 +24,10 @@ from tostlm.data.shards import (
     TEXT_BYTES_SUFFIX,
     TRAIN,
     VALIDATION,
+    Documents,
     Manifest,
     Shard,
-    finish_shard,
+    ShardWriter,
     read_manifest,
     shard_name,
     write_manifest,
@@ -37,6 +38,7 @@ from tostlm.files import locked
 
 LOCK = ".merge.lock"
 SCRATCH = ".dedup"
+TOKENS_AT_ONCE = 1 << 22  # copied, unless a document has more
 
 
 def merge(out: Path) -> Manifest:
@@ -57,7 +59,8 @@ def merge(out: Path) -> Manifest:
             for split in (TRAIN, VALIDATION)
         }
         duplicates = _find_duplicates(settings, list(itertools.chain(*shards.values())), out / SCRATCH)
-        dropped["duplicate"] += duplicates.count
+        if duplicates.count:
+            dropped["duplicate"] = duplicates.count
         merged, first = {}, 0
         for split, of_split in shards.items():
             merged[split] = _publish(out, split, of_split, duplicates, first)
@@ -122,13 +125,20 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _copy_kept(folder: Path, shard: Shard, kept: np.ndarray, out: Path, name: str) -> Shard:
-    ends = np.fromfile(folder / f"{shard.name}.ends", "<u8").astype(np.int64)
-    lengths = np.diff(ends, prepend=0)
-    hashes = np.fromfile(folder / f"{shard.name}.hashes", f"V{HASH_BYTES}")
-    text_bytes = np.fromfile(folder / f"{shard.name}.{TEXT_BYTES_SUFFIX}", "<u4")
     width = (folder / f"{shard.name}.bin").stat().st_size // shard.tokens
-    content = np.memmap(folder / f"{shard.name}.bin", np.dtype(f"V{width}"), mode="r")
-    with (out / f"{name}.bin").open("wb") as file:
-        for end, length in zip(ends[kept].tolist(), lengths[kept].tolist(), strict=True):
-            file.write(content[end - length : end].tobytes())
-    return finish_shard(out, name, lengths[kept], hashes[kept].tobytes(), text_bytes[kept])
+    tokens, ends, hashes, text_bytes = (
+        np.asarray(np.memmap(folder / f"{shard.name}.{suffix}", dtype, mode="r"))
+        for suffix, dtype in (("bin", f"<u{width}"), ("ends", "<i8"), ("hashes", "u1"), (TEXT_BYTES_SUFFIX, "<u4"))
+    )
+    hashes = hashes.reshape(-1, HASH_BYTES)
+    writer = ShardWriter(out, name)
+    start = 0
+    while start < shard.documents:
+        begin = int(ends[start - 1]) if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, begin + TOKENS_AT_ONCE)))
+        lengths = np.diff(ends[start:stop], prepend=begin)
+        documents = Documents(tokens[begin : ends[stop - 1]], lengths, hashes[start:stop], text_bytes[start:stop])
+        writer.add(documents.chosen(kept[start:stop]))
+        start = stop
+    (out / f"{name}.{TEXT_BYTES_SUFFIX}").unlink()
+    return writer.finish()

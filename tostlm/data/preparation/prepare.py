@@ -7,10 +7,11 @@ import multiprocessing
 import os
 import queue
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.queues import Queue
 from pathlib import Path
+from typing import TypeVar
 
 from tostlm.data.preparation.merge import merge
 from tostlm.data.preparation.plan import (
@@ -31,7 +32,10 @@ from tostlm.data.tokenizers import Tokenizer
 from tostlm.errors import UserError
 from tostlm.files import atomic_folder, locked, write_atomically
 
-BATCH_CHARACTERS = 2_000_000  # text tokenized at once; two of them are in memory
+BATCH_SIZE = 2_000_000  # characters of text tokenized at once; two batches are in memory
+BATCH_DOCUMENTS = 8192  # at most, since a document takes memory beside its characters
+
+SizedT = TypeVar("SizedT", bound=Sized)
 
 
 def prepare(
@@ -148,8 +152,7 @@ def _write_unit(out: Path, index: int, folder: Path, threads: int, report: Calla
     reported = 0
     for texts, encoded in _encoded(selector.documents(reader), tokenizer, threads):
         data = [text.encode() for text in texts]
-        for text, tokens in zip(data, encoded, strict=True):
-            writer.add(tokens, text)
+        writer.add(encoded, data)
         report(
             WorkDone(
                 source_bytes=reader.bytes_read - reported,
@@ -176,21 +179,22 @@ def _write_unit(out: Path, index: int, folder: Path, threads: int, report: Calla
 def _encoded(texts: Iterable[str], tokenizer: Tokenizer, threads: int) -> Iterator[tuple[list[str], list[list[int]]]]:
     """Yield batches of texts and their tokens; the next batch is read while one is tokenized on another thread."""
     with ThreadPoolExecutor(1) as pool:
-        batches = itertools.chain(_batches(texts), [[]])  # so that the last batch has one after it
-        futures = ((batch, pool.submit(tokenizer.encode_batch, batch, threads)) for batch in batches)
+        read = itertools.chain(batches(texts), [[]])  # so that the last batch has one after it
+        futures = ((batch, pool.submit(tokenizer.encode_batch, batch, threads)) for batch in read)
         for (batch, future), _ in itertools.pairwise(futures):
             yield batch, future.result()
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if characters >= BATCH_CHARACTERS:
+def batches(documents: Iterable[SizedT]) -> Iterator[list[SizedT]]:
+    """Yield documents in lists that are small in memory, whatever the documents' lengths in characters or tokens."""
+    batch: list[SizedT] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document)
+        if size >= BATCH_SIZE or len(batch) == BATCH_DOCUMENTS:
             yield batch
-            batch, characters = [], 0
+            batch, size = [], 0
     if batch:
         yield batch
 

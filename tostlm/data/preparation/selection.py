@@ -119,11 +119,14 @@ class Selector:
 
     def _text(self, row: Mapping[str, object]) -> str | RecordError:
         text_column, limit = self._selection.text_column, self._selection.max_document_bytes
+        text: object = MISSING
         for column in self.columns:
-            if value_of(row, column) is MISSING:
+            found = value_of(row, column)
+            if column == text_column:
+                text = found
+            if found is MISSING:
                 hint = "; choose with --text-column" if column == text_column else ""
                 return RecordError("no such column", f"has no column {column!r}, only {', '.join(row)}{hint}")
-        text = value_of(row, text_column)
         if not isinstance(text, str):
             return RecordError("no text", f"{text_column} is {text!r:.40}, not text")
         try:
@@ -142,7 +145,10 @@ class Selector:
             return f"below {self._selection.min_characters} characters"
         if self._selection.max_characters is not None and len(text) > self._selection.max_characters:
             return f"above {self._selection.max_characters} characters"
-        return next((f"not {condition.rule}" for condition in self._conditions if not condition.holds(row)), None)
+        for condition in self._conditions:
+            if not condition.holds(row):
+                return f"not {condition.rule}"
+        return None
 
     def _leave_out(self, place: str, reason: str, error: str = "") -> None:
         if error and self._selection.on_error == "fail":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from tostlm.data.preparation.prepare import batches
 from tostlm.data.preparation.token_files import megatron_documents, nanogpt_documents
 from tostlm.data.shards import TEXT_BYTES_SUFFIX, TRAIN, VALIDATION, Manifest, SplitWriter, write_manifest
 from tostlm.data.tokenizers import Tokenizer
@@ -47,8 +48,9 @@ def import_tokens(
         writer = SplitWriter(folder, tokenizer, heldout_fraction, shard_tokens)
         for paths, split in ((sources, TRAIN if heldout else None), (heldout, VALIDATION)):
             for path in paths:
-                for tokens in READERS[kind](path, tokenizer.eos_id, tokenizer.vocab_size):
-                    writer.add(tokens, tokenizer.decode(tokens.tolist()).encode(), split)
+                for batch in batches(READERS[kind](path, tokenizer.eos_id, tokenizer.vocab_size)):
+                    encoded = [tokens.tolist() for tokens in batch]
+                    writer.add(encoded, [tokenizer.decode(ids).encode() for ids in encoded], split)
         shards = writer.finish()
         for path in folder.glob(f"*.{TEXT_BYTES_SUFFIX}"):
             path.unlink()
