@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
+import orjson
+
 from tostlm.data.preparation.json_values import JSONDamage, read_json_values
 from tostlm.data.preparation.sources import WorkUnit, hub_dataset, kind_of
 from tostlm.errors import UserError, error_summary
@@ -231,6 +233,10 @@ def _value(scalar: pyarrow.Scalar) -> object:
 
 def parse(line: bytes) -> dict[str, object] | RecordError:
     """Return the JSON object in a line."""
+    try:
+        return _row_of(orjson.loads(line))
+    except ValueError:  # json reads more: NaN, numbers and nesting of any size, half of a surrogate pair, a BOM
+        pass
     try:
         row = json.loads(line.removeprefix(BOM).decode())
     except UnicodeDecodeError as error:
