@@ -147,6 +147,16 @@ def test_work_units_hold_every_record_once(tmp_path: Path, size: int) -> None:
     assert read == texts
 
 
+def test_a_parquet_footer_with_damaged_statistics(tmp_path: Path) -> None:
+    """Of a column in the second row group; pyarrow's own view of it would end the process."""
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["first", "second"]}), path, row_group_size=1)
+    content = path.read_bytes()
+    for at in range(len(content) - 500, len(content)):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 8]) + content[at + 1 :])
+        assert len(records(path)) <= 3
+
+
 def test_an_arrow_file_whose_texts_lie_outside_of_it(tmp_path: Path) -> None:
     table = pyarrow.table({"text": ["first", "second", "third"]})
     with pyarrow.ipc.new_stream(tmp_path / "a.arrow", table.schema) as stream:

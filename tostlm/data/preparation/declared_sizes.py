@@ -6,62 +6,74 @@ here is left to pyarrow, which reads the same bytes and reports the damage.
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
-
-if TYPE_CHECKING:
-    import pyarrow.parquet
+from typing import Any, BinaryIO
 
 BUFFER_BYTES = 1 << 12
-MALFORMED = (LookupError, ValueError, struct.error, RecursionError)
+LARGEST_VALUE = 1 << 24  # bytes of a text in a footer or a header
+MALFORMED = (LookupError, TypeError, ValueError, struct.error, RecursionError)
 CONTINUATION = 0xFFFFFFFF  # begins a message of an Arrow stream
 RECORD_BATCH, DICTIONARY_BATCH = 3, 2
-BOOLEANS, BYTE, INTEGERS, BINARY, STRUCT = (1, 2), 3, (4, 5, 6), 8, 12  # of Thrift's compact protocol
+BOOLEANS, BYTE, INTEGERS, DOUBLE, BINARY, LISTS, STRUCT = (1, 2), 3, (4, 5, 6), 7, 8, (9, 10), 12  # of compact Thrift
 
 
-def parquet_page_sizes(path: Path, metadata: pyarrow.parquet.FileMetaData, columns: Sequence[str]) -> Iterator[int]:
-    """Yield the uncompressed bytes of every page of the columns, by the pages' headers."""
+def parquet_page_sizes(path: Path, columns: Sequence[str]) -> Iterator[int]:
+    """Yield the uncompressed bytes of every page of the columns, by the pages' headers.
+
+    The footer is read here too: pyarrow ends the process where that of a column is damaged.
+    """
     with path.open("rb", buffering=BUFFER_BYTES) as file:
-        for group in range(metadata.num_row_groups):
-            chunks = map(metadata.row_group(group).column, range(metadata.num_columns))
+        try:
+            file.seek(-8, os.SEEK_END)
+            file.seek(-8 - int.from_bytes(file.read(4), "little"), os.SEEK_END)
+            chunks = [chunk[3] for group in _thrift(file)[4] for chunk in group[1]]
             for chunk in chunks:
-                if chunk.path_in_schema in columns or chunk.path_in_schema.split(".")[0] in columns:
-                    start = min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)
-                    yield from _page_sizes(file, start, start + chunk.total_compressed_size)
+                if chunk[3][0].decode() in columns:
+                    start = min(chunk[9], chunk.get(11, chunk[9]))
+                    yield from _page_sizes(file, start, start + chunk[7])
+        except (*MALFORMED, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+                raise
 
 
 def _page_sizes(file: BinaryIO, start: int, stop: int) -> Iterator[int]:
-    try:
-        file.seek(start)
-        while file.tell() < stop:
-            header = _thrift_integers(file)
-            yield header[2]
-            file.seek(max(0, header[3]), os.SEEK_CUR)  # the compressed page
-    except MALFORMED:
-        return
+    file.seek(start)
+    while file.tell() < stop:
+        header = _thrift(file)
+        yield header[2]
+        file.seek(max(0, header[3]), os.SEEK_CUR)  # the compressed page
 
 
-def _thrift_integers(file: BinaryIO) -> dict[int, int]:
-    """Read a struct in Thrift's compact protocol; return its integers by the numbers of their fields."""
-    integers: dict[int, int] = {}
+def _thrift(file: BinaryIO) -> dict[int, Any]:
+    """Read a struct in Thrift's compact protocol; return its values by the numbers of their fields."""
+    values: dict[int, Any] = {}
     number = 0
     while head := file.read(1)[0]:
         number = number + (head >> 4) if head >> 4 else _zigzag(file)
-        kind = head & 15
-        if kind in INTEGERS:
-            integers[number] = _zigzag(file)
-        elif kind == BINARY:
-            file.seek(_varint(file), os.SEEK_CUR)
-        elif kind == STRUCT:
-            _thrift_integers(file)
-        elif kind == BYTE:
-            file.read(1)
-        elif kind not in BOOLEANS:
-            raise ValueError(f"field {number} of a page's header is of type {kind}")
-    return integers
+        values[number] = head & 15 if head & 15 in BOOLEANS else _thrift_value(file, head & 15)
+    return values
+
+
+def _thrift_value(file: BinaryIO, kind: int) -> Any:
+    if kind in INTEGERS:
+        return _zigzag(file)
+    if kind == BINARY:
+        size = _varint(file)
+        if size > LARGEST_VALUE:
+            raise ValueError(f"a text of {size} bytes")
+        return file.read(size)
+    if kind == STRUCT:
+        return _thrift(file)
+    if kind in LISTS:
+        head = file.read(1)[0]
+        return [_thrift_value(file, head & 15) for _ in range(head >> 4 if head >> 4 < 15 else _varint(file))]
+    if kind in (*BOOLEANS, BYTE, DOUBLE):
+        return file.read(8 if kind == DOUBLE else 1)
+    raise ValueError(f"type {kind} of Thrift")
 
 
 def _varint(file: BinaryIO) -> int:

@@ -49,7 +49,7 @@ def _parquet(path: str, columns: Sequence[str], max_window: int) -> Iterator[pya
 
     with pyarrow.parquet.ParquetFile(path, buffer_size=PIECE_BYTES) as file:
         chosen = own_columns(file.schema_arrow.names, columns)
-        _require_small("page", parquet_page_sizes(Path(path), file.metadata, chosen), max_window)
+        _require_small("page", parquet_page_sizes(Path(path), chosen), max_window)
         rows = 0
         for batch in file.iter_batches(TABLE_ROWS, columns=chosen, use_threads=False):
             yield batch
