@@ -154,5 +154,7 @@ def test_damaged_sources(tmp_path: Path, seed: int, factor: float, capsys: pytes
     for name in FORMATS:
         if name.endswith(("gz", "xz", "bz2")):  # with checksums
             assert not ended[name, "unseen"] + ended[name, "lost"], name
-        if name.endswith(("zst", "parquet")):  # without, but with lengths
+        if name.endswith("parquet"):  # without, but with the number of rows
             assert not ended[name, "lost"], name
+        if name.endswith("zst"):  # with lengths: two records may become one of the same length
+            assert ended[name, "lost"] <= factor, name

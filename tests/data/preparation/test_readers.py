@@ -168,6 +168,22 @@ def test_an_arrow_file_whose_texts_lie_outside_of_it(tmp_path: Path) -> None:
     assert reasons(records(tmp_path / "a.arrow")) == ["unreadable file"]
 
 
+@pytest.mark.parametrize("new", [pyarrow.ipc.new_stream, pyarrow.ipc.new_file])
+def test_an_arrow_file_that_ends_in_its_middle(tmp_path: Path, new: Callable[..., Any]) -> None:
+    path = tmp_path / "a.arrow"
+    table = pyarrow.table({"text": ["first", "second", "third"]})
+    with new(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1)
+    content = path.read_bytes()
+    assert records(path) == ["first", "second", "third"]
+    begin = content.index(b"first")  # of the message after it
+    message = next(at for at in range(-(-begin // 8) * 8, len(content), 8) if content[at : at + 4] == b"\xff" * 4)
+    path.write_bytes(content[: message + 4] + bytes(4) + content[message + 8 :])
+    assert reasons(records(path)) == ["first", "unreadable file"]
+    path.write_bytes(content[: content.index(b"third") + 64])
+    assert reasons(records(path))[-1] == "unreadable file"
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=9),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),

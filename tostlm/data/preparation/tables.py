@@ -74,9 +74,14 @@ def _arrow(path: str, columns: Sequence[str], max_window: int) -> Iterator[pyarr
                     _require_sound(batch[name])
                 for start in range(0, len(batch), TABLE_ROWS):
                     yield batch.select(names).slice(start, TABLE_ROWS)
-        file.seek(-len(ARROW_MAGIC), io.SEEK_END)
-        if not file.read().endswith((ARROW_MAGIC[:6], b"\0\0\0\0")):
+        file.seek(-4, io.SEEK_CUR)
+        if file.read(4) != b"\0\0\0\0":
             raise EOFError("the end of its stream is missing")
+        end = file.tell()
+        if end != file.seek(0, io.SEEK_END):
+            footer_end = file.seek(-10, io.SEEK_END)  # its length and the magic come last
+            if footer_end - end != int.from_bytes(file.read(4), "little"):
+                raise EOFError("its stream ends before the file")
 
 
 def _require_sound(column: pyarrow.Array) -> None:
