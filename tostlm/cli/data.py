@@ -178,10 +178,18 @@ def prepare(
 
 
 def report(out: Path, manifest: Manifest) -> None:
-    from tostlm.data import format_counts
+    from tostlm.data import VALIDATION, format_counts
 
     for name, split in manifest.splits.items():
         print(f"{out}: {name} {split.tokens:,} tokens of {split.documents:,} documents, {split.text_bytes:,} bytes")
+    documents = sum(split.documents for split in manifest.splits.values())
+    if manifest.heldout_fraction and not manifest.splits[VALIDATION].documents:
+        print(
+            f"tostlm: WARNING: nothing in {out} is held out: --heldout-fraction {manifest.heldout_fraction} takes none "
+            f"of its {documents:,} documents, so that nothing can be evaluated on it; prepare it again with "
+            "a larger fraction, or with 0 if that is meant",
+            file=sys.stderr,
+        )
     if any(manifest.dropped.values()):
         print(f"{out}: dropped {format_counts(manifest.dropped)}; {out}/dropped.jsonl names the first")
 

@@ -1,10 +1,10 @@
 """Text to tokens to batches."""
 
 from tostlm.data.loading import ContextStage, Loader, NumpyBatch, TokenSet
-from tostlm.data.preparation.merge import format_counts, merge
+from tostlm.data.preparation.merge import merge
 from tostlm.data.preparation.plan import PreparationSettings
 from tostlm.data.preparation.prepare import parse_task, prepare
-from tostlm.data.preparation.selection import Selection, documents
+from tostlm.data.preparation.selection import Selection, documents, format_counts
 from tostlm.data.preparation.token_import import import_tokens
 from tostlm.data.shards import (
     MANIFEST,

@@ -19,6 +19,7 @@ import pytest
 
 from tests.conftest import fail, succeed, tostlm
 from tests.data.test_shards import texts_of
+from tests.warm import Program
 from tostlm.cli.data import prepare as prepare_command
 from tostlm.data import (
     VALIDATION,
@@ -35,6 +36,7 @@ from tostlm.data import (
 from tostlm.data.preparation import dedup as dedup_module
 from tostlm.data.preparation.plan import RESULT, unit_folder
 from tostlm.errors import UserError
+from tostlm.files import locked
 
 
 @pytest.fixture
@@ -310,12 +312,91 @@ def test_another_tokenizer_or_setting_is_refused(
 def test_prepared_data_is_not_overwritten(data: Path, corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(data, tmp_path / "copy"))
     before = content(copy)
-    with pytest.raises(UserError, match="is prepared already"):
-        prepare(PreparationSettings(sources=(str(corpus),)), tokenizer, copy)
+    for settings, difference in (
+        (PreparationSettings(sources=(str(corpus),)), "heldout_fraction=0.2, not 0.01"),
+        (PreparationSettings(sources=("other",), heldout_fraction=0.2), "sources=.*, not "),
+        (PreparationSettings(sources=(str(corpus),), heldout_fraction=0.2, dedup=True), "dedup=False, not True"),
+    ):
+        with pytest.raises(UserError, match=f"is prepared already, with {difference}"):
+            prepare(settings, tokenizer, copy)
     assert content(copy) == before
     (copy / "manifest.json").unlink()
     with pytest.raises(UserError, match="exists and is no prepared data"):
         prepare(PreparationSettings(sources=(str(corpus),)), tokenizer, copy)
+
+
+def test_a_finished_preparation_is_finished(
+    crawl: Path, speeches: list[str], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill between the manifest and the end leaves things that the same command, or --merge, clears."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["tostlm.data.preparation.merge"], "_clear", lambda _: None)
+        prepare(made_of(crawl), tokenizer, out, workers=1)
+    (out / ".manifest.json.partial-0").touch()
+    left = {path.name for path in out.iterdir()}
+    assert {"plan.json", "units", ".plan.lock", ".merge.lock"} < left
+    copy = Path(shutil.copytree(out, tmp_path / "copy"))
+    assert prepare(made_of(crawl, on_error="skip"), tokenizer, out, task=(0, 2)) is None
+    merge(copy)
+    for folder in (out, copy):
+        cleared = left - {path.name for path in folder.iterdir()}
+        assert cleared == {name for name in left if name[0] == "."} | {"plan.json", "units"}
+        assert prepare(made_of(crawl), tokenizer, folder) == read_manifest(folder) == merge(folder)
+    with pytest.raises(UserError, match="is prepared already, with another tokenizer"):
+        prepare(made_of(crawl), train_tokenizer(speeches, 400, tmp_path / "other.model"), out)
+
+
+def test_a_plan_without_a_finished_document_is_given_up(
+    crawl: Path, speeches: list[str], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    other = train_tokenizer(speeches, 400, tmp_path / "other.model")
+    with pytest.raises(UserError, match="has no column 'content'"):
+        prepare(made_of(crawl, text_column="content"), other, out, workers=1)
+    with pytest.raises(UserError, match=r"no document of \S+ is left; dropped: 81 not language=en"):
+        prepare(made_of(crawl, keep=("language=en",)), tokenizer, out, workers=1)
+    with (
+        locked(out / "units" / ".00000.lock"),
+        pytest.raises(UserError, match=r"another tostlm prepare works in \S+, with keep=\['language=en'\], not \[\]"),
+    ):
+        prepare(made_of(crawl), tokenizer, out, workers=1)
+    prepare(made_of(crawl), tokenizer, out, workers=1)
+    prepare(made_of(crawl), tokenizer, tmp_path / "whole", workers=1)
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_a_plan_that_is_made_again_while_a_unit_is_done_ends_it(
+    crawl: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    encode = type(tokenizer).encode_batch
+
+    def encode_and_plan(self: Tokenizer, texts: Sequence[str], threads: int) -> list[list[int]]:
+        path = out / "plan.json"
+        if path.exists():  # the plan is made
+            path.write_text(path.read_text().replace('"min_characters": 1,', '"min_characters": 5,'))
+        return encode(self, texts, threads)
+
+    monkeypatch.setattr(type(tokenizer), "encode_batch", encode_and_plan)
+    with pytest.raises(UserError, match=r"another tostlm prepare began \S+ again, with other settings"):
+        prepare(made_of(crawl), tokenizer, out, workers=1)
+    assert not list((out / "units").glob("0*"))
+
+
+def test_tasks_that_start_together_agree_on_one_plan(crawl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """One of other settings too, as the plan there has no finished unit."""
+    (tmp_path / "t.model").write_bytes(tokenizer.content)
+    command = ["prepare", "--source", str(crawl), "--tokenizer", str(tmp_path / "t.model"), "--unit-bytes", "60000"]
+    command += ["--shard-tokens", "7000", "--heldout-fraction", "0.2", "--workers", "1", "--out", str(tmp_path / "out")]
+    fail(tostlm(*command, "--text-column", "content"), "has no column 'content'")
+    tasks = [Program(*command, "--task", f"{index}/3") for index in range(3)]
+    for task in tasks:
+        succeed(task.end())
+    succeed(tostlm("prepare", "--merge", "--out", str(tmp_path / "out")))
+    assert "is finished" in succeed(tostlm(*command))
+    prepare(made_of(crawl), tokenizer, tmp_path / "whole", workers=1)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 def test_a_document_is_held_out_by_its_text_alone(
@@ -368,6 +449,11 @@ def test_the_command_line(crawl: Path, tokenizer: Tokenizer, tmp_path: Path) -> 
     assert manifest.model_dump()["settings"]["keep"] == ["n<10"]
     assert "(12)" in (tmp_path / "out" / "dropped.jsonl").read_text()
     assert load_tokenizer(tmp_path / "out").sha256 == tokenizer.sha256
+    begin[-1] += "2"
+    result = tostlm(*begin, "--heldout-fraction", "1e-9")
+    succeed(result)
+    assert "nothing in" in result.stderr
+    assert "--heldout-fraction 1e-09 takes none of its 80 documents" in result.stderr
 
 
 def test_the_defaults_of_the_command_are_those_of_the_settings() -> None:

@@ -1,10 +1,13 @@
 """Documents are kept or dropped by the rules, and every dropped one is counted."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -105,8 +108,24 @@ def test_no_condition(rule: str) -> None:
 
 def test_the_column_that_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x", "url": "y"}) + "\n")
-    with pytest.raises(UserError, match="has no column 'score', only text, url"):
-        list(documents([str(tmp_path)], Selection(keep=("score>1",))))
+    with pytest.raises(UserError, match="has no column 'id', only text, url"):
+        list(documents([str(tmp_path)], Selection(id_column="id")))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_row_without_the_column_of_a_condition_does_not_meet_it(tmp_path: Path, kind: str) -> None:
+    rows = [{"text": "x", "score": 2}, {"text": "y"}, {"text": "z", "score": 0}]
+    if kind == "jsonl":
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        for n, row in enumerate(rows):
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / f"{n}.parquet")
+    for rule, kept in (("score>1", ["x"]), ("score!=2", ["z"]), ("score=2,0", ["x", "z"])):
+        dropped: Counter[str] = Counter()
+        assert list(documents([str(tmp_path)], Selection(keep=(rule,)), dropped)) == kept
+        assert dropped == {f"not {rule}": 3 - len(kept)}
+    with pytest.raises(UserError, match=r"no document of \S+ is left; dropped: 3 not score>9"):
+        list(documents([str(tmp_path)], Selection(keep=("score>9",))))
 
 
 def test_an_error_is_one_line_whatever_a_record_holds() -> None:

@@ -94,7 +94,7 @@ def test_broken_files(tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[st
         ('{"text": "x"\n', "record 0: is no JSON"),
         ('{"text": "\\ud800"}\n', "record 0: text holds half of a surrogate pair"),
         ("", "holds no text"),
-        ('{"text": ""}\n', "holds no text"),
+        ('{"text": ""}\n', "is left; dropped: 1 empty"),
     ],
 )
 def test_bad_content(tmp_path: Path, content: str, words: str) -> None:

@@ -10,16 +10,18 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from tostlm.data.preparation.dedup import Duplicates, ShardRef, find_duplicates
 from tostlm.data.preparation.plan import PLAN, UNITS, PreparationSettings, read_plan, read_results, unit_folder
+from tostlm.data.preparation.selection import nothing_left
 from tostlm.data.shards import (
     DROPPED,
     HASH_BYTES,
+    MANIFEST,
     SUFFIXES,
     TEXT_BYTES_SUFFIX,
     TRAIN,
@@ -33,7 +35,6 @@ from tostlm.data.shards import (
     write_manifest,
 )
 from tostlm.data.tokenizers import Tokenizer
-from tostlm.errors import UserError
 from tostlm.files import locked
 
 LOCK = ".merge.lock"
@@ -42,11 +43,14 @@ TOKENS_AT_ONCE = 1 << 22  # copied, unless a document has more
 
 
 def merge(out: Path) -> Manifest:
-    """Make a prepared folder of the finished work units in `out`.
+    """Make a prepared folder of the finished work units in `out`; of one that is made, clear what a kill left.
 
     Raises:
         UserError: a work unit is not finished or of another tokenizer, or no document is left.
     """
+    if (out / MANIFEST).exists():
+        _clear(out)
+        return read_manifest(out)
     plan = read_plan(out)
     settings = plan.settings
     with locked(out / LOCK, f"another tostlm prepare --merge is running in {out}; wait for it or end it"):
@@ -66,7 +70,7 @@ def merge(out: Path) -> Manifest:
             merged[split] = _publish(out, split, of_split, duplicates, first)
             first += sum(shard.documents for _, shard in of_split)
         if not any(merged.values()):
-            raise UserError(f"no document of {', '.join(settings.sources)} is left; dropped: {format_counts(dropped)}")
+            raise nothing_left(settings.sources, dropped)
         lines = [json.dumps(example) + "\n" for result in results for example in result.examples]
         (out / DROPPED).write_text("".join(lines))
         manifest = write_manifest(
@@ -79,15 +83,16 @@ def merge(out: Path) -> Manifest:
             settings=settings.model_dump(mode="json", exclude={"sources", "heldout_fraction"}),
             dropped=dropped,
         )
-    shutil.rmtree(out / UNITS, ignore_errors=True)
-    for name in (PLAN, LOCK):
-        (out / name).unlink(missing_ok=True)
+    _clear(out)
     return manifest
 
 
-def format_counts(dropped: Mapping[str, int]) -> str:
-    """Return counts of dropped documents, by reason, as one line."""
-    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()) if count) or "none"
+def _clear(out: Path) -> None:
+    """Remove what a prepared folder was made of."""
+    for folder in (UNITS, SCRATCH):
+        shutil.rmtree(out / folder, ignore_errors=True)
+    for file in (out / PLAN, *out.glob(".*.lock"), *out.glob(".*.partial-*")):
+        file.unlink(missing_ok=True)
 
 
 def _find_duplicates(settings: PreparationSettings, shards: Sequence[ShardRef], scratch: Path) -> Duplicates:

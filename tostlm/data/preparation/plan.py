@@ -11,6 +11,8 @@ Every process that takes part, on any machine, reads the plan there.
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated
@@ -22,11 +24,12 @@ from tostlm.data.preparation.sources import UNIT_BYTES, FileState, WorkUnit, lis
 from tostlm.data.shards import MANIFEST, FrozenModel, Shard, dtype_for, read_manifest
 from tostlm.data.tokenizers import Tokenizer
 from tostlm.errors import UserError
-from tostlm.files import require_writable, write_atomically
+from tostlm.files import locked, require_writable, write_atomically
 
 PLAN = "plan.json"
 UNITS = "units"
 RESULT = "result.json"
+LOCK = ".plan.lock"
 MAY_CHANGE = {"on_error", "max_window_bytes"}  # settings on which a finished unit that met no error does not depend
 
 
@@ -50,6 +53,11 @@ class PreparationPlan(FrozenModel):
     tokenizer_sha256: str
     units: tuple[WorkUnit, ...]
 
+    def is_same(self, other: PreparationPlan) -> bool:
+        """Return whether the plans lead to the same shards."""
+        own, others = (plan.model_dump(exclude={"command": True, "settings": MAY_CHANGE}) for plan in (self, other))
+        return own == others
+
 
 class UnitResult(FrozenModel):
     """The content of a finished work unit's result.json."""
@@ -65,51 +73,93 @@ def unit_folder(out: Path, index: int) -> Path:
     return out / UNITS / f"{index:05d}"
 
 
+def finished(settings: PreparationSettings, tokenizer: Tokenizer, out: Path) -> bool:
+    """Return whether `out` is a prepared folder.
+
+    Raises:
+        UserError: it is one, of other settings or another tokenizer.
+    """
+    if not (out / MANIFEST).exists():
+        return False
+    made = read_manifest(out)
+    started = {**made.settings, "sources": list(made.sources), "heldout_fraction": made.heldout_fraction}
+    if difference := _difference(started, made.tokenizer_sha256, settings, tokenizer):
+        raise UserError(f"{out} is prepared already, {difference}; remove it, or choose another --out")
+    return True
+
+
 def make_plan(settings: PreparationSettings, tokenizer: Tokenizer, out: Path, command: str) -> PreparationPlan:
     """Return the plan in `out`; make the folder and the plan if there is none.
 
+    A plan with other settings is made again as long as no document is finished.
+
     Raises:
-        UserError: `out` is prepared already, holds something else, or was started with other settings; a setting or
-            the tokenizer cannot be used.
+        UserError: `out` holds something else, or finished documents of other settings; a setting or the tokenizer
+            cannot be used.
     """
-    if (out / MANIFEST).exists():
-        raise UserError(f"{out} is prepared already; remove it to prepare it again, or choose another --out")
     dtype_for(tokenizer.vocab_size)
     if (loss := tokenizer.find_lossy_text()) and not settings.allow_lossy:
         raise UserError(f"the tokenizer loses text: {loss}; use a lossless one, or accept that with --allow-lossy")
     Selector(settings)
     for folder in settings.dedup_against:
         read_manifest(folder)
-    continues = (out / PLAN).exists()
-    if not continues:
-        # Another task may have started in this folder a moment ago.
-        own = (PLAN, UNITS, tokenizer.file_name)
-        if out.exists() and not (out.is_dir() and all(p.name in own or p.name[0] == "." for p in out.iterdir())):
-            raise UserError(f"{out} exists and is no prepared data; choose an --out that does not exist")
-        units = tuple(list_work_units(settings.sources, settings.unit_bytes))
-        plan = PreparationPlan(command=command, settings=settings, tokenizer_sha256=tokenizer.sha256, units=units)
-        require_writable(out)
-        write_atomically(out / PLAN, plan.model_dump_json(indent=1), overwrite=False)
-    plan = read_plan(out)
-    _require_same(plan, settings, tokenizer, out)
-    if continues:
-        _require_same_files(plan, out)
-    write_atomically(out / tokenizer.file_name, tokenizer.content, overwrite=False)
-    if plan.settings != settings:  # in `MAY_CHANGE`
-        plan = plan.model_copy(update={"settings": settings})
-        write_atomically(out / PLAN, plan.model_dump_json(indent=1))
+    new = None if (out / PLAN).exists() else _new_plan(settings, tokenizer, out, command)
+    require_writable(out)
+    with locked(out / LOCK):  # tasks that start together agree on the plan of the first
+        continues = (out / PLAN).exists()
+        plan = read_plan(out) if continues else None
+        if plan is None or _is_given_up(plan, settings, tokenizer, out):
+            continues = False
+            plan = new or _new_plan(settings, tokenizer, out, command)
+            for file in out.glob("tokenizer.*"):
+                file.unlink()
+        if continues:
+            _require_same_files(plan, out)
+        plan = plan.model_copy(update={"settings": settings})  # which may differ in `MAY_CHANGE`
+        if not continues or plan != read_plan(out):
+            write_atomically(out / PLAN, plan.model_dump_json(indent=1))
+        write_atomically(out / tokenizer.file_name, tokenizer.content, overwrite=False)
     return plan
 
 
-def _require_same(plan: PreparationPlan, settings: PreparationSettings, tokenizer: Tokenizer, out: Path) -> None:
-    if plan.tokenizer_sha256 != tokenizer.sha256:
-        raise UserError(f"{out} was started with another tokenizer; continue with its own, or choose another --out")
-    started, requested = (chosen.model_dump(mode="json", exclude=MAY_CHANGE) for chosen in (plan.settings, settings))
+def _new_plan(settings: PreparationSettings, tokenizer: Tokenizer, out: Path, command: str) -> PreparationPlan:
+    own = (PLAN, UNITS, tokenizer.file_name)
+    if out.exists() and not (out.is_dir() and all(p.name in own or p.name[0] == "." for p in out.iterdir())):
+        raise UserError(f"{out} exists and is no prepared data; choose an --out that does not exist")
+    units = tuple(list_work_units(settings.sources, settings.unit_bytes))
+    return PreparationPlan(command=command, settings=settings, tokenizer_sha256=tokenizer.sha256, units=units)
+
+
+def _difference(
+    started: Mapping[str, object], tokenizer_sha256: str, settings: PreparationSettings, tokenizer: Tokenizer
+) -> str | None:
+    """Return what differs from the settings and the tokenizer that a preparation was started with."""
+    if tokenizer_sha256 != tokenizer.sha256:
+        return "with another tokenizer"
+    requested = settings.model_dump(mode="json")
     for key, value in started.items():
-        if value != requested[key]:
-            raise UserError(
-                f"{out} was started with {key}={value}, not {requested[key]}; use the same, or choose another --out"
-            )
+        if key not in MAY_CHANGE and value != requested.get(key):
+            return f"with {key}={value}, not {requested.get(key)}"
+    return None
+
+
+def _is_given_up(plan: PreparationPlan, settings: PreparationSettings, tokenizer: Tokenizer, out: Path) -> bool:
+    """Return whether a plan has other settings and no document; its work units are removed then.
+
+    Raises:
+        UserError: it has other settings and finished documents, or is being worked on.
+    """
+    difference = _difference(plan.settings.model_dump(mode="json"), plan.tokenizer_sha256, settings, tokenizer)
+    if difference is None:
+        return False
+    done = set(range(len(plan.units))) - set(unfinished(out, plan))
+    if any(any(read_result(out, index).shards.values()) for index in done):
+        raise UserError(f"{out} was started {difference}; use the same, or choose another --out")
+    for lock in (out / UNITS).glob(".*.lock"):
+        with locked(lock, f"another tostlm prepare works in {out}, {difference}; wait for it or end it"):
+            pass
+    shutil.rmtree(out / UNITS, ignore_errors=True)
+    return True
 
 
 def _require_same_files(plan: PreparationPlan, out: Path) -> None:

@@ -18,6 +18,7 @@ from tostlm.data.preparation.plan import (
     RESULT,
     PreparationSettings,
     UnitResult,
+    finished,
     make_plan,
     read_plan,
     unfinished,
@@ -63,6 +64,10 @@ def prepare(
     Raises:
         UserError: a source, a record or `out` cannot be used, or a worker was killed. Finished units stay.
     """
+    if finished(settings, tokenizer, out):
+        print(f"{out} is finished, with these settings")
+        manifest = merge(out)  # clears what a kill left
+        return manifest if task is None else None
     plan = make_plan(settings, tokenizer, out, command)
     first, step = task or (0, 1)
     units = [unit for unit in unfinished(out, plan) if unit % step == first]
@@ -167,6 +172,8 @@ def _write_unit(out: Path, index: int, folder: Path, threads: int, report: Calla
     for file, state in before.items():
         if FileState.of(file) != state:
             raise UserError(f"{file} changed while it was read; run the same command again when it is finished")
+    if not read_plan(out).is_same(plan):
+        raise UserError(f"another tostlm prepare began {out} again, with other settings; wait for it or end it")
     return UnitResult(
         tokenizer_sha256=tokenizer.sha256,
         files=before,

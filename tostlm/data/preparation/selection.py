@@ -95,8 +95,8 @@ class Selector:
         self._conditions = [Condition.parse(rule) for rule in selection.keep]
         self.dropped: Counter[str] = Counter()
         self.examples: list[dict[str, str]] = []
-        columns = [selection.text_column, selection.id_column, *(c.column for c in self._conditions)]
-        self.columns = list(dict.fromkeys(column for column in columns if column))
+        self._required = [column for column in (selection.id_column, selection.text_column) if column]
+        self.columns = list(dict.fromkeys([*self._required, *(c.column for c in self._conditions)]))
 
     def documents(self, records: Iterable[SourceRecord]) -> Iterator[str]:
         """Yield the texts of the documents that are kept, in order.
@@ -117,7 +117,7 @@ class Selector:
     def _text(self, row: Mapping[str, object]) -> str | RecordError:
         text_column, limit = self._selection.text_column, self._selection.max_document_bytes
         text: object = MISSING
-        for column in self.columns:
+        for column in self._required:
             found = value_of(row, column)
             if column == text_column:
                 text = found
@@ -180,6 +180,15 @@ def _comparable(found: object, value: object) -> bool:
     return isinstance(found, number) == isinstance(value, number) and isinstance(found, str) == isinstance(value, str)
 
 
+def nothing_left(sources: Sequence[str], dropped: Mapping[str, int]) -> UserError:
+    return UserError(f"no document of {', '.join(sources)} is left; dropped: {format_counts(dropped)}")
+
+
+def format_counts(dropped: Mapping[str, int]) -> str:
+    """Return counts of dropped documents, by reason, as one line."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()) if count) or "none"
+
+
 def documents(
     sources: Sequence[str], selection: Selection | None = None, dropped: Counter[str] | None = None
 ) -> Iterator[str]:
@@ -195,10 +204,12 @@ def documents(
         selector, empty = Selector(selection), True
         if dropped is not None:
             selector.dropped = dropped
+        before = selector.dropped.copy()
         for unit in divide([source]):
             reader = Reader(unit, selector.columns, selection.max_document_bytes, selection.max_window_bytes)
             for text in selector.documents(reader):
                 empty = False
                 yield text
         if empty:
-            raise no_text(source.name)
+            left_out = selector.dropped - before
+            raise nothing_left([source.name], left_out) if left_out else no_text(source.name)
