@@ -31,6 +31,9 @@ Keep = Annotated[
     typer.Option(help="keep documents where this holds, as language=en,de or score>=0.8; may be repeated"),
 ]
 MaxDocumentBytes = Annotated[int, typer.Option(min=1, help="a longer text is an error; memory is some 40 times this")]
+MaxWindowBytes = Annotated[
+    int, typer.Option(help="memory that a file's decompressor may ask for, as zstd --long=31 asks for 2147483648")
+]
 OnError = Annotated[str, typer.Option(help="on a record that cannot be used: fail or skip")]
 HeldoutFraction = Annotated[float, typer.Option(help="share of the documents kept from training")]
 ShardTokens = Annotated[int, typer.Option(min=1, help="a new shard begins after this many tokens")]
@@ -45,6 +48,7 @@ def tokenizer_train(
     text_column: TextColumn = "text",
     keep: Keep = None,
     max_document_bytes: MaxDocumentBytes = 16_000_000,
+    max_window_bytes: MaxWindowBytes = 1 << 27,
     on_error: OnError = "fail",
     sample_bytes: Annotated[
         int, typer.Option(min=1, help="train on a uniform sample of the documents, at most this much text")
@@ -59,7 +63,12 @@ def tokenizer_train(
 
     require_file_writable(out)
     selection = checked(
-        Selection, text_column=text_column, keep=keep or [], max_document_bytes=max_document_bytes, on_error=on_error
+        Selection,
+        text_column=text_column,
+        keep=keep or [],
+        max_document_bytes=max_document_bytes,
+        max_window_bytes=max_window_bytes,
+        on_error=on_error,
     )
     dropped: Counter[str] = Counter()
     texts = documents([*source, *(more or [])], selection, dropped)
@@ -115,6 +124,7 @@ def prepare(
     min_characters: Annotated[int, typer.Option(min=0, help="drop shorter documents")] = 1,
     max_characters: Annotated[int | None, typer.Option(min=1, help="drop longer documents")] = None,
     max_document_bytes: MaxDocumentBytes = 16_000_000,
+    max_window_bytes: MaxWindowBytes = 1 << 27,
     on_error: OnError = "fail",
     dedup: Annotated[bool, typer.Option("--dedup", help="keep the first of documents with the same text")] = False,
     dedup_against: Annotated[
@@ -146,6 +156,7 @@ def prepare(
         min_characters=min_characters,
         max_characters=max_characters,
         max_document_bytes=max_document_bytes,
+        max_window_bytes=max_window_bytes,
         on_error=on_error,
         dedup=dedup,
         dedup_against=dedup_against or [],

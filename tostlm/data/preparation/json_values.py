@@ -6,7 +6,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
-from typing import BinaryIO
+from io import BufferedIOBase
 
 PIECE_BYTES = 1 << 18  # read at once, more for a value that is longer
 SPACE = re.compile(r"[ \t\r\n]*")
@@ -17,7 +17,7 @@ class JSONDamage(ValueError):
     """A file's content is no JSON from some place on."""
 
 
-def read_json_values(file: BinaryIO, largest: int) -> Iterator[object]:
+def read_json_values(file: BufferedIOBase, largest: int) -> Iterator[object]:
     """Yield the elements of the array that a file holds, or else its values, as `json.loads` makes them.
 
     Bytes that are no UTF-8 become surrogates, which no valid text has.
@@ -53,7 +53,7 @@ def read_json_values(file: BinaryIO, largest: int) -> Iterator[object]:
 class _Source:
     """The part of a file's text that is being read."""
 
-    def __init__(self, file: BinaryIO, largest: int) -> None:
+    def __init__(self, file: BufferedIOBase, largest: int) -> None:
         self._file, self._largest = file, largest
         self._decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
         self._parse = json.JSONDecoder().raw_decode
@@ -105,7 +105,7 @@ class _Source:
         """Append about `size` bytes of text, and return whether there were any."""
         if self._ended:
             return False
-        piece = self._file.read(size)
+        piece = self._file.read1(size)  # which gives what there is before it raises
         self._ended = not piece
         self._text, self._at = self._text[self._at :] + self._decode(piece, final=self._ended), 0
         return True

@@ -27,6 +27,7 @@ from tostlm.files import require_writable, write_atomically
 PLAN = "plan.json"
 UNITS = "units"
 RESULT = "result.json"
+MAY_CHANGE = {"on_error", "max_window_bytes"}  # settings on which a finished unit that met no error does not depend
 
 
 class PreparationSettings(Selection):
@@ -94,7 +95,7 @@ def make_plan(settings: PreparationSettings, tokenizer: Tokenizer, out: Path, co
     if continues:
         _require_same_files(plan, out)
     write_atomically(out / tokenizer.file_name, tokenizer.content, overwrite=False)
-    if plan.settings != settings:  # in `on_error`, which may change
+    if plan.settings != settings:  # in `MAY_CHANGE`
         plan = plan.model_copy(update={"settings": settings})
         write_atomically(out / PLAN, plan.model_dump_json(indent=1))
     return plan
@@ -103,8 +104,7 @@ def make_plan(settings: PreparationSettings, tokenizer: Tokenizer, out: Path, co
 def _require_same(plan: PreparationPlan, settings: PreparationSettings, tokenizer: Tokenizer, out: Path) -> None:
     if plan.tokenizer_sha256 != tokenizer.sha256:
         raise UserError(f"{out} was started with another tokenizer; continue with its own, or choose another --out")
-    # A finished unit met no error, whatever `on_error` is.
-    started, requested = (chosen.model_dump(mode="json", exclude={"on_error"}) for chosen in (plan.settings, settings))
+    started, requested = (chosen.model_dump(mode="json", exclude=MAY_CHANGE) for chosen in (plan.settings, settings))
     for key, value in started.items():
         if value != requested[key]:
             raise UserError(

@@ -147,7 +147,7 @@ def _write_unit(out: Path, index: int, folder: Path, threads: int, report: Calla
     unit, settings = plan.units[index], plan.settings
     writer = SplitWriter(folder, tokenizer, settings.heldout_fraction, settings.shard_tokens)
     selector = Selector(settings)
-    reader = Reader(unit, selector.columns, settings.max_document_bytes)
+    reader = Reader(unit, selector.columns, settings.max_document_bytes, settings.max_window_bytes)
     before = {file: FileState.of(file) for file in unit.files}
     reported = 0
     for texts, encoded in _encoded(selector.documents(reader), tokenizer, threads):

@@ -1,38 +1,39 @@
 """Reading the records of a work unit; one that cannot be read does not cost the others.
 
-JSON and text files are read here, a piece at a time, all other files by `datasets`, as Arrow tables. Nothing guesses
-types: a text that looks like a number or a date is a text.
+JSON and text are read a piece at a time, tables a few rows, datasets of the hub by `datasets`. Nothing guesses types: a
+text that looks like a number or a date is a text.
 """
 
 from __future__ import annotations
 
-import bz2
-import glob
-import gzip
-import io
 import json
 import logging
-import lzma
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from io import BufferedIOBase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from tostlm.data.preparation.decompression import (
+    DAMAGE,
+    MAX_WINDOW_BYTES,
+    PIECE_BYTES,
+    WindowTooLarge,
+    decompressed,
+)
 from tostlm.data.preparation.json_values import JSONDamage, read_json_values
 from tostlm.data.preparation.sources import WorkUnit, hub_dataset, kind_of
+from tostlm.data.preparation.tables import own_columns, tables_of_file
 from tostlm.errors import UserError, error_summary
 
 if TYPE_CHECKING:
     import pyarrow
 
-PIECE_BYTES = 1 << 18  # read at once
-TABLE_ROWS = 256
+HUB_ROWS = 256  # of a table
 BOM = b"\xef\xbb\xbf"
 RETRY_SECONDS = (1.0, 4.0, 16.0)  # pauses before a source is read again that a disk or a network did not give
 NETWORK_MODULES = ("aiohttp", "fsspec", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3")
-DAMAGE = (OSError, EOFError, lzma.LZMAError, zlib.error, JSONDamage)  # by which decompressors report damaged files
 
 log = logging.getLogger(__name__)
 
@@ -60,10 +61,13 @@ class Reader:
         unit: the work unit.
         columns: the columns that are needed.
         largest_record: bytes; a larger record is a `RecordError`, and is never in memory.
+        max_window: bytes that a decompressor may take for what it remembers of the content.
     """
 
-    def __init__(self, unit: WorkUnit, columns: Sequence[str], largest_record: int) -> None:
-        self._unit, self._columns, self._largest = unit, columns, largest_record
+    def __init__(
+        self, unit: WorkUnit, columns: Sequence[str], largest_record: int, max_window: int = MAX_WINDOW_BYTES
+    ) -> None:
+        self._unit, self._columns, self._largest, self._max_window = unit, columns, largest_record, max_window
         self._too_large = RecordError(
             "record too large", f"is larger than {largest_record} bytes; raise --max-document-bytes to read it"
         )
@@ -109,7 +113,7 @@ class Reader:
         assert self._unit.hub is not None
         index, count = self._unit.shard
         shard = hub_dataset(self._unit.hub).shard(num_shards=count, index=index, contiguous=True)
-        tables = shard.with_format("arrow").iter(batch_size=TABLE_ROWS)
+        tables = shard.with_format("arrow").iter(batch_size=HUB_ROWS)
         return self._rows(tables, f"{self._unit.hub} shard {index} of {count}")
 
     def _file_records(self, path: str, before: int) -> Iterator[SourceRecord]:
@@ -122,9 +126,11 @@ class Reader:
                 yield from self._json(path, before)
             elif kind == "text":
                 yield SourceRecord(path, self._text(path))
-            else:
-                yield from self._rows(_tables_of_file(path, kind), path)
-        except DAMAGE as error:
+            elif kind:
+                yield from self._rows(tables_of_file(path, kind, self._columns, self._max_window), path)
+        except WindowTooLarge as error:
+            yield SourceRecord(path, RecordError("window too large", f"cannot be read: {error}"))
+        except (*DAMAGE, JSONDamage) as error:
             if is_transient(error):
                 raise
             detail = f"cannot be read to its end: {error_summary(error)}"
@@ -132,7 +138,7 @@ class Reader:
 
     def _json(self, path: str, before: int) -> Iterator[SourceRecord]:
         with Path(path).open("rb") as raw:
-            for number, value in enumerate(read_json_values(decompressed(raw, path), self._largest)):
+            for number, value in enumerate(read_json_values(decompressed(raw, path, self._max_window), self._largest)):
                 self.bytes_read = before + raw.tell()
                 yield SourceRecord(f"{path}, record {number}", _row_of(value))
 
@@ -140,7 +146,9 @@ class Reader:
         start, stop = self._unit.byte_range or (0, None)
         where = "" if stop is None else f" after byte {start}"
         with Path(path).open("rb") as raw:
-            for number, line in enumerate(read_lines(decompressed(raw, path), self._largest, start, stop)):
+            for number, line in enumerate(
+                read_lines(decompressed(raw, path, self._max_window), self._largest, start, stop)
+            ):
                 self.bytes_read = before + raw.tell() - start
                 if line is None or line.strip():
                     row = self._too_large if line is None else parse(line)
@@ -149,7 +157,7 @@ class Reader:
     def _text(self, path: str) -> Mapping[str, object] | RecordError:
         content = b""
         with Path(path).open("rb") as raw:
-            file = decompressed(raw, path)
+            file = decompressed(raw, path, self._max_window)
             while piece := file.read(PIECE_BYTES):
                 content += piece
                 if len(content) > self._largest:
@@ -159,74 +167,35 @@ class Reader:
         except UnicodeDecodeError as error:
             return RecordError("invalid UTF-8", f"is no UTF-8: {error}")
 
-    def _rows(self, tables: Iterator[pyarrow.Table], place: str) -> Iterator[SourceRecord]:
+    def _rows(self, tables: Iterator[pyarrow.Table | pyarrow.RecordBatch], place: str) -> Iterator[SourceRecord]:
         number = 0
         while True:
             try:
                 table = next(tables)
             except StopIteration:
                 return
-            except Exception as error:  # each reader of `datasets` raises its own kind on broken data
-                if is_transient(error):
+            except Exception as error:  # pyarrow and `datasets` raise many kinds on broken data
+                if is_transient(error) or isinstance(error, WindowTooLarge):
                     raise
                 detail = f"cannot be read after {number} records: {error_summary(error.__cause__ or error)}"
                 yield SourceRecord(place, RecordError("unreadable file", detail))
                 return
-            names = [name for name in table.column_names if name in self._columns]
-            if len(names) < len(self._columns):
-                names = table.column_names  # one may be inside another column, or missing: the message lists them all
-            columns = [_values(table[name]) for name in names]
+            names = own_columns(table.schema.names, self._columns)
+            columns = [map(self._value, table[name]) for name in names]
             for values in zip(*columns, strict=True):
                 bad = next((value for value in values if isinstance(value, RecordError)), None)
                 yield SourceRecord(f"{place}, record {number}", bad or dict(zip(names, values, strict=True)))
                 number += 1
 
-
-def _tables_of_file(path: str, kind: str | None) -> Iterator[pyarrow.Table]:
-    """Yield a file's rows as tables.
-
-    Raises:
-        Exception: of any kind, from `datasets`, if the file is damaged.
-        EOFError: rows are missing and no library noticed, which happens in files without checksums.
-    """
-    import datasets
-    import pyarrow.parquet
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported once, as records
-    options = {"batch_size": TABLE_ROWS} if kind == "parquet" else {}
-    dataset = datasets.load_dataset(kind, data_files=[glob.escape(path)], split="train", streaming=True, **options)
-    rows = 0
-    for table in dataset.with_format("arrow").iter(batch_size=TABLE_ROWS):
-        yield table
-        rows += len(table)
-    if Path(path.lower()).suffix != f".{kind}":
-        return  # compressed as a whole, which has a checksum or a length of its own
-    if kind == "parquet" and rows != (expected := pyarrow.parquet.read_metadata(path).num_rows):
-        raise EOFError(f"its footer says {expected} rows")
-    if kind == "arrow" and not _has_arrow_end(Path(path)):
-        raise EOFError("the end of its stream is missing")
-
-
-def _has_arrow_end(path: Path) -> bool:
-    """Return whether an Arrow file has a footer, or as a stream its end mark."""
-    with path.open("rb") as file:
-        file.seek(-8, io.SEEK_END)
-        end = file.read()
-    return end.endswith((b"ARROW1", b"\0\0\0\0"))
-
-
-def _values(column: pyarrow.ChunkedArray) -> list[object]:
-    try:
-        return list(column.to_pylist())
-    except UnicodeDecodeError:
-        return [_value(scalar) for scalar in column]
-
-
-def _value(scalar: pyarrow.Scalar) -> object:
-    try:
-        return scalar.as_py()
-    except UnicodeDecodeError as error:
-        return RecordError("invalid UTF-8", f"is no UTF-8: {error}")
+    def _value(self, scalar: pyarrow.Scalar) -> object:
+        scalar = getattr(scalar, "value", scalar)  # of a dictionary
+        content = scalar.as_buffer() if hasattr(scalar, "as_buffer") else None  # of a text; None of null
+        if content is not None and len(content) > self._largest:
+            return self._too_large
+        try:
+            return scalar.as_py()
+        except UnicodeDecodeError as error:
+            return RecordError("invalid UTF-8", f"is no UTF-8: {error}")
 
 
 def parse(line: bytes) -> dict[str, object] | RecordError:
@@ -257,7 +226,7 @@ def is_transient(error: BaseException | None) -> bool:
     return False
 
 
-def read_lines(file: BinaryIO, largest: int, start: int = 0, stop: int | None = None) -> Iterator[bytes | None]:
+def read_lines(file: BufferedIOBase, largest: int, start: int = 0, stop: int | None = None) -> Iterator[bytes | None]:
     """Yield the lines that begin at byte `start` up to `stop`, with their ends.
 
     None stands for a line of more than `largest` bytes before its end, which is never whole in memory.
@@ -276,64 +245,6 @@ def read_lines(file: BinaryIO, largest: int, start: int = 0, stop: int | None = 
             yield None
 
 
-def _skip_line(file: BinaryIO) -> None:
+def _skip_line(file: BufferedIOBase) -> None:
     while (piece := file.readline(PIECE_BYTES)) and not piece.endswith(b"\n"):
         pass
-
-
-def decompressed(raw: BinaryIO, path: str) -> BinaryIO:
-    """Return a file's content as a stream, decompressed by the suffix of its name.
-
-    Reading raises one of `DAMAGE` where the file is damaged or cut short.
-    """
-    openers: dict[str, Any] = {
-        ".gz": gzip.open,
-        ".bz2": lambda raw: io.BufferedReader(_Streams(raw, bz2.BZ2Decompressor), PIECE_BYTES),
-        ".xz": lambda raw: io.BufferedReader(_Streams(raw, lzma.LZMADecompressor), PIECE_BYTES),
-        ".zst": _open_zstandard,
-    }
-    opener = openers.get(Path(path.lower()).suffix)
-    file: BinaryIO = opener(raw) if opener else raw
-    return file
-
-
-class _Streams(io.RawIOBase):
-    """Compressed streams, one after another, as parallel compressors write them.
-
-    Python's own readers take a damaged stream after the first for the end of the file.
-    """
-
-    def __init__(self, raw: BinaryIO, new: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor]) -> None:
-        self._raw, self._new = raw, new
-        self._stream, self._input = new(), b""
-        self._begun = False  # whether the current stream has got any input
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while True:
-            if self._stream.eof:
-                self._input, self._stream, self._begun = self._stream.unused_data, self._new(), False
-            if self._stream.needs_input and not self._input:
-                self._input = self._raw.read(PIECE_BYTES)
-                if not self._input and self._begun:
-                    raise EOFError("it ends in the middle of a compressed stream")
-                if not self._input:
-                    return 0
-            if not self._begun:
-                self._input = self._input.lstrip(b"\0")  # xz allows padding between streams
-                if not self._input:
-                    continue
-            self._begun = True
-            data = self._stream.decompress(self._input, len(buffer))
-            self._input = b""
-            if data:
-                buffer[: len(data)] = data
-                return len(data)
-
-
-def _open_zstandard(raw: BinaryIO) -> io.BufferedReader:
-    import pyarrow
-
-    return io.BufferedReader(pyarrow.input_stream(raw, compression="zstd"), PIECE_BYTES)

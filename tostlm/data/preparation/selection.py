@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 
+from tostlm.data.preparation.decompression import MAX_WINDOW_BYTES
 from tostlm.data.preparation.readers import Reader, RecordError, SourceRecord
 from tostlm.data.preparation.sources import divide, find_sources, no_text
 from tostlm.data.shards import FrozenModel
@@ -42,6 +43,7 @@ class Selection(FrozenModel):
     max_characters: int | None = None
     # SentencePiece takes 40 bytes of memory for each of a text.
     max_document_bytes: Annotated[int, pydantic.Field(ge=1, le=1 << 40)] = 16_000_000
+    max_window_bytes: Annotated[int, pydantic.Field(ge=1 << 20, le=1 << 32)] = MAX_WINDOW_BYTES  # of a decompressor
     on_error: Literal["fail", "skip"] = "fail"
 
 
@@ -196,7 +198,8 @@ def documents(
         if dropped is not None:
             selector.dropped = dropped
         for unit in divide([source]):
-            for text in selector.documents(Reader(unit, selector.columns, selection.max_document_bytes)):
+            reader = Reader(unit, selector.columns, selection.max_document_bytes, selection.max_window_bytes)
+            for text in selector.documents(reader):
                 empty = False
                 yield text
         if empty:

@@ -1,0 +1,84 @@
+"""The rows of parquet and arrow files, a few at a time."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tostlm.data.preparation.declared_sizes import arrow_batch_sizes, parquet_page_sizes
+from tostlm.data.preparation.decompression import PIECE_BYTES, WindowTooLarge
+
+if TYPE_CHECKING:
+    import pyarrow
+
+TABLE_ROWS = 8  # so that a long text, which a file may hold once for many rows, is in memory a few times only
+WINDOWS_OF_A_PART = 8  # a page or a batch may take as much as so many windows: those of good files may take 1 GB
+ARROW_MAGIC = b"ARROW1\0\0"  # of a file; what follows is a stream, and then a footer
+
+
+def tables_of_file(path: str, kind: str, columns: Sequence[str], max_window: int) -> Iterator[pyarrow.RecordBatch]:
+    """Yield a file's rows, in order.
+
+    Args:
+        path: the file.
+        kind: "parquet" or "arrow".
+        columns: what is needed; all columns come if one of these is none of the file's own.
+        max_window: a page or a batch of more than 8 times as many bytes is not read.
+
+    Raises:
+        WindowTooLarge: there is such a one.
+        Exception: of any kind, from pyarrow, if the file is damaged.
+        EOFError: rows are missing and no library noticed, which happens in files without checksums.
+    """
+    if Path(path.lower()).suffix != f".{kind}":
+        raise ValueError(f"a .{kind} file is compressed inside, not as a whole; decompress it")
+    rows_of = _parquet if kind == "parquet" else _arrow
+    yield from rows_of(path, columns, max_window)
+
+
+def own_columns(names: Sequence[str], columns: Sequence[str]) -> list[str]:
+    """Return those of a table's columns that are needed: all, if one is inside another, or missing."""
+    own = [name for name in names if name in columns]
+    return own if len(own) == len(columns) else list(names)
+
+
+def _parquet(path: str, columns: Sequence[str], max_window: int) -> Iterator[pyarrow.RecordBatch]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path, buffer_size=PIECE_BYTES) as file:
+        chosen = own_columns(file.schema_arrow.names, columns)
+        _require_small("page", parquet_page_sizes(Path(path), file.metadata, chosen), max_window)
+        rows = 0
+        for batch in file.iter_batches(TABLE_ROWS, columns=chosen, use_threads=False):
+            yield batch
+            rows += len(batch)
+        if rows != file.metadata.num_rows:
+            raise EOFError(f"its footer says {file.metadata.num_rows} rows")
+
+
+def _arrow(path: str, columns: Sequence[str], max_window: int) -> Iterator[pyarrow.RecordBatch]:
+    import pyarrow.ipc
+
+    with Path(path).open("rb") as file:
+        if file.read(len(ARROW_MAGIC)) != ARROW_MAGIC:
+            file.seek(0)
+        start = file.tell()
+        _require_small("batch", arrow_batch_sizes(file), max_window)
+        file.seek(start)
+        with pyarrow.ipc.open_stream(file) as stream:
+            names = own_columns(stream.schema.names, columns)
+            for batch in stream:
+                for start in range(0, len(batch), TABLE_ROWS):
+                    yield batch.select(names).slice(start, TABLE_ROWS)
+        file.seek(-len(ARROW_MAGIC), io.SEEK_END)
+        if not file.read().endswith((ARROW_MAGIC[:6], b"\0\0\0\0")):
+            raise EOFError("the end of its stream is missing")
+
+
+def _require_small(part: str, sizes: Iterable[int], max_window: int) -> None:
+    for size in sizes:
+        if size > WINDOWS_OF_A_PART * max_window:
+            rule = f"more than {WINDOWS_OF_A_PART} times the {max_window} bytes that --max-window-bytes allows"
+            raise WindowTooLarge(f"a {part} of it takes {size} bytes, {rule}; raise it to read the file")
