@@ -17,4 +17,7 @@ def test_rates_and_their_ratios(corpus: Path, tokenizer: Tokenizer, tmp_path: Pa
     ratio = rates["prepare_bytes_per_second"] / rates["encode_bytes_per_second"]
     assert f"{ratio:.0%} of it" in printed
     assert f"{rates['loader_seconds_per_token'] * 10_000:.3%} of a step at 10,000 tokens/s" in printed
+    assert f"MB in {rates['documents']:,} documents, 1 cores" in printed
     assert rates["writer_bytes_per_second"] > rates["encode_bytes_per_second"]
+    succeed(tostlm(*command, "--repeats", "1", "--document-characters", "10", "--out", str(out)))
+    assert json.loads(out.read_text())["documents"] > 90_000

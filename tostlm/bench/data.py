@@ -7,6 +7,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +38,7 @@ class DataRates(NamedTuple):
     """Medians of interleaved runs, of the same text."""
 
     text_bytes: int
+    documents: int
     encode_bytes_per_second: float  # of the tokenizer's library alone, on text in memory
     prepare_bytes_per_second: float  # from a .jsonl file to verified shards
     writer_bytes_per_second: float  # of text, on one core: hashing, converting, writing
@@ -47,6 +49,7 @@ def report_data(
     sources: list[str],
     tokenizer: Tokenizer,
     text_bytes: int,
+    document_characters: int | None,
     workers: int,
     context: int,
     repeats: int,
@@ -56,6 +59,7 @@ def report_data(
 
     Args:
         text_bytes: how much of the sources to use; they are repeated where they are shorter.
+        document_characters: cut longer documents into documents of this length; None for none.
         context: tokens of the windows that are loaded.
         out: a .json file to write too.
 
@@ -65,6 +69,8 @@ def report_data(
     if out:
         require_file_writable(out)
     own = list(limit_bytes(documents(sources), text_bytes))
+    if document_characters:
+        own = [part for text in own for part in _cut(text, document_characters)]
     texts = list(limit_bytes(itertools.cycle(own), text_bytes))
     size = sum(len(text.encode()) for text in texts)
     seconds = []
@@ -85,9 +91,13 @@ def report_data(
             loading = _load(prepared, context)
             seconds.append((encoded_at - start, prepared_at - encoded_at, written_at - prepared_at, loading))
     encoding, preparing, writing, loading = map(statistics.median, zip(*seconds, strict=True))
-    rates = DataRates(size, size / encoding, size / preparing, size / writing, loading)
+    rates = DataRates(size, len(texts), size / encoding, size / preparing, size / writing, loading)
     facts = {"workers": workers, "context": context, "repeats": repeats, **rates._asdict()}
     return report(_table(rates, workers), torch.device("cpu"), out, **facts)
+
+
+def _cut(text: str, characters: int) -> Iterator[str]:
+    return (text[start : start + characters] for start in range(0, len(text), characters))
 
 
 def _library_encode(tokenizer: Tokenizer, texts: list[str], workers: int) -> list[list[int]]:
@@ -119,11 +129,11 @@ def _load(folder: Path, context: int) -> float:
 
 def _table(rates: DataRates, workers: int) -> str:
     """Return the rates and their ratios, a line each."""
-    encode, prepare_, write = rates[1:4]
+    encode, prepare_, write = rates[2:5]
     share = rates.loader_seconds_per_token * RANK_TOKENS_PER_SECOND
     return "\n".join(
         (
-            f"text                {rates.text_bytes / 1e6:10.1f} MB, {workers} cores",
+            f"text                {rates.text_bytes / 1e6:10.1f} MB in {rates.documents:,} documents, {workers} cores",
             f"tokenizer's library {encode / 1e6:10.2f} MB/s",
             f"tostlm prepare      {prepare_ / 1e6:10.2f} MB/s   {prepare_ / encode:.0%} of it",
             f"writer, one core    {write / 1e6:10.2f} MB/s   {write * workers / encode:.1f} times it",

@@ -63,6 +63,9 @@ def bench_data(
     text_bytes: Annotated[
         int, typer.Option(min=1, help="how much of the text to use; it is repeated where it is shorter")
     ] = 50_000_000,
+    document_characters: Annotated[
+        int | None, typer.Option(min=1, help="cut the text into documents of this length, to time short documents")
+    ] = None,
     context: Annotated[int, typer.Option(min=1, help="tokens of the windows that are loaded")] = 1024,
     repeats: Annotated[int, typer.Option(min=1, help="timed runs of each")] = 3,
     workers: Annotated[int, THREADS] = 1,
@@ -72,7 +75,9 @@ def bench_data(
     from tostlm.bench import report_data
     from tostlm.data import Tokenizer
 
-    print(report_data(source, Tokenizer.load(tokenizer), text_bytes, workers, context, repeats, out))
+    print(
+        report_data(source, Tokenizer.load(tokenizer), text_bytes, document_characters, workers, context, repeats, out)
+    )
 
 
 def _parse_shape(shape: str) -> tuple[int, int]:

@@ -59,6 +59,22 @@ def test_a_record_of_a_hundred_megabytes(tokenizer: Tokenizer, tmp_path: Path) -
 
 
 @pytest.mark.slow
+def test_five_million_short_documents_take_the_memory_of_one_million(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "t.model").write_bytes(tokenizer.content)
+    peaks = []
+    for documents in (1_000_000, 5_000_000):
+        source = tmp_path / f"{documents}.jsonl"
+        with source.open("w") as file:
+            file.writelines(f'{{"text": "{n:010d}", "language": "en"}}\n' for n in range(documents))
+        peaks.append(peak_memory(source, tmp_path / "t.model", tmp_path / str(documents)))
+        splits = read_manifest(tmp_path / str(documents)).splits.values()
+        assert sum(split.documents for split in splits) == documents
+    print(f"peaks {peaks[0] / 1e6:.0f} and {peaks[1] / 1e6:.0f} MB")
+    # The merge sorts up to 4 million hashes at once, some 80 bytes each, and holds a bit a document.
+    assert peaks[1] < peaks[0] + 3_000_000 * 80 + 50_000_000
+
+
+@pytest.mark.slow
 def test_fifty_gigabytes_in_less_than_one(speeches: list[str], tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "t.model").write_bytes(tokenizer.content)
     records = write_source(tmp_path / "crawl.jsonl.zst", speeches, 50_000_000_000)

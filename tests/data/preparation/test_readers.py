@@ -147,6 +147,17 @@ def test_work_units_hold_every_record_once(tmp_path: Path, size: int) -> None:
     assert read == texts
 
 
+def test_an_arrow_file_whose_texts_lie_outside_of_it(tmp_path: Path) -> None:
+    table = pyarrow.table({"text": ["first", "second", "third"]})
+    with pyarrow.ipc.new_stream(tmp_path / "a.arrow", table.schema) as stream:
+        stream.write_table(table)
+    content = (tmp_path / "a.arrow").read_bytes()
+    ends = b"".join(end.to_bytes(4, "little") for end in (0, 5, 11, 16))
+    assert content.count(ends) == 1
+    (tmp_path / "a.arrow").write_bytes(content.replace(ends, ends[:4] + (1 << 30).to_bytes(4, "little") + ends[8:]))
+    assert reasons(records(tmp_path / "a.arrow")) == ["unreadable file"]
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=9),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),

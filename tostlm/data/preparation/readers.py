@@ -15,6 +15,8 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import orjson
+
 from tostlm.data.preparation.decompression import (
     DAMAGE,
     MAX_WINDOW_BYTES,
@@ -188,7 +190,8 @@ class Reader:
                 number += 1
 
     def _value(self, scalar: pyarrow.Scalar) -> object:
-        scalar = getattr(scalar, "value", scalar)  # of a dictionary
+        if hasattr(scalar, "dictionary"):
+            scalar = scalar.value
         content = scalar.as_buffer() if hasattr(scalar, "as_buffer") else None  # of a text; None of null
         if content is not None and len(content) > self._largest:
             return self._too_large
@@ -200,6 +203,10 @@ class Reader:
 
 def parse(line: bytes) -> dict[str, object] | RecordError:
     """Return the JSON object in a line."""
+    try:
+        return _row_of(orjson.loads(line))
+    except ValueError:  # json reads more: NaN, numbers and nesting of any size, half of a surrogate pair, a BOM
+        pass
     try:
         row = json.loads(line.removeprefix(BOM).decode())
     except UnicodeDecodeError as error:

@@ -106,18 +106,13 @@ class Selector:
         """
         id_column = self._selection.id_column
         for place, row in records:
-            if isinstance(row, RecordError):
-                self._leave_out(place, row.reason, row.detail)
-                continue
-            if id_column is not None:
-                place = f"{place} ({value_of(row, id_column)})"
-            text = self._text(row)
-            if isinstance(text, RecordError):
-                self._leave_out(place, text.reason, text.detail)
-            elif reason := self._reason_to_drop(row, text):
-                self._leave_out(place, reason)
-            else:
+            text = row if isinstance(row, RecordError) else self._text(row)
+            if isinstance(text, str):
                 yield text
+            else:
+                if id_column is not None and not isinstance(row, RecordError):
+                    place = f"{place} ({value_of(row, id_column)})"
+                self._leave_out(place, *text)
 
     def _text(self, row: Mapping[str, object]) -> str | RecordError:
         text_column, limit = self._selection.text_column, self._selection.max_document_bytes
@@ -138,21 +133,23 @@ class Selector:
         if size > limit:
             detail = f"{text_column} has {size} bytes, --max-document-bytes allows {limit}"
             return RecordError("record too large", detail)
-        return text
+        reason = self._reason_to_drop(row, text)
+        return RecordError(reason, "") if reason else text
 
     def _reason_to_drop(self, row: Mapping[str, object], text: str) -> str | None:
+        shortest, longest = self._selection.min_characters, self._selection.max_characters
         if not text:
             return "empty"
-        if len(text) < self._selection.min_characters:
-            return f"below {self._selection.min_characters} characters"
-        if self._selection.max_characters is not None and len(text) > self._selection.max_characters:
-            return f"above {self._selection.max_characters} characters"
+        if len(text) < shortest:
+            return f"below {shortest} characters"
+        if longest is not None and len(text) > longest:
+            return f"above {longest} characters"
         for condition in self._conditions:
             if not condition.holds(row):
                 return f"not {condition.rule}"
         return None
 
-    def _leave_out(self, place: str, reason: str, error: str = "") -> None:
+    def _leave_out(self, place: str, reason: str, error: str) -> None:
         if error and self._selection.on_error == "fail":
             raise UserError(f"{place}: {error}; correct it, or leave such records out with --on-error skip")
         self.dropped[reason] += 1

@@ -70,11 +70,24 @@ def _arrow(path: str, columns: Sequence[str], max_window: int) -> Iterator[pyarr
         with pyarrow.ipc.open_stream(file) as stream:
             names = own_columns(stream.schema.names, columns)
             for batch in stream:
+                for name in names:
+                    _require_sound(batch[name])
                 for start in range(0, len(batch), TABLE_ROWS):
                     yield batch.select(names).slice(start, TABLE_ROWS)
         file.seek(-len(ARROW_MAGIC), io.SEEK_END)
         if not file.read().endswith((ARROW_MAGIC[:6], b"\0\0\0\0")):
             raise EOFError("the end of its stream is missing")
+
+
+def _require_sound(column: pyarrow.Array) -> None:
+    """Check what pyarrow relies on: places outside of the column would be read, or end the process.
+
+    Whether a text is UTF-8 is not checked here, as that costs a record and not the batch.
+    """
+    import pyarrow
+
+    binary = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
+    column.view(binary.get(column.type, column.type)).validate(full=True)
 
 
 def _require_small(part: str, sizes: Iterable[int], max_window: int) -> None:
