@@ -25,7 +25,7 @@ ROWS: list[Row] = [
 
 def select(*rows: Row, **options: Any) -> tuple[list[str], dict[str, int], Selector]:
     selector = Selector(Selection(**options))
-    found = list(selector.documents(SourceRecord(str(n), row) for n, row in enumerate(rows)))
+    found = list(selector.documents(SourceRecord(str(n), None, row) for n, row in enumerate(rows)))
     return found, dict(selector.dropped), selector
 
 
