@@ -9,7 +9,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,16 @@ from tostlm.errors import UserError
 def write_atomically(path: Path, content: bytes | str, *, durable: bool = True, overwrite: bool = True) -> None:
     """Write a file under a temporary name and rename it, so that a reader finds all of it or none.
 
-    The file's folder is made; `durable` forces the content to the disk; without `overwrite` an existing file stays.
+    The file's folder is made; `durable` forces the content to the disk; without `overwrite` an existing file stays,
+    and of several processes that write at once the first counts.
     """
     data = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not overwrite:
+        with locked(path.with_name(f".{path.name}.lock")):
+            if not path.exists():
+                write_atomically(path, data, durable=durable)
+        return
     partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex}")
     try:
         with partial.open("wb") as file:
@@ -30,24 +36,27 @@ def write_atomically(path: Path, content: bytes | str, *, durable: bool = True, 
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-        if overwrite:
-            partial.replace(path)
-        else:
-            with suppress(FileExistsError):
-                os.link(partial, path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+    if durable:
+        sync_folder(path.parent)
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder that becomes `path` at the end of the block, or is removed if the block raises."""
+    """Yield an empty folder that becomes `path` at the end of the block, or is removed if the block raises.
+
+    All that is in it is forced to the disk first.
+    """
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
+        sync_tree(partial)
         partial.replace(path)
+        sync_folder(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -78,6 +87,17 @@ def append_json_line(path: Path, value: Mapping[str, object]) -> None:
         file.seek(max(0, end - 1))
         begin = b"" if file.read(1) in (b"", b"\n") else b"\n"
         file.write(begin + json.dumps(value).encode() + b"\n")
+
+
+def sync_tree(folder: Path) -> None:
+    """Force every file in a folder and its folders to the disk, and the lists of their files."""
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            sync_folder(path)
+        elif path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
 
 
 def sync_folder(path: Path) -> None:
@@ -122,15 +142,15 @@ def require_file_writable(path: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, message: str) -> Iterator[None]:
-    """Hold a lock on a file, which ends with the process at the latest.
+def locked(path: Path, message: str | None = None) -> Iterator[None]:
+    """Hold a lock on a file, which ends with the process at the latest; wait for it if there is no `message`.
 
     Raises:
         UserError: another process holds it; `message` is what the user reads.
     """
     with path.open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if message else 0))
         except BlockingIOError:
             raise UserError(message) from None
         except OSError:  # a file system without locks

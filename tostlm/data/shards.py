@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Self
@@ -26,7 +25,7 @@ import pydantic
 
 from tostlm.data.tokenizers import Tokenizer
 from tostlm.errors import UserError, error_summary
-from tostlm.files import sha256_of, write_atomically
+from tostlm.files import sha256_of, sync_tree, write_atomically
 
 MANIFEST, DROPPED = "manifest.json", "dropped.jsonl"
 SEAL = "sha256"  # key of the manifest: the hash of all others
@@ -217,10 +216,8 @@ class ShardWriter:
             file.write(array.tobytes())
 
     def finish(self) -> Shard:
-        """Force the files to the disk and close them; return the shard's entry in the manifest."""
+        """Close the files; return the shard's entry in the manifest."""
         for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
             file.close()
         return Shard(
             name=self._name,
@@ -279,6 +276,7 @@ def write_manifest(
         },
         dropped_sha256=sha256_of(folder / DROPPED) if (folder / DROPPED).exists() else None,
     )
+    sync_tree(folder)  # before the manifest says that all is there
     content = manifest.model_dump(mode="json")
     write_atomically(folder / MANIFEST, json.dumps({**content, SEAL: _digest(content)}, indent=2) + "\n")
     return manifest

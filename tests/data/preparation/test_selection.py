@@ -107,3 +107,9 @@ def test_the_column_that_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x", "url": "y"}) + "\n")
     with pytest.raises(UserError, match="has no column 'score', only text, url"):
         list(documents([str(tmp_path)], Selection(keep=("score>1",))))
+
+
+def test_an_error_is_one_line_whatever_a_record_holds() -> None:
+    selector = Selector(Selection(id_column="id"))
+    with pytest.raises(UserError, match=r"^a \(1 2\): has no column 'text', only id, b c;"):
+        list(selector.documents([SourceRecord("a", {"id": "1\n2", "b\nc": 3})]))

@@ -126,14 +126,16 @@ class _Streams(io.RawIOBase):
     def _before_damage(self, size: int) -> bytes:
         """Return what the call for `size` bytes that found the damage had decompressed, which is lost with the error.
 
-        The stream is decompressed again, the last of its input byte by byte.
+        The stream is decompressed again, the last of its input byte by byte. Damage that is found without new input is
+        of what came since the last, which bzip2 gives before it compares its checksum.
         """
-        stream, content, skip = self._new(), bytearray(), self._given
+        stream, content, skip, sound = self._new(), bytearray(), self._given, 0
         end = self._raw.tell()
         self._raw.seek(self._start)
         while len(content) < size and not (stream.needs_input and self._raw.tell() == end):
             data = b""
             if stream.needs_input:
+                sound = len(content)
                 left = end - self._raw.tell()
                 data = self._raw.read(INPUT_BYTES if left > 2 * INPUT_BYTES else 1)
             try:
@@ -142,7 +144,7 @@ class _Streams(io.RawIOBase):
                 break
             content += b"" if skip else found
             skip -= len(found) if skip else 0
-        return bytes(content)
+        return bytes(content[:sound])
 
     def _explained(self, error: Exception) -> Exception:
         if "emory" not in str(error):  # of liblzma and zstd

@@ -153,7 +153,8 @@ class Selector:
 
     def _leave_out(self, place: str, reason: str, error: str) -> None:
         if error and self._selection.on_error == "fail":
-            raise UserError(f"{place}: {error}; correct it, or leave such records out with --on-error skip")
+            lines = f"{place}: {error}; correct it, or leave such records out with --on-error skip".splitlines()
+            raise UserError(" ".join(lines))  # ids and names of columns may hold anything
         self.dropped[reason] += 1
         if self.dropped[reason] <= MAX_EXAMPLES:
             self.examples.append({"reason": reason, "document": place, "detail": error})
