@@ -112,4 +112,4 @@ def test_the_column_that_is_missing_is_named(tmp_path: Path) -> None:
 def test_an_error_is_one_line_whatever_a_record_holds() -> None:
     selector = Selector(Selection(id_column="id"))
     with pytest.raises(UserError, match=r"^a \(1 2\): has no column 'text', only id, b c;"):
-        list(selector.documents([SourceRecord("a", {"id": "1\n2", "b\nc": 3})]))
+        list(selector.documents([SourceRecord("a", None, {"id": "1\n2", "b\nc": 3})]))
