@@ -24,6 +24,7 @@ VOCAB = 512
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cases", default="1", help="how many times more cases tests/adversarial draws")
+    parser.addoption("--case", help="the number of the only case that they draw")
     parser.addoption("--seed", default="0", help="from which tests/adversarial draws its cases")
 
 

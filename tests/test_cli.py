@@ -155,7 +155,10 @@ def test_the_pipeline_with_an_imported_tokenizer(corpus: Path, speeches: list[st
 
 def test_a_full_disk_while_preparing(small_disk: Path, corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "t.model").write_bytes(tokenizer.content)
-    source = ["--source", *[str(corpus)] * 10, "--tokenizer", str(tmp_path / "t.model"), "--unit-bytes", "9000"]
+    copies = [tmp_path / f"{number}.jsonl" for number in range(10)]
+    for copy in copies:
+        copy.write_bytes(corpus.read_bytes())
+    source = ["--source", *map(str, copies), "--tokenizer", str(tmp_path / "t.model"), "--unit-bytes", "9000"]
     command = ["prepare", *source, "--out", str(small_disk / "data")]
     fail(tostlm(*command), "No space left on device", "what was finished stays")
     finished = len(list((small_disk / "data").glob("units/0*/result.json")))

@@ -17,7 +17,9 @@ import torch
 import tostlm.launch.local
 from tostlm.main import main
 
-IMPORTED = ["tostlm.train", "tostlm.eval", "tostlm.convert", "tostlm.bench", "torch.utils.tensorboard"]
+# DeepSpeed imports its Muon, and with it torch.compile's backend, when an engine starts.
+MUON = "deepspeed.runtime.zero.muon.original_muon"
+IMPORTED = ["tostlm.train", "tostlm.eval", "tostlm.convert", "tostlm.bench", "torch.utils.tensorboard", MUON]
 TIMEOUT_SECONDS = 300
 
 processes = multiprocessing.get_context("forkserver")

@@ -1,5 +1,7 @@
 """How many times more cases are drawn, and from which seed: `pytest tests/adversarial -m slow --cases 10 --seed 7`."""
 
+from collections.abc import Callable
+
 import pytest
 
 
@@ -9,6 +11,8 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(scope="session")
-def factor(request: pytest.FixtureRequest) -> float:
-    """By how much more cases than usual are drawn."""
-    return float(request.config.getoption("--cases"))
+def numbers(request: pytest.FixtureRequest) -> Callable[[int], range]:
+    """The numbers of the cases to draw where there are usually so many."""
+    case = request.config.getoption("--case")
+    factor = float(request.config.getoption("--cases"))
+    return lambda cases: range(round(cases * factor)) if case is None else range(int(case), int(case) + 1)

@@ -131,9 +131,11 @@ def check(path: Path, original: Sequence[str], intact: int) -> str:
     return "unseen" if len(found) + dropped.total() >= len(original) else "lost"
 
 
-def test_damaged_sources(tmp_path: Path, seed: int, factor: float, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_sources(
+    tmp_path: Path, seed: int, numbers: Callable[[int], range], capsys: pytest.CaptureFixture[str]
+) -> None:
     ended: Counter[tuple[str, str]] = Counter()
-    for case in range(round(CASES * factor)):
+    for case in numbers(CASES):
         rng = random.Random(f"{seed}/{case}")
         name = rng.choice(list(FORMATS))
         documents = texts(rng)

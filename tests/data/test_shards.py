@@ -168,3 +168,10 @@ def test_a_manifest_agrees_with_its_tokenizer(copy: Path, tokenizer: Tokenizer) 
     (copy / "manifest.json").write_text(json.dumps({**content, "sha256": shards._digest(content)}))
     with pytest.raises(UserError, match=f"eos_id {tokenizer.eos_id + 2}, its tokenizer {tokenizer.eos_id}"):
         load_tokenizer(copy)
+
+
+def test_a_shard_that_is_gone_by_the_time_it_is_read_is_named(copy: Path) -> None:
+    tokens = TokenSet(copy, "train")
+    (copy / "train-00000.bin").unlink()
+    with pytest.raises(UserError, match=r"train-00000\.bin has 0 bytes, its manifest says"):
+        tokens.read(0, 10)

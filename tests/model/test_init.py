@@ -18,6 +18,20 @@ def test_one_seed_is_one_model() -> None:
     assert not torch.equal(a.embed.weight, other.embed.weight)
 
 
+def test_parts_that_are_taken_away_at_once_are_the_same() -> None:
+    taken: list[torch.Tensor] = []
+
+    def partition(part: torch.nn.Module) -> None:
+        taken.extend(p.detach().clone() for p in part.parameters())
+        part.to_empty(device="meta")
+
+    lm, whole = create_lm(CONFIG, 1, partition), create_lm(CONFIG, 1)
+    assert all(p.is_meta for p in lm.parameters())
+    assert all(torch.equal(x, y) for x, y in zip(taken, whole.parameters(), strict=True))
+    groups = (parameter_groups(model, weight_decay=0.1) for model in (lm, whole))
+    assert [len(group["params"]) for group in next(groups)] == [len(group["params"]) for group in next(groups)]
+
+
 def test_starting_values() -> None:
     for name, parameter in create_lm(CONFIG, 0).requires_grad_(False).named_parameters():
         if name.endswith("out_proj.weight"):

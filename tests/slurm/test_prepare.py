@@ -53,7 +53,7 @@ def test_an_array_with_a_killed_task_makes_the_same_data(
     finished = list((tmp_path / "out" / "units").glob("0*/result.json"))
     before = {path: path.stat().st_mtime_ns for path in finished if path.exists()}
     wait_until(lambda: (tmp_path / "out" / "manifest.json").exists(), logs)
-    wait_until(lambda: not (tmp_path / "out" / "units").exists(), logs)
+    wait_until(lambda: not any((tmp_path / "out" / name).exists() for name in ("units", "plan.json")), logs)
     assert before
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.glob("prepare-*.log")) == [f"prepare-{job}_{n}.log" for n in range(3)]

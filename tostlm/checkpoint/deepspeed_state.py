@@ -40,6 +40,7 @@ class Stage3Optimizer(DeepSpeedOptimizer, Protocol):
 
     grad_position: dict[int, tuple[int, int, int]]  # by parameter id: group, offset in its flat tensor, elements
     fp16_groups: list[list[Tensor]]
+    fp16_partitioned_groups_flat: list[Tensor | None]  # None where they are on NVMe
     fp32_partitioned_groups_flat: list[Tensor]
 
     def get_param_id(self, param: Tensor) -> int: ...
@@ -192,6 +193,17 @@ def check_fragments(engine: DeepSpeedEngine) -> None:
         "tostlm reads them: some option of the deepspeed block moves them; leave out what your run does not need. "
         "Nothing was saved"
     )
+
+
+def share_weights(engine: DeepSpeedEngine) -> None:
+    """Let the fp32 masters of ZeRO stage 3 be the weights themselves where those are in fp32, on the same device.
+
+    DeepSpeed means to do so, but compares a device with its name, and keeps a copy.
+    """
+    stage3 = _stage3(engine)
+    for weights, masters in zip(stage3.fp16_partitioned_groups_flat, _owners(engine), strict=True) if stage3 else ():
+        if weights is not None and (weights.dtype, weights.device) == (masters.dtype, masters.device):
+            masters.data = weights.data
 
 
 def optimizer_steps(engine: DeepSpeedEngine) -> int:

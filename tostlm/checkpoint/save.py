@@ -69,7 +69,7 @@ class CheckpointSaver:
         self, config: RunConfig, tokenizer: Tokenizer, ranks: RankInfo, on_wait: Callable[[bool], None]
     ) -> None:
         self._config, self._tokenizer, self._ranks, self._on_wait = config, tokenizer, ranks, on_wait
-        self._data_sha256 = data_sha256(config)
+        self._data_sha256 = "" if ranks.rank else data_sha256(config)
         self._progress = threading.Event()  # something was written since the last look
         self._thread = ThreadPoolExecutor(1, "save")
         self._pending: tuple[Path, Future[str | None]] | None = None

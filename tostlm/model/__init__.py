@@ -3,6 +3,7 @@
 from tostlm.model.build import (
     count_parameters,
     create_lm,
+    largest_part_numel,
     parameter_groups,
     state_bytes,
     training_flops_per_token,
@@ -22,6 +23,7 @@ __all__ = [
     "ModelConfig",
     "count_parameters",
     "create_lm",
+    "largest_part_numel",
     "parameter_groups",
     "state_bytes",
     "state_tensors",

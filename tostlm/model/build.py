@@ -6,6 +6,7 @@ Initialization and groups are the authors' recipe, which is nanoGPT's.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,12 +16,20 @@ from tostlm.model.config import ModelConfig
 from tostlm.model.lm import LM
 
 
-def create_lm(config: ModelConfig, seed: int) -> LM:
-    """Build a model on the CPU and initialize its weights: the same on every machine for one seed."""
+def create_lm(config: ModelConfig, seed: int, partition: Callable[[nn.Module], None] | None = None) -> LM:
+    """Build a model on the CPU and initialize its weights: the same on every machine for one seed.
+
+    `partition` gets each of `LM.parts` when it is initialized, before the next one takes memory, and may leave this
+    process a share of it.
+    """
     with torch.device("meta"):
         lm = LM(config)
-    lm.to_empty(device="cpu")
-    lm.reset_parameters(torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    for part in lm.parts():
+        part.to_empty(device="cpu")
+        lm.reset_part(part, generator)
+        if partition is not None:
+            partition(part)
     return lm
 
 
@@ -33,8 +42,9 @@ def parameter_groups(lm: LM, weight_decay: float) -> list[dict[str, Any]]:
         if name in block.mixer.no_weight_decay
     }
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for parameter in lm.parameters():
-        groups[parameter.dim() >= 2 and id(parameter) not in exempt].append(parameter)
+    # `lm` itself may be partitioned: its parameters then have lost their shapes.
+    for parameter, whole in zip(lm.parameters(), _meta_lm(lm.config).parameters(), strict=True):
+        groups[whole.dim() >= 2 and id(parameter) not in exempt].append(parameter)
     return [
         {"name": "decay", "params": groups[True], "weight_decay": weight_decay},
         {"name": "no_decay", "params": groups[False], "weight_decay": 0.0},
@@ -44,6 +54,11 @@ def parameter_groups(lm: LM, weight_decay: float) -> list[dict[str, Any]]:
 def count_parameters(config: ModelConfig) -> int:
     """Return the number of parameters without the position table, as GPT-2's sizes are quoted."""
     return sum(p.numel() for name, p in _meta_lm(config).named_parameters() if name != "positions.weight")
+
+
+def largest_part_numel(config: ModelConfig) -> int:
+    """Return the number of parameters of the largest of `LM.parts`: the most that one step of the model needs whole."""
+    return max(sum(p.numel() for p in part.parameters()) for part in _meta_lm(config).parts())
 
 
 def training_flops_per_token(config: ModelConfig, context: int) -> float:

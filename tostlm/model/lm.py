@@ -198,15 +198,19 @@ class LM(nn.Module):
             kind = "context" if positions.document_start is None else "document"
             raise ValueError(f"a {kind} of {length} tokens is longer than the model's {limit} positions")
 
+    def parts(self) -> list[nn.Module]:
+        """Return the modules that hold the parameters, each one once, in the order of `named_parameters`."""
+        return [part for part in (self.embed, self.positions, *self.blocks, self.norm) if part is not None]
+
     @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator) -> None:
-        """Initialize the parameters in place, in the order of `named_parameters`."""
-        self.embed.weight.normal_(0, self.config.init_std, generator=generator)
-        if self.positions is not None:
-            self.positions.weight.normal_(0, self.config.init_std, generator=generator)
-        for block in self.blocks:
-            block.reset_parameters(generator)
-        self.norm.weight.fill_(1.0)
+    def reset_part(self, part: nn.Module, generator: torch.Generator) -> None:
+        """Initialize the parameters of one of `parts` in place."""
+        if isinstance(part, Block):
+            part.reset_parameters(generator)
+        elif part is self.norm:
+            self.norm.weight.fill_(1.0)
+        else:
+            part.weight.normal_(0, self.config.init_std, generator=generator)  # type: ignore[operator]
 
     def state_from_tensors(self, tensors: Mapping[str, Tensor]) -> LMState:
         """Build a state from `state_tensors`' result, or from some sequences of it."""

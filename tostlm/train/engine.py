@@ -19,13 +19,13 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder import ShareMemCommBuilder
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
-from torch import Tensor
+from torch import Tensor, nn
 
-from tostlm.checkpoint.deepspeed_state import DeepSpeedEngine
+from tostlm.checkpoint.deepspeed_state import DeepSpeedEngine, share_weights
 from tostlm.config import BatchPlan, RunConfig
 from tostlm.errors import EXIT_LOST_RANK, EXIT_USER_ERROR, UserError, is_lost_peer
 from tostlm.launch import RankInfo
-from tostlm.model import IGNORE, LM, LMState, create_lm, parameter_groups
+from tostlm.model import IGNORE, LM, LMState, create_lm, largest_part_numel, parameter_groups
 from tostlm.train.batches import Batch, RecurrentState
 
 T = TypeVar("T")
@@ -38,6 +38,16 @@ REJECTIONS = (  # of a config, by DeepSpeed
 # The ranks wait in a collective while rank 0 checks the data, which may take hours of reading. DeepSpeed's default of
 # ten minutes would end them. During training the watchdog acts sooner.
 COLLECTIVE_TIMEOUT = timedelta(days=1)
+
+# Buffers of ZeRO stage 3, in multiples of the largest layer. With DeepSpeed's own sizes, of up to 10^9 parameters, each
+# rank holds the whole of most models.
+STAGE3_BUFFERS = {
+    "reduce_bucket_size": 1,
+    "sub_group_size": 1,
+    "stage3_prefetch_bucket_size": 1,
+    "stage3_max_reuse_distance": 1,
+    "stage3_max_live_parameters": 2,
+}
 
 # DeepSpeed calls collectives by names that torch deprecates, which would warn at every call.
 warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor)", category=FutureWarning)
@@ -119,10 +129,18 @@ def context_parallel_group(size: int) -> dist.ProcessGroup | None:
 
 
 def deepspeed_dict(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
-    """Return DeepSpeed's configuration: the `deepspeed` block of the config, and batch sizes derived from tokens."""
+    """Return DeepSpeed's configuration: the `deepspeed` block of the config with what it leaves out.
+
+    That is batch sizes, derived from tokens, and at ZeRO stage 3 the sizes of buffers, derived from the model.
+    """
+    zero = config.deepspeed.get("zero_optimization", {})
+    if config.zero_stage == 3:
+        numel = largest_part_numel(config.model)
+        zero = {**{name: multiple * numel for name, multiple in STAGE3_BUFFERS.items()}, **zero}
     # DeepSpeed requires micro-batch x accumulation x ranks, and so counts a sequence once for each rank of its group.
     return {
         **config.deepspeed,
+        "zero_optimization": zero,
         "train_batch_size": plan.sequences * config.train.context_parallel_size,
         "train_micro_batch_size_per_gpu": plan.micro_sequences,
         "gradient_accumulation_steps": plan.accumulation,
@@ -133,28 +151,48 @@ def deepspeed_dict(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
 def start_engine(config: RunConfig, plan: BatchPlan, ranks: RankInfo) -> TrainingEngine:
     """Return a DeepSpeed engine around the config's model, initialized by its seed, and AdamW.
 
+    At ZeRO stage 3 no rank ever holds the whole model.
+
     Raises:
         UserError: on rank 0, if DeepSpeed rejects the `deepspeed` block on these ranks. The others raise SystemExit
             with `EXIT_USER_ERROR`.
         RuntimeError: a peer was lost or memory ran out.
     """
-    lm = create_lm(config.model, config.seed)
-    prepare_blocks(lm, config)
-    optimizer = _create_optimizer(config, lm, ranks)
+    settings = deepspeed_dict(config, plan)
     try:
+        lm = _create_lm(config, settings)
+        optimizer = _create_optimizer(config, lm, ranks)
         engine: TrainingEngine = deepspeed.initialize(
-            model=lm, optimizer=optimizer, config=deepspeed_dict(config, plan), dist_init_required=False
+            model=lm, optimizer=optimizer, config=settings, dist_init_required=False
         )[0]
     except REJECTIONS as error:
         if is_lost_peer(error):
             raise
         _reject(f"DeepSpeed rejects the deepspeed block: {_one_line(error)}", ranks)
+    share_weights(engine)
     engine.guard = StepGuard(engine, optimizer)
     for state in optimizer.state.values():
         # At stage 0 in low precision DeepSpeed creates the optimizer's state by a step on zero gradients, which Adam's
         # bias correction would count.
         state["step"].zero_()
     return engine
+
+
+def _create_lm(config: RunConfig, settings: dict[str, Any]) -> LM:
+    """Return the config's model, at ZeRO stage 3 partitioned over the ranks layer by layer."""
+
+    def partition(part: nn.Module) -> None:
+        # DeepSpeed takes parameters in the dtype it computes in. It makes the group of hpZeRO once.
+        deepspeed.zero.Init(
+            module=part.to(dtype),
+            config_dict_or_path=settings,
+            zero_param_parallel_group=deepspeed.utils.groups._get_zero_param_intra_parallel_group(),
+        )
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision, torch.float32)
+    lm = create_lm(config.model, config.seed, partition if config.zero_stage == 3 else None)
+    prepare_blocks(lm, config)
+    return lm
 
 
 def prepare_blocks(lm: LM, config: RunConfig) -> None:

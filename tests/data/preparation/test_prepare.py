@@ -203,7 +203,7 @@ def test_what_is_finished_stays_when_a_record_is_bad(
     with (crawl / "3.jsonl").open("ab") as file:
         file.write(b'{"text": "\xff"}\n' + json.dumps({"text": "after"}).encode() + b"\n")
     for workers in (1, 2):
-        with pytest.raises(UserError, match=r"3\.jsonl, record \d+.*: is no UTF-8.*--on-error skip"):
+        with pytest.raises(UserError, match=r"3\.jsonl after byte \d+, record \d+: is no UTF-8.*--on-error skip"):
             prepare(made_of(crawl), tokenizer, tmp_path / "out", workers=workers)
     assert unit_folder(tmp_path / "out", 0).exists()
     manifest = prepare(made_of(crawl, on_error="skip"), tokenizer, tmp_path / "out", workers=2)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tostlm.data.shards import read_manifest
+from tostlm.data.shards import Shard, read_manifest
 from tostlm.errors import UserError
 
 OPEN_SHARDS = 64  # of a token set at a time: each needs a file descriptor, and a process has a limited number of them
@@ -37,19 +37,24 @@ class TokenSet:
                 f"--heldout-fraction than {self.manifest.heldout_fraction}"
             )
         for shard in self.split.shards:
-            self._check_size(shard.name + ".bin", shard.tokens * np.dtype(self.manifest.dtype).itemsize)
+            self._check_tokens(shard)
             self._check_size(shard.name + ".ends", shard.documents * 8)
         self._shard_starts = np.cumsum([0, *(shard.tokens for shard in self.split.shards)])
         self._open_shard = lru_cache(OPEN_SHARDS)(self._map_shard)
 
-    def _check_size(self, name: str, expected: int) -> None:
+    def _check_tokens(self, shard: Shard) -> Path:
+        return self._check_size(shard.name + ".bin", shard.tokens * np.dtype(self.manifest.dtype).itemsize)
+
+    def _check_size(self, name: str, expected: int) -> Path:
         path = self.folder / name
         found = path.stat().st_size if path.exists() else 0
         if found != expected:
             raise UserError(f"shard {path} has {found} bytes, its manifest says {expected}; prepare the data again")
+        return path
 
     def _map_shard(self, shard: int) -> np.ndarray:
-        return np.memmap(self.folder / f"{self.split.shards[shard].name}.bin", self.manifest.dtype, mode="r")
+        path = self._check_tokens(self.split.shards[shard])  # again: it may be read long after the start
+        return np.memmap(path, self.manifest.dtype, mode="r")
 
     def __len__(self) -> int:
         return self.split.tokens
@@ -61,7 +66,7 @@ class TokenSet:
         """Return the tokens of the split from `start` up to `stop`, as int64 [stop - start].
 
         Raises:
-            UserError: a token is outside the vocabulary, so a shard is damaged.
+            UserError: a token is outside the vocabulary, or a shard has another size by now.
         """
         parts = [np.empty(0, np.int64)]
         shard = bisect_right(self._shard_starts, start) - 1

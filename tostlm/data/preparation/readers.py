@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from io import BufferedIOBase
 from pathlib import Path
@@ -48,16 +49,20 @@ class RecordError(NamedTuple):
 
 
 class SourceRecord(NamedTuple):
-    """The columns of a record, or why they cannot be read, and the place of the record in its source."""
+    """The columns of a record, or why they cannot be read, and where the record is."""
 
-    place: str
+    source: str
+    number: int | None  # in its source; None for all of it
     row: Mapping[str, object] | RecordError
+
+    @property
+    def place(self) -> str:
+        """How an error names the record."""
+        return self.source if self.number is None else f"{self.source}, record {self.number}"
 
 
 class Reader:
     """Iterates over the records of one work unit, in order.
-
-    `bytes_read` is how many bytes of the unit's files were read so far, as they are on disk.
 
     Args:
         unit: the work unit.
@@ -73,7 +78,13 @@ class Reader:
         self._too_large = RecordError(
             "record too large", f"is larger than {largest_record} bytes; raise --max-document-bytes to read it"
         )
-        self.bytes_read = 0
+        self._bytes_before = 0  # of the file that is read now, in the unit
+        self._position: Callable[[], int] = int  # in that file, 0 if there is none
+
+    @property
+    def bytes_read(self) -> int:
+        """How many bytes of the unit's files were read so far, as they are on disk."""
+        return self._bytes_before + self._position()
 
     def __iter__(self) -> Iterator[SourceRecord]:
         """Yield the records.
@@ -85,10 +96,9 @@ class Reader:
         if self._unit.hub is not None:
             yield from self._retried(self._hub_records, self._unit.hub)
         for path in self._unit.files:
-            before = self.bytes_read
-            yield from self._retried(partial(self._file_records, path, before), path)
-            if self._unit.byte_range is None:
-                self.bytes_read = before + Path(path).stat().st_size
+            yield from self._retried(partial(self._file_records, path), path)
+            start, stop = self._unit.byte_range or (0, Path(path).stat().st_size)
+            self._bytes_before += stop - start
 
     def _retried(self, read: Callable[[], Iterator[SourceRecord]], source: str) -> Iterator[SourceRecord]:
         """Yield records; when the source does not answer, read it again after a pause, from the next record on."""
@@ -118,48 +128,51 @@ class Reader:
         tables = shard.with_format("arrow").iter(batch_size=HUB_ROWS)
         return self._rows(tables, f"{self._unit.hub} shard {index} of {count}")
 
-    def _file_records(self, path: str, before: int) -> Iterator[SourceRecord]:
-        """Yield the records of a file; `before` are the bytes of the unit before it."""
+    def _file_records(self, path: str) -> Iterator[SourceRecord]:
         kind = kind_of(path)
         try:
             if kind == "lines":
-                yield from self._lines(path, before)
+                yield from self._lines(path)
             elif kind == "json":
-                yield from self._json(path, before)
+                yield from self._json(path)
             elif kind == "text":
-                yield SourceRecord(path, self._text(path))
+                yield SourceRecord(path, None, self._text(path))
             elif kind:
                 yield from self._rows(tables_of_file(path, kind, self._columns, self._max_window), path)
         except WindowTooLarge as error:
-            yield SourceRecord(path, RecordError("window too large", f"cannot be read: {error}"))
+            yield SourceRecord(path, None, RecordError("window too large", f"cannot be read: {error}"))
         except (*DAMAGE, JSONDamage) as error:
             if is_transient(error):
                 raise
             detail = f"cannot be read to its end: {error_summary(error)}"
-            yield SourceRecord(path, RecordError("unreadable file", detail))
+            yield SourceRecord(path, None, RecordError("unreadable file", detail))
 
-    def _json(self, path: str, before: int) -> Iterator[SourceRecord]:
+    @contextmanager
+    def _opened(self, path: str, start: int = 0) -> Iterator[BufferedIOBase]:
+        """Open a file, decompressed, of which the unit's part begins at byte `start`."""
         with Path(path).open("rb") as raw:
-            for number, value in enumerate(read_json_values(decompressed(raw, path, self._max_window), self._largest)):
-                self.bytes_read = before + raw.tell()
-                yield SourceRecord(f"{path}, record {number}", _row_of(value))
+            self._position = lambda: max(0, raw.tell() - start)
+            try:
+                yield decompressed(raw, path, self._max_window)
+            finally:
+                self._position = int
 
-    def _lines(self, path: str, before: int) -> Iterator[SourceRecord]:
+    def _json(self, path: str) -> Iterator[SourceRecord]:
+        with self._opened(path) as file:
+            for number, value in enumerate(read_json_values(file, self._largest)):
+                yield SourceRecord(path, number, _row_of(value))
+
+    def _lines(self, path: str) -> Iterator[SourceRecord]:
         start, stop = self._unit.byte_range or (0, None)
-        where = "" if stop is None else f" after byte {start}"
-        with Path(path).open("rb") as raw:
-            for number, line in enumerate(
-                read_lines(decompressed(raw, path, self._max_window), self._largest, start, stop)
-            ):
-                self.bytes_read = before + raw.tell() - start
+        source = path if stop is None else f"{path} after byte {start}"
+        with self._opened(path, start) as file:
+            for number, line in enumerate(read_lines(file, self._largest, start, stop)):
                 if line is None or line.strip():
-                    row = self._too_large if line is None else parse(line)
-                    yield SourceRecord(f"{path}, record {number}{where}", row)
+                    yield SourceRecord(source, number, self._too_large if line is None else parse(line))
 
     def _text(self, path: str) -> Mapping[str, object] | RecordError:
         content = b""
-        with Path(path).open("rb") as raw:
-            file = decompressed(raw, path, self._max_window)
+        with self._opened(path) as file:
             while piece := file.read(PIECE_BYTES):
                 content += piece
                 if len(content) > self._largest:
@@ -180,13 +193,13 @@ class Reader:
                 if is_transient(error) or isinstance(error, WindowTooLarge):
                     raise
                 detail = f"cannot be read after {number} records: {error_summary(error.__cause__ or error)}"
-                yield SourceRecord(place, RecordError("unreadable file", detail))
+                yield SourceRecord(place, None, RecordError("unreadable file", detail))
                 return
             names = own_columns(table.schema.names, self._columns)
             columns = [map(self._value, table[name]) for name in names]
             for values in zip(*columns, strict=True):
                 bad = next((value for value in values if isinstance(value, RecordError)), None)
-                yield SourceRecord(f"{place}, record {number}", bad or dict(zip(names, values, strict=True)))
+                yield SourceRecord(place, number, bad or dict(zip(names, values, strict=True)))
                 number += 1
 
     def _value(self, scalar: pyarrow.Scalar) -> object:

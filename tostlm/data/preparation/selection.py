@@ -105,11 +105,13 @@ class Selector:
             UserError: a record cannot be used, and the selection's `on_error` is "fail".
         """
         id_column = self._selection.id_column
-        for place, row in records:
+        for record in records:
+            row = record.row
             text = row if isinstance(row, RecordError) else self._text(row)
             if isinstance(text, str):
                 yield text
             else:
+                place = record.place
                 if id_column is not None and not isinstance(row, RecordError):
                     place = f"{place} ({value_of(row, id_column)})"
                 self._leave_out(place, *text)
