@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from contextlib import suppress
 
 EXIT_BUG, EXIT_USER_ERROR = 1, 2
 EXIT_REQUEUE = 75  # stopped on request with everything saved: the same command resumes
@@ -21,6 +23,12 @@ class UserError(Exception):
     The message names the value, the rule and the way out. The command line prints it as one line and exits with
     code 2; every other exception is a bug in this project and keeps its traceback.
     """
+
+
+def report(line: str) -> None:
+    """Print a line for the user on stderr, unless that cannot be written: a log may be on the disk that is full."""
+    with suppress(OSError):
+        print(f"tostlm: {line}", file=sys.stderr, flush=True)
 
 
 def error_summary(error: BaseException) -> str:

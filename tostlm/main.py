@@ -9,11 +9,11 @@ import sys
 import traceback
 
 from tostlm.cli import app
-from tostlm.errors import EXIT_BUG, EXIT_LOST_RANK, EXIT_USER_ERROR, UserError, error_summary, is_lost_peer
+from tostlm.errors import EXIT_BUG, EXIT_LOST_RANK, EXIT_USER_ERROR, UserError, error_summary, is_lost_peer, report
 from tostlm.launch import EXIT_REPORT, exit_rank
 
-USER_ERRNOS = (  # a full disk, and paths that cannot be written
-    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM),
+USER_ERRNOS = (  # a full disk, a limit of the user's, and paths that cannot be written
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM),
     *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
 )
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -64,7 +64,7 @@ def _run() -> int:
 def _fail(message: str) -> int:
     rank = os.environ.get("RANK", "0")
     of_rank = "" if rank == "0" else f" on rank {rank}"
-    print(f"tostlm: error{of_rank}: {message}", file=sys.stderr)
+    report(f"error{of_rank}: {message}")
     return EXIT_USER_ERROR
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tests.conftest import Run
 from tests.processes import on_ranks
-from tests.train.engines import KEPT_STEP, LAST_STEP, RECURRENT_STATE, Job, run_jobs
+from tests.train.engines import KEPT_STEP, LAST_STEP, Job, run_jobs
+from tests.train.run_helpers import VARIANTS
 from tostlm.checkpoint import layout
 from tostlm.checkpoint.deepspeed_state import KINDS
 from tostlm.checkpoint.layout import checkpoint_folder, load_checkpoint, read_recurrent_state, read_train_state
@@ -23,6 +24,7 @@ from tostlm.launch import RankInfo
 from tostlm.train.engine import start_engine
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}  # of a loss
+OTHERS = VARIANTS.keys() - {"bf16"}
 ENGINES = [(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
 ENGINES += [(1, "bf16 with fp32 gradients"), *((stage, "fp16") for stage in (1, 2, 3))]
 
@@ -209,9 +211,7 @@ def test_the_recurrent_state_is_saved(run: Run, tmp_path: Path) -> None:
     ]
     run_jobs(1, [Job(str(run.file), overrides)], tmp_path / "jobs")
     folder = checkpoint_folder(run.dir, KEPT_STEP)
-    restored = read_recurrent_state(folder)
-    assert restored.keys() == RECURRENT_STATE.keys()
-    assert all(restored[name].equal(RECURRENT_STATE[name]) for name in RECURRENT_STATE)
+    assert {len(tensor) for tensor in read_recurrent_state(folder).values()} == {8}  # sequences of a step
     assert not (folder / "weights.safetensors").exists()
     assert "recurrent_state.safetensors" in json.loads((folder / "COMPLETE").read_text())
 
@@ -247,24 +247,29 @@ def test_optimizer_and_parameters_offloaded(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_every_stage_from_every_stage(data: Path, tmp_path: Path, precision: str) -> None:
-    run = Run(tmp_path, data)
-    origins = [(stage, world_size) for stage in range(4) for world_size in (1, 2, 4)]
+@pytest.mark.parametrize(
+    ("variant", "sizes"), [("fp32", (1, 2, 4)), ("bf16", (1, 2, 4)), *((name, (1, 2)) for name in sorted(OTHERS))]
+)
+def test_every_stage_from_every_stage(data: Path, tmp_path: Path, variant: str, sizes: tuple[int, ...]) -> None:
+    file = Run(tmp_path, data).file
+
+    def job(stage: int, run_dir: str, origin: str | None = None) -> Job:
+        return Job(
+            str(file),
+            [*options(stage, "fp32"), *VARIANTS.get(variant, []), f"run_dir={tmp_path}/{run_dir}"],
+            origin and f"{tmp_path}/{origin}",
+        )
+
     expected = {}
-    for world_size in (1, 2, 4):
-        jobs = [
-            Job(str(run.file), [*options(stage, precision), f"run_dir={tmp_path}/{stage}-{world_size}"])
-            for stage in range(4)
-        ]
+    for world_size in sizes:
+        jobs = [job(stage, f"{stage}-{world_size}") for stage in range(4)]
         for stage, result in enumerate(run_jobs(world_size, jobs, tmp_path / "jobs")):
             expected[stage, world_size] = result["losses"]
-    for world_size in (1, 2, 4):
-        pairs = [(origin, stage) for origin in origins for stage in range(4)]
-        jobs = [
-            Job(str(run.file), [*options(stage, precision), f"run_dir={tmp_path}/last"], f"{tmp_path}/{a}-{b}")
-            for (a, b), stage in pairs
-        ]
+    for world_size in sizes:
+        pairs = [(origin, stage) for origin in expected for stage in range(4)]
+        jobs = [job(stage, "last", f"{origin[0]}-{origin[1]}") for origin, stage in pairs]
         for (origin, stage), result in zip(pairs, run_jobs(world_size, jobs, tmp_path / "jobs"), strict=True):
             losses = {step: expected[origin][step] for step in result["losses"]}
-            assert result["losses"] == pytest.approx(losses, abs=TOLERANCE[precision]), (origin, stage, world_size)
+            same = origin == (stage, world_size)
+            close = pytest.approx(losses, abs=TOLERANCE["bf16" if variant in ("bf16", "autocast") else "fp32"])
+            assert result["losses"] == (losses if same else close), (origin, stage, world_size)

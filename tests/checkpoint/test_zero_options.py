@@ -12,7 +12,7 @@ from tests.train.engines import state_facts, train_steps
 from tostlm.config import RunConfig, deepspeed_block, load_config
 from tostlm.errors import EXIT_USER_ERROR, UserError
 from tostlm.launch import RankInfo
-from tostlm.train.batches import open_data
+from tostlm.train.batches import RecurrentState, open_data
 from tostlm.train.engine import start_engine
 
 STEPS = 3
@@ -37,7 +37,8 @@ def train(config: RunConfig, ranks: RankInfo) -> tuple[list[float], list[str]]:
     """Train some steps; return the losses, and the parameters whose masters are not where they should be."""
     data = open_data(config, ranks.world_size)
     engine = start_engine(config, data.plan, ranks)
-    losses = [result.loss for result in train_steps(config, data, engine, ranks, 0, STEPS)]
+    none = RecurrentState(config, data.plan.accumulation, ranks)
+    losses = [result.loss for result in train_steps(config, data, engine, ranks, none, 0, STEPS)]
     misplaced = state_facts(engine)["weights_unlike_masters"]
     engine.destroy()
     return losses, misplaced

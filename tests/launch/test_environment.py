@@ -57,6 +57,14 @@ def test_only_the_first_failing_rank_is_reported(tmp_path: Path) -> None:
     assert file.read_text() == "3 2\n"
 
 
+def test_a_log_on_a_full_disk_changes_no_exit_code() -> None:
+    lines = ["from tostlm.errors import report", "from tostlm.launch import exit_rank"]
+    command = [sys.executable, "-c", "; ".join([*lines, "print(1)", "report('2')", "exit_rank(76)"])]
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}  # the print is flushed at the exit
+    with Path("/dev/full").open("w") as full:
+        assert subprocess.run(command, stdout=full, stderr=full, env=environment).returncode == 76
+
+
 def test_a_rank_that_is_no_number_is_an_error() -> None:
     with pytest.raises(UserError, match="rank 'x'"):
         rank_from_environment({**TORCHRUN, "RANK": "x"})

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from tests.processes import on_ranks
 from tostlm.checkpoint.deepspeed_state import gather_state, gather_weights, loss_scale, state_numels
-from tostlm.checkpoint.layout import TrainState, checkpoint_folder
+from tostlm.checkpoint.layout import TrainState, checkpoint_folder, read_recurrent_state
 from tostlm.checkpoint.load import resume
 from tostlm.checkpoint.save import CheckpointSaver
 from tostlm.config import RunConfig, load_config
@@ -22,7 +22,6 @@ from tostlm.train.engine import StepResult, TrainingEngine, start_engine, train_
 from tostlm.train.trainer import learning_rate
 
 KEPT_STEP, LAST_STEP = 3, 6  # of a job: the step that it saves and may be resumed from, and the last one
-RECURRENT_STATE = {"sums": torch.arange(6, dtype=torch.float64).view(2, 3), "reset": torch.tensor([True, False])}
 
 
 class Job(NamedTuple):
@@ -53,25 +52,33 @@ def run_job(job: Job, ranks: RankInfo) -> dict[str, Any]:
     data = open_data(config, ranks.world_size)
     engine = start_engine(config, data.plan, ranks)
     state, facts, losses = TrainState(), {}, {}
+    recurrent_state = RecurrentState(config, data.plan.accumulation, ranks)
     with CheckpointSaver(config, data.tokenizer, ranks, lambda progress: None) as saver:
         if job.origin:
-            state = resume(engine, checkpoint_folder(Path(job.origin), KEPT_STEP))
+            checkpoint = checkpoint_folder(Path(job.origin), KEPT_STEP)
+            state = resume(engine, checkpoint)
+            recurrent_state.restore(read_recurrent_state(checkpoint), engine.module, torch.device("cpu"))
             facts = state_facts(engine)
-            saver.save(engine, state, {})
-        for result in train_steps(config, data, engine, ranks, state.step, LAST_STEP):
+            saver.save(engine, state, recurrent_state.gather())
+        for result in train_steps(config, data, engine, ranks, recurrent_state, state.step, LAST_STEP):
             state = state.advance(result.skipped)
             losses[state.step] = result.loss
             if state.step == KEPT_STEP:
-                saver.save(engine, state, RECURRENT_STATE if config.data.stateful else {})
+                saver.save(engine, state, recurrent_state.gather())
     engine.destroy()
     return {"losses": losses, **facts}
 
 
 def train_steps(
-    config: RunConfig, data: RunData, engine: TrainingEngine, ranks: RankInfo, first: int, last: int
+    config: RunConfig,
+    data: RunData,
+    engine: TrainingEngine,
+    ranks: RankInfo,
+    recurrent_state: RecurrentState,
+    first: int,
+    last: int,
 ) -> Iterator[StepResult]:
     """Train from step `first` to step `last`, and yield the result of each step."""
-    recurrent_state = RecurrentState(config, data.plan.accumulation, ranks)
     with closing(RankBatches(data, ranks, torch.device("cpu")).training(first)) as batches:
         for step in range(first, last):
             micro_batches = next(batches).split(data.plan.accumulation)

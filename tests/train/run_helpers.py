@@ -7,6 +7,15 @@ from tostlm.checkpoint import checkpoints
 
 REPORTED = (("train", "loss"), ("train", "grad_norm"), ("validation", "loss"))
 
+CARRY = ["data.stateful=true", "data.reset_at_documents=true", "model.layers=[{mixer: tssa}]", "model.layer_scale=20.0"]
+VARIANTS = {  # of a run, beside fp32 weights of one mixer
+    "bf16": ["deepspeed.bf16.enabled=true"],
+    "autocast": ["deepspeed.torch_autocast.enabled=true", "deepspeed.torch_autocast.dtype=bfloat16"],
+    "offload": ["deepspeed.zero_optimization.offload_optimizer.device=cpu"],
+    "carried": CARRY,
+    "hybrid": ["model.layers=[{mixer: tssa}, {mixer: softmax}]", "model.positions=64"],
+}
+
 
 def zero_options(stage: int, bf16: str = "false") -> list[str]:
     """Return the config overrides for a ZeRO stage, in fp32 or with bf16 weights."""

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import time
@@ -213,6 +214,16 @@ def test_the_time_it_was_given(run: Run) -> None:
     assert result.returncode == EXIT_REQUEUE
     assert "train.time_limit_minutes" in result.stdout
     assert len(checkpoints(run.dir)) == 1
+
+
+def limit_file_sizes(engine: Any) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+
+
+def test_a_file_larger_than_the_user_may_write(run: Run) -> None:
+    fail(train_with(limit_file_sizes, 5, run), "File too large", "free or choose another place and try again")
+    succeed(run.train())
+    assert list(run.metrics("train")) == list(range(1, 7))
 
 
 def without_bf16() -> None:

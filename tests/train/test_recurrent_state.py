@@ -6,18 +6,12 @@ import pytest
 import torch
 
 from tests.conftest import Run, succeed
+from tests.train.run_helpers import CARRY
 from tostlm.checkpoint import checkpoints
 from tostlm.errors import UserError
 from tostlm.model import create_lm
 from tostlm.train.batches import Batch, open_data
 from tostlm.train.engine import compute_loss
-
-CARRY = [
-    "data.stateful=true",
-    "data.reset_at_documents=true",
-    "model.layers=[{mixer: tssa}]",
-    "model.layer_scale=20.0",
-]
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +24,7 @@ from tostlm.checkpoint.rollback import PASSED_OVER, apply_record, following_chec
 from tostlm.checkpoint.save import data_sha256, remove_unfinished
 from tostlm.config import RunConfig, fixed_keys, load_config
 from tostlm.data import Tokenizer
-from tostlm.errors import UserError
+from tostlm.errors import UserError, report
 from tostlm.files import sha256_of
 
 DAMAGED = ".damaged"  # suffix of a quarantined checkpoint's name
@@ -66,7 +65,7 @@ def quarantine(checkpoint: Path, reason: str) -> None:
     if renamed.exists():
         shutil.rmtree(renamed)
     checkpoint.rename(renamed)
-    print(f"tostlm: checkpoint {checkpoint} is quarantined as {renamed.name}: {reason}", file=sys.stderr)
+    report(f"checkpoint {checkpoint} is quarantined as {renamed.name}: {reason}")
 
 
 def _is_recognized(folder: Path) -> bool:

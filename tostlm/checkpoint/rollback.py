@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tostlm.checkpoint.layout import TrainState, checkpoints, step_folders, step_of
 from tostlm.config import RunConfig
-from tostlm.errors import UserError
+from tostlm.errors import UserError, report
 from tostlm.files import write_atomically
 
 RECORD = "rollback.json"  # beside the checkpoints, from a rollback to the next checkpoint that is saved
@@ -87,7 +87,7 @@ def settle_rollback(run_dir: Path, saved: Path) -> None:
             renamed = path.with_name(path.name + PASSED_OVER)
             shutil.rmtree(renamed, ignore_errors=True)
             path.rename(renamed)
-            print(f"tostlm: {path} is now {renamed.name}: the run continues from step {last.step}", file=sys.stderr)
+            report(f"{path} is now {renamed.name}: the run continues from step {last.step}")
     _record_file(run_dir).unlink(missing_ok=True)
 
 

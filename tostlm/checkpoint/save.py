@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -44,7 +43,7 @@ from tostlm.checkpoint.rollback import settle_rollback
 from tostlm.checkpoint.state_files import Checksum, Content, assign_files, write_file
 from tostlm.config import RunConfig, dump_config
 from tostlm.data import Tokenizer, read_manifest
-from tostlm.errors import EXIT_USER_ERROR, UserError
+from tostlm.errors import EXIT_USER_ERROR, UserError, report
 from tostlm.files import sync_folder, write_atomically
 from tostlm.launch import RankInfo
 
@@ -239,7 +238,7 @@ def prune(config: RunConfig) -> None:
             remove_checkpoint(expired)
     except OSError as error:
         where = error.filename or folder
-        print(f"tostlm: {where} cannot be deleted yet ({error.strerror}); the next save tries again", file=sys.stderr)
+        report(f"{where} cannot be deleted yet ({error.strerror}); the next save tries again")
 
 
 def expired_checkpoints(config: RunConfig, found: Sequence[Path]) -> list[Path]:

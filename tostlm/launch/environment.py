@@ -79,8 +79,9 @@ def exit_rank(code: int, silent: bool = False) -> NoReturn:
     the one that reports the error time to be first. The interpreter's own shutdown is skipped, as torch's gloo threads
     sometimes abort the process during it.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # a log on a full disk
+            stream.flush()
     if code and EXIT_REPORT in os.environ:
         report, deadline = Path(os.environ[EXIT_REPORT]), time.monotonic() + REPORT_SECONDS
         while silent and not report.exists() and time.monotonic() < deadline:

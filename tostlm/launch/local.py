@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from subprocess import Popen, TimeoutExpired
 from types import FrameType
 
-from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE, EXIT_USER_ERROR
+from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE, EXIT_USER_ERROR, report
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 2.0  # for ranks that have lost another rank to name it
@@ -71,7 +71,7 @@ def _wait(children: Sequence[Popen[bytes]], received: Sequence[int]) -> int:
     if -code in received:  # before training handles the signal, when there is nothing to save
         return EXIT_REQUEUE
     if all(child.returncode != EXIT_LOST_RANK for child in children):  # otherwise one has named the lost rank and host
-        print(f"tostlm: rank {rank} was ended by signal {-code}; run the same command to continue", file=sys.stderr)
+        report(f"rank {rank} was ended by signal {-code}; run the same command to continue")
     return EXIT_LOST_RANK
 
 

@@ -14,7 +14,6 @@ import os
 import shutil
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from tostlm.config import RunConfig
-from tostlm.errors import EXIT_LOST_RANK, error_summary, is_lost_peer
+from tostlm.errors import EXIT_LOST_RANK, error_summary, is_lost_peer, report
 from tostlm.files import write_atomically
 from tostlm.launch import RankInfo, exit_rank
 
@@ -225,7 +224,7 @@ class Watchdog:
 
     def _end_without_files(self, seconds: float) -> NoReturn:
         where = _names([self._rank], {self._rank: self._main[0]})
-        _print(f"{where}: {self._run_dir} has not answered for {seconds:.0f} s; {ADVICE}")
+        report(f"{where}: {self._run_dir} has not answered for {seconds:.0f} s; {ADVICE}")
         exit_rank(EXIT_LOST_RANK)
 
     def _heartbeat(self) -> Heartbeat:
@@ -260,7 +259,7 @@ class Watchdog:
             folder = self._write_report(since.step, stalled, frozen, beats)
             subject = f"{_names(stalled, beats)} {'has' if len(stalled) == 1 else 'have'}"
             progress = f"made no progress since step {since.step} ({since.phase}) for {idle:.0f} s"
-            _print(f"{subject} {progress}; stacks are in {folder}; {ADVICE}")
+            report(f"{subject} {progress}; stacks are in {folder}; {ADVICE}")
             with suppress(OSError):
                 reported.touch()
         else:
@@ -330,10 +329,10 @@ class Watchdog:
             time.sleep(POLL_SECONDS)
         if self._rank == min(rank for rank in beats if rank not in gone):
             if gone:
-                _print(f"{_names(gone, beats)} died without an error message in step {self._main[0].step}; {ADVICE}")
+                report(f"{_names(gone, beats)} died without an error message in step {self._main[0].step}; {ADVICE}")
             elif not reported:
                 name = _names([self._rank], beats)
-                _print(f"{name} lost its connection to the other ranks ({error_summary(error)}); {ADVICE}")
+                report(f"{name} lost its connection to the other ranks ({error_summary(error)}); {ADVICE}")
         exit_rank(EXIT_LOST_RANK)
 
 
@@ -374,7 +373,3 @@ def _names(ranks: Sequence[int], beats: Heartbeats) -> str:
     places = {rank: f" on {beat.host} (pid {beat.pid})" for rank, beat in beats.items()}
     more = f" and {len(ranks) - MAX_NAMED_RANKS} more" if len(ranks) > MAX_NAMED_RANKS else ""
     return ", ".join(f"rank {rank}{places.get(rank, '')}" for rank in ranks[:MAX_NAMED_RANKS]) + more
-
-
-def _print(line: str) -> None:
-    print(f"tostlm: {line}", file=sys.stderr, flush=True)
