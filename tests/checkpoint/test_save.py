@@ -76,7 +76,6 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_complete_checkpoint(run: Run) ->
     written = [*(f"state/0000{number}.safetensors" for number in range(4)), *files]
     operations = [
         *(f"fsync .saving-step-N/{name}" for name in written),
-        "fsync .saving-step-N/..rank-N.json.partial-N",
         "replace .saving-step-N/..rank-N.json.partial-N",
         "fsync .saving-step-N/COMPLETE",
         "fsync .saving-step-N/state",

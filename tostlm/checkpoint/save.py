@@ -165,7 +165,7 @@ class CheckpointSaver:
             checksums = {
                 name: write_file(partial / name, content, self._progress.set) for name, content in files.items()
             }
-            write_atomically(partial / RANK_DONE.format(rank), json.dumps(checksums))
+            write_atomically(partial / RANK_DONE.format(rank), json.dumps(checksums), durable=False)
             if rank == 0:
                 if self._data_changed():
                     folders = ", ".join(map(str, self._config.data.folders))
