@@ -126,12 +126,12 @@ class SplitWriter:
 
         Without a `split` a document's text decides where it belongs, by its hash read as a number in [0, 1).
         """
-        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded)) + 1
-        pieces = itertools.chain.from_iterable(zip(encoded, itertools.repeat((self._eos_id,))))
-        tokens = np.fromiter(itertools.chain.from_iterable(pieces), self._dtype, lengths.sum())
-        digests = np.frombuffer(b"".join([hashlib.sha256(text).digest() for text in texts]), np.uint8)
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        text_tokens = np.fromiter(itertools.chain.from_iterable(encoded), self._dtype, lengths.sum())
+        tokens = np.insert(text_tokens, np.cumsum(lengths), self._eos_id)
+        digests = np.frombuffer(b"".join([sha256.digest() for sha256 in map(hashlib.sha256, texts)]), np.uint8)
         hashes = np.ascontiguousarray(digests.reshape(len(texts), -1)[:, :HASH_BYTES])
-        documents = Documents(tokens, lengths, hashes, np.fromiter(map(len, texts), "<u4", len(texts)))
+        documents = Documents(tokens, lengths + 1, hashes, np.fromiter(map(len, texts), "<u4", len(texts)))
         if split is None:
             held_out = hashes.view(">u8")[:, 0] / 2.0**64 < self._heldout_fraction
             self._writers[VALIDATION].add(documents.chosen(held_out))

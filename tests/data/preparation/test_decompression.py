@@ -40,7 +40,7 @@ MEMORY = 150_000_000  # beyond what a process has after its imports
 
 def records(path: Path, largest: int = 100_000, **limits: int) -> list[object]:
     unit = WorkUnit(bytes=path.stat().st_size, files=(str(path),))
-    found = (row for *_, row in Reader(unit, ["text"], largest, **limits))
+    found = (row for some in Reader(unit, ["text"], largest, **limits) for row in some.rows if row is not None)
     return [
         row.reason if isinstance(row, RecordError) else row["text"] if len(row["text"]) < 50 else len(row["text"])
         for row in found

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tostlm.data.preparation.readers import RecordError, SourceRecord
+from tostlm.data.preparation.readers import RecordError, Records
 from tostlm.data.preparation.selection import Condition, Selection, Selector, documents
 from tostlm.errors import UserError
 
@@ -28,7 +28,7 @@ ROWS: list[Row] = [
 
 def select(*rows: Row, **options: Any) -> tuple[list[str], dict[str, int], Selector]:
     selector = Selector(Selection(**options))
-    found = list(selector.documents(SourceRecord(str(n), None, row) for n, row in enumerate(rows)))
+    found = list(selector.documents(Records(str(n), None, [row]) for n, row in enumerate(rows)))
     return found, dict(selector.dropped), selector
 
 
@@ -131,4 +131,4 @@ def test_a_row_without_the_column_of_a_condition_does_not_meet_it(tmp_path: Path
 def test_an_error_is_one_line_whatever_a_record_holds() -> None:
     selector = Selector(Selection(id_column="id"))
     with pytest.raises(UserError, match=r"^a \(1 2\): has no column 'text', only id, b c;"):
-        list(selector.documents([SourceRecord("a", None, {"id": "1\n2", "b\nc": 3})]))
+        list(selector.documents([Records("a", None, [{"id": "1\n2", "b\nc": 3}])]))

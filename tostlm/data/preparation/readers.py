@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from io import BufferedIOBase
 from pathlib import Path
@@ -27,13 +27,12 @@ from tostlm.data.preparation.decompression import (
 )
 from tostlm.data.preparation.json_values import JSONDamage, read_json_values
 from tostlm.data.preparation.sources import WorkUnit, hub_dataset, kind_of
-from tostlm.data.preparation.tables import own_columns, tables_of_file
+from tostlm.data.preparation.tables import MAX_ROWS, own_columns, tables_of_file
 from tostlm.errors import UserError, error_summary
 
 if TYPE_CHECKING:
     import pyarrow
 
-HUB_ROWS = 256  # of a table
 BOM = b"\xef\xbb\xbf"
 RETRY_SECONDS = (1.0, 4.0, 16.0)  # pauses before a source is read again that a disk or a network did not give
 NETWORK_MODULES = ("aiohttp", "fsspec", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3")
@@ -48,21 +47,27 @@ class RecordError(NamedTuple):
     detail: str
 
 
-class SourceRecord(NamedTuple):
-    """The columns of a record, or why they cannot be read, and where the record is."""
+class Records(NamedTuple):
+    """Consecutive records of one source, for each of which `rows` has the columns, or why they cannot be read.
+
+    None in `rows` is a line without a record.
+    """
 
     source: str
-    number: int | None  # in its source; None for all of it
-    row: Mapping[str, object] | RecordError
+    first: int | None  # number of the first in the source; None if the only one stands for all of it
+    rows: Sequence[Mapping[str, object] | RecordError | None]
 
-    @property
-    def place(self) -> str:
-        """How an error names the record."""
-        return self.source if self.number is None else f"{self.source}, record {self.number}"
+    def place(self, index: int) -> str:
+        """Return how an error names one of the records."""
+        return self.source if self.first is None else f"{self.source}, record {self.first + index}"
+
+    def after(self, count: int) -> Records:
+        """Return all but the first `count` records."""
+        return self._replace(first=None if self.first is None else self.first + count, rows=self.rows[count:])
 
 
 class Reader:
-    """Iterates over the records of one work unit, in order.
+    """Iterates over the records of one work unit, in order, some at a time.
 
     Args:
         unit: the work unit.
@@ -86,8 +91,8 @@ class Reader:
         """How many bytes of the unit's files were read so far, as they are on disk."""
         return self._bytes_before + self._position()
 
-    def __iter__(self) -> Iterator[SourceRecord]:
-        """Yield the records.
+    def __iter__(self) -> Iterator[Records]:
+        """Yield the records, as many at a time as take little memory.
 
         Raises:
             UserError: a disk or a network does not give a source. Nothing is wrong with its records, so none is left
@@ -100,15 +105,17 @@ class Reader:
             start, stop = self._unit.byte_range or (0, Path(path).stat().st_size)
             self._bytes_before += stop - start
 
-    def _retried(self, read: Callable[[], Iterator[SourceRecord]], source: str) -> Iterator[SourceRecord]:
+    def _retried(self, read: Callable[[], Iterator[Records]], source: str) -> Iterator[Records]:
         """Yield records; when the source does not answer, read it again after a pause, from the next record on."""
         yielded = 0
         for pause in (*RETRY_SECONDS, None):
             try:
-                for number, record in enumerate(read()):
-                    if number >= yielded:
-                        yield record
-                        yielded = number + 1
+                number = 0
+                for records in read():
+                    number += len(records.rows)
+                    if number > yielded:
+                        new, yielded = number - yielded, number
+                        yield records.after(len(records.rows) - new)
                 return
             except Exception as error:
                 if not is_transient(error):
@@ -121,14 +128,14 @@ class Reader:
                 log.warning("%s: %s; it is read again in %.0f s", source, error_summary(error), pause)
                 time.sleep(pause)
 
-    def _hub_records(self) -> Iterator[SourceRecord]:
+    def _hub_records(self) -> Iterator[Records]:
         assert self._unit.hub is not None
         index, count = self._unit.shard
         shard = hub_dataset(self._unit.hub).shard(num_shards=count, index=index, contiguous=True)
-        tables = shard.with_format("arrow").iter(batch_size=HUB_ROWS)
+        tables = shard.with_format("arrow").iter(batch_size=MAX_ROWS)
         return self._rows(tables, f"{self._unit.hub} shard {index} of {count}")
 
-    def _file_records(self, path: str) -> Iterator[SourceRecord]:
+    def _file_records(self, path: str) -> Iterator[Records]:
         kind = kind_of(path)
         try:
             if kind == "lines":
@@ -136,16 +143,16 @@ class Reader:
             elif kind == "json":
                 yield from self._json(path)
             elif kind == "text":
-                yield SourceRecord(path, None, self._text(path))
+                yield Records(path, None, [self._text(path)])
             elif kind:
                 yield from self._rows(tables_of_file(path, kind, self._columns, self._max_window), path)
         except WindowTooLarge as error:
-            yield SourceRecord(path, None, RecordError("window too large", f"cannot be read: {error}"))
+            yield Records(path, None, [RecordError("window too large", f"cannot be read: {error}")])
         except (*DAMAGE, JSONDamage) as error:
             if is_transient(error):
                 raise
             detail = f"cannot be read to its end: {error_summary(error)}"
-            yield SourceRecord(path, None, RecordError("unreadable file", detail))
+            yield Records(path, None, [RecordError("unreadable file", detail)])
 
     @contextmanager
     def _opened(self, path: str, start: int = 0) -> Iterator[BufferedIOBase]:
@@ -157,18 +164,19 @@ class Reader:
             finally:
                 self._position = int
 
-    def _json(self, path: str) -> Iterator[SourceRecord]:
+    def _json(self, path: str) -> Iterator[Records]:
         with self._opened(path) as file:
             for number, value in enumerate(read_json_values(file, self._largest)):
-                yield SourceRecord(path, number, _row_of(value))
+                yield Records(path, number, [_row_of(value)])
 
-    def _lines(self, path: str) -> Iterator[SourceRecord]:
+    def _lines(self, path: str) -> Iterator[Records]:
         start, stop = self._unit.byte_range or (0, None)
         source = path if stop is None else f"{path} after byte {start}"
         with self._opened(path, start) as file:
-            for number, line in enumerate(read_lines(file, self._largest, start, stop)):
-                if line is None or line.strip():
-                    yield SourceRecord(source, number, self._too_large if line is None else parse(line))
+            number = 0
+            for lines in read_lines(file, self._largest, start, stop):
+                yield Records(source, number, [self._too_large if line is None else parse(line) for line in lines])
+                number += len(lines)
 
     def _text(self, path: str) -> Mapping[str, object] | RecordError:
         content = b""
@@ -182,7 +190,7 @@ class Reader:
         except UnicodeDecodeError as error:
             return RecordError("invalid UTF-8", f"is no UTF-8: {error}")
 
-    def _rows(self, tables: Iterator[pyarrow.Table | pyarrow.RecordBatch], place: str) -> Iterator[SourceRecord]:
+    def _rows(self, tables: Iterator[pyarrow.Table | pyarrow.RecordBatch], place: str) -> Iterator[Records]:
         number = 0
         while True:
             try:
@@ -193,14 +201,27 @@ class Reader:
                 if is_transient(error) or isinstance(error, WindowTooLarge):
                     raise
                 detail = f"cannot be read after {number} records: {error_summary(error.__cause__ or error)}"
-                yield SourceRecord(place, None, RecordError("unreadable file", detail))
+                yield Records(place, None, [RecordError("unreadable file", detail)])
                 return
-            names = own_columns(table.schema.names, self._columns)
-            columns = [map(self._value, table[name]) for name in names]
-            for values in zip(*columns, strict=True):
-                bad = next((value for value in values if isinstance(value, RecordError)), None)
-                yield SourceRecord(place, number, bad or dict(zip(names, values, strict=True)))
-                number += 1
+            rows = 1 if table.nbytes > PIECE_BYTES else len(table)
+            for start in range(0, len(table), rows):
+                yield Records(place, number + start, self._rows_of(table.slice(start, rows)))
+            number += len(table)
+
+    def _rows_of(self, table: pyarrow.Table | pyarrow.RecordBatch) -> list[dict[str, object] | RecordError]:
+        names = own_columns(table.schema.names, self._columns)
+        rows = []
+        for values in zip(*(self._values(table[name]) for name in names), strict=True):
+            bad = next((value for value in values if isinstance(value, RecordError)), None)
+            rows.append(bad or dict(zip(names, values, strict=True)))
+        return rows
+
+    def _values(self, column: pyarrow.Array | pyarrow.ChunkedArray) -> Iterable[object]:
+        if column.nbytes <= self._largest:
+            with suppress(ValueError, OverflowError):  # of one value: which one is found below
+                values: list[object] = column.to_pylist()
+                return values
+        return map(self._value, column)
 
     def _value(self, scalar: pyarrow.Scalar) -> object:
         if hasattr(scalar, "dictionary"):
@@ -212,14 +233,17 @@ class Reader:
             return scalar.as_py()
         except UnicodeDecodeError as error:
             return RecordError("invalid UTF-8", f"is no UTF-8: {error}")
+        except (ValueError, OverflowError) as error:  # a date that Python has not
+            return RecordError("unreadable record", f"holds what cannot be read: {error_summary(error)}")
 
 
-def parse(line: bytes) -> dict[str, object] | RecordError:
-    """Return the JSON object in a line."""
+def parse(line: bytes) -> dict[str, object] | RecordError | None:
+    """Return the JSON object in a line, or None if nothing is in it."""
     try:
         return _row_of(orjson.loads(line))
     except ValueError:  # json reads more: NaN, numbers and nesting of any size, half of a surrogate pair, a BOM
-        pass
+        if not line.strip():
+            return None
     try:
         row = json.loads(line.removeprefix(BOM).decode())
     except UnicodeDecodeError as error:
@@ -246,23 +270,27 @@ def is_transient(error: BaseException | None) -> bool:
     return False
 
 
-def read_lines(file: BufferedIOBase, largest: int, start: int = 0, stop: int | None = None) -> Iterator[bytes | None]:
-    """Yield the lines that begin at byte `start` up to `stop`, with their ends.
+def read_lines(
+    file: BufferedIOBase, largest: int, start: int = 0, stop: int | None = None
+) -> Iterator[list[bytes | None]]:
+    """Yield the lines that begin at byte `start` up to `stop`, without their ends, some at a time.
 
-    None stands for a line of more than `largest` bytes before its end, which is never whole in memory.
+    None stands for a line of more than `largest` bytes, which is never whole in memory.
     """
     if start:
         file.seek(start - 1)
         _skip_line(file)  # it begins before `start`
     while stop is None or file.tell() < stop:
-        line = file.readline(largest + 1)
-        if not line:
+        piece = file.read1(PIECE_BYTES if stop is None else min(PIECE_BYTES, stop - file.tell()))
+        if not piece:
             return
-        if len(line) <= largest or line.endswith(b"\n"):
-            yield line
-        else:
-            _skip_line(file)
-            yield None
+        *lines, last = piece.split(b"\n")
+        yield [None if len(line) > largest else line for line in lines]
+        if last:
+            last += file.readline(largest + 1)
+            if not last.endswith(b"\n") and len(last) > largest:
+                _skip_line(file)
+            yield [None if len(last.removesuffix(b"\n")) > largest else last.removesuffix(b"\n")]
 
 
 def _skip_line(file: BufferedIOBase) -> None:

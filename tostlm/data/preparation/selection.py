@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import pydantic
 
 from tostlm.data.preparation.decompression import MAX_WINDOW_BYTES
-from tostlm.data.preparation.readers import Reader, RecordError, SourceRecord
+from tostlm.data.preparation.readers import Reader, RecordError, Records
 from tostlm.data.preparation.sources import divide, find_sources, no_text
 from tostlm.data.shards import FrozenModel
 from tostlm.errors import UserError
@@ -98,32 +98,32 @@ class Selector:
         self._required = [column for column in (selection.id_column, selection.text_column) if column]
         self.columns = list(dict.fromkeys([*self._required, *(c.column for c in self._conditions)]))
 
-    def documents(self, records: Iterable[SourceRecord]) -> Iterator[str]:
+    def documents(self, records: Iterable[Records]) -> Iterator[str]:
         """Yield the texts of the documents that are kept, in order.
 
         Raises:
             UserError: a record cannot be used, and the selection's `on_error` is "fail".
         """
         id_column = self._selection.id_column
-        for record in records:
-            row = record.row
-            text = row if isinstance(row, RecordError) else self._text(row)
-            if isinstance(text, str):
-                yield text
-            else:
-                place = record.place
-                if id_column is not None and not isinstance(row, RecordError):
-                    place = f"{place} ({value_of(row, id_column)})"
-                self._leave_out(place, *text)
+        for some in records:
+            for index, row in enumerate(some.rows):
+                if row is None:
+                    continue
+                text = row if isinstance(row, RecordError) else self._text(row)
+                if isinstance(text, str):
+                    yield text
+                else:
+                    place = some.place(index)
+                    if id_column is not None and not isinstance(row, RecordError):
+                        place = f"{place} ({value_of(row, id_column)})"
+                    self._leave_out(place, *text)
 
     def _text(self, row: Mapping[str, object]) -> str | RecordError:
         text_column, limit = self._selection.text_column, self._selection.max_document_bytes
         text: object = MISSING
-        for column in self._required:
-            found = value_of(row, column)
-            if column == text_column:
-                text = found
-            if found is MISSING:
+        for column in self._required:  # the text's comes last
+            text = value_of(row, column)
+            if text is MISSING:
                 hint = "; choose with --text-column" if column == text_column else ""
                 return RecordError("no such column", f"has no column {column!r}, only {', '.join(row)}{hint}")
         if not isinstance(text, str):

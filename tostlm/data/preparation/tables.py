@@ -13,7 +13,8 @@ from tostlm.data.preparation.decompression import PIECE_BYTES, WindowTooLarge
 if TYPE_CHECKING:
     import pyarrow
 
-TABLE_ROWS = 8  # so that a long text, which a file may hold once for many rows, is in memory a few times only
+MIN_ROWS, MAX_ROWS = 8, 256  # read at once
+ROWS_BYTES = 1 << 26  # that as many rows take if a file holds one text for all of them
 WINDOWS_OF_A_PART = 8  # a page or a batch may take as much as so many windows: those of good files may take 1 GB
 ARROW_MAGIC = b"ARROW1\0\0"  # of a file; what follows is a stream, and then a footer
 
@@ -49,9 +50,10 @@ def _parquet(path: str, columns: Sequence[str], max_window: int) -> Iterator[pya
 
     with pyarrow.parquet.ParquetFile(path, buffer_size=PIECE_BYTES) as file:
         chosen = own_columns(file.schema_arrow.names, columns)
-        _require_small("page", parquet_page_sizes(Path(path), chosen), max_window)
+        largest = _require_small("page", parquet_page_sizes(Path(path), chosen), max_window)
+        at_once = min(max(MIN_ROWS, ROWS_BYTES // (largest + 1)), MAX_ROWS)  # no text is larger than its page
         rows = 0
-        for batch in file.iter_batches(TABLE_ROWS, columns=chosen, use_threads=False):
+        for batch in file.iter_batches(at_once, columns=chosen, use_threads=False):
             yield batch
             rows += len(batch)
         if rows != file.metadata.num_rows:
@@ -72,8 +74,8 @@ def _arrow(path: str, columns: Sequence[str], max_window: int) -> Iterator[pyarr
             for batch in stream:
                 for name in names:
                     _require_sound(batch[name])
-                for start in range(0, len(batch), TABLE_ROWS):
-                    yield batch.select(names).slice(start, TABLE_ROWS)
+                for start in range(0, len(batch), MAX_ROWS):
+                    yield batch.select(names).slice(start, MAX_ROWS)
         file.seek(-4, io.SEEK_CUR)
         if file.read(4) != b"\0\0\0\0":
             raise EOFError("the end of its stream is missing")
@@ -95,8 +97,12 @@ def _require_sound(column: pyarrow.Array) -> None:
     column.view(binary.get(column.type, column.type)).validate(full=True)
 
 
-def _require_small(part: str, sizes: Iterable[int], max_window: int) -> None:
+def _require_small(part: str, sizes: Iterable[int], max_window: int) -> int:
+    """Return the largest of some sizes, none of which is too large."""
+    largest = 0
     for size in sizes:
+        largest = max(largest, size)
         if size > WINDOWS_OF_A_PART * max_window:
             rule = f"more than {WINDOWS_OF_A_PART} times the {max_window} bytes that --max-window-bytes allows"
             raise WindowTooLarge(f"a {part} of it takes {size} bytes, {rule}; raise it to read the file")
+    return largest
