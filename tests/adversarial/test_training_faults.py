@@ -8,6 +8,7 @@ case's number and the seed.
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import time
@@ -35,6 +36,8 @@ CASES = 20
 STEPS, SAVE_EVERY, EVAL_EVERY = 12, 3, 4
 LIMIT_SECONDS, HANG_SECONDS = 180, 6
 TOLERANCE = 1e-4  # of a loss, after a resume on other ranks or at another stage
+NORM_TOLERANCE = 1e-2  # of a gradient norm: those of undisturbed runs on other ranks differ by 4e-3 after a rollback
+TORCH_LOG = re.compile(r"\[rank\d+\]:\[W|Exception raised from |frame #\d+: |<omitting python frames>")
 OPTIONS = [
     f"train.steps={STEPS}",
     f"train.save_every_steps={SAVE_EVERY}",
@@ -190,10 +193,10 @@ class Struck:
             wait_for([int(process) for process in mark.read_text().split()])
         assert ended.returncode in set().union(*(ENDS[what] for what in struck)) if struck else {0}, said
         assert "Traceback" not in ended.stderr, said
-        lines = [line for line in ended.stderr.splitlines() if not is_notice(line)]
+        lines = [line for line in ended.stderr.splitlines() if not is_notice(line) and not TORCH_LOG.match(line)]
         if ended.returncode in (EXIT_USER_ERROR, EXIT_LOST_RANK):
-            names = [line.partition(": ")[2].partition(": ")[0] for line in lines]  # error on rank N
-            assert lines and len(set(names)) == len(lines), said
+            names = [line.partition(": ")[2].partition(": ")[0] for line in lines if line]  # error on rank N
+            assert names and len(set(names)) == len(names), said
         elif ended.returncode in (EXIT_REQUEUE, 0):
             assert not lines, said
         assert all(line.startswith("tostlm: ") for line in lines if line), said
@@ -232,7 +235,8 @@ class Struck:
             shutil.rmtree(self.data / "train-00000.bin", ignore_errors=True)
             (self.data / "train-00000.bin").unlink()
             self.refuse("train-00000.bin")
-        elif what == "lines of metrics.jsonl" and (file := self.run.dir / "metrics.jsonl").exists():
+        elif what == "lines of metrics.jsonl" and max(losses(self.run), default=STEPS) < STEPS:  # not of a finished run
+            file = self.run.dir / "metrics.jsonl"
             lines = file.read_bytes().splitlines(keepends=True)
             lines.insert(self.rng.randrange(len(lines) + 1), self.rng.choice([b"\xff\x00garbage\n", b"[1]\n", b"\n"]))
             file.write_bytes(b"".join(lines) + self.rng.choice([b"", b'{"kind": "train", "st']))
@@ -279,7 +283,8 @@ class Struck:
         assert set(times.values()) == {1}, times
         for kind, key in REPORTED:
             found, expected = losses(self.run, kind, key), losses(calm, kind, key)
-            assert found == (pytest.approx(expected, abs=TOLERANCE, rel=TOLERANCE) if moved else expected)
+            tolerance = NORM_TOLERANCE if key == "grad_norm" else TOLERANCE
+            assert found == (pytest.approx(expected, abs=tolerance, rel=tolerance) if moved else expected)
         board = on_board(self.run, "train/loss")
         assert [step for step, _ in board] == list(losses(self.run))
         assert dict(board) == pytest.approx(losses(self.run))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -82,7 +83,8 @@ def bench_data(
 
 def _parse_shape(shape: str) -> tuple[int, int]:
     """Return width and heads of WIDTHxHEADS; a UserError if it is no such pair or the heads do not divide the width."""
-    width, _, heads = shape.partition("x")
-    if not (width.isdigit() and heads.isdigit() and int(heads) and int(width) % int(heads) == 0):
+    match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", shape)
+    width, heads = map(int, match.groups()) if match else (0, 0)
+    if not heads or width % heads:
         raise UserError(f"--shapes {shape} must be WIDTHxHEADS, the heads dividing the width, as in 768x12")
-    return int(width), int(heads)
+    return width, heads

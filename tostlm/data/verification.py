@@ -42,7 +42,7 @@ def verify(folder: Path, files: Collection[str] | None = None) -> Iterator[str]:
     Raises:
         UserError: a file is missing or its checksum or size is not the manifest's.
     """
-    manifest = _check_sizes(folder)
+    manifest = check_sizes(folder)
     if files is None:
         yield load_tokenizer(folder).file_name
         if manifest.dropped_sha256 is not None:
@@ -61,7 +61,7 @@ def verify_once(folder: Path) -> int:
     Raises:
         UserError: a file is missing or its checksum or size is not the manifest's.
     """
-    manifest = _check_sizes(folder)
+    manifest = check_sizes(folder)
     load_tokenizer(folder)
     stamped: dict[str, FileState] = {}
     with suppress(OSError, pydantic.ValidationError):  # the stamp is missing or damaged
@@ -82,7 +82,8 @@ def shard_files(manifest: Manifest) -> dict[str, str]:
     }
 
 
-def _check_sizes(folder: Path) -> Manifest:
+def check_sizes(folder: Path) -> Manifest:
+    """Return the manifest of a prepared folder whose shards have the sizes it says; raise UserError otherwise."""
     manifest = read_manifest(folder)
     for name, split in manifest.splits.items():
         if split.tokens:

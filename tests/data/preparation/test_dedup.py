@@ -1,5 +1,6 @@
 """The first of documents with the same text is kept, in memory and reading that do not depend on how many there are."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -23,7 +24,8 @@ TEXTS = [a + b for a in HASHES for b in HASHES] + [bytes(15) + b"\1", b"\1" + by
 def write(folder: Path, name: str, hashes: bytes) -> ShardRef:
     (folder / f"{name}.hashes").write_bytes(hashes)
     documents = len(hashes) // HASH_BYTES
-    return folder, Shard(name=name, tokens=documents, documents=documents, text_bytes=documents, sha256={})
+    sha256 = {"hashes": hashlib.sha256(hashes).hexdigest()}
+    return folder, Shard(name=name, tokens=documents, documents=documents, text_bytes=documents, sha256=sha256)
 
 
 shards_of_texts = st.lists(st.lists(st.integers(0, len(TEXTS) - 1), max_size=20), max_size=4)
@@ -61,6 +63,9 @@ def test_hashes_of_other_documents_are_refused(tmp_path: Path) -> None:
         harm(folder / "old-00000.hashes")
         with pytest.raises(UserError, match=r"old-00000.hashes has \d+ bytes, not 16 for each of 10 documents"):
             find_duplicates([(folder, shard)], [], within=True, scratch=tmp_path / "scratch")
+    (folder / "old-00000.hashes").write_bytes(b"\1" + bytes(159))
+    with pytest.raises(UserError, match=r"old-00000.hashes is damaged: its SHA-256 is not the recorded one"):
+        find_duplicates([(folder, shard)], [], within=True, scratch=tmp_path / "scratch")
 
 
 MEASURE = """

@@ -197,6 +197,40 @@ def test_a_merge_killed_among_its_hashes_is_done_again(
     assert not (tmp_path / "out" / ".dedup").exists()
 
 
+@pytest.mark.parametrize("dedup", [False, True])
+def test_damage_of_a_finished_unit_is_not_merged(
+    crawl: Path, tokenizer: Tokenizer, tmp_path: Path, dedup: bool
+) -> None:
+    settings, out = made_of(crawl, dedup=dedup), tmp_path / "out"
+    prepare(settings, tokenizer, tmp_path / "whole", workers=1)
+    prepare(settings, tokenizer, out, workers=1, task=(0, 1))
+    last = sorted((out / "units").iterdir())[-1]
+    kept = shutil.copytree(out, tmp_path / "kept")
+    for path in sorted(last.glob("train-00000.*")):
+        flipped = bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:]
+        for content_, words in (
+            (None, "has 0 bytes, not "),
+            (path.read_bytes()[1:], "bytes, not "),
+            (flipped, "is damaged"),
+        ):
+            path.unlink()
+            if content_ is not None:
+                path.write_bytes(content_)
+            if words == "is damaged" and not dedup:  # its checksum goes into the manifest
+                merge(out)
+                if path.suffix != ".lengths":
+                    with pytest.raises(UserError, match="is damaged: its SHA-256 is not the manifest's"):
+                        list(verify(out))
+            else:
+                with pytest.raises(UserError, match=f"{path}.*{words}.*remove {last} and"):
+                    merge(out)
+                shutil.rmtree(last)
+                prepare(settings, tokenizer, out, workers=1)
+                assert content(out) == content(tmp_path / "whole")
+            shutil.rmtree(out)
+            shutil.copytree(kept, out)
+
+
 def test_what_is_finished_stays_when_a_record_is_bad(
     crawl: Path, tokenizer: Tokenizer, tmp_path: Path, speeches: list[str]
 ) -> None:
@@ -345,6 +379,40 @@ def test_a_finished_preparation_is_finished(
         assert prepare(made_of(crawl), tokenizer, folder) == read_manifest(folder) == merge(folder)
     with pytest.raises(UserError, match="is prepared already, with another tokenizer"):
         prepare(made_of(crawl), train_tokenizer(speeches, 400, tmp_path / "other.model"), out)
+    (out / "train-00000.bin").unlink()
+    with pytest.raises(UserError, match=r"train-00000.bin has 0 bytes, .*; prepare the data again"):
+        prepare(made_of(crawl), tokenizer, out)
+
+
+def test_a_folder_within_its_source_is_refused(
+    crawl: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(crawl)
+    for source, out in ((crawl, crawl / "out"), (tmp_path / "link", crawl / "deep" / "out"), (crawl, crawl)):
+        with pytest.raises(UserError, match=f"--out {out} lies in the source {source}"):
+            prepare(made_of(source), tokenizer, out)
+        assert len(list(crawl.iterdir())) == 5
+    settings = PreparationSettings(sources=(f"{crawl}/**/*.json*",), unit_bytes=60_000)
+    prepare(settings, tokenizer, crawl / "out", workers=1, task=(0, 2))
+    with pytest.raises(UserError, match=r"out/plan.json is of the preparation itself.*choose an --out"):
+        prepare(settings, tokenizer, crawl / "out", workers=1)
+
+
+def test_a_name_that_is_no_utf8_is_refused(crawl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    Path(os.fsdecode(os.fsencode(crawl) + b"/\xff.jsonl")).write_text("{}")
+    with pytest.raises(UserError, match=r"crawl/\\udcff.jsonl has a name that is no UTF-8.*; rename it"):
+        prepare(made_of(crawl), tokenizer, tmp_path / "out")
+
+
+def test_what_is_left_out_may_have_any_name(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(
+        b'[{"id": "\xff", "text": 1}, {"id": "\\ud800", "text": 2}, {"id": 3, "text": "three"}]'
+    )
+    settings = PreparationSettings(sources=(str(tmp_path / "a.json"),), id_column="id", on_error="skip")
+    prepare(settings, tokenizer, tmp_path / "out")
+    assert read_manifest(tmp_path / "out").dropped == {"no text": 2}
+    named = [json.loads(line)["document"] for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
+    assert named == [f"{tmp_path}/a.json, record 0 (\\udcff)", f"{tmp_path}/a.json, record 1 (\\ud800)"]
 
 
 def test_a_plan_without_a_finished_document_is_given_up(
@@ -466,6 +534,6 @@ def test_the_defaults_of_the_command_are_those_of_the_settings() -> None:
 
 def test_tasks() -> None:
     assert parse_task("2/8") == (2, 8)
-    for text in ("", "1", "8/8", "-1/3", "a/b"):
+    for text in ("", "1", "8/8", "-1/3", "a/b", "²/3", "٢/8", "1/3/5", " 1/3"):
         with pytest.raises(UserError, match="must be INDEX/COUNT"):
             parse_task(text)

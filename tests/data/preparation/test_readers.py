@@ -140,6 +140,38 @@ def test_invalid_utf8_in_parquet(tmp_path: Path) -> None:
     assert reasons(records(tmp_path / "a.parquet")) == ["one", "invalid UTF-8", "three"]
 
 
+@pytest.mark.parametrize("suffix", ["jsonl.gz", "json.xz", "txt.bz2", "jsonl.zst", "parquet", "arrow"])
+@pytest.mark.parametrize("content", [b"", bytes(100)])
+def test_a_file_without_content_is_damaged_where_its_format_has_some(
+    tmp_path: Path, suffix: str, content: bytes
+) -> None:
+    (tmp_path / f"a.{suffix}").write_bytes(content)
+    (tmp_path / "b.jsonl").write_text('{"text": "b"}')
+    (tmp_path / "c.jsonl").touch()
+    (unit,) = list_work_units([str(tmp_path)])
+    assert reasons([row.get("text") if isinstance(row, dict) else row for row in rows(Reader(unit, ["text"], 99))]) == [
+        "unreadable file",
+        "b",
+    ]
+
+
+def test_columns_of_the_same_name(tmp_path: Path) -> None:
+    column = pyarrow.array(["a"])
+    table = pyarrow.table([column, column, column], ["text", "text", "other"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pyarrow.ipc.new_stream(tmp_path / "a.arrow", table.schema) as stream:
+        stream.write_table(table)
+    for name in ("a.parquet", "a.arrow"):
+        (found,) = records(tmp_path / name)
+        assert isinstance(found, RecordError)
+        assert "it has 'text' as the name of more than one column" in found.detail
+
+
+def test_a_long_number_in_json_costs_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(f'[{{"text": "two", "n": -{"9" * 5000}}}, {{"text": "three", "n": 12}}]')
+    assert records(tmp_path / "a.json", largest=10_000) == ["two", "three"]
+
+
 @pytest.mark.parametrize("kind", [pyarrow.timestamp("us"), pyarrow.date32()])
 def test_a_date_that_python_has_not_costs_one_record(tmp_path: Path, kind: pyarrow.DataType) -> None:
     number = pyarrow.int32() if kind == pyarrow.date32() else pyarrow.int64()

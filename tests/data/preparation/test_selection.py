@@ -38,7 +38,7 @@ def select(*rows: Row, **options: Any) -> tuple[list[str], dict[str, int], Selec
         ("language=en", ["one"]),
         ("language = en,fr", ["one", "four"]),
         ("language!=en", ["a longer text", "four"]),
-        ("language!=en,de", ["four"]),
+        ("language!=en, de", ["four"]),
         ("score>=0.9", ["one", "four"]),
         ("score>0.9", ["four"]),
         ("score<=0.5", ["a longer text"]),

@@ -73,6 +73,7 @@ class _Streams(io.RawIOBase):
         self._raw, self._new, self._max_window = raw, new, max_window
         self._damage: Exception | None = None  # to raise when all before it has been given
         self._input = b""
+        self._begun = False
         self._begin()
 
     def readable(self) -> bool:
@@ -94,7 +95,7 @@ class _Streams(io.RawIOBase):
         self._stream = self._new()
         self._start = self._raw.tell() - len(self._input)  # of the stream in the file
         self._given = 0  # bytes of its content
-        self._begun = False  # whether it has got any input
+        self._is_first, self._begun = not self._begun, False  # `_begun`: whether it has got any input
 
     def _decompress(self, size: int) -> bytes | None:
         """Return up to `size` bytes of content, perhaps none yet; None at the end or where nothing is before damage."""
@@ -103,8 +104,10 @@ class _Streams(io.RawIOBase):
             self._begin()
         if self._stream.needs_input and not self._input:
             self._input = self._raw.read(INPUT_BYTES)
-            if not self._input and self._begun:
-                self._damage = EOFError("it ends in the middle of a compressed stream")
+            if not self._input and (self._begun or self._is_first):
+                self._damage = EOFError(
+                    f"it ends {'in the middle of' if self._begun else 'without'} a compressed stream"
+                )
             if not self._input:
                 return None
         if not self._begun:

@@ -7,6 +7,7 @@ document.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import shutil
 from collections.abc import Iterator, Sequence
@@ -79,17 +80,23 @@ def _blocks(shards: Sequence[ShardRef]) -> Iterator[np.ndarray]:
         size = path.stat().st_size if path.exists() else 0
         if size != shard.documents * HASH_BYTES:
             raise UserError(
-                f"{path} has {size} bytes, not {HASH_BYTES} for each of {shard.documents} documents; {folder} is "
-                "damaged: prepare it again"
+                f"{path} has {size} bytes, not {HASH_BYTES} for each of {shard.documents} documents; remove {folder} "
+                "and prepare it again"
             )
+        digest = hashlib.sha256()
         with path.open("rb") as file:
             while len(halves := np.fromfile(file, "<u8", 2 * (len(block) - filled)).reshape(-1, 2)):
+                digest.update(halves.data)
                 rows = block[filled : filled + len(halves)]
                 rows[:, :2], rows[:, 2] = halves, np.arange(number, number + len(halves))
                 filled, number = filled + len(halves), number + len(halves)
                 if filled == len(block):
                     yield block
                     filled = 0
+        if digest.hexdigest() != shard.sha256["hashes"]:
+            raise UserError(
+                f"{path} is damaged: its SHA-256 is not the recorded one; remove {folder} and prepare it again"
+            )
     yield block[:filled]
 
 

@@ -38,7 +38,8 @@ def find_files(pattern: str, is_data: Callable[[str], object]) -> list[FoundFile
     A file that has several names there is returned once. Of a folder that `datasets` saved, the files are its shards.
 
     Raises:
-        UserError: a link leads nowhere, or a folder that `datasets` saved is damaged or holds several splits.
+        UserError: a name is no UTF-8, a link leads nowhere, or a folder that `datasets` saved is damaged or holds
+            several splits.
         OSError: a folder cannot be read.
     """
     path = Path(pattern)
@@ -52,6 +53,8 @@ def find_files(pattern: str, is_data: Callable[[str], object]) -> list[FoundFile
         paths = _walk(Path(), parts, set())
     found: dict[Identity, FoundFile] = {}
     for path in paths:
+        if (name := str(path)) != (shown := name.encode(errors="backslashreplace").decode()):
+            raise UserError(f"{shown} has a name that is no UTF-8, which no report can hold; rename it")
         status = path.stat()
         found.setdefault(_identity(status), FoundFile(str(path), status.st_size, _identity(status)))
     return sorted(found.values())

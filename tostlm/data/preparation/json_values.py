@@ -10,6 +10,7 @@ from io import BufferedIOBase
 
 PIECE_BYTES = 1 << 18  # read at once, more for a value that is longer
 SPACE = re.compile(r"[ \t\r\n]*")
+LONG_INT_DIGITS = 4000  # Python refuses to read longer ones as integers
 LONGEST_TOKEN = 16  # characters of a number's end, a literal or an escape that a piece may cut
 
 
@@ -50,13 +51,17 @@ def read_json_values(file: BufferedIOBase, largest: int) -> Iterator[object]:
         raise JSONDamage(f"the array does not end after value {number - 1}")
 
 
+def _number(digits: str) -> float:
+    return int(digits) if len(digits) < LONG_INT_DIGITS else float(digits)
+
+
 class _Source:
     """The part of a file's text that is being read."""
 
     def __init__(self, file: BufferedIOBase, largest: int) -> None:
         self._file, self._largest = file, largest
         self._decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
-        self._parse = json.JSONDecoder().raw_decode
+        self._parse = json.JSONDecoder(parse_int=_number).raw_decode
         self._text, self._at, self._ended = "", 0, False
 
     def skip_space(self) -> bool:

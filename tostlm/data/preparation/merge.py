@@ -30,12 +30,14 @@ from tostlm.data.shards import (
     Manifest,
     Shard,
     ShardWriter,
+    dtype_for,
     read_manifest,
     shard_name,
     write_manifest,
 )
 from tostlm.data.tokenizers import Tokenizer
-from tostlm.files import locked
+from tostlm.errors import UserError
+from tostlm.files import locked, sha256_of
 
 LOCK = ".merge.lock"
 SCRATCH = ".dedup"
@@ -46,7 +48,7 @@ def merge(out: Path) -> Manifest:
     """Make a prepared folder of the finished work units in `out`; of one that is made, clear what a kill left.
 
     Raises:
-        UserError: a work unit is not finished or of another tokenizer, or no document is left.
+        UserError: a work unit is not finished, damaged or of another tokenizer, or no document is left.
     """
     if (out / MANIFEST).exists():
         _clear(out)
@@ -62,6 +64,9 @@ def merge(out: Path) -> Manifest:
             ]
             for split in (TRAIN, VALIDATION)
         }
+        tokenizer = Tokenizer.from_folder(out)
+        for folder, shard in itertools.chain(*shards.values()):
+            _require_files(folder, shard, np.dtype(dtype_for(tokenizer.vocab_size)).itemsize)
         duplicates = _find_duplicates(settings, list(itertools.chain(*shards.values())), out / SCRATCH)
         if duplicates.count:
             dropped["duplicate"] = duplicates.count
@@ -75,7 +80,7 @@ def merge(out: Path) -> Manifest:
         (out / DROPPED).write_text("".join(lines))
         manifest = write_manifest(
             out,
-            Tokenizer.from_folder(out),
+            tokenizer,
             merged,
             sources=settings.sources,
             heldout_fraction=settings.heldout_fraction,
@@ -85,6 +90,22 @@ def merge(out: Path) -> Manifest:
         )
     _clear(out)
     return manifest
+
+
+def _require_files(folder: Path, shard: Shard, token_bytes: int) -> None:
+    """Check that a shard's files have the sizes that follow from its counts; raise UserError otherwise."""
+    counts = (shard.tokens, *[shard.documents] * 3)
+    for suffix, count, width in zip(
+        (*SUFFIXES, TEXT_BYTES_SUFFIX), counts, (token_bytes, 8, HASH_BYTES, 4), strict=True
+    ):
+        path = folder / f"{shard.name}.{suffix}"
+        size = path.stat().st_size if path.exists() else 0
+        if size != count * width:
+            raise UserError(f"{path} has {size} bytes, not {count * width}; {_remedy(folder)}")
+
+
+def _remedy(folder: Path) -> str:
+    return f"remove {folder} and run the same `tostlm prepare` again: it makes this work unit anew"
 
 
 def _clear(out: Path) -> None:
@@ -130,11 +151,17 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _copy_kept(folder: Path, shard: Shard, kept: np.ndarray, out: Path, name: str) -> Shard:
+    for suffix in SUFFIXES:  # what is copied gets checksums of its own, which damage would pass
+        if sha256_of(path := folder / f"{shard.name}.{suffix}") != shard.sha256[suffix]:
+            raise UserError(f"{path} is damaged: its SHA-256 is not the recorded one; {_remedy(folder)}")
     width = (folder / f"{shard.name}.bin").stat().st_size // shard.tokens
     tokens, ends, hashes, text_bytes = (
         np.asarray(np.memmap(folder / f"{shard.name}.{suffix}", dtype, mode="r"))
         for suffix, dtype in (("bin", f"<u{width}"), ("ends", "<i8"), ("hashes", "u1"), (TEXT_BYTES_SUFFIX, "<u4"))
     )
+    if text_bytes.sum(dtype=np.int64) != shard.text_bytes:
+        path = folder / f"{shard.name}.{TEXT_BYTES_SUFFIX}"
+        raise UserError(f"{path} is damaged: it does not add up to {shard.text_bytes}; {_remedy(folder)}")
     hashes = hashes.reshape(-1, HASH_BYTES)
     writer = ShardWriter(out, name)
     start = 0

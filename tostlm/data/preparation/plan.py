@@ -23,6 +23,7 @@ from tostlm.data.preparation.selection import Selection, Selector
 from tostlm.data.preparation.sources import UNIT_BYTES, FileState, WorkUnit, list_work_units
 from tostlm.data.shards import MANIFEST, FrozenModel, Shard, dtype_for, read_manifest
 from tostlm.data.tokenizers import Tokenizer
+from tostlm.data.verification import check_sizes
 from tostlm.errors import UserError
 from tostlm.files import locked, require_writable, write_atomically
 
@@ -77,11 +78,11 @@ def finished(settings: PreparationSettings, tokenizer: Tokenizer, out: Path) -> 
     """Return whether `out` is a prepared folder.
 
     Raises:
-        UserError: it is one, of other settings or another tokenizer.
+        UserError: it is one, of other settings or another tokenizer, or one that lacks a shard.
     """
     if not (out / MANIFEST).exists():
         return False
-    made = read_manifest(out)
+    made = check_sizes(out)
     started = {**made.settings, "sources": list(made.sources), "heldout_fraction": made.heldout_fraction}
     if difference := _difference(started, made.tokenizer_sha256, settings, tokenizer):
         raise UserError(f"{out} is prepared already, {difference}; remove it, or choose another --out")
@@ -123,6 +124,11 @@ def make_plan(settings: PreparationSettings, tokenizer: Tokenizer, out: Path, co
 
 
 def _new_plan(settings: PreparationSettings, tokenizer: Tokenizer, out: Path, command: str) -> PreparationPlan:
+    for source in settings.sources:
+        if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
+            raise UserError(
+                f"--out {out} lies in the source {source}, which it would change; choose an --out outside of it"
+            )
     own = (PLAN, UNITS, tokenizer.file_name)
     if out.exists() and not (out.is_dir() and all(p.name in own or p.name[0] == "." for p in out.iterdir())):
         raise UserError(f"{out} exists and is no prepared data; choose an --out that does not exist")
@@ -173,6 +179,10 @@ def _require_same_files(plan: PreparationPlan, out: Path) -> None:
         for units in (plan.units, list_work_units(plan.settings.sources, plan.settings.unit_bytes))
     )
     for file in sorted(planned.keys() ^ found.keys()):
+        if Path(file).resolve().is_relative_to(out.resolve()):
+            raise UserError(
+                f"{file} is of the preparation itself, but a source names it; choose an --out that none does"
+            )
         what = "is gone or empty" if file in planned else "is new"
         raise UserError(f"{file} {what} since the preparation in {out} began; {advice}")
     for file, unit in planned.items():

@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import os
 import queue
+import re
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
@@ -212,7 +213,8 @@ def parse_task(text: str) -> tuple[int, int]:
     Raises:
         UserError: the text is not of that form.
     """
-    index, _, count = text.partition("/")
-    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    index, count = map(int, match.groups()) if match else (0, 0)
+    if index >= count:
         raise UserError(f"--task {text} must be INDEX/COUNT, the index from 0 to COUNT - 1, as in 0/8")
-    return int(index), int(count)
+    return index, count

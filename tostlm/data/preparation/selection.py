@@ -70,7 +70,7 @@ class Condition(NamedTuple):
             raise UserError(f"condition {rule!r} is not COLUMN RELATION VALUE, as in language=en,de or score>=0.8")
         column, relation, value = match["column"], match["relation"], match["value"]
         values = value.split(",") if relation in ("=", "!=") else [value]
-        return cls(rule, column, relation, [_literal(text) for text in values])
+        return cls(rule, column, relation, [_literal(text.strip()) for text in values])
 
     def holds(self, row: Mapping[str, object]) -> bool:
         """Return whether a row meets the condition."""
@@ -152,9 +152,11 @@ class Selector:
         return None
 
     def _leave_out(self, place: str, reason: str, error: str) -> None:
+        # What names it may hold anything: half of a surrogate pair, which no file takes, or the end of a line.
+        place, error = (text.encode(errors="backslashreplace").decode() for text in (place, error))
         if error and self._selection.on_error == "fail":
             lines = f"{place}: {error}; correct it, or leave such records out with --on-error skip".splitlines()
-            raise UserError(" ".join(lines))  # ids and names of columns may hold anything
+            raise UserError(" ".join(lines))
         self.dropped[reason] += 1
         if self.dropped[reason] <= MAX_EXAMPLES:
             self.examples.append({"reason": reason, "document": place, "detail": error})

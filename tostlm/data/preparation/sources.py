@@ -112,7 +112,7 @@ def _units_of_files(files: Sequence[FoundFile], unit_bytes: int) -> Iterator[Wor
 
 
 class FoundSource(NamedTuple):
-    """A source and its data files that are not empty, by path; no files for a hub dataset."""
+    """A source and its data files that are not empty by right, by path; no files for a hub dataset."""
 
     name: str
     files: list[FoundFile] | None
@@ -146,6 +146,11 @@ def kind_of(path: str) -> str | None:
     return KINDS.get(name.with_suffix("").suffix if name.suffix in COMPRESSIONS else name.suffix)
 
 
+def _may_be_empty(path: str) -> bool:
+    """Return whether a file of no bytes is a file without records; otherwise it is damaged."""
+    return Path(path.lower()).suffix not in (*COMPRESSIONS, ".parquet", ".arrow")
+
+
 def _files(source: str) -> list[FoundFile] | None:
     """Return the data files that a source names, by path; None if it names none but has the form of a hub id."""
     if not source:
@@ -166,7 +171,7 @@ def _files(source: str) -> list[FoundFile] | None:
     unknown = [file.path for file in found if not kind_of(file.path)]
     if unknown:
         raise UserError(f"source {unknown[0]} is of no known type; use one of {types}, compressed or not")
-    written = [file for file in found if file.bytes]
+    written = [file for file in found if file.bytes or not _may_be_empty(file.path)]
     if not written:
         raise no_text(source)
     return written

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,9 +41,16 @@ def tables_of_file(path: str, kind: str, columns: Sequence[str], max_window: int
 
 
 def own_columns(names: Sequence[str], columns: Sequence[str]) -> list[str]:
-    """Return those of a table's columns that are needed: all, if one is inside another, or missing."""
+    """Return those of a table's columns that are needed: all, if one is inside another, or missing.
+
+    Raises:
+        ValueError: two of them have the same name.
+    """
     own = [name for name in names if name in columns]
-    return own if len(own) == len(columns) else list(names)
+    needed = own if set(own) == set(columns) else list(names)
+    if doubled := [name for name, count in Counter(needed).items() if count > 1]:
+        raise ValueError(f"it has {doubled[0]!r} as the name of more than one column")
+    return needed
 
 
 def _parquet(path: str, columns: Sequence[str], max_window: int) -> Iterator[pyarrow.RecordBatch]:
