@@ -133,7 +133,7 @@ def test_overrides_make_missing_parents(run: Run) -> None:
         ),
         (
             "deepspeed.data_types.grad_accum_dtype=fp31",
-            "deepspeed.data_types.grad_accum_dtype='fp31' must be one of fp32",
+            "deepspeed.data_types.grad_accum_dtype='fp31': Input should be 'fp32', 'bf16' or 'fp16'",
         ),
         ("deepspeed.data_types.param_dtype=bf16", "deepspeed.data_types.param_dtype is an unknown key"),
         ("deepspeed.flops_profiler.enabld=true", "deepspeed.flops_profiler.enabld is an unknown key; the nearest is"),
@@ -142,6 +142,47 @@ def test_overrides_make_missing_parents(run: Run) -> None:
             "deepspeed.wall_clock_breakdown=often",
             "deepspeed.wall_clock_breakdown='often': Input should be a valid bool",
         ),
+        ("deepspeed.bf16.enabled=auto", "deepspeed.bf16.enabled='auto'"),
+        ("deepspeed.bf16.enabled='false'", "deepspeed.bf16.enabled='false' must be true or false"),
+        ("deepspeed.fp16.enabled=1", "deepspeed.fp16.enabled=1 must be true or false"),
+        ("deepspeed.fp16.initial_scale_power='8'", "deepspeed.fp16.initial_scale_power='8' must be a number"),
+        ("deepspeed.torch_autocast.enabled='false'", "deepspeed.torch_autocast.enabled='false': Input should be a"),
+        ("deepspeed.torch_autocast.enabled=1", "deepspeed.torch_autocast.enabled=1: Input should be a valid bool"),
+        ("deepspeed.csv_monitor.enabled='no'", "deepspeed.csv_monitor.enabled='no' must be true or false"),
+        (
+            "deepspeed.zero_optimization.reduce_bucket_size=auto",
+            "deepspeed.zero_optimization.reduce_bucket_size='auto' must be a number; write one, or leave it out",
+        ),
+        (
+            "deepspeed.zero_optimization.offload_optimizer={device: cpu, pin_memory: 'false'}",
+            "deepspeed.zero_optimization.offload_optimizer.pin_memory='false' must be true or false",
+        ),
+        (
+            "deepspeed.zero_optimization={stage: 1, allgather_bucket_size: 3}",
+            "deepspeed.zero_optimization.allgather_bucket_size=3 must be even",
+        ),
+        (
+            "deepspeed={prescale_gradients: true, zero_optimization: {stage: 2}}",
+            "deepspeed.prescale_gradients=True does not go with ZeRO stage 2; leave it out, or set",
+        ),
+        (
+            "deepspeed={gradient_predivide_factor: 2.0, zero_optimization: {stage: 3}}",
+            "deepspeed.gradient_predivide_factor=2.0 does not go with ZeRO stage 3",
+        ),
+        (
+            "deepspeed={bf16: {enabled: true}, data_types: {grad_accum_dtype: fp32}, zero_optimization: {stage: 0}}",
+            "deepspeed.data_types.grad_accum_dtype=fp32 is not the bf16 of the weights, which ZeRO stage 0 needs",
+        ),
+        (
+            "deepspeed.torch_autocast={enabled: true, lower_precision_safe_modules: [torch.nn.Linea]}",
+            "lower_precision_safe_modules: 'torch.nn.Linea' is no class to import",
+        ),
+        ("deepspeed.flops_profiler.profile_step=abc", "deepspeed.flops_profiler.profile_step='abc': Input should be"),
+        (
+            "deepspeed.flops_profiler.output_file=5",
+            "deepspeed.flops_profiler.output_file=5: Input should be a valid str",
+        ),
+        ("deepspeed.communication_data_type=int8", "deepspeed.communication_data_type='int8': Input should be 'fp32'"),
         ("deepspeed.gradient_allreduce_op=sum", "would make the gradient depend on the number of ranks; leave it out"),
         (
             "deepspeed.zero_optimization.round_robin_gradients=true",

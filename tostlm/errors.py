@@ -9,6 +9,7 @@ from contextlib import suppress
 EXIT_BUG, EXIT_USER_ERROR = 1, 2
 EXIT_REQUEUE = 75  # stopped on request with everything saved: the same command resumes
 EXIT_LOST_RANK = 76  # a rank died or hung: the same command resumes from the newest checkpoint
+EXIT_LOST_UNNAMED = 77  # of a rank to its launcher on this machine: as 76, but it could not say which rank is lost
 
 # Messages of gloo, NCCL and torch's store about a process at the other end.
 LOST_PEER = re.compile(

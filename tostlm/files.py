@@ -71,7 +71,7 @@ def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             value = json.loads(line)
-        except ValueError:  # no JSON, or no UTF-8
+        except (ValueError, RecursionError):  # no JSON, or no UTF-8
             value = None
         if isinstance(value, dict):
             objects.append(value)

@@ -9,8 +9,18 @@ import sys
 import traceback
 
 from tostlm.cli import app
-from tostlm.errors import EXIT_BUG, EXIT_LOST_RANK, EXIT_USER_ERROR, UserError, error_summary, is_lost_peer, report
+from tostlm.errors import (
+    EXIT_BUG,
+    EXIT_LOST_RANK,
+    EXIT_LOST_UNNAMED,
+    EXIT_USER_ERROR,
+    UserError,
+    error_summary,
+    is_lost_peer,
+    report,
+)
 from tostlm.launch import EXIT_REPORT, exit_rank
+from tostlm.launch.local import LAUNCHED
 
 USER_ERRNOS = (  # a full disk, a limit of the user's, and paths that cannot be written
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM),
@@ -43,7 +53,7 @@ def _run() -> int:
         return _fail(f"{error.strerror}{where}; free or choose another place and try again: what was finished stays")
     except (MemoryError, RuntimeError) as error:
         if "RANK" in os.environ and is_lost_peer(error):  # before training; its launcher reports the reason
-            return EXIT_LOST_RANK
+            return EXIT_LOST_UNNAMED if LAUNCHED in os.environ else EXIT_LOST_RANK
         if not isinstance(error, MemoryError) and "allocate" not in str(error) and "out of memory" not in str(error):
             return _report_bug()
         what = f"out of memory ({error_summary(error)})"

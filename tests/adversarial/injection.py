@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from tests.train.test_faults import high_loss, nan_loss
 from tostlm.checkpoint import checkpoint_folder
-from tostlm.checkpoint.layout import COMPLETE
+from tostlm.checkpoint.integrity import COMPLETE
 from tostlm.checkpoint.rollback import RECORD
 from tostlm.train import trainer, watchdog
 from tostlm.train.batches import RankBatches

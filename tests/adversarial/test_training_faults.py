@@ -26,7 +26,8 @@ from tests.train.run_helpers import REPORTED, zero_options
 from tests.train.test_metrics import on_board
 from tests.warm import Program
 from tostlm.checkpoint import checkpoint_folder, checkpoints, step_of
-from tostlm.checkpoint.load import DAMAGED, find_damage
+from tostlm.checkpoint.integrity import find_damage
+from tostlm.checkpoint.load import DAMAGED
 from tostlm.checkpoint.rollback import PASSED_OVER, RECORD
 from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE, EXIT_USER_ERROR
 
@@ -182,7 +183,7 @@ class Struck:
 
     def play_start(self, each: Start, marks: Path) -> None:
         marks.mkdir()
-        intact = self.intact()
+        intact, before = self.intact(), losses(self.run)
         harm = Harm(
             each.faults, self.case.trouble, self.run.dir, self.data, self.world.other_data, marks, each.clock_seconds
         )
@@ -201,7 +202,7 @@ class Struck:
             assert not lines, said
         assert all(line.startswith("tostlm: ") for line in lines if line), said
         self.check_intact(intact, said)
-        if ended.returncode == EXIT_REQUEUE and self.run.dir.exists() and not self.record().exists():
+        if ended.returncode == EXIT_REQUEUE and losses(self.run) != before and not self.record().exists():
             steps = [step_of(path) for path in checkpoints(self.run.dir)] or [0]
             assert max(losses(self.run), default=0) <= steps[-1], said
         self.struck.update(struck)

@@ -19,6 +19,7 @@ from tests.conftest import ROOT, Run, fail, succeed
 from tests.processes import on_ranks
 from tests.train.test_faults import harm
 from tests.warm import Program
+from tostlm.checkpoint.integrity import find_damage
 from tostlm.checkpoint.layout import TrainState, checkpoint_folder, checkpoints, load_checkpoint, read_train_state
 from tostlm.checkpoint.load import latest_valid_checkpoint
 from tostlm.checkpoint.save import expired_checkpoints, partial_folder, prune
@@ -151,6 +152,45 @@ def test_a_run_goes_on_from_the_one_before(copy: Run) -> None:
     assert "is quarantined as step-00000006.damaged: 00000.safetensors has another checksum" in line
     assert copy.metrics("train") == expected
     assert latest_valid_checkpoint(copy.config()) == newest
+
+
+def test_a_file_that_was_not_saved_changes_nothing(copy: Run) -> None:
+    before, newest = checkpoints(copy.dir)
+    (newest / "weights.safetensors").unlink()
+    expected = load_checkpoint(newest).lm.state_dict()
+    shutil.copy(before / "state" / "00000.safetensors", newest / "state" / "00001.safetensors")
+    assert all(tensor.equal(expected[name]) for name, tensor in load_checkpoint(newest).lm.state_dict().items())
+
+
+def test_a_checkpoint_under_the_name_of_another_is_refused(copy: Run) -> None:
+    newest = checkpoints(copy.dir)[-1]
+    newest.rename(newest.with_name("step-00000008"))
+    with pytest.raises(UserError, match="step-00000008 holds the checkpoint of step 6; rename it to step-00000006"):
+        latest_valid_checkpoint(copy.config())
+    newest.with_name("step-00000008").rename(newest)
+    assert latest_valid_checkpoint(copy.config()) == newest
+
+
+def test_a_link_to_a_checkpoint_elsewhere_is_removed_and_no_more(copy: Run, tmp_path: Path) -> None:
+    first, last = checkpoints(copy.dir)
+    elsewhere = Path(shutil.move(first, tmp_path / "elsewhere"))
+    first.symlink_to(elsewhere)
+    prune(copy.config("train.keep_last_checkpoints=1"))
+    first.with_name(".removing-step-00000001").symlink_to(elsewhere)
+    assert latest_valid_checkpoint(copy.config()) == last
+    assert {path.name for path in last.parent.iterdir()} == {"latest", last.name}
+    assert find_damage(elsewhere) is None
+
+
+@pytest.mark.parametrize(
+    "record", ["", "[]", "{", '{"step": null}', '{"step": "4"}', '{"data_step": -3}', "[" * 100_000]
+)
+def test_a_damaged_record_of_a_rollback_is_refused(copy: Run, record: str) -> None:
+    file = copy.dir / "checkpoints" / "rollback.json"
+    file.write_text(record)
+    with pytest.raises(UserError, match=r"rollback.json, the record of a rollback, cannot be read .*; remove it"):
+        latest_valid_checkpoint(copy.config())
+    assert len(checkpoints(copy.dir)) == 2
 
 
 def test_nothing_is_begun_anew_over_damaged_checkpoints(copy: Run) -> None:

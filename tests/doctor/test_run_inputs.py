@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Run
-from tostlm.checkpoint.layout import COMPLETE, TRAIN_STATE, TrainState, checkpoint_folder
+from tostlm.checkpoint.integrity import COMPLETE, TRAIN_STATE
+from tostlm.checkpoint.layout import TrainState, checkpoint_folder
 from tostlm.data import Tokenizer, train_tokenizer
 from tostlm.doctor import run_inputs
 from tostlm.errors import UserError

@@ -101,10 +101,19 @@ def test_mistakes(trained: dict[str, Run], tmp_path: Path) -> None:
     fail(tostlm("eval", "perplexity", softmax, "--contexts", "128,256"), "has 64 positions, fewer than the shortest")
     fail(tostlm("eval", "perplexity", tssa, "--out", "/proc/no"), "cannot write in /proc/no")
     cut = Path(shutil.copytree(load_checkpoint(trained["tssa"].dir).path, tmp_path / "cut"))
+    content = (cut / "weights.safetensors").read_bytes()
+    (cut / "weights.safetensors").write_bytes(content[:-2] + bytes([content[-2] ^ 1, content[-1]]))
+    for command in (["eval", "perplexity"], ["generate"], ["convert", str(tmp_path / "hf"), "--to", "hf"]):
+        command.insert(-3 if "hf" in command else len(command), str(cut))
+        fail(tostlm(*command), f"checkpoint {cut} is damaged: weights.safetensors has another checksum")
     os.truncate(cut / "weights.safetensors", 3000)
-    fail(tostlm("eval", "perplexity", str(cut)), "weights.safetensors does not fit its config")
+    fail(
+        tostlm("eval", "perplexity", str(cut)), f"checkpoint {cut} is damaged: weights.safetensors has 3000 bytes, not"
+    )
     (cut / "tokenizer.model").unlink()
-    fail(tostlm("eval", "perplexity", str(cut)), "has no tokenizer.json or tokenizer.model")
+    fail(tostlm("eval", "perplexity", str(cut)), "is damaged: tokenizer.model is missing")
+    (cut / "COMPLETE").unlink()
+    fail(tostlm("eval", "perplexity", str(cut)), "has no readable COMPLETE; copy it again, whole")
 
 
 def test_a_moved_run_reports_where_it_is(trained: dict[str, Run], tmp_path: Path) -> None:

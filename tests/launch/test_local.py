@@ -115,6 +115,16 @@ def test_ranks_without_a_handler_end_with_the_requeue_code(launched: Callable[[s
         (("sys.exit(1)", "sys.exit(2)"), 2, ""),
         (("sys.exit(76)", "sys.exit(1)"), 1, ""),
         (("sys.exit(76)", STUCK), EXIT_LOST_RANK, ""),
+        (
+            ("sys.exit(77)", STUCK),
+            EXIT_LOST_RANK,
+            "tostlm: rank 0 lost another rank while the run started; run the same command to continue\n",
+        ),
+        (
+            (KILLED, "time.sleep(0.5); sys.exit(77)"),
+            EXIT_LOST_RANK,
+            "tostlm: rank 0 was ended by signal 9; run the same command to continue\n",
+        ),
         ((STUCK, KILLED), EXIT_LOST_RANK, "tostlm: rank 1 was ended by signal 9; run the same command to continue\n"),
         (("time.sleep(1.5); sys.exit(76)", KILLED), EXIT_LOST_RANK, ""),  # a rank has already named it
     ],

@@ -1,7 +1,7 @@
 """Checkpoints: what they hold, saving and loading them."""
 
+from tostlm.checkpoint.integrity import CONFIG
 from tostlm.checkpoint.layout import (
-    CONFIG,
     Checkpoint,
     TrainState,
     checkpoint_folder,

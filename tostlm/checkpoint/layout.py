@@ -26,34 +26,37 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import pydantic
+import pydantic_core
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from tostlm.checkpoint.integrity import COMPLETE, CONFIG, TRAIN_STATE, find_damage, written_files
 from tostlm.config import RunConfig, load_config
 from tostlm.data import Tokenizer
 from tostlm.errors import UserError, error_summary
 from tostlm.model import LM
 
 STATE, WEIGHTS, RECURRENT_STATE = "state", "weights.safetensors", "recurrent_state.safetensors"
-CONFIG, TRAIN_STATE, COMPLETE = "config.yaml", "train_state.json", "COMPLETE"
+Count = Annotated[int, pydantic.Field(strict=True, ge=0)]
 STEP = re.compile(r"^step-(\d{8,})$")
 
 
 class TrainState(NamedTuple):
     """The progress of a run: training sets the first six fields, saving the others."""
 
-    step: int = 0
-    data_step: int = 0  # steps whose data were read; above `step` once a rollback skipped data
+    step: Count = 0
+    data_step: Count = 0  # steps whose data were read; above `step` once a rollback skipped data
     validation_loss: float | None = None  # of the last evaluation, in nats
-    skipped_steps: int = 0
-    rollbacks: int = 0
+    skipped_steps: Count = 0
+    rollbacks: Count = 0
     good_losses: tuple[float, ...] = ()  # of the last good steps, with which loss spikes are detected
-    optimizer_steps: int = 0  # the updates that Adam's bias correction counts
-    loss_scale: dict[str, float] | None = None  # state of fp16's dynamic loss scale
+    optimizer_steps: Count = 0  # the updates that Adam's bias correction counts
+    loss_scale: dict[str, int | float] | None = None  # state of fp16's dynamic loss scale
     world_size: int = 1  # like zero_stage, for information only
     zero_stage: int = 0
     data_sha256: str = ""  # of the content of the prepared folders
@@ -64,9 +67,12 @@ class TrainState(NamedTuple):
 
     @classmethod
     def from_json(cls, text: str | bytes) -> TrainState:
-        """Return the state that `to_json` made a line of; raise ValueError or TypeError if the text is none."""
-        state = cls(**json.loads(text))
-        return state._replace(good_losses=tuple(state.good_losses))  # JSON has lists only
+        """Return the state that `to_json` made a line of; raise ValueError if the text is none."""
+        fields = pydantic_core.from_json(text)
+        if not isinstance(fields, dict):
+            raise ValueError(f"{fields!r:.40} is no object")
+        state: TrainState = pydantic.TypeAdapter(cls).validate_python(fields)
+        return state
 
     def advance(self, skipped: bool) -> TrainState:
         """Return the state after one more step, whose update was `skipped` or not."""
@@ -133,7 +139,7 @@ def read_train_state(checkpoint: Path) -> TrainState:
     """
     try:
         return TrainState.from_json((checkpoint / TRAIN_STATE).read_text())
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError):
         raise UserError(f"checkpoint {checkpoint} has no readable {TRAIN_STATE}; use an older one") from None
 
 
@@ -151,7 +157,7 @@ def read_state(checkpoint: Path, elements: Mapping[str, range]) -> Iterator[tupl
         with ExitStack() as opened:
             files = [
                 opened.enter_context(safetensors.safe_open(path, "pt"))
-                for path in sorted((checkpoint / STATE).glob("*.safetensors"))
+                for path in (checkpoint / name for name in written_files(checkpoint) if name.startswith(f"{STATE}/"))
             ]
             file_of = {key: file for file in files for key in file.keys()}  # noqa: SIM118  (it is no mapping)
             for key, wanted in elements.items():
@@ -184,12 +190,15 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
         UserError: there is no checkpoint, or it is damaged.
     """
     checkpoint = resolve(path)
-    if not (checkpoint / CONFIG).is_file():
-        raise UserError(f"checkpoint {checkpoint} has no {CONFIG}: it is damaged; use an older one")
+    written, has_weights = written_files(checkpoint), (checkpoint / WEIGHTS).is_file()
+    unused = (RECURRENT_STATE, STATE if has_weights else WEIGHTS)
+    damage = find_damage(checkpoint, [name for name in written if name.partition("/")[0] not in unused])
+    if damage is not None:
+        raise UserError(f"checkpoint {checkpoint} is damaged: {damage}; use an older one")
     config, tokenizer = load_config(checkpoint / CONFIG), Tokenizer.from_folder(checkpoint)
     with torch.device("meta"):
         lm = LM(config.model)
-    source = checkpoint / (WEIGHTS if (checkpoint / WEIGHTS).is_file() else STATE)
+    source = checkpoint / (WEIGHTS if has_weights else STATE)
     try:
         weights = _read_masters(checkpoint, config, lm) if source.is_dir() else safetensors.torch.load_file(source)
         lm.load_state_dict(weights, assign=True)

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tostlm.checkpoint.deepspeed_state import DeepSpeedEngine, restore_loss_scale, restore_state, state_elements
+from tostlm.checkpoint.integrity import COMPLETE, CONFIG, find_damage
 from tostlm.checkpoint.layout import (
-    COMPLETE,
-    CONFIG,
     STATE,
     STEP,
-    TRAIN_STATE,
     TrainState,
+    checkpoint_folder,
     read_state,
     read_train_state,
+    step_of,
 )
 from tostlm.checkpoint.rollback import PASSED_OVER, apply_record, following_checkpoints
 from tostlm.checkpoint.save import data_sha256, remove_unfinished
 from tostlm.config import RunConfig, fixed_keys, load_config
 from tostlm.data import Tokenizer
 from tostlm.errors import UserError, report
-from tostlm.files import sha256_of
 
 DAMAGED = ".damaged"  # suffix of a quarantined checkpoint's name
-HASH_THREADS = 4  # files that are hashed at a time
 
 
 def latest_valid_checkpoint(config: RunConfig) -> Path | None:
@@ -38,7 +34,8 @@ def latest_valid_checkpoint(config: RunConfig) -> Path | None:
     run's lock.
 
     Raises:
-        UserError: all checkpoints are damaged, or tostlm did not write what is there.
+        UserError: all checkpoints are damaged, the newest is of another step than its name says, or tostlm did not
+            write what is there.
     """
     folder = config.run_dir / "checkpoints"
     for path in sorted(folder.glob("[!.]*")):
@@ -50,6 +47,7 @@ def latest_valid_checkpoint(config: RunConfig) -> Path | None:
     for checkpoint in reversed(following_checkpoints(config.run_dir)):
         damage = find_damage(checkpoint)
         if damage is None:
+            _require_own_name(config.run_dir, checkpoint)
             return checkpoint
         quarantine(checkpoint, damage)
     if any(folder.glob(f"step-*{DAMAGED}")):
@@ -57,6 +55,13 @@ def latest_valid_checkpoint(config: RunConfig) -> Path | None:
             f"every checkpoint in {folder} is damaged; bring a copy of one, or move them elsewhere to start anew"
         )
     return None
+
+
+def _require_own_name(run_dir: Path, checkpoint: Path) -> None:
+    step = read_train_state(checkpoint).step
+    if step != step_of(checkpoint):
+        name = checkpoint_folder(run_dir, step).name
+        raise UserError(f"{checkpoint} holds the checkpoint of step {step}; rename it to {name}, or move it elsewhere")
 
 
 def quarantine(checkpoint: Path, reason: str) -> None:
@@ -73,34 +78,6 @@ def _is_recognized(folder: Path) -> bool:
     if not STEP.match(folder.name.removesuffix(DAMAGED).removesuffix(PASSED_OVER)):
         return False
     return folder.suffix in (DAMAGED, PASSED_OVER) or (folder / COMPLETE).exists() or (folder / STATE).exists()
-
-
-def find_damage(checkpoint: Path) -> str | None:
-    """Return how a checkpoint differs from what was written; None if it does not. Every file is read and hashed.
-
-    Raises:
-        UserError: a file cannot be read.
-    """
-    try:
-        checksums = json.loads((checkpoint / COMPLETE).read_text())
-        with ThreadPoolExecutor(HASH_THREADS) as threads:
-            names = [CONFIG, TRAIN_STATE, *checksums]
-            found = threads.map(lambda name: _find_difference(checkpoint / name, **checksums[name]), names)
-            return next(filter(None, found), None)
-    except FileNotFoundError:
-        return f"{COMPLETE} is missing"
-    except (ValueError, TypeError, LookupError):
-        return f"{COMPLETE} is not as it was written"
-    except OSError as error:
-        raise UserError(f"checkpoint {checkpoint} cannot be read: {error.strerror}") from None
-
-
-def _find_difference(path: Path, bytes: int, sha256: str) -> str | None:
-    if not path.is_file():
-        return f"{path.name} is missing"
-    if path.stat().st_size != bytes:
-        return f"{path.name} has {path.stat().st_size} bytes, not {bytes}"
-    return None if sha256_of(path) == sha256 else f"{path.name} has another checksum"
 
 
 def check_resumable(config: RunConfig, tokenizer: Tokenizer, checkpoint: Path) -> None:

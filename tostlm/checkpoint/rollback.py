@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tostlm.checkpoint.layout import TrainState, checkpoints, step_folders, step_of
 from tostlm.config import RunConfig
-from tostlm.errors import UserError, report
+from tostlm.errors import UserError, error_summary, report
 from tostlm.files import write_atomically
 
 RECORD = "rollback.json"  # beside the checkpoints, from a rollback to the next checkpoint that is saved
@@ -52,11 +52,21 @@ def record_rollback(run_dir: Path, state: TrainState) -> None:
 
 
 def read_record(run_dir: Path) -> TrainState | None:
-    """Return the progress after the last rollback; None if there was none since the last checkpoint was saved."""
+    """Return the progress after the last rollback; None if there was none since the last checkpoint was saved.
+
+    Raises:
+        UserError: its record is damaged.
+    """
+    file = _record_file(run_dir)
     try:
-        return TrainState.from_json(_record_file(run_dir).read_bytes())
-    except (OSError, ValueError, TypeError):
+        return TrainState.from_json(file.read_bytes())
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{file}, the record of a rollback, cannot be read ({error_summary(error)}); remove it, and the run "
+            "resumes from the newest checkpoint as if it had not rolled back"
+        ) from None
 
 
 def following_checkpoints(run_dir: Path) -> list[Path]:

@@ -26,12 +26,10 @@ from tostlm.checkpoint.deepspeed_state import (
     state_keys,
     state_numels,
 )
+from tostlm.checkpoint.integrity import COMPLETE, CONFIG, TRAIN_STATE
 from tostlm.checkpoint.layout import (
-    COMPLETE,
-    CONFIG,
     RECURRENT_STATE,
     STATE,
-    TRAIN_STATE,
     WEIGHTS,
     TrainState,
     checkpoint_folder,
@@ -173,6 +171,8 @@ class CheckpointSaver:
                 publish(partial, folder, self._gather_checksums(partial))
                 settle_rollback(self._config.run_dir, folder)
                 prune(self._config)
+        except UserError as error:
+            return str(error)
         except OSError as error:
             for name in files:  # makes room for the mark below on a full disk
                 with suppress(OSError):
@@ -233,12 +233,12 @@ def prune(config: RunConfig) -> None:
     folder = config.run_dir / "checkpoints"
     try:
         for leftover in folder.glob(f"{REMOVED}*"):
-            shutil.rmtree(leftover)
+            _delete(leftover)
         for expired in expired_checkpoints(config, checkpoints(config.run_dir)):
             remove_checkpoint(expired)
     except OSError as error:
         where = error.filename or folder
-        report(f"{where} cannot be deleted yet ({error.strerror}); the next save tries again")
+        report(f"{where} cannot be deleted yet ({error.strerror or error}); the next save tries again")
 
 
 def expired_checkpoints(config: RunConfig, found: Sequence[Path]) -> list[Path]:
@@ -272,17 +272,21 @@ def remove_checkpoint(folder: Path) -> None:
     """
     hidden = folder.with_name(f"{REMOVED}{folder.name}")
     folder.rename(hidden)
-    shutil.rmtree(hidden)
+    _delete(hidden)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:  # of a link, what it leads to is the user's
+        path.unlink()
 
 
 def remove_unfinished(run_dir: Path) -> None:
     """Remove what an interrupted save or deletion has left."""
     for prefix in (PARTIAL, REMOVED, f".{LATEST}.partial-"):
         for leftover in (run_dir / "checkpoints").glob(f"{prefix}*"):
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink()
+            _delete(leftover)
 
 
 def partial_folder(folder: Path) -> Path:

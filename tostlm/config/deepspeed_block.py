@@ -4,31 +4,57 @@ from __future__ import annotations
 
 import difflib
 import os
+import pydoc
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 import torch
 
 Number = Annotated[float, pydantic.Field(strict=True, ge=0)]
 Flag = Annotated[bool, pydantic.Field(strict=True)]
+DType = Literal["fp32", "bf16", "fp16"]
 
 
-class DeepSpeedBlock(pydantic.BaseModel):
-    """The top level of the section, of which DeepSpeed checks neither names nor types. It checks the inner blocks."""
+class CheckedBlock(pydantic.BaseModel):
+    """A block of which DeepSpeed checks neither names nor types, as far as a run can honour it."""
 
     model_config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 
+
+class TorchAutocast(CheckedBlock):
+    enabled: Flag = False
+    dtype: str | None = None  # as DeepSpeed spells them, which it checks
+    lower_precision_safe_modules: list[str] | None = None
+
+
+class DataTypes(CheckedBlock):
+    grad_accum_dtype: DType | None = None
+
+
+class FlopsProfiler(CheckedBlock):
+    enabled: Flag = False
+    recompute_fwd_factor: Number = 0.0
+    profile_step: Annotated[int, pydantic.Field(strict=True, ge=1)] = 1
+    module_depth: Annotated[int, pydantic.Field(strict=True, ge=-1)] = -1
+    top_modules: Annotated[int, pydantic.Field(strict=True, ge=1)] = 1
+    detailed: Flag = True
+    output_file: str | None = None
+
+
+class DeepSpeedBlock(CheckedBlock):
+    """The section. DeepSpeed checks the blocks that are dicts here."""
+
     bf16: dict[str, Any] = {}
     fp16: dict[str, Any] = {}
-    torch_autocast: dict[str, Any] = {}
-    data_types: dict[str, Any] = {}
+    torch_autocast: TorchAutocast = TorchAutocast()
+    data_types: DataTypes = DataTypes()
     zero_optimization: dict[str, Any] = {}
     gradient_clipping: Number = 0.0
     prescale_gradients: Flag = False
     gradient_predivide_factor: Annotated[float, pydantic.Field(strict=True, gt=0)] = 1.0
-    communication_data_type: str | None = None
-    seq_parallel_communication_data_type: str | None = None
+    communication_data_type: DType | None = None
+    seq_parallel_communication_data_type: DType | None = None
     disable_allgather: Flag = False
     zero_allow_untested_optimizer: Flag = False
     zero_force_ds_cpu_optimizer: Flag = True
@@ -38,9 +64,11 @@ class DeepSpeedBlock(pydantic.BaseModel):
     wall_clock_breakdown: Flag = False
     comms_logger: dict[str, Any] = {}
     csv_monitor: dict[str, Any] = {}
-    flops_profiler: dict[str, Any] = {}
+    flops_profiler: FlopsProfiler = FlopsProfiler()
     tensorboard: dict[str, Any] = {}
 
+
+_Block = TypeVar("_Block", bound=pydantic.BaseModel)
 
 # Keys that are derived from tostlm's own, and the key to set instead.
 DERIVED = {
@@ -79,14 +107,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         for key, harmless in (("device", ("none", "cpu", None)), ("ratio", (1, 1.0)), ("super_offload", (False,)))
     },
 }
-INNER_KEYS = {  # of the blocks whose keys DeepSpeed does not check, as far as a run can honour them
-    "data_types": ("grad_accum_dtype",),
-    "flops_profiler": (
-        *("enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed", "output_file"),
-    ),
-    "torch_autocast": ("enabled", "dtype", "lower_precision_safe_modules"),
-}
-DTYPES = ("fp32", "bf16", "fp16")
 
 
 def check_deepspeed_block(block: Mapping[str, Any]) -> None:
@@ -106,14 +126,8 @@ def check_deepspeed_block(block: Mapping[str, Any]) -> None:
     stage = block.get("zero_optimization", {}).get("stage", 0)
     if type(stage) is not int or not 0 <= stage <= 3:  # DeepSpeed takes "1" and true for 1
         raise ValueError(f"deepspeed.zero_optimization.stage={stage!r} must be 0, 1, 2 or 3")
-    for name, known in INNER_KEYS.items():
-        for key in block.get(name, {}):
-            if key not in known:
-                raise ValueError(f"deepspeed.{name}.{key} is an unknown key{nearest(key, known)}")
-    dtype = block.get("data_types", {}).get("grad_accum_dtype")
-    if dtype not in (None, *DTYPES):
-        raise ValueError(f"deepspeed.data_types.grad_accum_dtype={dtype!r} must be one of {', '.join(DTYPES)}")
     _check_as_deepspeed(block)
+    _check_together(block)
 
 
 def _look_up(block: Mapping[str, Any], keys: list[str]) -> tuple[bool, Any]:
@@ -129,32 +143,87 @@ def _look_up(block: Mapping[str, Any], keys: list[str]) -> tuple[bool, Any]:
 def _check_as_deepspeed(block: Mapping[str, Any]) -> None:
     """Build DeepSpeed's own config classes, which check the inner blocks and what goes together."""
     use_cpu_without_gpu()
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.monitor.config import CSVConfig, TensorBoardConfig
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    kinds = {"bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config, "zero_optimization": DeepSpeedZeroConfig}
+    kinds = {
+        "bf16": DeepSpeedBF16Config,
+        "fp16": DeepSpeedFP16Config,
+        "zero_optimization": DeepSpeedZeroConfig,
+        "comms_logger": CommsLoggerConfig,
+        "csv_monitor": CSVConfig,
+        "tensorboard": TensorBoardConfig,
+    }
     for name, kind in kinds.items():
-        _validate(kind, block.get(name, {}), f"deepspeed.{name}")
+        values = block.get(name, {})
+        _require_same_types(_validate(kind, values, f"deepspeed.{name}"), values, f"deepspeed.{name}")
     try:
         DeepSpeedConfig({**block, "train_micro_batch_size_per_gpu": 1})
     except pydantic.ValidationError as error:
-        raise ValueError(_explain(error, "deepspeed", {})) from None
+        raise ValueError(_explain(error, "deepspeed", DeepSpeedBlock)) from None
     except (ValueError, TypeError, AssertionError, DeepSpeedConfigError) as error:
         raise ValueError(f"DeepSpeed rejects the deepspeed block: {' '.join(str(error).split())}") from None
 
 
-def _validate(kind: type[pydantic.BaseModel], values: Mapping[str, Any], where: str) -> None:
+def _require_same_types(read: pydantic.BaseModel, values: Mapping[str, Any], where: str) -> None:
+    """Check that DeepSpeed `read` no value as one of another type: "false" as false, or "auto" as its default."""
+    name_of = {field.alias or name: name for name, field in type(read).model_fields.items()}
+    for key, value in values.items():
+        found = getattr(read, name_of[key])
+        if isinstance(found, pydantic.BaseModel) and isinstance(value, Mapping):
+            _require_same_types(found, value, f"{where}.{key}")
+        elif isinstance(found, bool) and not isinstance(value, bool):
+            raise ValueError(f"{where}.{key}={value!r} must be true or false")
+        elif isinstance(found, int | float) and isinstance(value, str | bool) and not isinstance(found, bool | str):
+            raise ValueError(f"{where}.{key}={value!r} must be a number; write one, or leave it out")
+
+
+def _check_together(block: Mapping[str, Any]) -> None:
+    """Check what DeepSpeed checks only once it has an optimizer, on all ranks."""
+    zero = block.get("zero_optimization", {})
+    stage, bucket = zero.get("stage", 0), zero.get("allgather_bucket_size", 0)
+    if stage in (1, 2) and bucket % 2:
+        raise ValueError(f"deepspeed.zero_optimization.allgather_bucket_size={bucket} must be even")
+    for key, harmless in (("prescale_gradients", False), ("gradient_predivide_factor", 1.0)):
+        if stage > 1 and zero.get("reduce_scatter", True) and block.get(key, harmless) != harmless:
+            raise ValueError(
+                f"deepspeed.{key}={block[key]} does not go with ZeRO stage {stage}; leave it out, or set "
+                "deepspeed.zero_optimization.reduce_scatter to false"
+            )
+    own = next((dtype for dtype in ("bf16", "fp16") if block.get(dtype, {}).get("enabled")), "fp32")
+    summed = block.get("data_types", {}).get("grad_accum_dtype") or own
+    if stage == 0 and summed != own:
+        raise ValueError(
+            f"deepspeed.data_types.grad_accum_dtype={summed} is not the {own} of the weights, which ZeRO stage 0 "
+            "needs; leave it out, or choose another stage"
+        )
+    for name in block.get("torch_autocast", {}).get("lower_precision_safe_modules") or ():
+        try:
+            found = pydoc.locate(name)
+        except pydoc.ErrorDuringImport:
+            found = None
+        if not isinstance(found, type):
+            raise ValueError(f"deepspeed.torch_autocast.lower_precision_safe_modules: {name!r} is no class to import")
+
+
+def _validate(kind: type[_Block], values: Mapping[str, Any], where: str) -> _Block:
     try:
-        kind(**values)
+        return kind(**values)
     except pydantic.ValidationError as error:
-        raise ValueError(_explain(error, where, kind.model_fields)) from None
+        raise ValueError(_explain(error, where, kind)) from None
 
 
-def _explain(error: pydantic.ValidationError, where: str, known: Iterable[str]) -> str:
+def _explain(error: pydantic.ValidationError, where: str, kind: type[pydantic.BaseModel]) -> str:
     problem = error.errors()[0]
     key = ".".join([where, *map(str, problem["loc"])])
     if problem["type"] == "extra_forbidden":
+        block: Any = kind
+        for inner in problem["loc"][:-1]:
+            block = block.model_fields[str(inner)].annotation
+        known = getattr(block, "model_fields", ())
         return f"{key} is an unknown key{nearest(str(problem['loc'][-1]), known)}"
     value = "" if isinstance(problem["input"], pydantic.BaseModel) else f"={problem['input']!r}"
     return f"{key}{value}: {problem['msg'].removeprefix('Value error, ')}"

@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from subprocess import Popen, TimeoutExpired
 from types import FrameType
 
-from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE, EXIT_USER_ERROR, report
+from tostlm.errors import EXIT_LOST_RANK, EXIT_LOST_UNNAMED, EXIT_REQUEUE, EXIT_USER_ERROR, report
 
+LAUNCHED = "TOSTLM_LAUNCHED"  # environment variable of the ranks
+LOST = (EXIT_LOST_RANK, EXIT_LOST_UNNAMED)
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 2.0  # for ranks that have lost another rank to name it
 
@@ -45,7 +47,7 @@ def run_local(arguments: Sequence[str], processes: int) -> int:
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
         for variables in rank_env(processes):
             command = [sys.executable, "-m", "tostlm", *arguments]
-            environment = {**threads, **os.environ, **variables}
+            environment = {**threads, **os.environ, **variables, LAUNCHED: "1"}
             children.append(Popen(command, env=environment, preexec_fn=end_with_parent))
         for number, handler in ((signal.SIGTERM, forward), (signal.SIGUSR1, forward), (signal.SIGHUP, end_at_once)):
             at_exit.callback(signal.signal, number, signal.signal(number, handler))
@@ -55,7 +57,7 @@ def run_local(arguments: Sequence[str], processes: int) -> int:
 def _wait(children: Sequence[Popen[bytes]], received: Sequence[int]) -> int:
     """Wait until all ranks have succeeded or one has failed, and return the exit code of the run.
 
-    Of several failures a signal's counts before a user error's before a bug's. EXIT_LOST_RANK counts only if no rank
+    Of several failures a signal's counts before a user error's before a bug's. A code of `LOST` counts only if no rank
     has another code: those ranks merely lost the one that failed. `received` holds the signals that were forwarded.
     """
     while any(child.poll() is None for child in children) and not _failures(children):
@@ -65,7 +67,10 @@ def _wait(children: Sequence[Popen[bytes]], received: Sequence[int]) -> int:
     time.sleep(POLL_SECONDS)  # a failing rank takes others with it: see all of the first ones
     first = _failures(children)
     _end_all(children)
-    code, rank = min(first, key=lambda ended: (ended[0] > 0, ended[0] != EXIT_USER_ERROR, ended[0] == EXIT_LOST_RANK))
+    code, rank = min(first, key=lambda ended: (ended[0] > 0, ended[0] != EXIT_USER_ERROR, ended[0] in LOST))
+    if code == EXIT_LOST_UNNAMED:
+        report(f"rank {rank} lost another rank while the run started; run the same command to continue")
+        return EXIT_LOST_RANK
     if code > 0:
         return code
     if -code in received:  # before training handles the signal, when there is nothing to save

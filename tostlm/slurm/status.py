@@ -56,7 +56,7 @@ def _progress(run_dir: Path) -> dict[str, str]:
     """Return step, speed and remaining time of the last line that training logged, and the newest checkpoint."""
     report = None
     for line in _tail(run_dir / "metrics.jsonl"):
-        with suppress(ValueError):  # half a line
+        with suppress(ValueError, RecursionError, AttributeError):  # half a line, or a damaged one
             metrics = json.loads(line)
             report = metrics if metrics.get("kind") == "train" else report
     found = checkpoints(run_dir)
