@@ -73,6 +73,13 @@ def test_an_override_is_not_cut_at_a_comment(run: Run) -> None:
     assert run.config('train.wandb_project=""').train.wandb_project == ""
 
 
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-3", 1e-3), ("1.5E-3", 1.5e-3), (".5", 0.5), ("5", 5.0), ("1_0.5", 10.5), ("0", 0.0)]
+)
+def test_numbers(run: Run, text: str, value: float) -> None:
+    assert run.config(f"optimizer.weight_decay={text}").optimizer.weight_decay == value
+
+
 def test_overrides_make_missing_parents(run: Run) -> None:
     assert run.config("deepspeed.bf16.enabled=true").deepspeed["bf16"] == {"enabled": True}
 
@@ -83,6 +90,19 @@ def test_overrides_make_missing_parents(run: Run) -> None:
         ("model.widht=3", "model.widht is an unknown key; the nearest is model.width"),
         ("optimiser.lr=1", "optimiser is an unknown key; the nearest is optimizer"),
         ("data.context=1", "data.context is an unknown key; the nearest is data.context_tokens"),
+        ("train.steps=010", "train.steps='010': input should be a valid integer"),
+        ("train.steps=1:30", "train.steps='1:30': input should be a valid integer"),
+        ("train.steps=0b11", "train.steps='0b11': input should be a valid integer"),
+        ("optimizer.lr=1:30.5", "optimizer.lr='1:30.5': input should be a valid number"),
+        ("train.steps=9999999999999999999", "train.steps=9999999999999999999"),
+        ("optimizer.lr=1e39", "optimizer.lr=1e+39: input should be less than"),
+        ("train.spike_window_steps=1000000000000", "train.spike_window_steps=1000000000000"),
+        ("train.steps=" + "[" * 5000, "is not a YAML value"),
+        (
+            "deepspeed.zero_optimization.stage3_module_granularity_threshold=1000",
+            "stage3_module_granularity_threshold=1000 breaks modules whose parameters",
+        ),
+        ("deepspeed.bf16.bf16_optimizer_states=true", "would round the optimizer's state, which checkpoints hold"),
         ("optimizer.lr=fast", "optimizer.lr='fast': input should be a valid number"),
         ("train.steps=true", "train.steps=True: input should be a valid integer"),
         ("train.steps=0", "train.steps=0: input should be greater than or equal to 1"),

@@ -30,6 +30,7 @@ from tostlm.checkpoint.integrity import find_damage
 from tostlm.checkpoint.load import DAMAGED
 from tostlm.checkpoint.rollback import PASSED_OVER, RECORD
 from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE, EXIT_USER_ERROR
+from tostlm.files import read_json_lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(0)]  # every start has a limit of its own
 
@@ -297,9 +298,9 @@ class Struck:
 
 
 def losses(run: Run, kind: str = "train", key: str = "loss") -> dict[int, float]:
-    """What a run has written so far, without numbers that are not finite."""
-    found = run.metrics(kind, key) if (run.dir / "metrics.jsonl").exists() else {}
-    return {step: number for step, number in found.items() if number is not None}
+    """What a run has written so far, without numbers that are not finite and lines that were damaged."""
+    written, _ = read_json_lines(run.dir / "metrics.jsonl")
+    return {line["step"]: line[key] for line in written if line.get("kind") == kind and line[key] is not None}
 
 
 def tensors(checkpoint: Path) -> dict[str, Any]:

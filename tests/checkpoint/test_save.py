@@ -183,7 +183,7 @@ def test_a_link_to_a_checkpoint_elsewhere_is_removed_and_no_more(copy: Run, tmp_
 
 
 @pytest.mark.parametrize(
-    "record", ["", "[]", "{", '{"step": null}', '{"step": "4"}', '{"data_step": -3}', "[" * 100_000]
+    "record", ["", "[]", "{", "{}", '{"step": null}', '{"step": "4"}', '{"data_step": -3}', "[" * 100_000]
 )
 def test_a_damaged_record_of_a_rollback_is_refused(copy: Run, record: str) -> None:
     file = copy.dir / "checkpoints" / "rollback.json"
@@ -209,6 +209,16 @@ def test_checkpoints_of_another_kind_are_not_trained_over(copy: Run, folder: str
     with pytest.raises(UserError, match=rf"{folder.partition('/')[0]} is no checkpoint that this version reads"):
         latest_valid_checkpoint(copy.config())
     assert path.is_dir()
+
+
+def test_a_file_in_the_place_of_a_checkpoint_is_not_trained_over(copy: Run) -> None:
+    (copy.dir / "checkpoints" / "step-00000009").touch()
+    with pytest.raises(UserError, match="step-00000009 is no checkpoint that this version reads"):
+        latest_valid_checkpoint(copy.config())
+    shutil.rmtree(copy.dir / "checkpoints")
+    (copy.dir / "checkpoints").touch()
+    with pytest.raises(UserError, match="checkpoints is no folder; move it elsewhere"):
+        latest_valid_checkpoint(copy.config())
 
 
 def test_what_a_killed_save_left_is_removed(copy: Run) -> None:
@@ -320,12 +330,17 @@ def replace_data(folder: Path, other: Path, engine: object) -> None:
     shutil.copyfile(other / "manifest.json", folder / "manifest.json")
 
 
+def edit_data(folder: Path, other: Path, engine: object) -> None:
+    flip_a_bit(folder / "train-00000.bin")
+
+
+@pytest.mark.parametrize("change", [replace_data, edit_data])
 def test_data_that_changed_since_the_start_are_not_saved_as_those_trained_on(
-    run: Run, data: Path, digits: Path
+    run: Run, data: Path, digits: Path, change: Callable[[Path, Path, object], None]
 ) -> None:
     mine = Path(shutil.copytree(data, run.file.parent / "mine"))
     (place,) = rank_env(1)
-    spoil = partial(harm, 5, partial(replace_data, mine, digits))
+    spoil = partial(harm, 5, partial(change, mine, digits))
     ended = Program("train", str(run.file), f"data.path={mine}", before=spoil, **place).end()
     fail(ended, "step-00000006 cannot be written: the data in", "mine changed since training started; put it back")
     assert [path.name for path in checkpoints(run.dir)] == ["step-00000003"]

@@ -102,6 +102,14 @@ def test_a_run_that_has_gone_bad_goes_back_and_leaves_the_data_out(run: Run) -> 
     assert run.metrics("train") == losses
 
 
+def test_a_run_that_ends_badly_keeps_what_was_good(run: Run) -> None:
+    ended = train_with(lost_weights, 6, run, "train.keep_last_checkpoints=1", "train.eval_every_steps=100")
+    fail(ended, "the validation loss of the last step, 6, is not finite", "it resumes from the newest checkpoint")
+    assert [path.name for path in checkpoints(run.dir)] == ["step-00000003"]
+    succeed(run.train("train.keep_last_checkpoints=1"))
+    assert all(math.isfinite(loss) for loss in run.metrics("validation").values())
+
+
 def elsewhere(run: Run, name: str) -> Run:
     """The same run in another folder."""
     other = copy.copy(run)

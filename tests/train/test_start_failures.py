@@ -2,7 +2,9 @@
 
 import os
 import subprocess
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import deepspeed
 import pytest
@@ -67,6 +69,21 @@ def test_a_bug_in_the_checks_of_rank_0_is_no_user_error(run: Run) -> None:
     assert first.returncode == EXIT_BUG
     assert "ZeroDivisionError" in first.stderr
     assert (second.returncode, second.stderr) == (EXIT_LOST_RANK, "")
+
+
+@pytest.mark.slow
+def test_the_lock_of_a_build_that_was_killed_is_named(run: Run, tmp_path: Path) -> None:
+    lock = tmp_path / "cpu_adam" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    offload = "deepspeed.zero_optimization={stage: 1, offload_optimizer: {device: cpu}}"
+    (place,) = rank_env(1)
+    program = Program("train", str(run.file), offload, TORCH_EXTENSIONS_DIR=str(tmp_path), **place)
+    time.sleep(20)
+    lock.unlink()
+    ended = program.end(300)
+    assert ended.returncode == 0, ended.stderr
+    assert f"if none is, one was killed: remove {lock}" in ended.stderr
 
 
 def test_a_failed_check_of_rank_0_is_reported_once(run: Run) -> None:

@@ -69,8 +69,8 @@ class TrainState(NamedTuple):
     def from_json(cls, text: str | bytes) -> TrainState:
         """Return the state that `to_json` made a line of; raise ValueError if the text is none."""
         fields = pydantic_core.from_json(text)
-        if not isinstance(fields, dict):
-            raise ValueError(f"{fields!r:.40} is no object")
+        if not isinstance(fields, dict) or "step" not in fields:
+            raise ValueError(f"{fields!r:.40} has no step")
         state: TrainState = pydantic.TypeAdapter(cls).validate_python(fields)
         return state
 

@@ -38,8 +38,10 @@ def latest_valid_checkpoint(config: RunConfig) -> Path | None:
             write what is there.
     """
     folder = config.run_dir / "checkpoints"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is no folder; move it elsewhere or choose another run_dir")
     for path in sorted(folder.glob("[!.]*")):
-        if path.is_dir() and not _is_recognized(path):
+        if (path.is_dir() or STEP.match(path.name)) and not _is_recognized(path):
             raise UserError(
                 f"{path} is no checkpoint that this version reads; move it elsewhere or choose another run_dir"
             )

@@ -40,7 +40,7 @@ from tostlm.checkpoint.layout import (
 from tostlm.checkpoint.rollback import settle_rollback
 from tostlm.checkpoint.state_files import Checksum, Content, assign_files, write_file
 from tostlm.config import RunConfig, dump_config
-from tostlm.data import Tokenizer, read_manifest
+from tostlm.data import ShardStates, Tokenizer, read_manifest
 from tostlm.errors import EXIT_USER_ERROR, UserError, report
 from tostlm.files import sync_folder, write_atomically
 from tostlm.launch import RankInfo
@@ -67,6 +67,7 @@ class CheckpointSaver:
     ) -> None:
         self._config, self._tokenizer, self._ranks, self._on_wait = config, tokenizer, ranks, on_wait
         self._data_sha256 = "" if ranks.rank else data_sha256(config)
+        self._shards = ShardStates([] if ranks.rank else config.data.folders)
         self._progress = threading.Event()  # something was written since the last look
         self._thread = ThreadPoolExecutor(1, "save")
         self._pending: tuple[Path, Future[str | None]] | None = None
@@ -184,6 +185,7 @@ class CheckpointSaver:
 
     def _data_changed(self) -> bool:
         try:
+            self._shards.verify_changed()
             return data_sha256(self._config) != self._data_sha256
         except UserError:
             return True

@@ -89,6 +89,14 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "zero_optimization.compute_grad_norm": ((True,), "would hide gradients that are not finite"),
     "zero_optimization.legacy_stage1": ((False,), "was removed from DeepSpeed"),
+    "zero_optimization.stage3_module_granularity_threshold": (
+        (0,),
+        "breaks modules whose parameters it would gather together",
+    ),
+    **dict.fromkeys(
+        ("bf16.bf16_master_weights_and_grads", "bf16.bf16_optimizer_states", "fp16.fp16_master_weights_and_grads"),
+        ((False,), "would round the optimizer's state, which checkpoints hold in fp32"),
+    ),
     "zero_optimization.zenflow": ((None,), "keeps state where checkpoints do not reach"),
     **dict.fromkeys(
         (f"zero_optimization.cpu_offload{kind}" for kind in ("", "_param", "_use_pin_memory")),
@@ -170,9 +178,9 @@ def _check_as_deepspeed(block: Mapping[str, Any]) -> None:
 
 def _require_same_types(read: pydantic.BaseModel, values: Mapping[str, Any], where: str) -> None:
     """Check that DeepSpeed `read` no value as one of another type: "false" as false, or "auto" as its default."""
-    name_of = {field.alias or name: name for name, field in type(read).model_fields.items()}
+    name_of = {field.alias: name for name, field in type(read).model_fields.items()}
     for key, value in values.items():
-        found = getattr(read, name_of[key])
+        found = getattr(read, name_of.get(key, key), None)  # DeepSpeed removes deprecated keys
         if isinstance(found, pydantic.BaseModel) and isinstance(value, Mapping):
             _require_same_types(found, value, f"{where}.{key}")
         elif isinstance(found, bool) and not isinstance(value, bool):

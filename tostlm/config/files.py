@@ -18,6 +18,8 @@ from tostlm.config.sections import RunConfig
 from tostlm.errors import UserError
 from tostlm.model import MIXERS
 
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: not UTF-8, or an impossible date
+
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run's YAML file, or a shipped config by its name.
@@ -32,7 +34,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raw = yaml.load(path.read_text(), _Loader)
     except OSError as error:
         raise UserError(f"config {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an impossible date
+    except NOT_YAML as error:
         raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise UserError(f"config {path} must be a mapping of keys; `tostlm config show quickstart` prints one")
@@ -47,7 +49,10 @@ def dump_config(config: RunConfig) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 in two ways in which PyYAML is not: floats may be written 3e-4, and a key stands once in a mapping."""
+    """YAML 1.2 where PyYAML is 1.1: floats may be written 3e-4, and a key stands once in a mapping.
+
+    What 1.1 reads as another number, 010 as 8 and 1:30 as 90, is a text.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         own = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
@@ -57,10 +62,17 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+_NUMBERS = {  # of the core schema, but for numbers that begin with a zero
+    "tag:yaml.org,2002:int": r"^[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$",
+    "tag:yaml.org,2002:float": r"^[-+]?((0|[1-9][0-9_]*)(\.[0-9_]*)?([eE][-+]?[0-9]+)?|\.[0-9]+([eE][-+]?[0-9]+)?|"
+    r"\.(inf|Inf|INF))$|^\.(nan|NaN|NAN)$",
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(_pattern), list("-+.0123456789"))
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -78,7 +90,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         parsed = yaml.load(value, _Loader)
         # Of a plain string YAML would drop what follows a space and #, as in the name of a folder.
         node[place] = value if parsed and isinstance(parsed, str) and value.startswith(parsed) else parsed
-    except (yaml.YAMLError, ValueError):
+    except NOT_YAML:
         raise UserError(f"override {override!r}: {value!r} is not a YAML value") from None
 
 

@@ -30,10 +30,10 @@ class OnResume(Enum):
 Fixed = Annotated[T, OnResume.FIXED]
 Free = Annotated[T, OnResume.FREE]
 
-PositiveInt = Annotated[int, pydantic.Field(ge=1)]
-NonNegativeInt = Annotated[int, pydantic.Field(ge=0)]
-PositiveFloat = Annotated[float, pydantic.Field(gt=0)]
-NonNegativeFloat = Annotated[float, pydantic.Field(ge=0)]
+PositiveInt = Annotated[int, pydantic.Field(ge=1, lt=1 << 63)]
+NonNegativeInt = Annotated[int, pydantic.Field(ge=0, lt=1 << 63)]
+PositiveFloat = Annotated[float, pydantic.Field(gt=0, le=1e30)]  # what fp32 holds, with room for factors
+NonNegativeFloat = Annotated[float, pydantic.Field(ge=0, le=1e30)]
 
 
 class Section(pydantic.BaseModel):
@@ -165,7 +165,9 @@ class TrainConfig(Section):
     bad_steps_before_rollback: Free[PositiveInt] = 5  # in a row; of a bad step loss or gradient are not finite
     rollbacks_before_stop: Free[NonNegativeInt] = 3
     spike_zscore: Free[PositiveFloat | None] = None  # standard deviations above the mean that make a loss bad
-    spike_window_steps: Free[Annotated[int, pydantic.Field(ge=2)]] = 100  # good steps of that mean and deviation
+    spike_window_steps: Free[Annotated[int, pydantic.Field(ge=2, le=1_000_000)]] = (
+        100  # good steps of that mean and deviation
+    )
 
     @pydantic.model_validator(mode="after")
     def _profile_steps_in_order(self) -> TrainConfig:

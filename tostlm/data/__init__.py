@@ -17,7 +17,7 @@ from tostlm.data.shards import (
 )
 from tostlm.data.show import show
 from tostlm.data.tokenizers import Tokenizer, import_tokenizer, limit_bytes, train_tokenizer
-from tostlm.data.verification import shard_files, verify, verify_once
+from tostlm.data.verification import ShardStates, shard_files, verify, verify_once
 
 __all__ = [
     "MANIFEST",
@@ -29,6 +29,7 @@ __all__ = [
     "NumpyBatch",
     "PreparationSettings",
     "Selection",
+    "ShardStates",
     "TokenSet",
     "Tokenizer",
     "common_tokenizer",

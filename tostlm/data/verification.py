@@ -7,7 +7,7 @@ changes neither size nor modification time is found by `verify`, which always re
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -70,6 +70,30 @@ def verify_once(folder: Path) -> int:
             stamped = stamp.files
     changed = [name for name in shard_files(manifest) if name not in stamped or _state(folder / name) != stamped[name]]
     return sum((folder / name).stat().st_size for name in _verify(folder, manifest, changed, stamped))
+
+
+class ShardStates:
+    """The sizes and times of the shard files of prepared folders at its construction, to notice what changes later."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self._states = {folder: _states(folder) for folder in folders}
+
+    def verify_changed(self) -> None:
+        """Verify the files that changed since the last call, or the construction.
+
+        Raises:
+            UserError: one is missing or its checksum is not the manifest's.
+        """
+        for folder, before in self._states.items():
+            now = _states(folder)
+            changed = [name for name, state in now.items() if state is None or before.get(name) != state]
+            for _ in verify(folder, changed) if changed else ():
+                pass
+            self._states[folder] = now
+
+
+def _states(folder: Path) -> dict[str, FileState | None]:
+    return {name: _state(folder / name) for name in shard_files(read_manifest(folder))}
 
 
 def shard_files(manifest: Manifest) -> dict[str, str]:

@@ -123,15 +123,20 @@ def _sweep_runs(config_file: Path, overrides: Sequence[str], run_dir: Path, swee
         key, equals, values = axis.partition("=")
         if not equals or not all(values.split(",")):
             raise UserError(f"--sweep {axis} must be a key and its values, as in optimizer.lr=1e-3,3e-4")
+        if key == "run_dir":
+            raise UserError("--sweep run_dir: each run of a sweep gets a folder of its own in run_dir; leave it out")
         axes.append([f"{key}={value}" for value in values.split(",")])
     runs = []
     for point in itertools.product(*axes):
         folder = run_dir / ",".join(point).replace("/", "_")
         runs.append(load_config(config_file, [*overrides, *point]).model_copy(update={"run_dir": folder}))
-    folders = [each.run_dir for each in runs]
-    for folder in folders:
-        if folders.count(folder) > 1:
-            raise UserError(f"--sweep {' '.join(sweep)} names {folder.name} twice; name every value once")
+    same = [each.model_copy(update={"run_dir": run_dir}) for each in runs]
+    for index, each in enumerate(same):
+        if (first := same.index(each)) != index:
+            names = " and ".join(dict.fromkeys(runs[point].run_dir.name for point in (first, index)))
+            raise UserError(
+                f"--sweep {' '.join(sweep)} makes the same run twice: {names}; name every key and value once"
+            )
     return runs
 
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, closing, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 import deepspeed
@@ -16,14 +17,15 @@ import pydantic
 import torch
 import torch.distributed as dist
 from deepspeed.ops.adam import DeepSpeedCPUAdam
-from deepspeed.ops.op_builder import ShareMemCommBuilder
+from deepspeed.ops.op_builder import CPUAdamBuilder, ShareMemCommBuilder
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from torch import Tensor, nn
+from torch.utils.cpp_extension import get_default_build_root
 
 from tostlm.checkpoint.deepspeed_state import DeepSpeedEngine, share_weights
 from tostlm.config import BatchPlan, RunConfig
-from tostlm.errors import EXIT_LOST_RANK, EXIT_USER_ERROR, UserError, is_lost_peer
+from tostlm.errors import EXIT_LOST_RANK, EXIT_USER_ERROR, UserError, is_lost_peer, report
 from tostlm.launch import RankInfo
 from tostlm.model import IGNORE, LM, LMState, create_lm, largest_part_numel, parameter_groups
 from tostlm.train.batches import Batch, RecurrentState
@@ -31,8 +33,19 @@ from tostlm.train.batches import Batch, RecurrentState
 T = TypeVar("T")
 Timer = Callable[[str], AbstractContextManager[None]]  # times the code inside as a phase of the given name
 
-REJECTIONS = (  # of a config, by DeepSpeed
-    *(ValueError, TypeError, AssertionError, NotImplementedError, DeepSpeedConfigError, ZeRORuntimeException),
+REJECTIONS = (  # of a config, by DeepSpeed, or of a path in it
+    *(
+        FileNotFoundError,
+        FileExistsError,
+        NotADirectoryError,
+        PermissionError,
+        ValueError,
+        TypeError,
+        AssertionError,
+        NotImplementedError,
+        DeepSpeedConfigError,
+        ZeRORuntimeException,
+    ),
 )
 
 # The ranks wait in a collective while rank 0 checks the data, which may take hours of reading. DeepSpeed's default of
@@ -209,11 +222,19 @@ def _create_optimizer(config: RunConfig, lm: LM, ranks: RankInfo) -> torch.optim
     common: dict[str, Any] = {"lr": 0.0, "betas": settings.betas, "eps": settings.eps}  # each step sets the rate
     if _offload(config, "optimizer").get("device") != "cpu":
         return torch.optim.AdamW(groups, **common, fused=torch.cuda.is_available())
+    if not ranks.local_rank and (lock := _build_lock()).exists():
+        report(f"DeepSpeed's CPU Adam is being built by another process; if none is, one was killed: remove {lock}")
     try:
         optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, **common)
     except RuntimeError as error:  # DeepSpeed compiles it with g++ at the first start
         _reject(f"offload_optimizer needs DeepSpeed's CPU Adam, which cannot be built here: {_one_line(error)}", ranks)
     return optimizer
+
+
+def _build_lock() -> Path:
+    """Return the file that torch makes while it compiles DeepSpeed's CPU Adam, and for which others wait for ever."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    return Path(root, CPUAdamBuilder().name, "lock")
 
 
 def _offload(config: RunConfig, kind: str) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from contextlib import closing
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -151,6 +153,9 @@ def run_loop(
                 loss = evaluate(engine, rank_batches.validation(), timers)
                 state = state._replace(validation_loss=loss)
                 metrics.validation(state.step, loss)
+                if state.step == steps and not math.isfinite(loss):
+                    saver.finish()
+                    broadcast_from_rank0(partial(report_divergence, steps), ranks)
             if (due(settings.save_every_steps) or stopping) and (not result.bad or state.step == steps):
                 with timers("save"):
                     saver.save(engine, state._replace(good_losses=tuple(spikes.good_losses)), recurrent_state.gather())
@@ -174,6 +179,15 @@ def roll_back(
     state = saved._replace(data_step=state.data_step, skipped_steps=state.skipped_steps, rollbacks=state.rollbacks + 1)
     broadcast_from_rank0(lambda: record_rollback(config.run_dir, state), ranks)
     return state
+
+
+def report_divergence(step: int) -> NoReturn:
+    """Raise the UserError of a run whose last step is no better than the checkpoint before it."""
+    raise UserError(
+        f"the validation loss of the last step, {step}, is not finite: training has diverged, and the step is not "
+        "saved; lower optimizer.lr or set deepspeed.gradient_clipping, and run the command again: it resumes from the "
+        "newest checkpoint"
+    )
 
 
 def learning_rate(config: RunConfig, step: int) -> float:

@@ -37,6 +37,8 @@ BOM = b"\xef\xbb\xbf"
 RETRY_SECONDS = (1.0, 4.0, 16.0)  # pauses before a source is read again that a disk or a network did not give
 NETWORK_MODULES = ("aiohttp", "fsspec", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3")
 
+NO_PYTHON_VALUE = (ValueError, OverflowError, LookupError)  # a date that Python has not, a time zone that none knows
+
 log = logging.getLogger(__name__)
 
 
@@ -218,7 +220,7 @@ class Reader:
 
     def _values(self, column: pyarrow.Array | pyarrow.ChunkedArray) -> Iterable[object]:
         if column.nbytes <= self._largest:
-            with suppress(ValueError, OverflowError):  # of one value: which one is found below
+            with suppress(*NO_PYTHON_VALUE):  # of one value: which one is found below
                 values: list[object] = column.to_pylist()
                 return values
         return map(self._value, column)
@@ -233,7 +235,7 @@ class Reader:
             return scalar.as_py()
         except UnicodeDecodeError as error:
             return RecordError("invalid UTF-8", f"is no UTF-8: {error}")
-        except (ValueError, OverflowError) as error:  # a date that Python has not
+        except NO_PYTHON_VALUE as error:
             return RecordError("unreadable record", f"holds what cannot be read: {error_summary(error)}")
 
 

@@ -17,7 +17,7 @@ from tostlm.data.preparation.sources import divide, find_sources, no_text
 from tostlm.data.shards import FrozenModel
 from tostlm.errors import UserError
 
-CONDITION = re.compile(r"^\s*(?P<column>[^<>=!]+?)\s*(?P<relation>>=|<=|!=|=|>|<)\s*(?P<value>[^=\s].*?)\s*$")
+CONDITION = re.compile(r"^\s*(?P<column>[^<>=!]+?)\s*(?P<relation>>=|<=|!=|=|>|<)\s*(?P<value>[^<>=!\s].*?)\s*$")
 RELATIONS: dict[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq,
     "!=": operator.ne,
@@ -27,6 +27,7 @@ RELATIONS: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
 }
 MAX_EXAMPLES = 20  # dropped documents that are named, for each reason and work unit
+MAX_SHOWN = 1000  # characters of what names a document or a record
 MISSING = object()
 
 
@@ -36,7 +37,7 @@ class Selection(FrozenModel):
     A column inside another is named with a dot, as in metadata.language.
     """
 
-    text_column: str = "text"
+    text_column: Annotated[str, pydantic.Field(min_length=1)] = "text"
     id_column: str | None = None  # names documents in reports
     keep: tuple[str, ...] = ()  # conditions such as language=en or score>=0.8; all must hold
     min_characters: Annotated[int, pydantic.Field(ge=0)] = 1
@@ -69,7 +70,9 @@ class Condition(NamedTuple):
         if match is None:
             raise UserError(f"condition {rule!r} is not COLUMN RELATION VALUE, as in language=en,de or score>=0.8")
         column, relation, value = match["column"], match["relation"], match["value"]
-        values = value.split(",") if relation in ("=", "!=") else [value]
+        values = value.split(",")
+        if len(values) > 1 and relation not in ("=", "!="):
+            raise UserError(f"condition {rule!r} compares with several values, which only = and != do")
         return cls(rule, column, relation, [_literal(text.strip()) for text in values])
 
     def holds(self, row: Mapping[str, object]) -> bool:
@@ -153,7 +156,7 @@ class Selector:
 
     def _leave_out(self, place: str, reason: str, error: str) -> None:
         # What names it may hold anything: half of a surrogate pair, which no file takes, or the end of a line.
-        place, error = (text.encode(errors="backslashreplace").decode() for text in (place, error))
+        place, error = (text.encode(errors="backslashreplace").decode()[:MAX_SHOWN] for text in (place, error))
         if error and self._selection.on_error == "fail":
             lines = f"{place}: {error}; correct it, or leave such records out with --on-error skip".splitlines()
             raise UserError(" ".join(lines))

@@ -52,6 +52,10 @@ def import_tokens(
                     encoded = [tokens.tolist() for tokens in batch]
                     writer.add(encoded, [tokenizer.decode(ids).encode() for ids in encoded], split)
         shards = writer.finish()
+        if not any(shards.values()):
+            raise UserError(
+                f"{', '.join(map(str, [*sources, *heldout]))}: there is no document, only ends of documents"
+            )
         for path in folder.glob(f"*.{TEXT_BYTES_SUFFIX}"):
             path.unlink()
         write_atomically(folder / tokenizer.file_name, tokenizer.content)
