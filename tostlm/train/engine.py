@@ -223,7 +223,8 @@ def _create_optimizer(config: RunConfig, lm: LM, ranks: RankInfo) -> torch.optim
     if _offload(config, "optimizer").get("device") != "cpu":
         return torch.optim.AdamW(groups, **common, fused=torch.cuda.is_available())
     if not ranks.local_rank and (lock := _build_lock()).exists():
-        report(f"DeepSpeed's CPU Adam is being built by another process; if none is, one was killed: remove {lock}")
+        waits = "DeepSpeed's CPU Adam is being built by another process"
+        report(f"{waits}; if none is, one was killed: remove {lock}, and start again")
     try:
         optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, **common)
     except RuntimeError as error:  # DeepSpeed compiles it with g++ at the first start
