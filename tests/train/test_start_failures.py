@@ -4,14 +4,13 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import deepspeed
 import pytest
 import torch
 
-from tests.conftest import Run, fail, succeed
+from tests.conftest import Run, fail
 from tests.warm import Program
 from tostlm.errors import EXIT_BUG, EXIT_LOST_RANK, EXIT_USER_ERROR
 from tostlm.launch import RankInfo
@@ -79,14 +78,12 @@ def test_the_lock_of_a_build_that_was_killed_is_named(run: Run, tmp_path: Path) 
     lock.touch()
     offload = "deepspeed.zero_optimization={stage: 1, offload_optimizer: {device: cpu}}"
     (place,) = rank_env(1)
-    start = partial(Program, "train", str(run.file), offload, TORCH_EXTENSIONS_DIR=str(tmp_path))
-    waiting = start(**place)
+    waiting = Program("train", str(run.file), offload, TORCH_EXTENSIONS_DIR=str(tmp_path), **place)
     time.sleep(20)
     lock.unlink()
     ended = waiting.end(120)
     assert ended.returncode == EXIT_USER_ERROR  # torch waited for a build that nobody did
     assert f"if none is, one was killed: remove {lock}, and start again" in ended.stderr
-    succeed(start(**rank_env(1)[0]).end(300))
 
 
 def test_a_failed_check_of_rank_0_is_reported_once(run: Run) -> None:
