@@ -20,7 +20,14 @@ from tests.processes import on_ranks
 from tests.train.test_faults import harm
 from tests.warm import Program
 from tostlm.checkpoint.integrity import find_damage
-from tostlm.checkpoint.layout import TrainState, checkpoint_folder, checkpoints, load_checkpoint, read_train_state
+from tostlm.checkpoint.layout import (
+    TrainState,
+    checkpoint_folder,
+    checkpoints,
+    load_checkpoint,
+    read_recurrent_state,
+    read_train_state,
+)
 from tostlm.checkpoint.load import latest_valid_checkpoint
 from tostlm.checkpoint.save import expired_checkpoints, partial_folder, prune
 from tostlm.checkpoint.state_files import FILE_BYTES, assign_files, write_file
@@ -158,7 +165,9 @@ def test_a_file_that_was_not_saved_changes_nothing(copy: Run) -> None:
     before, newest = checkpoints(copy.dir)
     (newest / "weights.safetensors").unlink()
     expected = load_checkpoint(newest).lm.state_dict()
-    shutil.copy(before / "state" / "00000.safetensors", newest / "state" / "00001.safetensors")
+    for name in ("state/00001.safetensors", "recurrent_state.safetensors"):
+        shutil.copy(before / "state" / "00000.safetensors", newest / name)
+    assert read_recurrent_state(newest) == {}
     assert all(tensor.equal(expected[name]) for name, tensor in load_checkpoint(newest).lm.state_dict().items())
 
 

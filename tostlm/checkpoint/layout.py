@@ -179,8 +179,8 @@ def _read_elements(stored: Any, wanted: range) -> Tensor:
 
 def read_recurrent_state(checkpoint: Path) -> dict[str, Tensor]:
     """Read the recurrent state of the run's sequences; {} if the run keeps none."""
-    path = checkpoint / RECURRENT_STATE
-    return safetensors.torch.load_file(path) if path.is_file() else {}
+    saved = RECURRENT_STATE in written_files(checkpoint)
+    return safetensors.torch.load_file(checkpoint / RECURRENT_STATE) if saved else {}
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
@@ -190,7 +190,8 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
         UserError: there is no checkpoint, or it is damaged.
     """
     checkpoint = resolve(path)
-    written, has_weights = written_files(checkpoint), (checkpoint / WEIGHTS).is_file()
+    written = written_files(checkpoint)
+    has_weights = WEIGHTS in written and (checkpoint / WEIGHTS).is_file()
     unused = (RECURRENT_STATE, STATE if has_weights else WEIGHTS)
     damage = find_damage(checkpoint, [name for name in written if name.partition("/")[0] not in unused])
     if damage is not None:

@@ -165,9 +165,8 @@ class TrainConfig(Section):
     bad_steps_before_rollback: Free[PositiveInt] = 5  # in a row; of a bad step loss or gradient are not finite
     rollbacks_before_stop: Free[NonNegativeInt] = 3
     spike_zscore: Free[PositiveFloat | None] = None  # standard deviations above the mean that make a loss bad
-    spike_window_steps: Free[Annotated[int, pydantic.Field(ge=2, le=1_000_000)]] = (
-        100  # good steps of that mean and deviation
-    )
+    # Good steps of that mean and deviation.
+    spike_window_steps: Free[Annotated[int, pydantic.Field(ge=2, le=1_000_000)]] = 100
 
     @pydantic.model_validator(mode="after")
     def _profile_steps_in_order(self) -> TrainConfig:
