@@ -110,6 +110,7 @@ def test_mistakes(trained: dict[str, Run], tmp_path: Path) -> None:
     fail(
         tostlm("eval", "perplexity", str(cut)), f"checkpoint {cut} is damaged: weights.safetensors has 3000 bytes, not"
     )
+    (cut / "weights.safetensors").write_bytes(content)
     (cut / "tokenizer.model").unlink()
     fail(tostlm("eval", "perplexity", str(cut)), "is damaged: tokenizer.model is missing")
     (cut / "COMPLETE").unlink()

@@ -57,6 +57,19 @@ def test_a_rank_lost_while_deepspeed_starts_is_restartable(run: Run) -> None:
     assert "deepspeed block" not in survivor.stderr
 
 
+def reject_in_initialize() -> None:
+    def initialize(*_: object, **__: object) -> None:
+        raise AssertionError("these options\ndo not go together")
+
+    deepspeed.initialize = initialize
+
+
+def test_what_deepspeed_rejects_is_a_user_error(run: Run) -> None:
+    (place,) = rank_env(1)
+    ended = Program("train", str(run.file), before=reject_in_initialize, **place).end(120)
+    fail(ended, "DeepSpeed rejects the deepspeed block: these options do not go together")
+
+
 def test_running_out_of_memory_while_deepspeed_starts_is_restartable(run: Run) -> None:
     first, second = train_two_ranks(run, exhaust_memory_in_initialize, victim=0)
     assert first.stderr.startswith("tostlm: error: out of memory (CUDA out of memory. Tried"), first.stderr

@@ -228,8 +228,8 @@ def test_what_is_checked_before_a_start(run: Run, overrides: list[str], words: l
     [
         (["run_dir=/proc/nowhere"], ["cannot write in /proc/nowhere"]),
         (
-            ["deepspeed={bf16: {enabled: true}, data_types: {grad_accum_dtype: fp32}}"],
-            ["DeepSpeed rejects the deepspeed block: "],
+            ["deepspeed.csv_monitor={enabled: true, output_path: /proc/nowhere}"],
+            ["cannot write in /proc/nowhere"],
         ),
     ],
 )

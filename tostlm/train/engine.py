@@ -33,19 +33,8 @@ from tostlm.train.batches import Batch, RecurrentState
 T = TypeVar("T")
 Timer = Callable[[str], AbstractContextManager[None]]  # times the code inside as a phase of the given name
 
-REJECTIONS = (  # of a config, by DeepSpeed, or of a path in it
-    *(
-        FileNotFoundError,
-        FileExistsError,
-        NotADirectoryError,
-        PermissionError,
-        ValueError,
-        TypeError,
-        AssertionError,
-        NotImplementedError,
-        DeepSpeedConfigError,
-        ZeRORuntimeException,
-    ),
+REJECTIONS = (  # of a config, by DeepSpeed
+    *(ValueError, TypeError, AssertionError, NotImplementedError, DeepSpeedConfigError, ZeRORuntimeException),
 )
 
 # The ranks wait in a collective while rank 0 checks the data, which may take hours of reading. DeepSpeed's default of

@@ -80,7 +80,10 @@ def check_run(config: RunConfig, data: RunData) -> Path | None:
         name = device_name(best_device())
         raise UserError(f"precision is {config.precision}, which {name} cannot multiply in; train in another")
     check_wandb(config)
-    require_writable(config.run_dir)
+    monitors = [config.deepspeed.get(name, {}) for name in ("csv_monitor", "tensorboard")]
+    outputs = [monitor["output_path"] for monitor in monitors if monitor.get("enabled") and monitor.get("output_path")]
+    for folder in (config.run_dir, *map(Path, outputs)):
+        require_writable(folder)
     lock_for_life(
         config.run_dir / ".lock", f"{config.run_dir} is in use by another tostlm train; wait for it or end it"
     )
