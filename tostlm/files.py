@@ -69,15 +69,21 @@ def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
     objects: list[dict[str, Any]] = []
     others: list[bytes] = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):  # no JSON, or no UTF-8
-            value = None
-        if isinstance(value, dict):
-            objects.append(value)
-        else:
+        value = read_json_object(line)
+        if value is None:
             others.append(line)
+        else:
+            objects.append(value)
     return objects, others
+
+
+def read_json_object(line: bytes | str) -> dict[str, Any] | None:
+    """Return the JSON object that a line holds; None if it holds none."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):  # no JSON, or no UTF-8
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def append_json_line(path: Path, value: Mapping[str, object]) -> None:

@@ -103,8 +103,8 @@ def test_mistakes(trained: dict[str, Run], tmp_path: Path) -> None:
     cut = Path(shutil.copytree(load_checkpoint(trained["tssa"].dir).path, tmp_path / "cut"))
     content = (cut / "weights.safetensors").read_bytes()
     (cut / "weights.safetensors").write_bytes(content[:-2] + bytes([content[-2] ^ 1, content[-1]]))
-    for command in (["eval", "perplexity"], ["generate"], ["convert", str(tmp_path / "hf"), "--to", "hf"]):
-        command.insert(-3 if "hf" in command else len(command), str(cut))
+    convert = ["convert", str(cut), str(tmp_path / "hf"), "--to", "hf"]
+    for command in (["eval", "perplexity", str(cut)], ["generate", str(cut)], convert):
         fail(tostlm(*command), f"checkpoint {cut} is damaged: weights.safetensors has another checksum")
     os.truncate(cut / "weights.safetensors", 3000)
     fail(

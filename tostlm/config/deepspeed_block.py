@@ -185,8 +185,13 @@ def _require_same_types(read: pydantic.BaseModel, values: Mapping[str, Any], whe
             _require_same_types(found, value, f"{where}.{key}")
         elif isinstance(found, bool) and not isinstance(value, bool):
             raise ValueError(f"{where}.{key}={value!r} must be true or false")
-        elif isinstance(found, int | float) and isinstance(value, str | bool) and not isinstance(found, bool | str):
+        elif isinstance(found, int | float) and isinstance(value, str | bool) and not isinstance(found, bool):
             raise ValueError(f"{where}.{key}={value!r} must be a number; write one, or leave it out")
+
+
+def weights_dtype(block: Mapping[str, Any]) -> str:
+    """Return the dtype of the weights that a model computes with: fp32, bf16 or fp16."""
+    return next((dtype for dtype in ("bf16", "fp16") if block.get(dtype, {}).get("enabled")), "fp32")
 
 
 def _check_together(block: Mapping[str, Any]) -> None:
@@ -201,7 +206,7 @@ def _check_together(block: Mapping[str, Any]) -> None:
                 f"deepspeed.{key}={block[key]} does not go with ZeRO stage {stage}; leave it out, or set "
                 "deepspeed.zero_optimization.reduce_scatter to false"
             )
-    own = next((dtype for dtype in ("bf16", "fp16") if block.get(dtype, {}).get("enabled")), "fp32")
+    own = weights_dtype(block)
     summed = block.get("data_types", {}).get("grad_accum_dtype") or own
     if stage == 0 and summed != own:
         raise ValueError(
@@ -230,7 +235,8 @@ def _explain(error: pydantic.ValidationError, where: str, kind: type[pydantic.Ba
     if problem["type"] == "extra_forbidden":
         block: Any = kind
         for inner in problem["loc"][:-1]:
-            block = block.model_fields[str(inner)].annotation
+            field = getattr(block, "model_fields", {}).get(str(inner))
+            block = field.annotation if field is not None else None
         known = getattr(block, "model_fields", ())
         return f"{key} is an unknown key{nearest(str(problem['loc'][-1]), known)}"
     value = "" if isinstance(problem["input"], pydantic.BaseModel) else f"={problem['input']!r}"

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union
 import pydantic
 import torch
 
-from tostlm.config.deepspeed_block import check_deepspeed_block
+from tostlm.config.deepspeed_block import check_deepspeed_block, weights_dtype
 from tostlm.errors import UserError
 from tostlm.model import MIXERS, ModelConfig
 
@@ -294,11 +294,10 @@ class RunConfig(Section):
     @property
     def precision(self) -> str:
         """How matrices are multiplied: fp32, bf16 or fp16 weights, or "autocast DTYPE" with fp32 weights."""
-        for dtype in ("bf16", "fp16"):
-            if self.deepspeed.get(dtype, {}).get("enabled"):
-                return dtype
-        autocast = self.deepspeed.get("torch_autocast", {})
-        return f"autocast {autocast.get('dtype', 'bfloat16')}" if autocast.get("enabled") else "fp32"
+        weights, autocast = weights_dtype(self.deepspeed), self.deepspeed.get("torch_autocast", {})
+        if weights == "fp32" and autocast.get("enabled"):
+            return f"autocast {autocast.get('dtype', 'bfloat16')}"
+        return weights
 
 
 def matmul_dtype(config: RunConfig) -> torch.dtype:

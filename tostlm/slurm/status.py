@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from contextlib import suppress
@@ -11,6 +10,7 @@ from pathlib import Path
 from tostlm.checkpoint import CONFIG, checkpoints
 from tostlm.config import load_config
 from tostlm.errors import EXIT_REQUEUE, UserError
+from tostlm.files import read_json_object
 from tostlm.slurm.commands import QueuedJob, queued_jobs, run_slurm
 from tostlm.slurm.history import CANCELLED, ENDED, MESSAGE, STARTED, JobEvent, JobHistory
 
@@ -56,9 +56,9 @@ def _progress(run_dir: Path) -> dict[str, str]:
     """Return step, speed and remaining time of the last line that training logged, and the newest checkpoint."""
     report = None
     for line in _tail(run_dir / "metrics.jsonl"):
-        with suppress(ValueError, RecursionError, AttributeError):  # half a line, or a damaged one
-            metrics = json.loads(line)
-            report = metrics if metrics.get("kind") == "train" else report
+        metrics = read_json_object(line)  # None of half a line
+        if metrics is not None and metrics.get("kind") == "train":
+            report = metrics
     found = checkpoints(run_dir)
     saved = {"checkpoint": str(found[-1])} if found else {}
     if report is None or not (run_dir / CONFIG).exists():

@@ -64,10 +64,11 @@ def merge(out: Path) -> Manifest:
             ]
             for split in (TRAIN, VALIDATION)
         }
-        tokenizer = Tokenizer.from_folder(out)
-        for folder, shard in itertools.chain(*shards.values()):
-            _require_files(folder, shard, np.dtype(dtype_for(tokenizer.vocab_size)).itemsize)
-        duplicates = _find_duplicates(settings, list(itertools.chain(*shards.values())), out / SCRATCH)
+        tokenizer, all_shards = Tokenizer.from_folder(out), list(itertools.chain(*shards.values()))
+        token_bytes = np.dtype(dtype_for(tokenizer.vocab_size)).itemsize
+        for folder, shard in all_shards:
+            _require_files(folder, shard, token_bytes)
+        duplicates = _find_duplicates(settings, all_shards, out / SCRATCH)
         if duplicates.count:
             dropped["duplicate"] = duplicates.count
         merged, first = {}, 0

@@ -205,13 +205,15 @@ class Reader:
                 detail = f"cannot be read after {number} records: {error_summary(error.__cause__ or error)}"
                 yield Records(place, None, [RecordError("unreadable file", detail)])
                 return
+            names = own_columns(table.schema.names, self._columns)
             rows = 1 if table.nbytes > PIECE_BYTES else len(table)
             for start in range(0, len(table), rows):
-                yield Records(place, number + start, self._rows_of(table.slice(start, rows)))
+                yield Records(place, number + start, self._rows_of(table.slice(start, rows), names))
             number += len(table)
 
-    def _rows_of(self, table: pyarrow.Table | pyarrow.RecordBatch) -> list[dict[str, object] | RecordError]:
-        names = own_columns(table.schema.names, self._columns)
+    def _rows_of(
+        self, table: pyarrow.Table | pyarrow.RecordBatch, names: Sequence[str]
+    ) -> list[dict[str, object] | RecordError]:
         rows = []
         for values in zip(*(self._values(table[name]) for name in names), strict=True):
             bad = next((value for value in values if isinstance(value, RecordError)), None)

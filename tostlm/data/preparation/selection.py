@@ -155,14 +155,19 @@ class Selector:
         return None
 
     def _leave_out(self, place: str, reason: str, error: str) -> None:
-        # What names it may hold anything: half of a surrogate pair, which no file takes, or the end of a line.
-        place, error = (text.encode(errors="backslashreplace").decode()[:MAX_SHOWN] for text in (place, error))
         if error and self._selection.on_error == "fail":
-            lines = f"{place}: {error}; correct it, or leave such records out with --on-error skip".splitlines()
-            raise UserError(" ".join(lines))
+            problem = f"{_shown(place)}: {_shown(error)}"
+            raise UserError(
+                f"{' '.join(problem.splitlines())}; correct it, or leave such records out with --on-error skip"
+            )
         self.dropped[reason] += 1
         if self.dropped[reason] <= MAX_EXAMPLES:
-            self.examples.append({"reason": reason, "document": place, "detail": error})
+            self.examples.append({"reason": reason, "document": _shown(place), "detail": _shown(error)})
+
+
+def _shown(text: str) -> str:
+    """Return a text of any content as a file takes it: an id may hold half of a surrogate pair, or megabytes."""
+    return text.encode(errors="backslashreplace").decode()[:MAX_SHOWN]
 
 
 def value_of(row: Mapping[str, object], column: str) -> object:
