@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from collections import Counter
 from graphlib import TopologicalSorter
@@ -89,6 +90,13 @@ def test_the_operator_and_the_models_import_torch_alone() -> None:
         if package_of(path) in ("tssa", "model"):
             foreign = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - {"tostlm"}
             assert foreign <= ({"torch", "triton"} if path.name.startswith("triton") else {"torch"}), path
+
+
+def test_only_training_and_export_import_the_compiler() -> None:
+    """It takes as long to import as everything else that a command needs."""
+    script = "import sys, tostlm.data, tostlm.eval, tostlm.slurm; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_no_module_imports_itself_through_others() -> None:

@@ -120,6 +120,7 @@ def test_stuck_and_killed_ranks_are_named_and_the_job_restarts(job: ClusterJob) 
     assert "was cancelled and is not started again" in job.log()
 
 
+@pytest.mark.slow
 def test_the_job_restarts_when_a_lost_node_returns(job: ClusterJob) -> None:
     job.submit("train.steps=100000", "train.save_every_steps=5", "train.keep_last_checkpoints=2", *TWO_NODES)
     job.wait_for(lambda: job.steps() > 8)
@@ -130,6 +131,7 @@ def test_the_job_restarts_when_a_lost_node_returns(job: ClusterJob) -> None:
     assert job.wait_for(lambda: len(job.events("started")) > starts and job.steps() != before, 90) < 60
 
 
+@pytest.mark.slow
 def test_a_range_of_nodes_uses_the_nodes_that_are_up(job: ClusterJob) -> None:
     """It uses two of three nodes, over which the batch splits, and one when the others are lost."""
     endless = ("train.steps=100000", "train.save_every_steps=5", "train.keep_last_checkpoints=2")
@@ -158,6 +160,7 @@ def test_a_bug_is_not_restarted_for_ever(job: ClusterJob, tmp_path: Path) -> Non
     assert "ZeroDivisionError" in printed and "with exit code 1" in printed
 
 
+@pytest.mark.slow
 def test_an_unhealthy_node_is_excluded(job: ClusterJob, tmp_path: Path) -> None:
     wrong = "import torch; right = torch.matmul; torch.matmul = lambda a, b: right(a, b) * 1.001"
     main = "from tostlm.main import main; main()"

@@ -53,10 +53,11 @@ def test_which_blocks_are_recomputed(run: Run) -> None:
 
 
 @SLOW
-def test_compiled_blocks_train_alike(run: Run, whole: Run) -> None:
-    """One of the two is computed again too."""
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_compiled_blocks_train_alike(run: Run, whole: Run, ranks: int) -> None:
+    """One of the two is computed again too. The exchange between ranks is left out of what is compiled."""
     compiled = ["train.compile=true", "train.activation_checkpointing_every=2"]
-    succeed(run.train(*HYBRID, *zero_options(1), *compiled))
+    succeed(run.train(*(HYBRID if ranks == 1 else SPLIT), *zero_options(1), *compiled, nproc=ranks))
     assert_alike(run, whole)
     assert run.metrics("train") != whole.metrics("train")  # fused operations round otherwise
 

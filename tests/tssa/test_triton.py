@@ -1,5 +1,6 @@
 """The Triton backend: its kernels in the interpreter and on a GPU, and what the compiler makes of them."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -107,14 +108,19 @@ def spilled(kernel: Any, arguments: dict[str, Any], capability: int) -> int:
     return max(int(found) for found in re.findall(r"(\d+) bytes spill", log))
 
 
-@pytest.mark.parametrize("capability", [80, 90], ids="sm_{}".format)
-@pytest.mark.parametrize(("heads", "width"), [(12, 64), (16, 128)])
-@pytest.mark.parametrize("decays", [True, False], ids=["decays", "plain"])
+BUILDS = list(itertools.product((80, 90), ((12, 64), (16, 128)), (True, False)))  # GPU, heads and their width, decays
+QUICK = [(80, (16, 128), True), (90, (16, 128), True), (90, (12, 64), False)]
+
+
+@pytest.mark.parametrize(
+    ("capability", "shape", "decays"),
+    [*QUICK, *(pytest.param(*build, marks=pytest.mark.slow) for build in BUILDS if build not in QUICK)],
+)
 def test_kernels_compile_without_spilling(
-    capability: int, heads: int, width: int, decays: bool, monkeypatch: pytest.MonkeyPatch
+    capability: int, shape: tuple[int, int], decays: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spills: dict[str, int] = {}
-    for kernel, arguments in launches(monkeypatch, heads, width, decays):
+    for kernel, arguments in launches(monkeypatch, *shape, decays):
         spills[kernel.__name__] = max(spilled(kernel, arguments, capability), spills.get(kernel.__name__, 0))
     assert len(spills) == 8
     assert max(spills.values()) <= SPILL_BYTES, spills

@@ -1,6 +1,9 @@
 """The heart: whole == pieces == steps == reference, in values, end state and every gradient."""
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -250,3 +253,22 @@ def test_which_backend_serves_is_logged(caplog: pytest.LogCaptureFixture) -> Non
         tssa(*draw())
         tssa(*draw())
     assert [record.message.split(": ")[-1] for record in caplog.records] == ["backend torch"]
+
+
+@pytest.mark.parametrize("compiler", ["/nowhere/g++", "", "/bin/false"])
+def test_without_a_compiler_torch_serves(compiler: str, tmp_path: Path) -> None:
+    script = """
+import logging, torch
+from tostlm.tssa import tssa
+from tostlm.tssa.dispatch import choose
+logging.basicConfig(format="%(levelname)s %(message)s")
+for _ in range(2):
+    tssa(torch.ones(1, 3, 32), torch.ones(2))
+print(choose(torch.ones(1, 3, 32), 2).name)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != dispatch.VARIABLE}
+    environment |= {"CXX": compiler, "PATH": str(tmp_path), "TOSTLM_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["torch"]
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("WARNING the C++ backend of TSSA cannot be built, the torch backend serves instead")

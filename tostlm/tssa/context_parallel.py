@@ -28,7 +28,6 @@ from tostlm.tssa.state import State
 CHUNK = 256  # tokens summed in the compute dtype before float64 takes over
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def context_parallel_operator(
     inputs: Inputs, before: State, group: dist.ProcessGroup, backend: str | None
 ) -> tuple[Tensor, State, Tensor]:
