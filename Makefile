@@ -8,6 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # As root, let tests/slurm install Slurm with apt-get where it is missing; otherwise these tests are skipped.
 SLURM := TOSTLM_TEST_INSTALL_SLURM=1
+# A file is one process's, and tests/conftest.py says which come first.
+BY_FILE := --dist loadfile --no-loadscope-reorder
 
 .PHONY: install quickstart test test-slow format clean
 
@@ -26,8 +28,8 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(SLURM) $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile -m "not slow and not alone"
-	$(SLURM) $(BIN)/pytest -m "alone and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 $(BY_FILE) -m "not slow and not timed"
+	$(SLURM) $(BIN)/pytest -n 2 $(BY_FILE) -m "timed and not slow"
 
 test-slow: install
 	$(SLURM) $(BIN)/pytest -m slow

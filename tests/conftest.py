@@ -20,6 +20,8 @@ hypothesis.settings.load_profile("untimed")
 
 ROOT = Path(__file__).parent.parent
 VOCAB = 512
+LONGEST = ["test_triton.py", "test_readme.py", "test_jobs.py", "test_submit.py", "test_watchdog.py", "test_backends.py"]
+LONGEST += ["test_hub.py", "test_extending.py", "test_deepspeed_state.py", "test_trainer.py", "test_zero_options.py"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,7 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that the workers, which take a file each, end together."""
-    items.sort(key=lambda item: item.path.name not in ("test_readme.py", "test_deepspeed_state.py", "test_triton.py"))
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ def test_the_first_two_commands() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for line in ("tostlm quickstart", "ruff check .", "ruff format --check .", "mypy"):
         assert f"$(BIN)/{line}\n" in makefile
-    for tests in ("not slow and not alone", "alone and not slow", "slow"):  # each test is in one of them
+    for tests in ("not slow and not timed", "timed and not slow", "slow"):  # each test is in one of them
         assert re.search(rf"\$\(BIN\)/pytest .*-m \"?{tests}\"?\n", makefile)
 
 

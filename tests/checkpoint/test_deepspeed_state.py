@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}  # of a loss
 OTHERS = VARIANTS.keys() - {"bf16"}
 ENGINES = [(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
 ENGINES += [(1, "bf16 with fp32 gradients"), *((stage, "fp16") for stage in (1, 2, 3))]
+
+
+FOUR = pytest.param(4, 2, marks=pytest.mark.slow)  # ranks, and how far the stages are shifted
 
 
 def options(stage: int, precision: str) -> list[str]:
@@ -65,10 +68,11 @@ class Matrix:
 
     def __init__(self, run: Run, folder: Path) -> None:
         self.run, self.folder = run, folder
-        self.results: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self.trained = self.do(2, 0, lambda name: None)
-        for world_size, shift in ((2, 0), (1, 1), (4, 2)):
-            self.results[world_size, shift] = self.do(world_size, shift, lambda name: str(folder / name))
+
+    @cache  # noqa: B019
+    def results(self, world_size: int, shift: int) -> list[dict[str, Any]]:
+        return self.do(world_size, shift, lambda name: str(self.folder / name))
 
     def do(self, world_size: int, shift: int, origin: Callable[[str], str | None]) -> list[dict[str, Any]]:
         jobs = []
@@ -94,28 +98,28 @@ class TestEveryEngine:
     def test_resumes_exactly_where_nothing_changes(self, matrix: Matrix, number: int) -> None:
         expected = matrix.trained[number]["losses"]
         assert list(expected) == list(range(1, LAST_STEP + 1))
-        resumed = matrix.results[2, 0][number]["losses"]
+        resumed = matrix.results(2, 0)[number]["losses"]
         assert resumed == {step: expected[step] for step in resumed}
         assert len(resumed) == LAST_STEP - KEPT_STEP
 
-    @pytest.mark.parametrize(("world_size", "shift"), [(1, 1), (4, 2)])
+    @pytest.mark.parametrize(("world_size", "shift"), [(1, 1), FOUR])
     def test_resumes_at_other_ranks_and_another_stage(
         self, matrix: Matrix, number: int, world_size: int, shift: int
     ) -> None:
-        expected, resumed = matrix.trained[number]["losses"], matrix.results[world_size, shift][number]["losses"]
+        expected, resumed = matrix.trained[number]["losses"], matrix.results(world_size, shift)[number]["losses"]
         precision = ENGINES[number][1].partition(" ")[0]
         if precision == "fp16":  # whether a later gradient overflows hangs on how the ranks add up
             resumed = {KEPT_STEP + 1: resumed[KEPT_STEP + 1]}
         tolerance = TOLERANCE[precision]
         assert resumed == pytest.approx({step: expected[step] for step in resumed}, abs=tolerance)
 
-    @pytest.mark.parametrize(("world_size", "shift"), [(2, 0), (1, 1), (4, 2)])
+    @pytest.mark.parametrize(("world_size", "shift"), [(2, 0), (1, 1), FOUR])
     def test_holds_what_was_written(self, matrix: Matrix, number: int, world_size: int, shift: int) -> None:
         stage, precision = ENGINES[number]
         name = f"{stage} {precision}"
+        facts = matrix.results(world_size, shift)[number]
         written = tensors_of(matrix.folder / name)
         assert bits(tensors_of(matrix.resumed(name, world_size, shift))) == bits(written)
-        facts = matrix.results[world_size, shift][number]
         state = read_train_state(checkpoint_folder(matrix.folder / name, KEPT_STEP))
         assert (state.step, state.world_size, state.zero_stage) == (KEPT_STEP, 2, stage)
         assert facts["weights_unlike_masters"] == []

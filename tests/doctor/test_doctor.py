@@ -16,7 +16,7 @@ import torch
 from tests.conftest import Run, fail, succeed, tostlm
 from tests.doctor.rank_processes import DoctorRanks
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.timed
 
 RANK_CHECKS = ["versions", "devices", "config", "gemm", "disk", "data", "resume"]
 CHECKS = [*RANK_CHECKS, "all-reduce", "ring", "clock"]

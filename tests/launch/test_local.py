@@ -13,7 +13,7 @@ import pytest
 from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE
 from tostlm.launch import run_local
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.timed
 
 LAUNCHER = """
 import sys

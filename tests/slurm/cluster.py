@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -68,6 +70,17 @@ def unavailable_reason() -> str | None:
     """Return why the cluster cannot run here, or None. With INSTALL_SWITCH=1 set, install what is missing first."""
     if os.geteuid() != 0:
         return "the Slurm cluster of the tests takes root; run them as root to enable"
+    with Path(tempfile.gettempdir(), "tostlm-test-install.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of the processes that share the tests one installs, and the others wait
+        if reason := _missing_reason():
+            return reason
+    if subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True).returncode:
+        return "no namespaces can be made here; allow unshare(2) to enable the tests on Slurm"
+    return None
+
+
+def _missing_reason() -> str | None:
+    """Return which command is missing and could not be installed, or None."""
     missing = [command for command in ("slurmctld", "ip", "shellcheck") if not shutil.which(command, path=_path())]
     if missing:
         names = ", ".join(missing)
@@ -80,8 +93,6 @@ def unavailable_reason() -> str | None:
             done = subprocess.run(["apt-get", "-qq", *command], capture_output=True, text=True, env=environment)
             if done.returncode:
                 return f"apt-get {command[0]} failed: {done.stderr.strip()[-300:]}"
-    if subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True).returncode:
-        return "no namespaces can be made here; allow unshare(2) to enable the tests on Slurm"
     return None
 
 

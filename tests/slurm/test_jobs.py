@@ -17,7 +17,7 @@ from tests.slurm.conftest import ClusterJob, site_with_wrapper
 from tostlm.checkpoint import checkpoints, read_train_state
 from tostlm.errors import EXIT_LOST_RANK, EXIT_REQUEUE
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.timed
 
 TWO_NODES = ("--nodes", "2", "--gpus-per-node", "1")
 

@@ -12,7 +12,7 @@ from tests.data.preparation.test_prepare import content
 from tests.slurm.cluster import Cluster, wait_until
 from tostlm.data import Tokenizer
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.timed
 
 
 def run(environment: dict[str, str], cwd: Path, *command: str) -> str:

@@ -10,7 +10,7 @@ from tests.conftest import ROOT, tostlm
 from tests.slurm.cluster import unavailable_reason
 from tostlm.slurm.script import Resources, batch_script
 
-pytestmark = pytest.mark.alone  # one of them may install shellcheck
+pytestmark = pytest.mark.timed  # one of them may install shellcheck
 
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
 COMMANDS = {

@@ -17,7 +17,7 @@ from tostlm.files import locked, write_atomically
 from tostlm.launch.environment import first_node
 from tostlm.slurm.history import SITE, JobHistory
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.timed
 
 
 def script(run: Run, *arguments: str) -> str:

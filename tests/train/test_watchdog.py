@@ -23,7 +23,7 @@ from tostlm.launch.local import rank_env
 from tostlm.train import watchdog
 from tostlm.train.watchdog import FAILED, LOST_PEER, Heartbeat, frozen_ranks, read_heartbeats, stalled_ranks
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.timed
 
 TIMEOUT = 10
 LIMIT = 5.0
