@@ -109,7 +109,7 @@ def test_overrides_make_missing_parents(run: Run) -> None:
         ("train.steps=null", "train.steps=None"),
         (
             "model.layers=[{mixer: sofmax}]",
-            "'sofmax' is not a mixer; use softmax, tssa; the nearest is softmax",
+            "'sofmax' is not a mixer; use softmax, tssa, tssa_cross; the nearest is softmax",
         ),
         ("model.layers=[{mixr: tssa}]", "model.layers.0.mixer is missing; name one of softmax, tssa"),
         ("model.layers=[]", "model: layers is empty"),
@@ -128,6 +128,11 @@ def test_overrides_make_missing_parents(run: Run) -> None:
         ("model.positions=32", "data.context_tokens 64 is longer than model.positions 32"),
         ("optimizer.lr=.inf", "optimizer.lr"),
         ("model.layer_scale=.nan", "model.layer_scale"),
+        ("model.mlp=relu", "model.mlp='relu': input should be 'gelu', 'relu2' or 'swiglu'"),
+        ("model.norm=rms", "model.norm='rms': input should be 'layernorm' or 'rmsnorm'"),
+        ("model.mlp_width=0", "model: mlp_width 0 must be from 1 to"),
+        ("model.layers=[{mixer: softmax, short_conv: 9}]", "model.layers.0: short_conv 9 must be from 0 to 8 taps"),
+        ("model.layers=[{mixer: tssa_cross, forgetting: slowly}]", "model.layers.0.forgetting='slowly'"),
         ("optimizer.betas=[1.5,2]", "optimizer.betas.0=1.5"),
         ("optimizer.betas=[0.9]", "optimizer.betas needs 2 values"),
         ("seed=-1", "seed=-1"),
@@ -248,6 +253,11 @@ def test_mistakes(run: Run, override: str, words: str) -> None:
         run.config(override)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_layers_that_do_not_fit_the_shape(run: Run) -> None:
+    with pytest.raises(UserError, match="heads of 15 channels cannot have rotary positions"):
+        run.config("model.width=30", "model.layers=[{mixer: softmax, rotary_base: 10000}]")
 
 
 def test_a_missing_key(tmp_path: Path, run: Run) -> None:

@@ -21,6 +21,7 @@ from tostlm.convert import export_hf, hf
 from tostlm.data import Tokenizer, import_tokenizer
 from tostlm.errors import UserError
 from tostlm.model import create_lm
+from tostlm.model.mixers.tssa_cross import TSSACrossOptions
 
 # What a downstream user runs; tostlm cannot be imported there.
 DOWNSTREAM = """
@@ -201,6 +202,29 @@ def test_every_parameter_of_gpt2_is_carried_over(trained: dict[str, Run], export
     torch.testing.assert_close(model.transformer.h[1].mlp.c_proj.weight.t(), expected)
     assert model.lm_head.weight is model.transformer.wte.weight
     assert all((p == 0).all() for name, p in model.named_parameters() if name.endswith("bias"))
+
+
+@pytest.mark.parametrize(
+    ("switches", "kind"),
+    [
+        ({"mlp": "relu2", "mlp_width": 80, "layer_scale": None, "output_init": "zero"}, "GPT2LMHeadModel"),
+        ({"norm": "rmsnorm"}, "TostForCausalLM"),
+        ({"embed_norm": True}, "TostForCausalLM"),
+        ({"mlp": "swiglu"}, "TostForCausalLM"),
+        ({"layers": (TSSACrossOptions(),), "positions": None, "norm": "rmsnorm", "mlp": "swiglu"}, "TostForCausalLM"),
+    ],
+    ids=str,
+)
+def test_a_model_is_gpt2_where_gpt2s_class_can_hold_it(
+    trained: dict[str, Run], tmp_path: Path, switches: dict[str, Any], kind: str
+) -> None:
+    """The export itself compares the logits."""
+    checkpoint = load_checkpoint(trained["softmax"].dir)
+    lm = create_lm(dataclasses.replace(checkpoint.config.model, **switches), 0).eval()
+    export_hf(checkpoint._replace(lm=lm), tmp_path / "hf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    assert type(model).__name__ == kind
+    torch.testing.assert_close(model(torch.arange(3, 53)[None]).logits, lm(torch.arange(3, 53)[None])[0])
 
 
 def test_hybrids_and_bf16(trained: dict[str, Run], exported: dict[str, Path], tmp_path: Path) -> None:

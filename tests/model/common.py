@@ -6,6 +6,7 @@ import torch
 from tostlm.model import LM, ModelConfig, create_lm
 from tostlm.model.mixers.softmax import SoftmaxOptions
 from tostlm.model.mixers.tssa import TSSAOptions
+from tostlm.model.mixers.tssa_cross import TSSACrossOptions
 
 TSSA, SOFTMAX = (TSSAOptions(),), (SoftmaxOptions(),)  # layer plans
 
@@ -15,6 +16,37 @@ SHAPES = {
         2, 24, 3, 40, positions=None, layers=(TSSAOptions(halflife_tokens=(4.0, 64.0)),), layer_scale=0.5
     ),
     "gpt2": ModelConfig(2, 24, 3, 40, positions=64, layers=SOFTMAX, layer_scale=0.5),
+    "cross": ModelConfig(2, 24, 3, 40, positions=None, layers=(TSSACrossOptions(),), layer_scale=0.5),
+    "cross, plain": ModelConfig(
+        2,
+        24,
+        3,
+        40,
+        positions=64,
+        layers=(TSSACrossOptions(forgetting="ladder", halflife_tokens=(4.0, 64.0), short_conv=0, gate="none"),),
+        layer_scale=0.5,
+    ),
+    "cross, modern": ModelConfig(
+        2,
+        24,
+        3,
+        40,
+        positions=None,
+        layers=(TSSACrossOptions(),),
+        layer_scale=None,
+        norm="rmsnorm",
+        embed_norm=True,
+        mlp="swiglu",
+    ),
+    "softmax, modern": ModelConfig(
+        2,
+        24,
+        3,
+        40,
+        positions=None,
+        layers=(SoftmaxOptions(rotary_base=100.0, qk_norm=True, short_conv=3, gate="output"),),
+        layer_scale=0.5,
+    ),
     "hybrid": ModelConfig(3, 24, 3, 40, positions=64, layers=TSSA + SOFTMAX, layer_scale=0.5),
 }
 shapes = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)

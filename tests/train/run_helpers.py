@@ -14,6 +14,7 @@ VARIANTS = {  # of a run, beside fp32 weights of one mixer
     "offload": ["deepspeed.zero_optimization.offload_optimizer.device=cpu"],
     "carried": CARRY,
     "hybrid": ["model.layers=[{mixer: tssa}, {mixer: softmax}]", "model.positions=64"],
+    "cross": ["model.layers=[{mixer: tssa_cross}]", "model.norm=rmsnorm", "model.layer_scale=null"],
 }
 
 

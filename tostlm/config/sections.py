@@ -15,7 +15,7 @@ import torch
 
 from tostlm.config.deepspeed_block import check_deepspeed_block, weights_dtype
 from tostlm.errors import UserError
-from tostlm.model import MIXERS, ModelConfig
+from tostlm.model import MIXERS, ModelConfig, count_parameters
 
 T = TypeVar("T")
 
@@ -230,6 +230,7 @@ class RunConfig(Section):
                 f"data.curriculum until_step {last_stage} must be below train.steps {self.train.steps}; "
                 "data.context_tokens takes over there"
             )
+        count_parameters(self.model)  # the layers' own ValueErrors
         self._check_divisibility()
         self._check_context_parallelism()
         self._check_stateful()

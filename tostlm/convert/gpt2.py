@@ -9,14 +9,18 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tostlm.model import LM
-from tostlm.model.lm import Block
-from tostlm.model.mixers.softmax import SoftmaxAttention
+from tostlm.model.block import Block
+from tostlm.model.mixers.softmax import SoftmaxAttention, SoftmaxOptions
+
+ACTIVATIONS = {"gelu": "gelu", "relu2": "relu2"}  # transformers' names
 
 
 def is_gpt2(lm: LM) -> bool:
-    """Return whether the model is GPT-2: softmax attention in every layer and learned positions."""
-    softmax = all(isinstance(block.mixer, SoftmaxAttention) for block in lm.blocks)
-    return softmax and lm.config.positions is not None
+    """Return whether GPT2LMHeadModel holds the model: plain softmax in every layer, learned positions, LayerNorm."""
+    config = lm.config
+    softmax = all(options == SoftmaxOptions() for options in config.layer_plan)
+    plain = config.norm == "layernorm" and not config.embed_norm and config.mlp in ACTIVATIONS
+    return softmax and plain and config.positions is not None
 
 
 def to_gpt2(lm: LM, eos_id: int) -> GPT2LMHeadModel:
@@ -31,7 +35,8 @@ def to_gpt2(lm: LM, eos_id: int) -> GPT2LMHeadModel:
         n_embd=lm.config.width,
         n_layer=lm.config.depth,
         n_head=lm.config.heads,
-        activation_function="gelu",
+        n_inner=lm.config.mlp_channels,
+        activation_function=ACTIVATIONS[lm.config.mlp],
         layer_norm_epsilon=lm.norm.eps,
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
         bos_token_id=eos_id,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 MAX_SIZE = 2**31 - 1  # of any dimension
 
@@ -21,7 +21,7 @@ class MixerOptions:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a causal LM: `depth` blocks of a token mixer and an MLP of four times the width, tied embeddings.
+    """Shape of a causal LM: `depth` blocks of a token mixer and an MLP, tied embeddings. Its defaults are the paper's.
 
     Raises:
         ValueError: a size is out of range, the heads do not divide the width, or the layer plan is empty.
@@ -36,10 +36,16 @@ class ModelConfig:
     vocab_size: int  # rows V of the embedding, at least the tokenizer's vocabulary
     positions: int | None  # rows of the position table and of TSSA's bias, the longest context; None is unbounded
     layers: tuple[MixerOptions, ...]  # the layer plan: of each block's mixer, repeated until `depth` blocks have one
-    layer_scale: float = 1e-5  # initial gain of every residual branch (LayerScale)
+    layer_scale: float | None = 1e-5  # initial gain of every residual branch (LayerScale); None leaves the gain out
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # before every branch and at the end, without biases
+    embed_norm: bool = False  # also after the embedding
+    mlp: Literal["gelu", "relu2", "swiglu"] = "gelu"  # what is between the MLP's matrices; relu2 is ReLU squared
+    mlp_width: int | None = None  # channels there; None is what makes the MLP 8 width^2 parameters
+    # Where the projections into the residual stream start: normal, or zero, so that every block starts as the identity.
+    output_init: Literal["normal", "zero"] = "normal"
 
     def __post_init__(self) -> None:
-        for name in ("depth", "width", "heads", "vocab_size", "positions"):
+        for name in ("depth", "width", "heads", "vocab_size", "positions", "mlp_width"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= MAX_SIZE:
                 raise ValueError(f"{name} {value} must be from 1 to {MAX_SIZE}")
@@ -54,9 +60,15 @@ class ModelConfig:
         return tuple(self.layers[layer % len(self.layers)] for layer in range(self.depth))
 
     @property
+    def mlp_channels(self) -> int:
+        """Channels inside the MLP: with SwiGLU's third matrix two thirds of the four times the width of others."""
+        return self.mlp_width or (4 * self.width if self.mlp != "swiglu" else round(8 * self.width / 3))
+
+    @property
     def residual_init_std(self) -> float:
         """Standard deviation at initialization of projections into the residual stream, which every block has two of.
 
-        Source: GPT-2's scaling by 1/sqrt(residual layers), as in nanoGPT and the authors' release.
+        Source: GPT-2's scaling by 1/sqrt(residual layers), as in nanoGPT and the authors' release; zero as in muP and
+        the runs of modded-nanoGPT.
         """
-        return self.init_std / math.sqrt(2 * self.depth)
+        return 0.0 if self.output_init == "zero" else self.init_std / math.sqrt(2 * self.depth)

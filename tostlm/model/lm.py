@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tostlm.model.config import MixerOptions, ModelConfig
+from tostlm.model.block import Block, create_norm
+from tostlm.model.config import ModelConfig
 from tostlm.model.loss import mean_cross_entropy
-from tostlm.model.mixers.base import MIXERS, MixerState
+from tostlm.model.mixers.base import MixerState
 from tostlm.model.positions import SequencePositions
 from tostlm.shapes import Float, Int
 
@@ -51,59 +52,6 @@ class LMState(NamedTuple):
         return layers if self.document_start is None else layers + self.document_start.nbytes
 
 
-class Block(nn.Module):
-    """A token mixer and an MLP, each normalized before and scaled after (LayerScale), added to the residual stream."""
-
-    def __init__(self, config: ModelConfig, options: MixerOptions) -> None:
-        super().__init__()
-        self.config = config
-        self.norm_mixer = nn.LayerNorm(config.width, bias=False)
-        self.mixer = MIXERS[options.mixer](config, options)
-        self.scale_mixer = nn.Parameter(torch.empty(config.width))
-        self.norm_mlp = nn.LayerNorm(config.width, bias=False)
-        self.mlp = MLP(config)
-        self.scale_mlp = nn.Parameter(torch.empty(config.width))
-
-    def forward(self, x: Tensor, positions: SequencePositions, state: MixerState | None) -> tuple[Tensor, MixerState]:
-        y, state = self.mixer(self.norm_mixer(x), positions, state)
-        x = x + self.scale_mixer * y
-        return x + self.scale_mlp * self.mlp(self.norm_mlp(x)), state
-
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator) -> None:
-        """Initialize the parameters in place."""
-        for norm in (self.norm_mixer, self.norm_mlp):
-            norm.weight.fill_(1.0)
-        for scale in (self.scale_mixer, self.scale_mlp):
-            scale.fill_(self.config.layer_scale)
-        self.mixer.reset_parameters(generator)
-        self.mlp.reset_parameters(generator)
-
-
-class MLP(nn.Module):
-    """Two linear layers with a GELU between, four times as wide inside."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.in_proj = nn.Linear(config.width, 4 * config.width, bias=False)
-        self.out_proj = nn.Linear(4 * config.width, config.width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.out_proj(F.gelu(self.in_proj(x)))
-        return y
-
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator) -> None:
-        """Initialize the parameters in place."""
-        self.in_proj.weight.normal_(0, self.config.init_std, generator=generator)
-        self.out_proj.weight.normal_(0, self.config.residual_init_std, generator=generator)
-
-    def flops_per_token(self) -> float:
-        """Return the floating-point operations of the forward pass per token."""
-        return 2.0 * 8 * self.config.width**2
-
-
 class LM(nn.Module):
     """A causal language model with a token mixer per layer.
 
@@ -121,8 +69,9 @@ class LM(nn.Module):
         self.activation_checkpointing_every: int | None = None
         self.embed = nn.Embedding(config.vocab_size, config.width)  # the output projection too
         self.positions = nn.Embedding(config.positions, config.width) if config.positions else None
+        self.embed_norm = create_norm(config) if config.embed_norm else None
         self.blocks: Sequence[Block] = nn.ModuleList(Block(config, options) for options in config.layer_plan)  # type: ignore[assignment]
-        self.norm = nn.LayerNorm(config.width, bias=False)
+        self.norm = create_norm(config)
 
     def forward(
         self,
@@ -179,6 +128,8 @@ class LM(nn.Module):
         x = self.embed(tokens)
         if self.positions is not None:
             x = x + self.positions(positions.positions)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
         layers = []
         for layer, block in enumerate(self.blocks):
             before = state.layers[layer] if state else None
@@ -200,15 +151,16 @@ class LM(nn.Module):
 
     def parts(self) -> list[nn.Module]:
         """Return the modules that hold the parameters, each one once, in the order of `named_parameters`."""
-        return [part for part in (self.embed, self.positions, *self.blocks, self.norm) if part is not None]
+        parts = (self.embed, self.positions, self.embed_norm, *self.blocks, self.norm)
+        return [part for part in parts if part is not None]
 
     @torch.no_grad()
     def reset_part(self, part: nn.Module, generator: torch.Generator) -> None:
         """Initialize the parameters of one of `parts` in place."""
         if isinstance(part, Block):
             part.reset_parameters(generator)
-        elif part is self.norm:
-            self.norm.weight.fill_(1.0)
+        elif part in (self.norm, self.embed_norm):
+            part.weight.fill_(1.0)
         else:
             part.weight.normal_(0, self.config.init_std, generator=generator)  # type: ignore[operator]
 

@@ -1,0 +1,119 @@
+"""Against the equations, token by token; rotary positions are relative."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.model.common import double
+from tostlm.model import ModelConfig
+from tostlm.model.mixers.softmax import SoftmaxAttention, SoftmaxOptions
+from tostlm.model.parts.rotary import rotate
+from tostlm.model.positions import SequencePositions
+
+STRONGEST = SoftmaxOptions(rotary_base=100.0, qk_norm=True, short_conv=4, gate="output")
+OPTIONS = {
+    "plain": SoftmaxOptions(),
+    "rotary": SoftmaxOptions(rotary_base=100.0),
+    "normalized": SoftmaxOptions(qk_norm=True),
+    "convolved": SoftmaxOptions(short_conv=2),
+    "gated": SoftmaxOptions(gate="output"),
+    "strongest": STRONGEST,
+}
+H, D, T = 3, 8, 30
+
+
+def mixer_of(options: SoftmaxOptions) -> SoftmaxAttention:
+    mixer = double(ModelConfig(1, H * D, H, 40, positions=None, layers=(options,))).blocks[0].mixer
+    assert isinstance(mixer, SoftmaxAttention)
+    return mixer
+
+
+def turned(x: Tensor, position: int, base: float) -> Tensor:
+    """A head's channels as complex numbers, multiplied by e^(i angle)."""
+    numbers = torch.complex(x[: D // 2], x[D // 2 :])
+    angles = [position * base ** (-2 * i / D) for i in range(D // 2)]
+    out = numbers * torch.tensor([complex(math.cos(a), math.sin(a)) for a in angles], dtype=torch.complex128)
+    return torch.cat([out.real, out.imag])
+
+
+def by_token(mixer: SoftmaxAttention, x: Tensor, starts: Tensor) -> Tensor:
+    options = mixer.options
+    rows = []
+    for sequence, begins in zip(x, starts, strict=True):
+        inputs: list[Tensor] = []  # of the document, before the convolution
+        keys: list[list[Tensor]] = []
+        values: list[Tensor] = []
+        ys = []
+        for token, begin in zip(sequence, begins, strict=True):
+            if begin:
+                inputs, keys, values = [], [], []
+            inputs.append(mixer.in_proj.weight @ token)
+            qkv = inputs[-1]
+            if mixer.conv is not None:
+                near = inputs[::-1][: options.short_conv]
+                qkv = sum(mixer.conv.weight[:, -1 - back] * near[back] for back in range(len(near)))
+            q, k, v = qkv.view(3, H, D)
+            if mixer.qk_scale is not None:
+                q, k = (z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() for z in (q, k))
+                q = q * mixer.qk_scale[:, None]
+            if options.rotary_base is not None:
+                q, k = (torch.stack([turned(head, len(keys), options.rotary_base) for head in z]) for z in (q, k))
+            keys.append(k)
+            values.append(v)
+            heads = []
+            for h in range(H):
+                scores = torch.stack([q[h] @ key[h] for key in keys]) / D**0.5
+                heads.append(sum(p * value[h] for p, value in zip(scores.softmax(0), values, strict=True)))
+            y = torch.cat(heads)
+            if mixer.gate_proj is not None:
+                y = y * torch.sigmoid(mixer.gate_proj.weight @ token)
+            ys.append(mixer.out_proj.weight @ y)
+        rows.append(torch.stack(ys))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_equals_the_equations(options: SoftmaxOptions) -> None:
+    mixer = mixer_of(options)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, T, H * D, generator=generator, dtype=torch.float64).requires_grad_()
+    starts = torch.zeros(2, T, dtype=torch.bool)
+    starts[0, [5, 6, 20]] = starts[1, 17] = True
+    positions = SequencePositions.build(torch.zeros(2, T, dtype=torch.long), 0, None, starts, True)
+    y, _ = mixer(x, positions, None)
+    expected = by_token(mixer, x, starts)
+    wanted = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+    leaves = [x, *mixer.parameters()]
+    torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-10)
+    for found, exact in zip(
+        torch.autograd.grad(y, leaves, wanted), torch.autograd.grad(expected, leaves, wanted), strict=True
+    ):
+        torch.testing.assert_close(found, exact, rtol=1e-8, atol=1e-9)
+
+
+def test_rotary_positions_are_relative_however_far() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 1, 5, 8, generator=generator) for _ in range(2))
+    near = torch.arange(5)
+    products = [
+        (rotate(q, near + far, 10_000.0) * rotate(k, near + far - 3, 10_000.0)).sum(-1) for far in (3, 1000, 10_000_000)
+    ]
+    for found in products[1:]:
+        torch.testing.assert_close(found, products[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "width", "said"),
+    [
+        ({"rotary_base": 1.0}, 24, "rotary_base 1.0 must be above 1"),
+        ({"short_conv": 9}, 24, "short_conv 9 must be from 0 to 8 taps"),
+        ({"rotary_base": 100.0}, 9, "heads of 3 channels cannot have rotary positions; their number must be even"),
+    ],
+)
+def test_impossible_options(options: dict[str, float], width: int, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        config = ModelConfig(1, width, 3, 40, None, (replace(SoftmaxOptions(), **options),))
+        mixer_of(config.layers[0]) if width == 24 else SoftmaxAttention(config, config.layers[0])

@@ -1,0 +1,125 @@
+"""Against the equations, token by token; what bf16 costs; what is remembered."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.model.common import double, tokens_of
+from tostlm.model import ModelConfig, create_lm
+from tostlm.model.mixers.tssa_cross import TSSACross, TSSACrossOptions
+from tostlm.model.positions import SequencePositions
+
+OPTIONS = {
+    "defaults": TSSACrossOptions(),
+    "ladder": TSSACrossOptions(forgetting="ladder"),
+    "never forgets": TSSACrossOptions(forgetting="none", gate="none"),
+    "two taps": TSSACrossOptions(short_conv=2, halflife_tokens=(1.0, 8.0)),
+    "one tap": TSSACrossOptions(short_conv=1),
+    "no convolution": TSSACrossOptions(short_conv=0),
+}
+T = 150  # two chunks and a ragged one
+
+
+def mixer_of(options: TSSACrossOptions) -> TSSACross:
+    config = ModelConfig(1, 24, 3, 40, positions=None, layers=(options,))
+    mixer = double(config).blocks[0].mixer
+    assert isinstance(mixer, TSSACross)
+    return mixer
+
+
+def by_token(mixer: TSSACross, x: Tensor, starts: Tensor) -> Tensor:
+    """The class's equations, a sequence, a token and a head at a time."""
+    H, D = 3, 8
+    options = mixer.options
+    first, last = options.halflife_tokens
+    rows = []
+    for sequence, begins in zip(x, starts, strict=True):
+        inputs: list[Tensor] = []  # of the document, before the convolution
+        S = [x.new_zeros(D, D)] * H
+        ys = []
+        for token, begin in zip(sequence, begins, strict=True):
+            if begin:
+                inputs, S = [], [x.new_zeros(D, D)] * H
+            inputs.append(mixer.in_proj.weight @ token)
+            kqv = inputs[-1]
+            if mixer.conv is not None:
+                near = inputs[::-1][: options.short_conv]
+                kqv = sum(mixer.conv.weight[:, -1 - back] * near[back] for back in range(len(near)))
+                kqv = kqv * torch.sigmoid(kqv)
+            k, q, v = kqv.view(3, H, D)
+            write = torch.sigmoid(mixer.write_proj.weight @ token + mixer.write_proj.bias)
+            heads = []
+            for h in range(H):
+                if options.forgetting == "selective":
+                    f = mixer.forgetting
+                    a = torch.exp(
+                        -f.log_rate[h].exp() * torch.log1p(torch.exp(f.proj.weight[h] @ token + f.proj.bias[h]))
+                    )
+                else:
+                    a = 1.0 if options.forgetting == "none" else 0.5 ** (1 / (first * (last / first) ** (h / (H - 1))))
+                S[h] = a * S[h] + write[h] * torch.outer(k[h] / k[h].norm(), v[h])
+                y = S[h].T @ q[h]
+                heads.append(y / (y.square().mean() + 1e-6).sqrt())
+            S = list(S)
+            y = torch.cat(heads) * mixer.norm
+            if mixer.gate_proj is not None:
+                y = y * torch.sigmoid(mixer.gate_proj.weight @ token)
+            ys.append(mixer.out_proj.weight @ y)
+        rows.append(torch.stack(ys))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_equals_the_equations(options: TSSACrossOptions) -> None:
+    mixer = mixer_of(options)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, T, 24, generator=generator, dtype=torch.float64).requires_grad_()
+    starts = torch.zeros(2, T, dtype=torch.bool)
+    starts[0, [5, 6, 80]] = starts[1, 130] = True
+    positions = SequencePositions.build(torch.zeros(2, T, dtype=torch.long), 0, None, starts, False)
+    y, _ = mixer(x, positions, None)
+    expected = by_token(mixer, x, starts)
+    wanted = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+    leaves = [x, *mixer.parameters()]
+    torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-10)
+    for found, exact in zip(
+        torch.autograd.grad(y, leaves, wanted), torch.autograd.grad(expected, leaves, wanted), strict=True
+    ):
+        torch.testing.assert_close(found, exact, rtol=1e-8, atol=1e-9)
+
+
+def test_bf16_keeps_its_sums_in_fp32() -> None:
+    config = ModelConfig(2, 64, 4, 100, positions=None, layers=(TSSACrossOptions(),), layer_scale=0.5)
+    lm, tokens = create_lm(config, 0), tokens_of(config, 2, 300)
+    exact, _ = lm(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, state = lm(tokens)
+        pieces, before = [], None
+        for piece in tokens.split([100, 1, 199], 1):
+            logits, before = lm(piece, before)
+            pieces.append(logits)
+    assert {x.dtype for layer in state.layers for x in layer} == {torch.float32}
+    assert (found - exact).norm() < 0.02 * exact.norm()
+    torch.testing.assert_close(torch.cat(pieces, 1), found, rtol=0.02, atol=0.02)
+
+
+def test_what_is_remembered() -> None:
+    config = ModelConfig(1, 24, 3, 40, positions=None, layers=(TSSACrossOptions(),))
+    lm = create_lm(config, 0)
+    sizes = {lm(tokens_of(config, 1, length))[1].nbytes for length in (1, 2, 100, 700)}
+    assert sizes == {4 * (24 * 8 + 3 * 24 * 3)}
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"short_conv": 9}, "short_conv 9 must be from 0 to 8 taps"),
+        ({"short_conv": -1}, "short_conv -1 must be from 0 to 8 taps"),
+        ({"halflife_tokens": (8.0, 4.0)}, r"halflife_tokens \[8.0, 4.0\] must be positive, shortest first"),
+    ],
+)
+def test_options_out_of_range(values: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        replace(TSSACrossOptions(), **values)

@@ -1,0 +1,48 @@
+"""Every mixer and switch of the block trains alike at any stage, on any ranks, and resumes."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Run, succeed
+from tests.train.run_helpers import REPORTED, zero_options
+from tostlm.checkpoint import checkpoints
+
+CROSS = ["model.layers=[{mixer: tssa_cross}]"]
+SOFTMAX = ["model.layers=[{mixer: softmax, rotary_base: 100, qk_norm: true, short_conv: 4, gate: output}]"]
+BLOCK = ["model.norm=rmsnorm", "model.embed_norm=true", "model.mlp=swiglu", "model.mlp_width=48"]
+BLOCK += ["model.layer_scale=null", "model.output_init=zero"]
+MODELS = {
+    "cross": [*CROSS, *BLOCK, "data.reset_at_documents=true"],
+    "softmax": [*SOFTMAX, *BLOCK, "data.reset_at_documents=true"],
+    "carried": [*CROSS, *BLOCK, "data.stateful=true", "data.reset_at_documents=true"],
+}
+PARALLEL = "train.context_parallel_size=2"
+
+
+def metrics(run: Run) -> dict[tuple[str, str], dict[int, float]]:
+    return {(kind, key): run.metrics(kind, key) for kind, key in REPORTED}
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest) -> list[str]:
+    return MODELS[request.param]
+
+
+def test_trains_alike_on_other_ranks_and_stages_and_resumes(data: Path, model: list[str], tmp_path: Path) -> None:
+    runs = []
+    for name in ("one", "split"):
+        (tmp_path / name).mkdir()
+        runs.append(Run(tmp_path / name, data))
+    one, split = runs
+    succeed(one.train(*model, *zero_options(0)))
+    assert one.metrics("train")[6] < one.metrics("train")[1]
+    shared = [] if "data.stateful=true" in model else [PARALLEL]
+    succeed(split.train(*model, *zero_options(3), *shared, nproc=2))
+    found = metrics(split)
+    for name, values in metrics(one).items():
+        assert found[name] == pytest.approx(values, rel=2e-3), name
+    shutil.rmtree(checkpoints(split.dir)[-1])
+    succeed(split.train(*model, *zero_options(1), nproc=2))
+    assert metrics(split)["train", "loss"] == pytest.approx(found["train", "loss"], rel=2e-4)

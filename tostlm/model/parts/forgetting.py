@@ -1,0 +1,60 @@
+"""How fast each head forgets: not at all, at its own pace, or at a pace that each token chooses.
+
+Shapes: B sequences, T tokens, C channels, H heads.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Kind = Literal["none", "ladder", "selective"]
+
+
+class Forgetting(nn.Module):
+    """The log of the factor a_t[h] by which running sums are multiplied before token t.
+
+    - "none": 0.
+    - "ladder": -ln 2 / halflife_h, half-lives geometric from the first head's to the last's.
+    - "selective": -exp(A_h) softplus(w_h x_t + b_h), learned, which starts near the ladder.
+
+    Source: the discretized decay of Mamba-2 (arXiv 2405.21060) for "selective".
+    """
+
+    def __init__(self, kind: Kind, width: int, heads: int, halflife_tokens: tuple[float, float]) -> None:
+        """`halflife_tokens` are the first head's and the last's, in tokens."""
+        super().__init__()
+        self.kind, self.heads, self.halflife_tokens = kind, heads, halflife_tokens
+        if kind == "selective":
+            self.proj = nn.Linear(width, heads)
+            self.log_rate = nn.Parameter(torch.empty(heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [B, T, H], or [1, 1, H] where all tokens are alike, of tokens x [B, T, C], in fp32 or wider."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if self.kind == "selective":
+            with torch.autocast(x.device.type, enabled=False):
+                pace = F.linear(x.to(wide), self.proj.weight.to(wide), self.proj.bias.to(wide))
+            return -self.log_rate.to(wide).exp() * F.softplus(pace)
+        log_decays = torch.zeros(self.heads, dtype=wide, device=x.device)
+        if self.kind == "ladder":
+            log_decays = -self._rates(x.device).to(wide)
+        return log_decays[None, None]
+
+    def _rates(self, device: torch.device | str) -> Tensor:
+        """Return ln 2 / half-life of each head, [H]."""
+        first, last = self.halflife_tokens
+        exponents = torch.linspace(0, 1, self.heads, dtype=torch.float64, device=device)
+        return math.log(2) / (first * (last / first) ** exponents)
+
+    @torch.no_grad()
+    def reset_parameters(self, init_std: float, generator: torch.Generator) -> None:
+        """Initialize the parameters in place."""
+        if self.kind == "selective":
+            self.proj.weight.normal_(0, init_std, generator=generator)
+            self.proj.bias.copy_(torch.log(torch.expm1(self._rates("cpu"))))  # softplus of it is the rate
+            self.log_rate.zero_()

@@ -1,0 +1,81 @@
+"""A causal depthwise convolution over the last few tokens, as mixers put before their keys, queries and values.
+
+Shapes: B sequences, T tokens, K channels, W taps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tostlm.model.positions import SequencePositions
+from tostlm.parallel import all_gather
+
+MAX_TAPS = 8
+
+
+def check_taps(taps: int) -> None:
+    """Raise ValueError unless the option `short_conv` is a number of taps, or 0 for no convolution."""
+    if not 0 <= taps <= MAX_TAPS:
+        raise ValueError(f"short_conv {taps} must be from 0 to {MAX_TAPS} taps")
+
+
+class ShortConv(nn.Module):
+    """y_t = activation(sum over j < W of weight[:, -1 - j] x_{t-j}), within a token's document.
+
+    It starts near the identity: the last tap 1, and a little noise on all.
+
+    Source: the short convolutions of Mamba (arXiv 2312.00752) and of Gated DeltaNet (arXiv 2412.06464).
+    """
+
+    NOISE = 0.1  # standard deviation of the taps at initialization
+
+    def __init__(self, channels: int, taps: int, silu: bool) -> None:
+        """`taps` W >= 1 of each of `channels` K; `silu` is whether SiLU follows."""
+        super().__init__()
+        self.taps, self.silu = taps, silu
+        self.weight = nn.Parameter(torch.empty(channels, taps))
+
+    def forward(self, x: Tensor, tail: Tensor | None, positions: SequencePositions) -> tuple[Tensor, Tensor]:
+        """Convolve x [B, T, K], whose context has `tail` [B, W - 1, K] before it; None where it has nothing.
+
+        Returns:
+            [B, T, K] in x's dtype, and the tail of all tokens so far, of every rank that shares the context: in fp32 or
+            wider, which holds narrower numbers exactly.
+        """
+        T = x.shape[1]
+        before, after = self._neighbours(x, tail, positions)
+        padded = torch.cat([before.to(x.dtype), x], 1)  # [B, W - 1 + T, K]
+        weight = self.weight.to(x.dtype)
+        y = x * weight[:, -1]
+        for back in range(1, self.taps):
+            term = padded[:, self.taps - 1 - back : self.taps - 1 - back + T] * weight[:, -1 - back]
+            if positions.document_start is not None:
+                term = term * (positions.positions >= back)[..., None]
+            y = y + term
+        return F.silu(y) if self.silu else y, after
+
+    def _neighbours(self, x: Tensor, tail: Tensor | None, positions: SequencePositions) -> tuple[Tensor, Tensor]:
+        """Return the W - 1 tokens before this rank's, and the last W - 1 of all ranks'."""
+        B, T, K = x.shape
+        kept, wide = self.taps - 1, torch.promote_types(x.dtype, torch.float32)
+        if tail is None:
+            tail = x.new_zeros(B, kept, K, dtype=wide)
+        ends = x[:, max(0, T - kept) :].to(wide)  # [B, min(T, W - 1), K]
+        if positions.group is None:
+            return tail, self._last(torch.cat([tail, ends], 1))
+        # Cut out of one tensor, each rank's neighbours depend on every rank's tokens: so every rank calls the backward
+        # pass of the gather, the first rank too.
+        everything = torch.cat([tail, all_gather(ends, positions.group).movedim(0, 1).flatten(1, 2)], 1)
+        own = kept + positions.group.rank() * ends.shape[1]
+        return everything[:, own - kept : own], self._last(everything)
+
+    def _last(self, x: Tensor) -> Tensor:
+        return x[:, x.shape[1] - (self.taps - 1) :].clone()  # a view would keep all of x alive
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Initialize the taps in place."""
+        self.weight.normal_(0, self.NOISE, generator=generator)
+        self.weight[:, -1] += 1
