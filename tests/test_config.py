@@ -10,9 +10,10 @@ from tests.conftest import ROOT, Run, fail, succeed, tostlm
 from tostlm.config import RunConfig, batch_plan, dump_config, fixed_keys, load_config
 from tostlm.config.sections import OnResume, Section
 from tostlm.errors import UserError
-from tostlm.model import count_parameters
+from tostlm.model import MIXERS, count_parameters
 from tostlm.train.engine import deepspeed_dict
 
+NAMES = ", ".join(sorted(MIXERS))
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 SIZES = {  # millions of parameters without position embeddings
     "tost-base": 110,
@@ -109,9 +110,9 @@ def test_overrides_make_missing_parents(run: Run) -> None:
         ("train.steps=null", "train.steps=None"),
         (
             "model.layers=[{mixer: sofmax}]",
-            "'sofmax' is not a mixer; use softmax, tssa, tssa_cross; the nearest is softmax",
+            f"'sofmax' is not a mixer; use {NAMES}; the nearest is softmax",
         ),
-        ("model.layers=[{mixr: tssa}]", "model.layers.0.mixer is missing; name one of softmax, tssa"),
+        ("model.layers=[{mixr: tssa}]", f"model.layers.0.mixer is missing; name one of {NAMES}"),
         ("model.layers=[]", "model: layers is empty"),
         (
             "model.layers.0.halflife=3",

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tostlm.model import LM, ModelConfig, create_lm
+from tostlm.model.mixers.gated_delta import GatedDeltaOptions
 from tostlm.model.mixers.softmax import SoftmaxOptions
 from tostlm.model.mixers.tssa import TSSAOptions
 from tostlm.model.mixers.tssa_cross import TSSACrossOptions
@@ -38,6 +39,7 @@ SHAPES = {
         embed_norm=True,
         mlp="swiglu",
     ),
+    "delta": ModelConfig(2, 24, 3, 40, positions=None, layers=(GatedDeltaOptions(),), layer_scale=0.5),
     "softmax, modern": ModelConfig(
         2,
         24,

@@ -15,6 +15,7 @@ BLOCK = ["model.norm=rmsnorm", "model.embed_norm=true", "model.mlp=swiglu", "mod
 BLOCK += ["model.layer_scale=null", "model.output_init=zero"]
 MODELS = {
     "cross": [*CROSS, *BLOCK, "data.reset_at_documents=true"],
+    "delta": ["model.layers=[{mixer: gated_delta}]", *BLOCK, "data.reset_at_documents=true"],
     "softmax": [*SOFTMAX, *BLOCK, "data.reset_at_documents=true"],
     "carried": [*CROSS, *BLOCK, "data.stateful=true", "data.reset_at_documents=true"],
 }

@@ -1,4 +1,7 @@
-"""Running sums of outer products, S_t = a_t S_{t-1} + k_t v_t^T, read as y_t = S_t^T q_t, in chunks of tokens.
+"""A matrix of memory in each head, read as y_t = S_t^T q_t, in chunks of tokens.
+
+It is written by adding, S_t = a_t S_{t-1} + k_t v_t^T, or by the gated delta rule, which first takes out what it would
+read at the key: S_t = a_t S_{t-1} + b_t k~_t (v_t - a_t S_{t-1}^T k_t)^T.
 
 Inside a chunk all pairs of tokens are one product of matrices; between chunks S alone is carried. So time and memory
 are linear in the context. Numbers are fp32, or float64 where the inputs are.
@@ -29,6 +32,11 @@ class ChunkDecays(NamedTuple):
     to_end: Tensor  # [B, N, H, L], from token j to the end of the chunk
     whole: Tensor  # [B, N, H], from what comes into the chunk to its end
 
+    @property
+    def length(self) -> int:
+        """Tokens L of a chunk."""
+        return self.pairs.shape[-1]
+
     @classmethod
     def build(cls, log_decays: Tensor, positions: SequencePositions, B: int, T: int) -> ChunkDecays:
         """Build them from log_decays [B, T, H] or [1, 1, H], as `Forgetting` has them."""
@@ -49,25 +57,62 @@ class ChunkDecays(NamedTuple):
         return cls(pairs, from_start, to_end, whole)
 
 
-def sum_outer_products(
+def add_outer_products(
     q: Tensor, k: Tensor, v: Tensor, log_decays: Tensor, positions: SequencePositions, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return y [B, T, H, V], and S [B, H, D, V] after the last token of all ranks that share the context.
+    """Return y [B, T, H, V] of S_t = a_t S_{t-1} + k_t v_t^T, and S [B, H, D, V] after the last token of all ranks.
 
     Args:
         q, k: [B, T, H, D], queries and keys.
         v: [B, T, H, V], values.
         log_decays: [B, T, H] or [1, 1, H], logs of a_t. A document's first token forgets everything before it.
-        state: [B, H, D, V], S before the first token of the context's call; None is 0.
+        state: [B, H, D, V], S before the first token of the call; None is 0.
     """
     (B, T, H, D), V = k.shape, v.shape[-1]
-    if state is None:
-        state = k.new_zeros(B, H, D, V)
     decays = ChunkDecays.build(log_decays, positions, B, T)
-    q, k, v = (_chunked(x, decays.pairs.shape[-1]) for x in (q, k, v))  # [B, N, H, L, D]
+    q, k, v = (_chunked(x, decays.length) for x in (q, k, v))  # [B, N, H, L, D]
     added = (k * decays.to_end[..., None]).transpose(-1, -2) @ v  # [B, N, H, D, V], by each chunk
-    carried, last = _carry(added, decays.whole, state, positions.group)
+    before = k.new_zeros(B, H, D, V) if state is None else state
+    carried, last = _carry(added, decays.whole[..., None, None], before, positions.group)
     y = (q @ k.transpose(-1, -2) * decays.pairs) @ v + (q * decays.from_start[..., None]) @ carried
+    return y.transpose(2, 3).flatten(1, 2)[:, :T], last
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    written_keys: Tensor,
+    v: Tensor,
+    strengths: Tensor,
+    log_decays: Tensor,
+    positions: SequencePositions,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return y [B, T, H, V] of S_t = a_t S_{t-1} + b_t k~_t (v_t - a_t S_{t-1}^T k_t)^T, and the last S [B, H, D, V].
+
+    What is written at the tokens of a chunk, u, solves (1 + M) u = b (v - S^T k), M of its pairs: the WY form of
+    products of Householder-like matrices. So a chunk maps the S before it to the one after by one matrix.
+
+    Args:
+        written_keys: [B, T, H, D], the keys k~ under which values are written.
+        strengths: [B, T, H], b. The others as in `add_outer_products`.
+
+    Source: Gated DeltaNet (arXiv 2412.06464) and its chunks in DeltaNet (arXiv 2406.06484).
+    """
+    (B, T, H, D), V = k.shape, v.shape[-1]
+    decays = ChunkDecays.build(log_decays, positions, B, T)
+    q, k, written_keys, v = (_chunked(x, decays.length) for x in (q, k, written_keys, v))  # [B, N, H, L, D]
+    b = _chunked(strengths[..., None], decays.length)
+    M = (b * decays.pairs * (k @ written_keys.transpose(-1, -2))).tril(-1)  # [B, N, H, L, L]
+    right = torch.cat([b * v, b * decays.from_start[..., None] * k], -1)  # [B, N, H, L, V + D]
+    solved = torch.linalg.solve_triangular(M, right, upper=False, unitriangular=True)
+    own, taken = solved.split([V, D], -1)  # u = own - taken S
+    ends = (written_keys * decays.to_end[..., None]).transpose(-1, -2)  # [B, N, H, D, L]
+    kept = decays.whole[..., None, None] * torch.eye(D, dtype=k.dtype, device=k.device) - ends @ taken
+    before = k.new_zeros(B, H, D, V) if state is None else state
+    carried, last = _carry(ends @ own, kept, before, positions.group)
+    scores = q @ written_keys.transpose(-1, -2) * decays.pairs
+    y = scores @ (own - taken @ carried) + (q * decays.from_start[..., None]) @ carried
     return y.transpose(2, 3).flatten(1, 2)[:, :T], last
 
 
@@ -77,20 +122,44 @@ def _chunked(x: Tensor, L: int) -> Tensor:
     return chunked
 
 
-def _carry(added: Tensor, whole: Tensor, state: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """Return S before each of this rank's chunks [B, N, H, D, V], and S after the last rank's last [B, H, D, V]."""
-    sums = [state if group is None else torch.zeros_like(state)]
-    for n in range(added.shape[1]):
-        sums.append(whole[:, n, :, None, None] * sums[-1] + added[:, n])
-    carried = torch.stack(sums, 1)  # [B, N + 1, H, D, V]
+def _carry(added: Tensor, kept: Tensor, state: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Return S before each of this rank's chunks [B, N, H, D, V], and S after the last rank's last [B, H, D, V].
+
+    A chunk makes S to kept S + added, `added` [B, N, H, D, V]: `kept` is a number [B, N, H, 1, 1], or a matrix
+    [B, N, H, D, D].
+    """
     if group is None:
-        return carried[:, :-1], sums[-1]
-    reach = torch.cat([torch.ones_like(whole[:, :1]), whole.cumprod(1)], 1)[..., None, None]  # of what came in
-    ranks = all_gather(torch.cat([reach[:, -1].flatten(2), carried[:, -1].flatten(2)], -1), group)
+        sums = _chain(added, kept, state)
+        return torch.stack(sums[:-1], 1), sums[-1]
+    D, V = state.shape[-2:]
+    # What a rank's chunks make of S is a matrix too: they are run from S = 0, and from the identity beside it.
+    own = torch.stack(_chain(added, kept, torch.zeros_like(state)), 1)  # [B, N + 1, H, D, V]
+    start = torch.eye(D, dtype=kept.dtype, device=kept.device) if kept.shape[-1] > 1 else kept.new_ones(1, 1)
+    reach = torch.stack(
+        _chain(torch.zeros_like(kept), kept, start.expand(kept[:, 0].shape)), 1
+    )  # [B, N + 1, H, D, D] or 1, 1
+    summaries = all_gather(torch.cat([reach[:, -1].flatten(2), own[:, -1].flatten(2)], -1), group)
+    parts = summaries.split([reach[0, 0, 0].numel(), D * V], -1)
+    ranks = zip(
+        *(part.unflatten(-1, (-1, width)) for part, width in zip(parts, (kept.shape[-1], V), strict=True)), strict=True
+    )
     ends = [state]
-    for rank in ranks:
-        ends.append(rank[..., :1, None] * ends[-1] + rank[..., 1:].unflatten(-1, state.shape[-2:]))
-    # Indexed out of one tensor, each rank's sum depends on every rank's: so every rank calls the backward pass of the
+    for kept_by_rank, added_by_rank in ranks:
+        ends.append(_times(kept_by_rank, ends[-1]) + added_by_rank)
+    # Indexed out of one tensor, each rank's S depends on every rank's: so every rank calls the backward pass of the
     # gather, the first rank too.
     everywhere = torch.stack(ends)
-    return (carried + reach * everywhere[group.rank()][:, None])[:, :-1], everywhere[-1].clone()
+    return (own + _times(reach, everywhere[group.rank()][:, None]))[:, :-1], everywhere[-1].clone()
+
+
+def _chain(added: Tensor, kept: Tensor, first: Tensor) -> list[Tensor]:
+    """Return S [B, H, D, V] before and after each of the chunks, from `first`."""
+    sums = [first]
+    for n in range(added.shape[1]):
+        sums.append(_times(kept[:, n], sums[-1]) + added[:, n])
+    return sums
+
+
+def _times(kept: Tensor, state: Tensor) -> Tensor:
+    """`kept` [..., 1, 1] or [..., D, D] times a state [..., D, V]."""
+    return kept * state if kept.shape[-1] == 1 else kept @ state

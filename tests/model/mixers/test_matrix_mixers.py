@@ -1,6 +1,8 @@
-"""Against the equations, token by token; what bf16 costs; what is remembered."""
+"""Mixers with a matrix of memory against their equations, token by token; what bf16 costs; what is remembered."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -8,28 +10,41 @@ from torch import Tensor
 
 from tests.model.common import double, tokens_of
 from tostlm.model import ModelConfig, create_lm
-from tostlm.model.mixers.tssa_cross import TSSACross, TSSACrossOptions
+from tostlm.model.mixers.gated_delta import GatedDeltaOptions
+from tostlm.model.mixers.tssa_cross import TSSACrossOptions
+from tostlm.model.parts.keys_queries_values import MatrixMixerOptions
 from tostlm.model.positions import SequencePositions
 
-OPTIONS = {
-    "defaults": TSSACrossOptions(),
-    "ladder": TSSACrossOptions(forgetting="ladder"),
-    "never forgets": TSSACrossOptions(forgetting="none", gate="none"),
-    "two taps": TSSACrossOptions(short_conv=2, halflife_tokens=(1.0, 8.0)),
-    "one tap": TSSACrossOptions(short_conv=1),
-    "no convolution": TSSACrossOptions(short_conv=0),
+Update = Callable[[Tensor, float | Tensor, Tensor, Tensor, Tensor], Tensor]  # of S, a, b, k and v
+
+
+def add(S: Tensor, a: float | Tensor, b: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return a * S + b * torch.outer(k, v)
+
+
+def correct(S: Tensor, a: float | Tensor, b: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return a * S + b * torch.outer(k, v - a * S.T @ k)
+
+
+MIXERS: dict[type[MatrixMixerOptions], Update] = {TSSACrossOptions: add, GatedDeltaOptions: correct}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "ladder": {"forgetting": "ladder"},
+    "never forgets": {"forgetting": "none", "gate": "none"},
+    "two taps": {"short_conv": 2, "halflife_tokens": (1.0, 8.0)},
+    "one tap": {"short_conv": 1},
+    "no convolution": {"short_conv": 0},
 }
+mixers = pytest.mark.parametrize("kind", MIXERS, ids=lambda kind: kind.mixer)
 T = 150  # two chunks and a ragged one
 
 
-def mixer_of(options: TSSACrossOptions) -> TSSACross:
+def mixer_of(options: MatrixMixerOptions) -> Any:
     config = ModelConfig(1, 24, 3, 40, positions=None, layers=(options,))
-    mixer = double(config).blocks[0].mixer
-    assert isinstance(mixer, TSSACross)
-    return mixer
+    return double(config).blocks[0].mixer
 
 
-def by_token(mixer: TSSACross, x: Tensor, starts: Tensor) -> Tensor:
+def by_token(mixer: Any, update: Update, x: Tensor, starts: Tensor) -> Tensor:
     """The class's equations, a sequence, a token and a head at a time."""
     H, D = 3, 8
     options = mixer.options
@@ -42,45 +57,46 @@ def by_token(mixer: TSSACross, x: Tensor, starts: Tensor) -> Tensor:
         for token, begin in zip(sequence, begins, strict=True):
             if begin:
                 inputs, S = [], [x.new_zeros(D, D)] * H
-            inputs.append(mixer.in_proj.weight @ token)
+            inputs.append(mixer.memory.in_proj.weight @ token)
             kqv = inputs[-1]
-            if mixer.conv is not None:
+            if mixer.memory.conv is not None:
                 near = inputs[::-1][: options.short_conv]
-                kqv = sum(mixer.conv.weight[:, -1 - back] * near[back] for back in range(len(near)))
+                kqv = sum(mixer.memory.conv.weight[:, -1 - back] * near[back] for back in range(len(near)))
                 kqv = kqv * torch.sigmoid(kqv)
             k, q, v = kqv.view(3, H, D)
-            write = torch.sigmoid(mixer.write_proj.weight @ token + mixer.write_proj.bias)
+            write = torch.sigmoid(mixer.memory.write_proj.weight @ token + mixer.memory.write_proj.bias)
             heads = []
             for h in range(H):
                 if options.forgetting == "selective":
-                    f = mixer.forgetting
+                    f = mixer.memory.forgetting
                     a = torch.exp(
                         -f.log_rate[h].exp() * torch.log1p(torch.exp(f.proj.weight[h] @ token + f.proj.bias[h]))
                     )
                 else:
                     a = 1.0 if options.forgetting == "none" else 0.5 ** (1 / (first * (last / first) ** (h / (H - 1))))
-                S[h] = a * S[h] + write[h] * torch.outer(k[h] / k[h].norm(), v[h])
+                S[h] = update(S[h], a, write[h], k[h] / k[h].norm(), v[h])
                 y = S[h].T @ q[h]
                 heads.append(y / (y.square().mean() + 1e-6).sqrt())
             S = list(S)
-            y = torch.cat(heads) * mixer.norm
-            if mixer.gate_proj is not None:
-                y = y * torch.sigmoid(mixer.gate_proj.weight @ token)
-            ys.append(mixer.out_proj.weight @ y)
+            y = torch.cat(heads) * mixer.output.norm
+            if mixer.output.gate_proj is not None:
+                y = y * torch.sigmoid(mixer.output.gate_proj.weight @ token)
+            ys.append(mixer.output.out_proj.weight @ y)
         rows.append(torch.stack(ys))
     return torch.stack(rows)
 
 
+@mixers
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_equals_the_equations(options: TSSACrossOptions) -> None:
-    mixer = mixer_of(options)
+def test_equals_the_equations(kind: type[MatrixMixerOptions], options: dict[str, Any]) -> None:
+    mixer = mixer_of(kind(**options))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, T, 24, generator=generator, dtype=torch.float64).requires_grad_()
     starts = torch.zeros(2, T, dtype=torch.bool)
     starts[0, [5, 6, 80]] = starts[1, 130] = True
     positions = SequencePositions.build(torch.zeros(2, T, dtype=torch.long), 0, None, starts, False)
     y, _ = mixer(x, positions, None)
-    expected = by_token(mixer, x, starts)
+    expected = by_token(mixer, MIXERS[kind], x, starts)
     wanted = torch.randn(y.shape, generator=generator, dtype=torch.float64)
     leaves = [x, *mixer.parameters()]
     torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-10)
@@ -90,8 +106,9 @@ def test_equals_the_equations(options: TSSACrossOptions) -> None:
         torch.testing.assert_close(found, exact, rtol=1e-8, atol=1e-9)
 
 
-def test_bf16_keeps_its_sums_in_fp32() -> None:
-    config = ModelConfig(2, 64, 4, 100, positions=None, layers=(TSSACrossOptions(),), layer_scale=0.5)
+@mixers
+def test_bf16_keeps_its_sums_in_fp32(kind: type[MatrixMixerOptions]) -> None:
+    config = ModelConfig(2, 64, 4, 100, positions=None, layers=(kind(),), layer_scale=0.5)
     lm, tokens = create_lm(config, 0), tokens_of(config, 2, 300)
     exact, _ = lm(tokens)
     with torch.autocast("cpu", torch.bfloat16):
@@ -105,8 +122,9 @@ def test_bf16_keeps_its_sums_in_fp32() -> None:
     torch.testing.assert_close(torch.cat(pieces, 1), found, rtol=0.02, atol=0.02)
 
 
-def test_what_is_remembered() -> None:
-    config = ModelConfig(1, 24, 3, 40, positions=None, layers=(TSSACrossOptions(),))
+@mixers
+def test_what_is_remembered(kind: type[MatrixMixerOptions]) -> None:
+    config = ModelConfig(1, 24, 3, 40, positions=None, layers=(kind(),))
     lm = create_lm(config, 0)
     sizes = {lm(tokens_of(config, 1, length))[1].nbytes for length in (1, 2, 100, 700)}
     assert sizes == {4 * (24 * 8 + 3 * 24 * 3)}

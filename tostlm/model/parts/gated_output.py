@@ -1,0 +1,47 @@
+"""What the heads have read, on its way back into the residual stream.
+
+Shapes: B sequences, T tokens, C channels = H heads x D.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tostlm.model.config import ModelConfig
+
+EPS = 1e-6  # of the norm
+
+
+class GatedOutput(nn.Module):
+    """W_o (RMSNorm of each head of y, times a gain a channel, times sigmoid(G x)); without `gated` no G."""
+
+    def __init__(self, config: ModelConfig, gated: bool) -> None:
+        super().__init__()
+        C = config.width
+        self.config = config
+        self.norm = nn.Parameter(torch.empty(C))
+        self.gate_proj = nn.Linear(C, C, bias=False) if gated else None
+        self.out_proj = nn.Linear(C, C, bias=False)
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return [B, T, C] of what the heads read, y [B, T, H, D], and the tokens x [B, T, C]."""
+        y = F.rms_norm(y, y.shape[-1:], eps=EPS).flatten(2) * self.norm.to(y.dtype)
+        y = y.to(x.dtype)
+        if self.gate_proj is not None:
+            y = y * self.gate_proj(x).sigmoid()
+        out: Tensor = self.out_proj(y)
+        return out
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Initialize the parameters in place."""
+        self.norm.fill_(1.0)
+        if self.gate_proj is not None:
+            self.gate_proj.weight.normal_(0, self.config.init_std, generator=generator)
+        self.out_proj.weight.normal_(0, self.config.residual_init_std, generator=generator)
+
+    def flops_per_token(self) -> float:
+        """Return the floating-point operations of the forward pass per token."""
+        return 2.0 * sum(p.numel() for p in self.parameters() if p.dim() == 2)

@@ -1,0 +1,91 @@
+"""What a head with a matrix of memory reads and writes at each token.
+
+Shapes: B sequences, T tokens, C channels = H heads x D.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tostlm.model.config import MixerOptions, ModelConfig
+from tostlm.model.parts.forgetting import Forgetting
+from tostlm.model.parts.short_conv import ShortConv, check_taps
+from tostlm.model.positions import SequencePositions
+
+EPS = 1e-6  # of the length of a key
+
+
+@dataclass(frozen=True)
+class MatrixMixerOptions(MixerOptions):
+    """What mixers with a matrix of memory in each head have in common."""
+
+    forgetting: Literal["none", "ladder", "selective"] = "selective"
+    # Half-lives of the first head and of the last, geometric between: where "selective" starts.
+    halflife_tokens: tuple[float, float] = (4.0, 4096.0)
+    short_conv: int = 4  # taps of the convolutions of keys, queries and values, SiLU after them; 0 for neither
+    gate: Literal["none", "output"] = "output"  # the output times sigmoid(G x)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.halflife_tokens[0] <= self.halflife_tokens[1]:
+            raise ValueError(f"halflife_tokens {list(self.halflife_tokens)} must be positive, shortest first")
+        check_taps(self.short_conv)
+
+
+class ReadsAndWrites(NamedTuple):
+    """In fp32, or float64 where x is."""
+
+    keys: Tensor  # [B, T, H, D], each of length 1
+    queries: Tensor  # [B, T, H, D]
+    values: Tensor  # [B, T, H, D]
+    strengths: Tensor  # [B, T, H] in (0, 1), of the writing
+    log_decays: Tensor  # [B, T, H] or [1, 1, H], of what the head remembers
+
+
+class KeysQueriesValues(nn.Module):
+    """k, q, v = silu(conv(W x)), k of length 1; how strongly to write, sigmoid(W_b x + c); and how much to keep."""
+
+    def __init__(self, config: ModelConfig, options: MatrixMixerOptions) -> None:
+        super().__init__()
+        C, H = config.width, config.heads
+        self.config = config
+        self.in_proj = nn.Linear(C, 3 * C, bias=False)
+        self.conv = ShortConv(3 * C, options.short_conv, silu=True) if options.short_conv else None
+        self.forgetting = Forgetting(options.forgetting, C, H, options.halflife_tokens)
+        self.write_proj = nn.Linear(C, H)
+
+    def forward(self, x: Tensor, tail: Tensor | None, positions: SequencePositions) -> tuple[ReadsAndWrites, Tensor]:
+        """Return them for tokens x [B, T, C], and the tail of the convolution, as `ShortConv` has it."""
+        B, T, C = x.shape
+        H, wide = self.config.heads, torch.promote_types(x.dtype, torch.float32)
+        kqv = self.in_proj(x)
+        if self.conv is not None:
+            kqv, tail = self.conv(kqv, tail, positions)
+        else:
+            tail = kqv.new_zeros(B, 0, 3 * C)
+        k, q, v = kqv.to(wide).view(B, T, 3, H, C // H).unbind(2)
+        strengths = self.write_proj(x).to(wide).sigmoid()
+        return ReadsAndWrites(F.normalize(k, dim=-1, eps=EPS), q, v, strengths, self.forgetting(x)), tail
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Initialize the parameters in place."""
+        std = self.config.init_std
+        self.in_proj.weight.normal_(0, std, generator=generator)
+        self.write_proj.weight.normal_(0, std, generator=generator)
+        self.write_proj.bias.zero_()
+        self.forgetting.reset_parameters(std, generator)
+        if self.conv is not None:
+            self.conv.reset_parameters(generator)
+
+    def flops_per_token(self) -> float:
+        """Return the floating-point operations of the forward pass per token."""
+        return 2.0 * sum(p.numel() for p in self.parameters() if p.dim() == 2)
+
+    def tail_bytes(self) -> int:
+        """Return the bytes of one sequence's tail."""
+        return 0 if self.conv is None else 4 * 3 * self.config.width * (self.conv.taps - 1)
