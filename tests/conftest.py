@@ -20,6 +20,7 @@ hypothesis.settings.load_profile("untimed")
 
 ROOT = Path(__file__).parent.parent
 VOCAB = 512
+FORGETTING = {"forgetting": "ladder", "halflife_tokens": [4, 64]}
 LONGEST = ["test_triton.py", "test_readme.py", "test_jobs.py", "test_submit.py", "test_watchdog.py", "test_backends.py"]
 LONGEST += ["test_hub.py", "test_extending.py", "test_deepspeed_state.py", "test_trainer.py", "test_zero_options.py"]
 
@@ -98,7 +99,7 @@ class Run:
                 "heads": 2,
                 "vocab_size": VOCAB,
                 "positions": None if tssa else 64,
-                "layers": [{"mixer": mixer, **({"halflife_tokens": [4, 64]} if tssa else {})}],
+                "layers": [{"mixer": mixer, **(FORGETTING if tssa else {})}],
                 "layer_scale": 0.5,
             },
             "data": {"path": str(data), "context_tokens": 64},

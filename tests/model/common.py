@@ -14,7 +14,25 @@ TSSA, SOFTMAX = (TSSAOptions(),), (SoftmaxOptions(),)  # layer plans
 SHAPES = {
     "tost": ModelConfig(2, 24, 3, 40, positions=64, layers=TSSA, layer_scale=0.5),
     "tost, forgetting, no positions": ModelConfig(
-        2, 24, 3, 40, positions=None, layers=(TSSAOptions(halflife_tokens=(4.0, 64.0)),), layer_scale=0.5
+        2,
+        24,
+        3,
+        40,
+        positions=None,
+        layers=(TSSAOptions(forgetting="ladder", halflife_tokens=(4.0, 64.0)),),
+        layer_scale=0.5,
+    ),
+    "tost, selective": ModelConfig(
+        2,
+        24,
+        3,
+        40,
+        positions=64,
+        layers=(
+            TSSAOptions(forgetting="selective", halflife_tokens=(4.0, 64.0), short_conv=3, query="own", gate="output"),
+            TSSAOptions(forgetting="ladder", membership="scale_free", short_conv=1),
+        ),
+        layer_scale=0.5,
     ),
     "gpt2": ModelConfig(2, 24, 3, 40, positions=64, layers=SOFTMAX, layer_scale=0.5),
     "cross": ModelConfig(2, 24, 3, 40, positions=None, layers=(TSSACrossOptions(),), layer_scale=0.5),

@@ -74,4 +74,4 @@ def test_impossible_shapes(change: dict[str, object], words: str) -> None:
 
 def test_impossible_half_lives() -> None:
     with pytest.raises(ValueError, match="must be positive"):
-        TSSAOptions(halflife_tokens=(0.0, 5.0))
+        TSSAOptions(forgetting="ladder", halflife_tokens=(0.0, 5.0))

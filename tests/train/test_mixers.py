@@ -13,7 +13,9 @@ CROSS = ["model.layers=[{mixer: tssa_cross}]"]
 SOFTMAX = ["model.layers=[{mixer: softmax, rotary_base: 100, qk_norm: true, short_conv: 4, gate: output}]"]
 BLOCK = ["model.norm=rmsnorm", "model.embed_norm=true", "model.mlp=swiglu", "model.mlp_width=48"]
 BLOCK += ["model.layer_scale=null", "model.output_init=zero"]
+TSSA = "{mixer: tssa, forgetting: selective, short_conv: 4, query: own, membership: scale_free, gate: output}"
 MODELS = {
+    "tssa": [f"model.layers=[{TSSA}]", *BLOCK, "data.stateful=true", "data.reset_at_documents=true"],
     "cross": [*CROSS, *BLOCK, "data.reset_at_documents=true"],
     "delta": ["model.layers=[{mixer: gated_delta}]", *BLOCK, "data.reset_at_documents=true"],
     "softmax": [*SOFTMAX, *BLOCK, "data.reset_at_documents=true"],

@@ -48,7 +48,7 @@ def by_token(mixer: Any, update: Update, x: Tensor, starts: Tensor) -> Tensor:
     """The class's equations, a sequence, a token and a head at a time."""
     H, D = 3, 8
     options = mixer.options
-    first, last = options.halflife_tokens
+    first, last = options.halflife_tokens or (4.0, 4096.0)
     rows = []
     for sequence, begins in zip(x, starts, strict=True):
         inputs: list[Tensor] = []  # of the document, before the convolution

@@ -6,13 +6,34 @@ Shapes: B sequences, T tokens, C channels, H heads.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tostlm.model.config import MixerOptions
+
 Kind = Literal["none", "ladder", "selective"]
+HALFLIFE_TOKENS = (4.0, 4096.0)
+
+
+@dataclass(frozen=True)
+class ForgettingOptions(MixerOptions):
+    """Options of mixers that forget."""
+
+    forgetting: Kind = "none"
+    # Half-lives of the first head and of the last, geometric between: where "selective" starts. None: HALFLIFE_TOKENS.
+    halflife_tokens: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.halflife_tokens is None:
+            return
+        if not 0 < self.halflife_tokens[0] <= self.halflife_tokens[1]:
+            raise ValueError(f"halflife_tokens {list(self.halflife_tokens)} must be positive, shortest first")
+        if self.forgetting == "none":
+            raise ValueError("halflife_tokens goes with forgetting: ladder or selective")
 
 
 class Forgetting(nn.Module):
@@ -25,11 +46,11 @@ class Forgetting(nn.Module):
     Source: the discretized decay of Mamba-2 (arXiv 2405.21060) for "selective".
     """
 
-    def __init__(self, kind: Kind, width: int, heads: int, halflife_tokens: tuple[float, float]) -> None:
-        """`halflife_tokens` are the first head's and the last's, in tokens."""
+    def __init__(self, options: ForgettingOptions, width: int, heads: int) -> None:
         super().__init__()
-        self.kind, self.heads, self.halflife_tokens = kind, heads, halflife_tokens
-        if kind == "selective":
+        self.kind, self.heads = options.forgetting, heads
+        self.halflife_tokens = options.halflife_tokens or HALFLIFE_TOKENS
+        if self.kind == "selective":
             self.proj = nn.Linear(width, heads)
             self.log_rate = nn.Parameter(torch.empty(heads))
 
@@ -42,10 +63,10 @@ class Forgetting(nn.Module):
             return -self.log_rate.to(wide).exp() * F.softplus(pace)
         log_decays = torch.zeros(self.heads, dtype=wide, device=x.device)
         if self.kind == "ladder":
-            log_decays = -self._rates(x.device).to(wide)
+            log_decays = -self.rates(x.device).to(wide)
         return log_decays[None, None]
 
-    def _rates(self, device: torch.device | str) -> Tensor:
+    def rates(self, device: torch.device | str) -> Tensor:
         """Return ln 2 / half-life of each head, [H]."""
         first, last = self.halflife_tokens
         exponents = torch.linspace(0, 1, self.heads, dtype=torch.float64, device=device)
@@ -56,5 +77,5 @@ class Forgetting(nn.Module):
         """Initialize the parameters in place."""
         if self.kind == "selective":
             self.proj.weight.normal_(0, init_std, generator=generator)
-            self.proj.bias.copy_(torch.log(torch.expm1(self._rates("cpu"))))  # softplus of it is the rate
+            self.proj.bias.copy_(torch.log(torch.expm1(self.rates("cpu"))))  # softplus of it is the rate
             self.log_rate.zero_()

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tostlm.model.config import MixerOptions, ModelConfig
-from tostlm.model.parts.forgetting import Forgetting
+from tostlm.model.config import ModelConfig
+from tostlm.model.parts.forgetting import Forgetting, ForgettingOptions, Kind
 from tostlm.model.parts.short_conv import ShortConv, check_taps
 from tostlm.model.positions import SequencePositions
 
@@ -21,18 +21,15 @@ EPS = 1e-6  # of the length of a key
 
 
 @dataclass(frozen=True)
-class MatrixMixerOptions(MixerOptions):
+class MatrixMixerOptions(ForgettingOptions):
     """What mixers with a matrix of memory in each head have in common."""
 
-    forgetting: Literal["none", "ladder", "selective"] = "selective"
-    # Half-lives of the first head and of the last, geometric between: where "selective" starts.
-    halflife_tokens: tuple[float, float] = (4.0, 4096.0)
+    forgetting: Kind = "selective"
     short_conv: int = 4  # taps of the convolutions of keys, queries and values, SiLU after them; 0 for neither
     gate: Literal["none", "output"] = "output"  # the output times sigmoid(G x)
 
     def __post_init__(self) -> None:
-        if not 0 < self.halflife_tokens[0] <= self.halflife_tokens[1]:
-            raise ValueError(f"halflife_tokens {list(self.halflife_tokens)} must be positive, shortest first")
+        super().__post_init__()
         check_taps(self.short_conv)
 
 
@@ -55,7 +52,7 @@ class KeysQueriesValues(nn.Module):
         self.config = config
         self.in_proj = nn.Linear(C, 3 * C, bias=False)
         self.conv = ShortConv(3 * C, options.short_conv, silu=True) if options.short_conv else None
-        self.forgetting = Forgetting(options.forgetting, C, H, options.halflife_tokens)
+        self.forgetting = Forgetting(options, C, H)
         self.write_proj = nn.Linear(C, H)
 
     def forward(self, x: Tensor, tail: Tensor | None, positions: SequencePositions) -> tuple[ReadsAndWrites, Tensor]:

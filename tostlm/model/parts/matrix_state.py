@@ -70,10 +70,10 @@ def add_outer_products(
     """
     (B, T, H, D), V = k.shape, v.shape[-1]
     decays = ChunkDecays.build(log_decays, positions, B, T)
-    q, k, v = (_chunked(x, decays.length) for x in (q, k, v))  # [B, N, H, L, D]
+    q, k, v = (chunked(x, decays.length) for x in (q, k, v))  # [B, N, H, L, D]
     added = (k * decays.to_end[..., None]).transpose(-1, -2) @ v  # [B, N, H, D, V], by each chunk
     before = k.new_zeros(B, H, D, V) if state is None else state
-    carried, last = _carry(added, decays.whole[..., None, None], before, positions.group)
+    carried, last = carry(added, decays.whole[..., None, None], before, positions.group)
     y = (q @ k.transpose(-1, -2) * decays.pairs) @ v + (q * decays.from_start[..., None]) @ carried
     return y.transpose(2, 3).flatten(1, 2)[:, :T], last
 
@@ -101,8 +101,8 @@ def delta_rule(
     """
     (B, T, H, D), V = k.shape, v.shape[-1]
     decays = ChunkDecays.build(log_decays, positions, B, T)
-    q, k, written_keys, v = (_chunked(x, decays.length) for x in (q, k, written_keys, v))  # [B, N, H, L, D]
-    b = _chunked(strengths[..., None], decays.length)
+    q, k, written_keys, v = (chunked(x, decays.length) for x in (q, k, written_keys, v))  # [B, N, H, L, D]
+    b = chunked(strengths[..., None], decays.length)
     M = (b * decays.pairs * (k @ written_keys.transpose(-1, -2))).tril(-1)  # [B, N, H, L, L]
     right = torch.cat([b * v, b * decays.from_start[..., None] * k], -1)  # [B, N, H, L, V + D]
     solved = torch.linalg.solve_triangular(M, right, upper=False, unitriangular=True)
@@ -110,19 +110,19 @@ def delta_rule(
     ends = (written_keys * decays.to_end[..., None]).transpose(-1, -2)  # [B, N, H, D, L]
     kept = decays.whole[..., None, None] * torch.eye(D, dtype=k.dtype, device=k.device) - ends @ taken
     before = k.new_zeros(B, H, D, V) if state is None else state
-    carried, last = _carry(ends @ own, kept, before, positions.group)
+    carried, last = carry(ends @ own, kept, before, positions.group)
     scores = q @ written_keys.transpose(-1, -2) * decays.pairs
     y = scores @ (own - taken @ carried) + (q * decays.from_start[..., None]) @ carried
     return y.transpose(2, 3).flatten(1, 2)[:, :T], last
 
 
-def _chunked(x: Tensor, L: int) -> Tensor:
+def chunked(x: Tensor, L: int) -> Tensor:
     """[B, T, H, D] -> [B, N, H, L, D], the last chunk padded with zeros."""
-    chunked: Tensor = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % L)).unflatten(1, (-1, L)).transpose(2, 3)
-    return chunked
+    chunks: Tensor = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % L)).unflatten(1, (-1, L)).transpose(2, 3)
+    return chunks
 
 
-def _carry(added: Tensor, kept: Tensor, state: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+def carry(added: Tensor, kept: Tensor, state: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """Return S before each of this rank's chunks [B, N, H, D, V], and S after the last rank's last [B, H, D, V].
 
     A chunk makes S to kept S + added, `added` [B, N, H, D, V]: `kept` is a number [B, N, H, 1, 1], or a matrix
