@@ -13,7 +13,7 @@ from tests.train.engines import train_steps
 from tests.train.run_helpers import zero_options
 from tostlm.launch import RankInfo
 from tostlm.model import count_parameters, largest_part_numel
-from tostlm.train.batches import open_data
+from tostlm.train.batches import RecurrentState, open_data
 from tostlm.train.engine import start_engine
 
 pytestmark = pytest.mark.slow
@@ -32,7 +32,8 @@ def train(run: Run, overrides: list[str], rank: int, world_size: int, steps: int
     config, ranks = run.config(*overrides), RankInfo(rank, rank, world_size)
     data = open_data(config, world_size)
     engine = start_engine(config, data.plan, ranks)
-    for _ in train_steps(config, data, engine, ranks, 0, steps):
+    recurrent_state = RecurrentState(config, data.plan.accumulation, ranks)
+    for _ in train_steps(config, data, engine, ranks, recurrent_state, 0, steps):
         pass
     engine.destroy()
 
