@@ -14,7 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import Run, fail, succeed, tostlm
-from tests.train.run_helpers import REPORTED, wait_for_a_checkpoint, zero_options
+from tests.train.run_helpers import REPORTED, VARIANTS, wait_for_a_checkpoint, zero_options
 from tostlm.checkpoint import checkpoints, load_checkpoint, read_train_state
 from tostlm.checkpoint.load import check_resumable
 from tostlm.data import PreparationSettings, Tokenizer, prepare
@@ -280,6 +280,19 @@ def test_half_an_environment(run: Run, environment: dict[str, str], words: str) 
 def test_nproc_is_not_for_a_launcher(run: Run) -> None:
     result = tostlm("train", str(run.file), "--nproc", "2", RANK="0", WORLD_SIZE="2")
     fail(result, "--nproc 2 is for machines without a launcher")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_offloaded_optimizer_resumes_exactly_after_many_steps(run: Run, stage: int) -> None:
+    """After few steps the powers of beta are the same however they are taken."""
+    options = [*zero_options(stage), *VARIANTS["offload"], "train.steps=60", "train.save_every_steps=16"]
+    succeed(run.train(*options, nproc=2))
+    before = {key: run.metrics(*key) for key in REPORTED}
+    for checkpoint in checkpoints(run.dir)[1:]:
+        shutil.rmtree(checkpoint)
+    succeed(run.train(*options, nproc=2))
+    assert {key: run.metrics(*key) for key in REPORTED} == before
 
 
 def test_torchrun_is_a_launcher(run: Run) -> None:

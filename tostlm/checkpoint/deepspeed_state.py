@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor
 
@@ -150,6 +151,8 @@ def restore_state(engine: DeepSpeedEngine, fragments: Iterable[tuple[str, Tensor
         state = _adam_state(engine, owner)
         step = state["step"]  # DeepSpeed's CPU Adam counts in an int, torch's in a tensor
         state["step"] = torch.full_like(step, optimizer_steps) if isinstance(step, Tensor) else optimizer_steps
+    if isinstance(engine.basic_optimizer, DeepSpeedCPUAdam):
+        _repeat_bias_corrections(engine.basic_optimizer, optimizer_steps)
     if stage3:
         for group in range(len(stage3.fp16_groups)):
             stage3._reassign_or_swap_out_partitioned_parameters(group)
@@ -160,6 +163,16 @@ def restore_state(engine: DeepSpeedEngine, fragments: Iterable[tuple[str, Tensor
         for parameter, master in _master_copies(engine):
             parameter.copy_(master)
     check_fragments(engine)
+
+
+def _repeat_bias_corrections(adam: DeepSpeedCPUAdam, steps: int) -> None:
+    """Bring DeepSpeed's CPU Adam to the powers of beta that it has after `steps` updates, by updates of nothing.
+
+    It multiplies them up from update to update. After a jump it takes the power itself, whose last bits differ.
+    """
+    (beta1, beta2), nothing = adam.param_groups[0]["betas"], [torch.zeros(1) for _ in range(4)]
+    for step in range(1, steps + 1):
+        adam.ds_opt_adam.adam_update(adam.opt_id, step, 0.0, beta1, beta2, 1.0, 0.0, True, *nothing)
 
 
 @torch.no_grad()
