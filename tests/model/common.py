@@ -8,6 +8,7 @@ from tostlm.model.mixers.gated_delta import GatedDeltaOptions
 from tostlm.model.mixers.softmax import SoftmaxOptions
 from tostlm.model.mixers.tssa import TSSAOptions
 from tostlm.model.mixers.tssa_cross import TSSACrossOptions
+from tostlm.model.mixers.window import WindowOptions
 
 TSSA, SOFTMAX = (TSSAOptions(),), (SoftmaxOptions(),)  # layer plans
 
@@ -58,6 +59,15 @@ SHAPES = {
         mlp="swiglu",
     ),
     "delta": ModelConfig(2, 24, 3, 40, positions=None, layers=(GatedDeltaOptions(),), layer_scale=0.5),
+    "window": ModelConfig(
+        2,
+        24,
+        3,
+        40,
+        positions=None,
+        layers=(WindowOptions(window_tokens=9, qk_norm=True, short_conv=3), TSSACrossOptions()),
+        layer_scale=0.5,
+    ),
     "softmax, modern": ModelConfig(
         2,
         24,

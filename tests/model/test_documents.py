@@ -77,7 +77,7 @@ def test_resets_nowhere_or_at_the_first_token_change_nothing(config: ModelConfig
 
 
 @shapes
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     cuts=st.sets(st.integers(1, CONTEXT - 1), max_size=5),
     resets=st.lists(st.sets(st.integers(0, CONTEXT - 1), max_size=5), min_size=2, max_size=2),

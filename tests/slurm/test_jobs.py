@@ -149,6 +149,7 @@ def test_a_range_of_nodes_uses_the_nodes_that_are_up(job: ClusterJob) -> None:
     assert max(job.run.metrics("train")) > resumed
 
 
+@pytest.mark.slow
 def test_a_bug_is_not_restarted_for_ever(job: ClusterJob, tmp_path: Path) -> None:
     broken = "import tostlm.data as d; d.Loader.batch = lambda *_: 1 / 0; from tostlm.main import main; main()"
     text = f'[ "$1" != train ] || exec python -c "{broken}" "$@"'
@@ -189,6 +190,7 @@ def test_a_chain_continues_across_time_limits(job: ClusterJob) -> None:
     assert [event["job"] for event in job.events("submitted")] == [first["job"], second["job"]]
 
 
+@pytest.mark.slow
 def test_with_until_done_each_job_queues_the_next(job: ClusterJob) -> None:
     job.submit(*SHORT, "--until-done")
     job.wait_for(lambda: len(job.events("started")) == 2 and len(job.events("submitted")) == 3)

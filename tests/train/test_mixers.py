@@ -19,6 +19,7 @@ MODELS = {
     "cross": [*CROSS, *BLOCK, "data.reset_at_documents=true"],
     "delta": ["model.layers=[{mixer: gated_delta}]", *BLOCK, "data.reset_at_documents=true"],
     "softmax": [*SOFTMAX, *BLOCK, "data.reset_at_documents=true"],
+    "window": ["model.layers=[{mixer: window, window_tokens: 20}]", *BLOCK, "data.reset_at_documents=true"],
     "carried": [*CROSS, *BLOCK, "data.stateful=true", "data.reset_at_documents=true"],
 }
 PARALLEL = "train.context_parallel_size=2"

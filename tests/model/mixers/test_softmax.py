@@ -1,7 +1,6 @@
 """Against the equations, token by token; rotary positions are relative."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,24 +9,31 @@ from torch import Tensor
 from tests.model.common import double
 from tostlm.model import ModelConfig
 from tostlm.model.mixers.softmax import SoftmaxAttention, SoftmaxOptions
+from tostlm.model.mixers.window import WindowOptions
+from tostlm.model.parts.attention import Attention, AttentionOptions
 from tostlm.model.parts.rotary import rotate
 from tostlm.model.positions import SequencePositions
 
 STRONGEST = SoftmaxOptions(rotary_base=100.0, qk_norm=True, short_conv=4, gate="output")
-OPTIONS = {
+OPTIONS: dict[str, AttentionOptions] = {
     "plain": SoftmaxOptions(),
     "rotary": SoftmaxOptions(rotary_base=100.0),
     "normalized": SoftmaxOptions(qk_norm=True),
     "convolved": SoftmaxOptions(short_conv=2),
     "gated": SoftmaxOptions(gate="output"),
     "strongest": STRONGEST,
+    "window": WindowOptions(window_tokens=5),
+    "window of the strongest": WindowOptions(
+        window_tokens=7, rotary_base=100.0, qk_norm=True, short_conv=4, gate="output"
+    ),
+    "window beyond the context": WindowOptions(window_tokens=50),
 }
 H, D, T = 3, 8, 30
 
 
-def mixer_of(options: SoftmaxOptions) -> SoftmaxAttention:
+def mixer_of(options: AttentionOptions) -> Attention:
     mixer = double(ModelConfig(1, H * D, H, 40, positions=None, layers=(options,))).blocks[0].mixer
-    assert isinstance(mixer, SoftmaxAttention)
+    assert isinstance(mixer, Attention)
     return mixer
 
 
@@ -39,7 +45,7 @@ def turned(x: Tensor, position: int, base: float) -> Tensor:
     return torch.cat([out.real, out.imag])
 
 
-def by_token(mixer: SoftmaxAttention, x: Tensor, starts: Tensor) -> Tensor:
+def by_token(mixer: Attention, x: Tensor, starts: Tensor) -> Tensor:
     options = mixer.options
     rows = []
     for sequence, begins in zip(x, starts, strict=True):
@@ -53,8 +59,8 @@ def by_token(mixer: SoftmaxAttention, x: Tensor, starts: Tensor) -> Tensor:
             inputs.append(mixer.in_proj.weight @ token)
             qkv = inputs[-1]
             if mixer.conv is not None:
-                near = inputs[::-1][: options.short_conv]
-                qkv = sum(mixer.conv.weight[:, -1 - back] * near[back] for back in range(len(near)))
+                last = inputs[::-1][: options.short_conv]
+                qkv = sum(mixer.conv.weight[:, -1 - back] * last[back] for back in range(len(last)))
             q, k, v = qkv.view(3, H, D)
             if mixer.qk_scale is not None:
                 q, k = (z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() for z in (q, k))
@@ -63,10 +69,11 @@ def by_token(mixer: SoftmaxAttention, x: Tensor, starts: Tensor) -> Tensor:
                 q, k = (torch.stack([turned(head, len(keys), options.rotary_base) for head in z]) for z in (q, k))
             keys.append(k)
             values.append(v)
+            near = slice(-getattr(options, "window_tokens", T), None)
             heads = []
             for h in range(H):
-                scores = torch.stack([q[h] @ key[h] for key in keys]) / D**0.5
-                heads.append(sum(p * value[h] for p, value in zip(scores.softmax(0), values, strict=True)))
+                scores = torch.stack([q[h] @ key[h] for key in keys[near]]) / D**0.5
+                heads.append(sum(p * value[h] for p, value in zip(scores.softmax(0), values[near], strict=True)))
             y = torch.cat(heads)
             if mixer.gate_proj is not None:
                 y = y * torch.sigmoid(mixer.gate_proj.weight @ token)
@@ -76,7 +83,7 @@ def by_token(mixer: SoftmaxAttention, x: Tensor, starts: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_equals_the_equations(options: SoftmaxOptions) -> None:
+def test_equals_the_equations(options: AttentionOptions) -> None:
     mixer = mixer_of(options)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, T, H * D, generator=generator, dtype=torch.float64).requires_grad_()
@@ -109,11 +116,13 @@ def test_rotary_positions_are_relative_however_far() -> None:
     ("options", "width", "said"),
     [
         ({"rotary_base": 1.0}, 24, "rotary_base 1.0 must be above 1"),
+        ({"window_tokens": 1}, 24, "window_tokens 1 must be 2 or more"),
         ({"short_conv": 9}, 24, "short_conv 9 must be from 0 to 8 taps"),
         ({"rotary_base": 100.0}, 9, "heads of 3 channels cannot have rotary positions; their number must be even"),
     ],
 )
 def test_impossible_options(options: dict[str, float], width: int, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        config = ModelConfig(1, width, 3, 40, None, (replace(SoftmaxOptions(), **options),))
+        kind = WindowOptions if "window_tokens" in options else SoftmaxOptions
+        config = ModelConfig(1, width, 3, 40, None, (kind(**options),))
         mixer_of(config.layers[0]) if width == 24 else SoftmaxAttention(config, config.layers[0])

@@ -47,6 +47,8 @@ class Mixer(nn.Module):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        if "options_class" not in cls.__dict__:
+            return  # a base of mixers
         name = cls.options_class.mixer
         taken = MIXERS.get(name)
         if not name or (taken is not None and (taken.__module__, taken.__name__) != (cls.__module__, cls.__name__)):

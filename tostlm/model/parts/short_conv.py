@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tostlm.model.parts.neighbours import neighbours
 from tostlm.model.positions import SequencePositions
-from tostlm.parallel import all_gather
 
 MAX_TAPS = 8
 
@@ -45,7 +45,7 @@ class ShortConv(nn.Module):
             wider, which holds narrower numbers exactly.
         """
         T = x.shape[1]
-        before, after = self._neighbours(x, tail, positions)
+        before, after = neighbours(x, tail, self.taps - 1, positions)
         padded = torch.cat([before.to(x.dtype), x], 1)  # [B, W - 1 + T, K]
         weight = self.weight.to(x.dtype)
         y = x * weight[:, -1]
@@ -55,24 +55,6 @@ class ShortConv(nn.Module):
                 term = term * (positions.positions >= back)[..., None]
             y = y + term
         return F.silu(y) if self.silu else y, after
-
-    def _neighbours(self, x: Tensor, tail: Tensor | None, positions: SequencePositions) -> tuple[Tensor, Tensor]:
-        """Return the W - 1 tokens before this rank's, and the last W - 1 of all ranks'."""
-        B, T, K = x.shape
-        kept, wide = self.taps - 1, torch.promote_types(x.dtype, torch.float32)
-        if tail is None:
-            tail = x.new_zeros(B, kept, K, dtype=wide)
-        ends = x[:, max(0, T - kept) :].to(wide)  # [B, min(T, W - 1), K]
-        if positions.group is None:
-            return tail, self._last(torch.cat([tail, ends], 1))
-        # Cut out of one tensor, each rank's neighbours depend on every rank's tokens: so every rank calls the backward
-        # pass of the gather, the first rank too.
-        everything = torch.cat([tail, all_gather(ends, positions.group).movedim(0, 1).flatten(1, 2)], 1)
-        own = kept + positions.group.rank() * ends.shape[1]
-        return everything[:, own - kept : own], self._last(everything)
-
-    def _last(self, x: Tensor) -> Tensor:
-        return x[:, x.shape[1] - (self.taps - 1) :].clone()  # a view would keep all of x alive
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
