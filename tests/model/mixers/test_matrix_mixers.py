@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,11 +10,11 @@ import torch
 from torch import Tensor
 
 from tests.model.common import double, tokens_of
+from tests.model.mixers.common import assert_equals_slow_form
 from tostlm.model import ModelConfig, create_lm
 from tostlm.model.mixers.gated_delta import GatedDeltaOptions
 from tostlm.model.mixers.tssa_cross import TSSACrossOptions
 from tostlm.model.parts.keys_queries_values import MatrixMixerOptions
-from tostlm.model.positions import SequencePositions
 
 Update = Callable[[Tensor, float | Tensor, Tensor, Tensor, Tensor], Tensor]  # of S, a, b, k and v
 
@@ -37,6 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 mixers = pytest.mark.parametrize("kind", MIXERS, ids=lambda kind: kind.mixer)
 T = 150  # two chunks and a ragged one
+STARTS = ([5, 6, 80], [130])
 
 
 def mixer_of(options: MatrixMixerOptions) -> Any:
@@ -90,20 +92,7 @@ def by_token(mixer: Any, update: Update, x: Tensor, starts: Tensor) -> Tensor:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_equals_the_equations(kind: type[MatrixMixerOptions], options: dict[str, Any]) -> None:
     mixer = mixer_of(kind(**options))
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, T, 24, generator=generator, dtype=torch.float64).requires_grad_()
-    starts = torch.zeros(2, T, dtype=torch.bool)
-    starts[0, [5, 6, 80]] = starts[1, 130] = True
-    positions = SequencePositions.build(torch.zeros(2, T, dtype=torch.long), 0, None, starts, False)
-    y, _ = mixer(x, positions, None)
-    expected = by_token(mixer, MIXERS[kind], x, starts)
-    wanted = torch.randn(y.shape, generator=generator, dtype=torch.float64)
-    leaves = [x, *mixer.parameters()]
-    torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-10)
-    for found, exact in zip(
-        torch.autograd.grad(y, leaves, wanted), torch.autograd.grad(expected, leaves, wanted), strict=True
-    ):
-        torch.testing.assert_close(found, exact, rtol=1e-8, atol=1e-9)
+    assert_equals_slow_form(mixer, partial(by_token, mixer, MIXERS[kind]), T, STARTS)
 
 
 @mixers

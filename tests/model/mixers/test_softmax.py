@@ -1,18 +1,19 @@
 """Against the equations, token by token; rotary positions are relative."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.model.common import double
+from tests.model.mixers.common import assert_equals_slow_form
 from tostlm.model import ModelConfig
 from tostlm.model.mixers.softmax import SoftmaxAttention, SoftmaxOptions
 from tostlm.model.mixers.window import WindowOptions
 from tostlm.model.parts.attention import Attention, AttentionOptions
 from tostlm.model.parts.rotary import rotate
-from tostlm.model.positions import SequencePositions
 
 STRONGEST = SoftmaxOptions(rotary_base=100.0, qk_norm=True, short_conv=4, gate="output")
 OPTIONS: dict[str, AttentionOptions] = {
@@ -85,20 +86,7 @@ def by_token(mixer: Attention, x: Tensor, starts: Tensor) -> Tensor:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_equals_the_equations(options: AttentionOptions) -> None:
     mixer = mixer_of(options)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, T, H * D, generator=generator, dtype=torch.float64).requires_grad_()
-    starts = torch.zeros(2, T, dtype=torch.bool)
-    starts[0, [5, 6, 20]] = starts[1, 17] = True
-    positions = SequencePositions.build(torch.zeros(2, T, dtype=torch.long), 0, None, starts, True)
-    y, _ = mixer(x, positions, None)
-    expected = by_token(mixer, x, starts)
-    wanted = torch.randn(y.shape, generator=generator, dtype=torch.float64)
-    leaves = [x, *mixer.parameters()]
-    torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-10)
-    for found, exact in zip(
-        torch.autograd.grad(y, leaves, wanted), torch.autograd.grad(expected, leaves, wanted), strict=True
-    ):
-        torch.testing.assert_close(found, exact, rtol=1e-8, atol=1e-9)
+    assert_equals_slow_form(mixer, partial(by_token, mixer), T, ([5, 6, 20], [17]))
 
 
 def test_rotary_positions_are_relative_however_far() -> None:

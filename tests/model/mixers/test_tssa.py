@@ -1,5 +1,6 @@
 """TSSA's options against their equations, token by token; without them it is the operator."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -7,12 +8,14 @@ import torch
 from torch import Tensor
 
 from tests.model.common import double, tokens_of
+from tests.model.mixers.common import assert_equals_slow_form, draw
 from tostlm.model import ModelConfig, create_lm
 from tostlm.model.mixers.tssa import TSSA, TSSAOptions, TSSAState
 from tostlm.model.positions import SequencePositions
 from tostlm.tssa import Inputs, tssa_reference
 
 H, D, T = 3, 4, 150
+STARTS = ([5, 6, 80], [130])
 OPTIONS: dict[str, dict[str, Any]] = {
     "selective": {"forgetting": "selective", "halflife_tokens": (2.0, 64.0)},
     "convolved": {"short_conv": 4},
@@ -34,14 +37,6 @@ def mixer_of(positions: int | None = None, **options: Any) -> TSSA:
     mixer = double(config).blocks[0].mixer
     assert isinstance(mixer, TSSA)
     return mixer
-
-
-def draw() -> tuple[Tensor, SequencePositions, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, T, H * D, generator=generator, dtype=torch.float64).requires_grad_()
-    starts = torch.zeros(2, T, dtype=torch.bool)
-    starts[0, [5, 6, 80]] = starts[1, 130] = True
-    return x, SequencePositions.build(torch.zeros(2, T, dtype=torch.long), 0, None, starts, False), starts
 
 
 def by_token(mixer: TSSA, x: Tensor, starts: Tensor) -> Tensor:
@@ -88,21 +83,12 @@ def by_token(mixer: TSSA, x: Tensor, starts: Tensor) -> Tensor:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_equals_the_equations(options: dict[str, Any]) -> None:
     mixer = mixer_of(**options)
-    x, positions, starts = draw()
-    y, _ = mixer(x, positions, None)
-    expected = by_token(mixer, x, starts)
-    wanted = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    leaves = [x, *mixer.parameters()]
-    torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-10)
-    for found, exact in zip(
-        torch.autograd.grad(y, leaves, wanted), torch.autograd.grad(expected, leaves, wanted), strict=True
-    ):
-        torch.testing.assert_close(found, exact, rtol=1e-7, atol=1e-8)
+    assert_equals_slow_form(mixer, partial(by_token, mixer), T, STARTS)
 
 
 def test_without_options_it_is_the_operator() -> None:
     mixer = mixer_of(positions=T)
-    x, positions, starts = draw()
+    x, starts, positions = draw(T, H * D, STARTS)
     y, state = mixer(x, positions, None)
     bias = mixer.bias[positions.positions]
     expected, after = tssa_reference(Inputs(mixer.in_proj(x), mixer.temp, bias, None, starts))
@@ -121,7 +107,7 @@ def test_the_way_around_the_operator_gives_the_same() -> None:
     assert missing.missing_keys == ["conv.weight"]
     with torch.no_grad():
         around.conv.weight.fill_(1.0)
-    x, positions, _ = draw()
+    x, _, positions = draw(T, H * D, STARTS)
     for found, expected in zip(around(x, positions, None)[1][:3], through(x, positions, None)[1][:3], strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
     torch.testing.assert_close(around(x, positions, None)[0], through(x, positions, None)[0], rtol=1e-7, atol=1e-9)
