@@ -24,6 +24,11 @@ sys.exit(run_local([], 2))
 """
 STUCK = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 KILLED = "time.sleep(0.5); os.kill(os.getpid(), signal.SIGKILL)"
+MET = """
+open("here-" + os.environ["RANK"], "w")
+while not (os.path.exists("here-0") and os.path.exists("here-1")):
+    time.sleep(0.001)
+"""
 SAVES = """
 def save(number, frame):
     time.sleep(3)
@@ -112,7 +117,7 @@ def test_ranks_without_a_handler_end_with_the_requeue_code(launched: Callable[[s
         (("", ""), 0, ""),
         (("sys.exit(75)", "time.sleep(3); sys.exit(75)"), EXIT_REQUEUE, ""),
         (("sys.exit(2)", STUCK), 2, ""),
-        (("sys.exit(1)", "sys.exit(2)"), 2, ""),
+        ((f"{MET}sys.exit(1)", f"{MET}sys.exit(2)"), 2, ""),
         (("sys.exit(76)", "sys.exit(1)"), 1, ""),
         (("sys.exit(76)", STUCK), EXIT_LOST_RANK, ""),
         (
@@ -121,7 +126,7 @@ def test_ranks_without_a_handler_end_with_the_requeue_code(launched: Callable[[s
             "tostlm: rank 0 lost another rank while the run started; run the same command to continue\n",
         ),
         (
-            (KILLED, "time.sleep(0.5); sys.exit(77)"),
+            (f"{MET}{KILLED}", f"{MET}time.sleep(0.5); sys.exit(77)"),
             EXIT_LOST_RANK,
             "tostlm: rank 0 was ended by signal 9; run the same command to continue\n",
         ),
@@ -136,8 +141,10 @@ def test_the_exit_code_of_the_run(
     bodies: tuple[str, str],
     code: int,
     stderr: str,
+    tmp_path: Path,
 ) -> None:
     handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "executable", stub(*bodies))
     start = time.monotonic()
     assert run_local([], 2) == code
