@@ -12,7 +12,7 @@ from tostlm.model import LM
 from tostlm.model.block import Block
 from tostlm.model.mixers.softmax import SoftmaxAttention, SoftmaxOptions
 
-ACTIVATIONS = {"gelu": "gelu", "relu2": "relu2"}  # transformers' names
+ACTIVATIONS = ("gelu", "relu2")  # transformers has them under the same names
 
 
 def is_gpt2(lm: LM) -> bool:
@@ -36,7 +36,7 @@ def to_gpt2(lm: LM, eos_id: int) -> GPT2LMHeadModel:
         n_layer=lm.config.depth,
         n_head=lm.config.heads,
         n_inner=lm.config.mlp_channels,
-        activation_function=ACTIVATIONS[lm.config.mlp],
+        activation_function=lm.config.mlp,
         layer_norm_epsilon=lm.norm.eps,
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
         bos_token_id=eos_id,

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from tostlm.model.config import ModelConfig
 from tostlm.model.mixers.base import Mixer
 from tostlm.model.parts.forgetting import Forgetting, ForgettingOptions
+from tostlm.model.parts.matrix_state import ChunkDecays
 from tostlm.model.parts.running_sums import running_sums
 from tostlm.model.parts.short_conv import ShortConv, check_taps
 from tostlm.model.positions import SequencePositions
@@ -109,11 +110,12 @@ class TSSA(Mixer):
         H, wide = self.config.heads, torch.promote_types(w.dtype, torch.float32)
         w, read = (z.to(wide).unflatten(-1, (H, -1)) for z in (w, read))  # [B, T, H, D]
         square, D = w.square(), w.shape[-1]
+        decays = ChunkDecays.build(log_decays, positions, *w.shape[:2])
         counts = before.remembered.shape[1] > 0
         own, first = square, before.energy.unflatten(-1, (H, D))
         if counts:
             own, first = F.pad(own, (0, 1), value=1.0), torch.cat([first, before.remembered[..., None]], -1)
-        energy, energy_after = running_sums(own, log_decays, positions, first)
+        energy, energy_after = running_sums(own, decays, positions, first)
         if counts:
             count, energy = energy[..., D], energy[..., :D]
             share = count * square.sum(-1) / energy.sum(-1).clamp_min(EPS)  # 1 on average over what is remembered
@@ -124,7 +126,7 @@ class TSSA(Mixer):
             n = n + D * positions.lookup(self.bias)
         Pi = torch.softmax(self.temp * n, -1)[..., None]  # [B, T, H, 1]
         first = torch.cat([before.weighted.unflatten(-1, (H, D)), before.mass[..., None]], -1)
-        sums, sums_after = running_sums(torch.cat([Pi * square, Pi], -1), log_decays, positions, first)
+        sums, sums_after = running_sums(torch.cat([Pi * square, Pi], -1), decays, positions, first)
         mass = sums[..., D:] + EPS_MASS
         y = -read * Pi * mass / (mass + sums[..., :D])
         remembered = energy_after[..., D] if counts else before.remembered

@@ -82,7 +82,7 @@ class Attention(Mixer):
             q, k = (F.rms_norm(x.to(wide), x.shape[-1:], eps=RMS_EPS) for x in (q, k))
             q, k = (q * self.qk_scale.to(wide)[:, None, None]).to(narrow), k.to(narrow)
         if self.options.rotary_base is not None:
-            q, k = (rotate(x, positions.positions, self.options.rotary_base) for x in (q, k))
+            q, k = rotate(torch.stack([q, k]), positions.positions, self.options.rotary_base)
         return q, k
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
-    """Return x [B, H, T, D] turned by its tokens' positions [T] or [B, T]; D is even.
+    """Return x [..., B, H, T, D] turned by its tokens' positions [T] or [B, T]; D is even.
 
     Channel i of the first half and of the second turn by position base^(-2i / D). Angles are taken in float64, as
     those of far positions in fp32 would be off by whole degrees.

@@ -14,16 +14,15 @@ from tostlm.model.parts.matrix_state import ChunkDecays, carry, chunked
 from tostlm.model.positions import SequencePositions
 
 
-def running_sums(v: Tensor, log_decays: Tensor, positions: SequencePositions, state: Tensor) -> tuple[Tensor, Tensor]:
+def running_sums(v: Tensor, decays: ChunkDecays, positions: SequencePositions, state: Tensor) -> tuple[Tensor, Tensor]:
     """Return x [B, T, H, K], each token's own v included, and x after the last token of all ranks [B, H, K] in float64.
 
     Args:
         v: [B, T, H, K].
-        log_decays: [B, T, H] or [1, 1, H], logs of a_t. A document's first token forgets everything before it.
+        decays: of a_t, as `ChunkDecays.build` makes them for these tokens.
         state: [B, H, K] float64, x before the first token of the call.
     """
-    B, T = v.shape[:2]
-    decays = ChunkDecays.build(log_decays, positions, B, T)
+    T = v.shape[1]
     v = chunked(v, decays.length)  # [B, N, H, L, K]
     added = (decays.to_end[..., None, :] @ v).double()  # [B, N, H, 1, K], by each chunk
     kept = decays.whole.double()[..., None, None]
