@@ -1,0 +1,64 @@
+"""A base of mixers with a matrix of memory in each head, which differ in how they write it.
+
+Shapes: B sequences, T tokens, C channels = H heads x D.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from tostlm.model.config import ModelConfig
+from tostlm.model.mixers.base import Mixer, MixerState
+from tostlm.model.parts.gated_output import GatedOutput
+from tostlm.model.parts.keys_queries_values import KeysQueriesValues, MatrixMixerOptions, ReadsAndWrites
+from tostlm.model.positions import SequencePositions
+from tostlm.shapes import Float
+
+
+class MatrixMixer(Mixer):
+    """Keys, queries and values of the tokens, a memory of them, and what is read of it, normalized and gated.
+
+    A state has two fields: the memory [B, H, D, D], and the tail of the convolution as `KeysQueriesValues` has it.
+    """
+
+    constant_state = True
+    context_parallel = "sequence"
+    no_weight_decay = frozenset({"memory.conv.weight"})
+
+    def __init__(self, config: ModelConfig, options: MatrixMixerOptions) -> None:
+        super().__init__(config, options)
+        self.memory = KeysQueriesValues(config, options)
+        self.output = GatedOutput(config, gated=options.gate == "output")
+
+    def forward(
+        self, x: Float[Tensor, "B T C"], positions: SequencePositions, state: MixerState | None
+    ) -> tuple[Float[Tensor, "B T C"], MixerState]:
+        before, tail = (None, None) if state is None else state
+        tokens, tail = self.memory(x, tail, positions)
+        with torch.autocast(x.device.type, enabled=False):
+            y, after = self.remember(tokens, positions, before)
+        return self.output(y, x), self.state_class(after, tail)
+
+    @abstractmethod
+    def remember(
+        self, tokens: ReadsAndWrites, positions: SequencePositions, memory: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the tokens read [B, T, H, D], and the memory after them, from the one before; None is empty."""
+
+    @abstractmethod
+    def memory_flops(self, context: int) -> float:
+        """Return the floating-point operations of `remember` per token, on average over `context` tokens."""
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        self.memory.reset_parameters(generator)
+        self.output.reset_parameters(generator)
+
+    def flops_per_token(self, context: int) -> float:
+        return self.memory.flops_per_token() + self.output.flops_per_token() + self.memory_flops(context)
+
+    def state_bytes(self, context: int) -> int:
+        C, D = self.config.width, self.config.width // self.config.heads
+        return 4 * C * D + self.memory.tail_bytes()
