@@ -1,5 +1,6 @@
 """Configs are strict, and every mistake is one line with the way out."""
 
+import dataclasses
 from pathlib import Path
 from typing import get_args
 
@@ -11,6 +12,8 @@ from tostlm.config import RunConfig, batch_plan, dump_config, fixed_keys, load_c
 from tostlm.config.sections import OnResume, Section
 from tostlm.errors import UserError
 from tostlm.model import MIXERS, count_parameters
+from tostlm.model.mixers.softmax import SoftmaxOptions
+from tostlm.model.mixers.tssa import TSSAOptions
 from tostlm.train.engine import deepspeed_dict
 
 NAMES = ", ".join(sorted(MIXERS))
@@ -89,6 +92,11 @@ def test_overrides_make_missing_parents(run: Run) -> None:
     ("override", "words"),
     [
         ("model.widht=3", "model.widht is an unknown key; the nearest is model.width"),
+        ("model.recip=modern", "model.recip is an unknown key; the nearest is model.recipe"),
+        ("model.recipe=modem", "model.recipe 'modem' is not known; use paper or modern"),
+        ("model.value_residual=true", "model.value_residual: the first layer's mixer, tssa, has no values"),
+        ("model.logit_softcap=0", "model: logit_softcap 0.0 must be positive"),
+        ("model.z_loss=-1", "model: z_loss -1.0 must be 0 or more"),
         ("optimiser.lr=1", "optimiser is an unknown key; the nearest is optimizer"),
         ("data.context=1", "data.context is an unknown key; the nearest is data.context_tokens"),
         ("train.steps=010", "train.steps='010': input should be a valid integer"),
@@ -347,3 +355,20 @@ def test_the_keys_that_a_resumed_run_must_keep(run: Run) -> None:
         *("data.reset_at_documents", "data.within_documents", "data.stateful"),
         *("data.curriculum.0.until_step", "data.curriculum.0.context_tokens", "train.batch_tokens"),
     ]
+
+
+def test_a_recipe_sets_what_the_config_leaves_out(run: Run) -> None:
+    layers = "model.layers=[{mixer: tssa}, {mixer: softmax}, {mixer: softmax, rotary_base: null}]"
+    paper, modern = (run.config(f"model.recipe={name}", layers).model for name in ("paper", "modern"))
+    assert paper == run.config(layers).model
+    assert (modern.norm, modern.mlp, modern.embed_norm, modern.output_init) == ("rmsnorm", "relu2", True, "zero")
+    assert modern.layers == (
+        TSSAOptions(),
+        SoftmaxOptions(qk_norm=True, rotary_base=10_000.0),
+        SoftmaxOptions(qk_norm=True, rotary_base=None),
+    )
+    mixed = run.config("model.recipe=modern", "model.mlp=swiglu", layers).model
+    assert mixed == dataclasses.replace(modern, mlp="swiglu")
+    reread = yaml.safe_load(dump_config(run.config("model.recipe=modern")))
+    assert "recipe" not in reread["model"]
+    assert reread["model"]["norm"] == "rmsnorm"

@@ -210,6 +210,10 @@ def test_every_parameter_of_gpt2_is_carried_over(trained: dict[str, Run], export
         ({"mlp": "relu2", "mlp_width": 80, "layer_scale": None, "output_init": "zero"}, "GPT2LMHeadModel"),
         ({"norm": "rmsnorm"}, "TostForCausalLM"),
         ({"embed_norm": True}, "TostForCausalLM"),
+        ({"tie_embeddings": False, "z_loss": 1e-4}, "GPT2LMHeadModel"),
+        ({"logit_softcap": 0.1}, "TostForCausalLM"),
+        ({"value_residual": True}, "TostForCausalLM"),
+        ({"embed_skip": True}, "TostForCausalLM"),
         ({"mlp": "swiglu"}, "TostForCausalLM"),
         ({"layers": (TSSACrossOptions(),), "positions": None, "norm": "rmsnorm", "mlp": "swiglu"}, "TostForCausalLM"),
     ],
@@ -221,6 +225,8 @@ def test_a_model_is_gpt2_where_gpt2s_class_can_hold_it(
     """The export itself compares the logits."""
     checkpoint = load_checkpoint(trained["softmax"].dir)
     lm = create_lm(dataclasses.replace(checkpoint.config.model, **switches), 0).eval()
+    for parameter in lm.requires_grad_(False).parameters():  # what starts at zero matters too
+        parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     export_hf(checkpoint._replace(lm=lm), tmp_path / "hf")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     assert type(model).__name__ == kind

@@ -57,6 +57,9 @@ SHAPES = {
         norm="rmsnorm",
         embed_norm=True,
         mlp="swiglu",
+        logit_softcap=5.0,
+        value_residual=True,
+        embed_skip=True,
     ),
     "delta": ModelConfig(2, 24, 3, 40, positions=None, layers=(GatedDeltaOptions(),), layer_scale=0.5),
     "window": ModelConfig(
@@ -67,6 +70,7 @@ SHAPES = {
         positions=None,
         layers=(WindowOptions(window_tokens=9, qk_norm=True, short_conv=3), TSSACrossOptions()),
         layer_scale=0.5,
+        value_residual=True,
     ),
     "softmax, modern": ModelConfig(
         2,
@@ -77,7 +81,9 @@ SHAPES = {
         layers=(SoftmaxOptions(rotary_base=100.0, qk_norm=True, short_conv=3, gate="output"),),
         layer_scale=0.5,
     ),
-    "hybrid": ModelConfig(3, 24, 3, 40, positions=64, layers=TSSA + SOFTMAX, layer_scale=0.5),
+    "hybrid": ModelConfig(
+        3, 24, 3, 40, positions=64, layers=SOFTMAX + TSSA, layer_scale=0.5, value_residual=True, embed_skip=True
+    ),
 }
 shapes = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
 

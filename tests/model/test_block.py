@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from tests.model.common import SHAPES, double, tokens_of
 from tostlm.model import count_parameters, create_lm, training_flops_per_token
+from tostlm.model.positions import SequencePositions
 
 CONFIG = replace(SHAPES["tost"], width=48, layer_scale=None)
 X = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -65,3 +66,30 @@ def test_without_a_gain_a_branch_counts_in_full() -> None:
     torch.testing.assert_close(with_gain(tokens)[0], without(tokens)[0])
     gains = {name for name, _ in with_gain.named_parameters()} - {name for name, _ in without.named_parameters()}
     assert gains == {f"blocks.{n}.scale_{branch}" for n in (0, 1) for branch in ("mixer", "mlp")}
+
+
+def test_later_blocks_mix_in_the_embedding_and_the_first_values() -> None:
+    """The third block adds the first's values to its own; TSSA, between them, has none."""
+    config = replace(SHAPES["hybrid"], embed_norm=True)
+    lm: Any = double(config)
+    plain: Any = double(replace(config, value_residual=False, embed_skip=False))
+    plain.load_state_dict({name: p for name, p in lm.state_dict().items() if name in plain.state_dict()})
+    tokens = tokens_of(config, 2, 30)
+    x = bottom = lm.embed_norm(lm.embed(tokens) + lm.positions.weight[:30])
+    first = F.linear(lm.blocks[0].norm_mixer(x), lm.blocks[0].mixer.in_proj.weight[48:])
+    positions = SequencePositions.build(tokens, 0, None, None, True)
+    for block, alone in zip(lm.blocks, plain.blocks, strict=True):
+        if block.skip is not None:
+            x = block.skip[0] * x + block.skip[1] * bottom
+        normed = block.norm_mixer(x)
+        y = alone.mixer(normed, positions, None)[0]
+        if block.values_gain is not None:
+            q, k, v = block.mixer.in_proj(normed).split(24, -1)
+            heads = [z.unflatten(-1, (3, 8)).transpose(1, 2) for z in (q, k, v + block.values_gain * first)]
+            read = F.scaled_dot_product_attention(*heads, is_causal=True)
+            y = block.mixer.out_proj(read.transpose(1, 2).flatten(2))
+        x = x + block.scale_mixer * y
+        x = x + block.scale_mlp * block.mlp(block.norm_mlp(x))
+    torch.testing.assert_close(lm(tokens)[0], lm.norm(x) @ lm.embed.weight.t())
+    assert [block.skip is None for block in lm.blocks] == [True, False, False]
+    assert [block.values_gain is None for block in lm.blocks] == [True, True, False]

@@ -1,6 +1,7 @@
 """One forward for every use: a context read at once, in pieces or token by token gives the same logits."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import jaxtyping
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from tests.model.common import SHAPES, SOFTMAX, TSSA, shapes, tokens_of
+from tests.model.common import SHAPES, SOFTMAX, TSSA, double, shapes, tokens_of
 from tostlm.model import IGNORE, LM, MixerOptions, ModelConfig, count_parameters, create_lm, training_flops_per_token
 
 
@@ -72,6 +73,31 @@ def test_loss_is_the_cross_entropy_of_the_logits(config: ModelConfig, monkeypatc
         torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True
     ):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_softcap_and_z_loss_are_their_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tostlm.model.loss.CHUNK_LOGITS", 7 * 40)
+    config = replace(SHAPES["tost"], logit_softcap=0.3, z_loss=0.1)
+    lm, tokens, targets = double(config), tokens_of(config, 2, 30), tokens_of(config, 2, 30, seed=1)
+    targets[0, :11] = IGNORE
+    raw = lm.hidden(tokens)[0] @ lm.embed.weight.t()
+    logits = 0.3 * torch.tanh(raw / 0.3)
+    entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+    z = logits.logsumexp(-1)[targets != IGNORE].square().mean()
+    torch.testing.assert_close(lm(tokens)[0], logits)
+    expected, (loss, _) = entropy + 0.1 * z, lm(tokens, targets=targets)
+    torch.testing.assert_close(loss, expected)
+    gradients = (torch.autograd.grad(result, list(lm.parameters())) for result in (loss, expected))
+    for found, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(lm.eval()(tokens, targets=targets)[0], entropy)  # perplexity has no z-loss
+
+
+def test_an_untied_output_projection_starts_at_zero() -> None:
+    config = replace(SHAPES["tost"], tie_embeddings=False)
+    lm, tokens = create_lm(config, 0), tokens_of(config, 2, 30)
+    assert (lm(tokens)[0] == 0).all()
+    assert count_parameters(config) - count_parameters(SHAPES["tost"]) == config.vocab_size * config.width
 
 
 def test_targets_may_be_of_the_last_tokens_alone() -> None:

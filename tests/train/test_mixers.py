@@ -12,13 +12,15 @@ from tostlm.checkpoint import checkpoints
 CROSS = ["model.layers=[{mixer: tssa_cross}]"]
 SOFTMAX = ["model.layers=[{mixer: softmax, rotary_base: 100, qk_norm: true, short_conv: 4, gate: output}]"]
 BLOCK = ["model.norm=rmsnorm", "model.embed_norm=true", "model.mlp=swiglu", "model.mlp_width=48"]
-BLOCK += ["model.layer_scale=null", "model.output_init=zero"]
+BLOCK += ["model.layer_scale=null", "model.output_init=zero", "model.embed_skip=true", "model.z_loss=1e-4"]
+BLOCK += ["model.tie_embeddings=false", "model.logit_softcap=20"]
+VALUES = "model.value_residual=true"
 TSSA = "{mixer: tssa, forgetting: selective, short_conv: 4, query: own, membership: scale_free, gate: output}"
 MODELS = {
     "tssa": [f"model.layers=[{TSSA}]", *BLOCK, "data.stateful=true", "data.reset_at_documents=true"],
-    "cross": [*CROSS, *BLOCK, "data.reset_at_documents=true"],
+    "cross": [*CROSS, *BLOCK, VALUES, "data.reset_at_documents=true"],
     "delta": ["model.layers=[{mixer: gated_delta}]", *BLOCK, "data.reset_at_documents=true"],
-    "softmax": [*SOFTMAX, *BLOCK, "data.reset_at_documents=true"],
+    "softmax": [*SOFTMAX, *BLOCK, VALUES, "data.reset_at_documents=true"],
     "window": ["model.layers=[{mixer: window, window_tokens: 20}]", *BLOCK, "data.reset_at_documents=true"],
     "carried": [*CROSS, *BLOCK, "data.stateful=true", "data.reset_at_documents=true"],
 }

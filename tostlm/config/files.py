@@ -14,6 +14,7 @@ import pydantic
 import yaml
 
 from tostlm.config.deepspeed_block import nearest
+from tostlm.config.recipes import expand_recipe
 from tostlm.config.sections import RunConfig
 from tostlm.errors import UserError
 from tostlm.model import MIXERS
@@ -101,6 +102,8 @@ def _index(node: list[Any], key: str, override: str) -> int:
 
 
 def _validate(raw: dict[str, Any], name: str) -> RunConfig:
+    if "model" in raw:
+        raw = raw | {"model": expand_recipe(raw["model"], name)}
     try:
         content = json.dumps(raw, default=str)
     except ValueError:
@@ -122,7 +125,7 @@ def _explain(problem: Any) -> str:
     name = ".".join(part for part in location if isinstance(part, str))  # without indices of lists
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] in _UNKNOWN_KEY:
-        return f"{key} is an unknown key{nearest(name, _keys())}"
+        return f"{key} is an unknown key{nearest(name, (*_keys(), 'model.recipe'))}"
     if problem["type"].startswith("missing") and isinstance(location[-1], int):
         return f"{key.rpartition('.')[0]} needs {location[-1] + 1} values or more"
     if problem["type"] == "union_tag_invalid":

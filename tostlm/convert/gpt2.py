@@ -19,8 +19,9 @@ def is_gpt2(lm: LM) -> bool:
     """Return whether GPT2LMHeadModel holds the model: plain softmax in every layer, learned positions, LayerNorm."""
     config = lm.config
     softmax = all(options == SoftmaxOptions() for options in config.layer_plan)
-    plain = config.norm == "layernorm" and not config.embed_norm and config.mlp in ACTIVATIONS
-    return softmax and plain and config.positions is not None
+    plain = config.norm == "layernorm" and config.mlp in ACTIVATIONS and config.logit_softcap is None
+    skips = config.embed_norm or config.value_residual or config.embed_skip
+    return softmax and plain and not skips and config.positions is not None
 
 
 def to_gpt2(lm: LM, eos_id: int) -> GPT2LMHeadModel:
@@ -38,6 +39,7 @@ def to_gpt2(lm: LM, eos_id: int) -> GPT2LMHeadModel:
         n_inner=lm.config.mlp_channels,
         activation_function=lm.config.mlp,
         layer_norm_epsilon=lm.norm.eps,
+        tie_word_embeddings=lm.config.tie_embeddings,
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
         bos_token_id=eos_id,
         eos_token_id=eos_id,
@@ -50,6 +52,8 @@ def to_gpt2(lm: LM, eos_id: int) -> GPT2LMHeadModel:
         weights |= {f"h.{layer}.{name}": value for name, value in _block(block).items()}
     state = {name: torch.zeros_like(value) for name, value in model.transformer.state_dict().items()}
     model.transformer.load_state_dict(state | weights)
+    if lm.head is not None:
+        model.lm_head.weight = nn.Parameter(lm.head.weight)
     return model.eval()
 
 

@@ -64,7 +64,7 @@ class TostForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc, u
         if attention_mask is not None and (attention_mask[:, 0] == 0).any():
             raise ValueError(f"left-padded batches are not supported; {UNPADDED}")
         x, state = self.lm.hidden(input_ids, past_key_values)
-        logits = F.linear(x[:, -logits_to_keep:], self.lm.embed.weight)
+        logits = self.lm.logits(x[:, -logits_to_keep:])
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())

@@ -5,6 +5,8 @@ Shapes: B sequences, T tokens, C channels.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,12 +18,29 @@ from tostlm.model.positions import SequencePositions
 RMS_EPS = 1e-6
 
 
-class Block(nn.Module):
-    """A token mixer and an MLP, each normalized before and scaled after (LayerScale), added to the residual stream."""
+class Bottom(NamedTuple):
+    """What later blocks read of the bottom of the model, each [B, T, C], or None where the config has none."""
 
-    def __init__(self, config: ModelConfig, options: MixerOptions) -> None:
+    embedded: Tensor | None  # what the first block starts from
+    values: Tensor | None  # of the first block's mixer
+
+
+class Block(nn.Module):
+    """A token mixer and an MLP, each normalized before and scaled after (LayerScale), added to the residual stream.
+
+    Sources: value residual, arXiv 2410.17897; the skip from the embedding, modded-nanogpt.
+    """
+
+    VALUES_GAIN = 0.5  # at initialization
+
+    def __init__(self, config: ModelConfig, options: MixerOptions, layer: int) -> None:
         super().__init__()
         self.config = config
+        later, takes_values = layer > 0, MIXERS[options.mixer].has_values
+        if config.value_residual and not later and not takes_values:
+            raise ValueError(f"model.value_residual: the first layer's mixer, {options.mixer}, has no values")
+        self.skip = nn.Parameter(torch.empty(2)) if config.embed_skip and later else None
+        self.values_gain = nn.Parameter(torch.empty(1)) if config.value_residual and later and takes_values else None
         self.norm_mixer = create_norm(config)
         self.mixer = MIXERS[options.mixer](config, options)
         self.scale_mixer = _gain(config)
@@ -29,15 +48,32 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.scale_mlp = _gain(config)
 
-    def forward(self, x: Tensor, positions: SequencePositions, state: MixerState | None) -> tuple[Tensor, MixerState]:
-        y, state = self.mixer(self.norm_mixer(x), positions, state)
+    def forward(
+        self, x: Tensor, positions: SequencePositions, state: MixerState | None, bottom: Bottom
+    ) -> tuple[Tensor, MixerState]:
+        if self.skip is not None:
+            assert bottom.embedded is not None
+            x = self.skip[0] * x + self.skip[1] * bottom.embedded
+        added: tuple[Tensor, ...] = ()
+        if self.values_gain is not None:
+            assert bottom.values is not None
+            added = ((self.values_gain * bottom.values).to(bottom.values.dtype),)
+        y, state = self.mixer(self.norm_mixer(x), positions, state, *added)
         x = x + (y if self.scale_mixer is None else self.scale_mixer * y)
         y = self.mlp(self.norm_mlp(x))
         return x + (y if self.scale_mlp is None else self.scale_mlp * y), state
 
+    def values(self, x: Tensor) -> Tensor:
+        """Return the values [B, T, C] that the mixer, which has some, would make of the block's input x."""
+        return self.mixer.values(self.norm_mixer(x))
+
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Initialize the parameters in place."""
+        if self.skip is not None:
+            self.skip.copy_(torch.tensor([1.0, 0.0]))
+        if self.values_gain is not None:
+            self.values_gain.fill_(self.VALUES_GAIN)
         for norm in (self.norm_mixer, self.norm_mlp):
             norm.weight.fill_(1.0)
         for scale in (self.scale_mixer, self.scale_mlp):

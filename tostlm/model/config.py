@@ -43,6 +43,11 @@ class ModelConfig:
     mlp_width: int | None = None  # channels there; None is what makes the MLP 8 width^2 parameters
     # Where the projections into the residual stream start: normal, or zero, so that every block starts as the identity.
     output_init: Literal["normal", "zero"] = "normal"
+    tie_embeddings: bool = True  # whether the output projection is the embedding; else it has its own matrix, from zero
+    logit_softcap: float | None = None  # logits become softcap tanh(logits / softcap); None leaves them as they are
+    z_loss: float = 0.0  # what the training loss counts the square of the log of softmax's denominator by
+    value_residual: bool = False  # whether later layers add the first layer's values to theirs, by a learned gain each
+    embed_skip: bool = False  # whether later blocks start from a learned mix of the residual stream and the embedding
 
     def __post_init__(self) -> None:
         for name in ("depth", "width", "heads", "vocab_size", "positions", "mlp_width"):
@@ -51,6 +56,10 @@ class ModelConfig:
                 raise ValueError(f"{name} {value} must be from 1 to {MAX_SIZE}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} does not divide into {self.heads} heads")
+        if self.logit_softcap is not None and self.logit_softcap <= 0:
+            raise ValueError(f"logit_softcap {self.logit_softcap} must be positive; null leaves the logits as they are")
+        if self.z_loss < 0:
+            raise ValueError(f"z_loss {self.z_loss} must be 0 or more")
         if not self.layers:
             raise ValueError("layers is empty; name at least one mixer, as in layers: [{mixer: tssa}]")
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tostlm.model.block import Block, create_norm
+from tostlm.model.block import Block, Bottom, create_norm
 from tostlm.model.config import ModelConfig
-from tostlm.model.loss import mean_cross_entropy
+from tostlm.model.loss import mean_cross_entropy, softcapped
 from tostlm.model.mixers.base import MixerState
 from tostlm.model.positions import SequencePositions
 from tostlm.shapes import Float, Int
@@ -67,10 +67,12 @@ class LM(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing_every: int | None = None
-        self.embed = nn.Embedding(config.vocab_size, config.width)  # the output projection too
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
         self.positions = nn.Embedding(config.positions, config.width) if config.positions else None
         self.embed_norm = create_norm(config) if config.embed_norm else None
-        self.blocks: Sequence[Block] = nn.ModuleList(Block(config, options) for options in config.layer_plan)  # type: ignore[assignment]
+        blocks = [Block(config, options, layer) for layer, options in enumerate(config.layer_plan)]
+        self.blocks: Sequence[Block] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = create_norm(config)
 
     def forward(
@@ -88,6 +90,7 @@ class LM(nn.Module):
             state: the state after the tokens before these; None at the start of a context.
             targets: [B, S] int64, S <= T: the first result is then the mean cross-entropy in nats of the predictions at
                 the last S tokens, without those whose target is `tostlm.model.IGNORE`. T x V logits are never held.
+                In training mode `config.z_loss` is part of it.
             document_start_mask: [B, T] bool, True at the first token of each document packed into the context: from
                 there on nothing before it has any influence, and positions start again from 0.
             group: a process group that shares the context. Every rank calls with its own consecutive tokens, targets
@@ -102,8 +105,9 @@ class LM(nn.Module):
         """
         x, state = self.hidden(tokens, state, document_start_mask, group)  # [B, T, C]
         if targets is None:
-            return F.linear(x, self.embed.weight), state
-        return mean_cross_entropy(x[:, -targets.shape[1] :], self.embed.weight, targets), state
+            return self.logits(x), state
+        softcap, z_loss = self.config.logit_softcap, self.config.z_loss if self.training else 0.0
+        return mean_cross_entropy(x[:, -targets.shape[1] :], self.output_weight, targets, softcap, z_loss), state
 
     def hidden(
         self,
@@ -130,15 +134,29 @@ class LM(nn.Module):
             x = x + self.positions(positions.positions)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
+        bottom = Bottom(
+            x if self.config.embed_skip else None, self.blocks[0].values(x) if self.config.value_residual else None
+        )
         layers = []
         for layer, block in enumerate(self.blocks):
             before = state.layers[layer] if state else None
             if self.activation_checkpointing_every and (layer + 1) % self.activation_checkpointing_every == 0:
-                x, after = checkpoint(block, x, positions, before, use_reentrant=False, preserve_rng_state=False)
+                x, after = checkpoint(
+                    block, x, positions, before, bottom, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                x, after = block(x, positions, before)
+                x, after = block(x, positions, before, bottom)
             layers.append(after)
         return self.norm(x), LMState(positions.end, tuple(layers), positions.last_document_start)
+
+    def logits(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T V"]:
+        """Return the logits of `hidden`'s residual stream."""
+        return softcapped(F.linear(x, self.output_weight), self.config.logit_softcap)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The output projection [V, C]."""
+        return self.embed.weight if self.head is None else self.head.weight
 
     def _check_length(self, positions: SequencePositions) -> None:
         limit = self.config.positions
@@ -151,7 +169,7 @@ class LM(nn.Module):
 
     def parts(self) -> list[nn.Module]:
         """Return the modules that hold the parameters, each one once, in the order of `named_parameters`."""
-        parts = (self.embed, self.positions, self.embed_norm, *self.blocks, self.norm)
+        parts = (self.embed, self.head, self.positions, self.embed_norm, *self.blocks, self.norm)
         return [part for part in parts if part is not None]
 
     @torch.no_grad()
@@ -161,6 +179,8 @@ class LM(nn.Module):
             part.reset_parameters(generator)
         elif part in (self.norm, self.embed_norm):
             part.weight.fill_(1.0)
+        elif part is self.head:
+            part.weight.zero_()
         else:
             part.weight.normal_(0, self.config.init_std, generator=generator)  # type: ignore[operator]
 

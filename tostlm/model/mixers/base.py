@@ -34,6 +34,8 @@ class Mixer(nn.Module):
         context_parallel: how ranks share a context. "sequence": each rank mixes its own tokens and every rank returns
             the state after the last rank's. "heads": each rank mixes all tokens of its share of the heads, and keeps
             the state of those. None: they cannot.
+        has_values: whether `model.value_residual` reaches it: it then has a method `values`, and `forward` takes
+            `added_values` [B, T, C] as its fourth argument, which it adds to those.
         needs_attention_mask: whether `SequencePositions.attention_mask` is to be built.
         no_weight_decay: names of its own matrices that the optimizer must not decay.
     """
@@ -42,6 +44,7 @@ class Mixer(nn.Module):
     state_class: ClassVar[type[Any]]
     constant_state: ClassVar[bool]
     context_parallel: ClassVar[Literal["sequence", "heads"] | None] = None
+    has_values: ClassVar[bool] = False
     needs_attention_mask: ClassVar[bool] = False
     no_weight_decay: ClassVar[frozenset[str]] = frozenset()
 
@@ -76,6 +79,10 @@ class Mixer(nn.Module):
             [B, T, C], and the state after these tokens. Consecutive calls, each with the state of the one before,
             equal one call on all tokens.
         """
+
+    def values(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
+        """Return the values of tokens x, before any convolution, of a mixer with `has_values`."""
+        raise NotImplementedError
 
     @abstractmethod
     def reset_parameters(self, generator: torch.Generator) -> None:

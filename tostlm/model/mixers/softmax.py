@@ -43,9 +43,13 @@ class SoftmaxAttention(Attention):
     needs_attention_mask = True
 
     def forward(
-        self, x: Float[Tensor, "B T C"], positions: SequencePositions, state: KVState | None
+        self,
+        x: Float[Tensor, "B T C"],
+        positions: SequencePositions,
+        state: KVState | None,
+        added_values: Tensor | None = None,
     ) -> tuple[Float[Tensor, "B T C"], KVState]:
-        q, k, v, tail = self.project(x, positions, None if state is None else state.tail)
+        q, k, v, tail = self.project(x, positions, None if state is None else state.tail, added_values)
         if positions.group is not None:
             q, k, v = heads_to_sequence(torch.stack([q, k, v]), positions.group)
         if state is not None:

@@ -53,10 +53,14 @@ class WindowAttention(Attention):
         self.window = options.window_tokens
 
     def forward(
-        self, x: Float[Tensor, "B T C"], positions: SequencePositions, state: WindowState | None
+        self,
+        x: Float[Tensor, "B T C"],
+        positions: SequencePositions,
+        state: WindowState | None,
+        added_values: Tensor | None = None,
     ) -> tuple[Float[Tensor, "B T C"], WindowState]:
         B, T, C = x.shape
-        q, k, v, tail = self.project(x, positions, None if state is None else state.tail)
+        q, k, v, tail = self.project(x, positions, None if state is None else state.tail, added_values)
         kv = torch.cat([z.transpose(1, 2).reshape(B, T, C) for z in (k, v)], -1)  # [B, T, 2C]
         before, last = neighbours(kv, None if state is None else state.last, self.window - 1, positions)
         kv = torch.cat([before.to(kv.dtype), kv], 1)  # [B, W - 1 + T, 2C]

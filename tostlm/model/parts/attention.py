@@ -40,6 +40,7 @@ class Attention(Mixer):
     """A base of mixers: queries, keys and values of tokens, and what becomes of what the heads have read."""
 
     options: AttentionOptions
+    has_values = True
     no_weight_decay = frozenset({"conv.weight"})
 
     def __init__(self, config: ModelConfig, options: AttentionOptions) -> None:
@@ -53,13 +54,19 @@ class Attention(Mixer):
         self.gate_proj = nn.Linear(C, C, bias=False) if options.gate == "output" else None
         self.out_proj = nn.Linear(C, C, bias=False)
 
+    def values(self, x: Tensor) -> Tensor:
+        values: Tensor = self.in_proj(x)[..., 2 * self.config.width :]
+        return values
+
     def project(
-        self, x: Tensor, positions: SequencePositions, tail: Tensor | None
+        self, x: Tensor, positions: SequencePositions, tail: Tensor | None, added_values: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return queries, keys and values [B, H, T, D] of tokens x [B, T, C], and the tail of the convolution."""
         B, T, C = x.shape
         H = self.config.heads
         qkv = self.in_proj(x)
+        if added_values is not None:
+            qkv = qkv + F.pad(added_values, (2 * C, 0))
         if self.conv is not None:
             qkv, tail = self.conv(qkv, tail, positions)
         else:

@@ -55,11 +55,23 @@ class KeysQueriesValues(nn.Module):
         self.forgetting = Forgetting(options, C, H)
         self.write_proj = nn.Linear(C, H)
 
-    def forward(self, x: Tensor, tail: Tensor | None, positions: SequencePositions) -> tuple[ReadsAndWrites, Tensor]:
-        """Return them for tokens x [B, T, C], and the tail of the convolution, as `ShortConv` has it."""
+    def values(self, x: Tensor) -> Tensor:
+        """Return the values [B, T, C] of tokens x before the convolution."""
+        values: Tensor = self.in_proj(x)[..., 2 * self.config.width :]
+        return values
+
+    def forward(
+        self, x: Tensor, tail: Tensor | None, positions: SequencePositions, added_values: Tensor | None
+    ) -> tuple[ReadsAndWrites, Tensor]:
+        """Return them for tokens x [B, T, C], and the tail of the convolution, as `ShortConv` has it.
+
+        `added_values` [B, T, C] are added to the values before the convolution.
+        """
         B, T, C = x.shape
         H, wide = self.config.heads, torch.promote_types(x.dtype, torch.float32)
         kqv = self.in_proj(x)
+        if added_values is not None:
+            kqv = kqv + F.pad(added_values, (2 * C, 0))
         if self.conv is not None:
             kqv, tail = self.conv(kqv, tail, positions)
         else:

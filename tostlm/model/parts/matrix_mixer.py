@@ -26,6 +26,7 @@ class MatrixMixer(Mixer):
 
     constant_state = True
     context_parallel = "sequence"
+    has_values = True
     no_weight_decay = frozenset({"memory.conv.weight"})
 
     def __init__(self, config: ModelConfig, options: MatrixMixerOptions) -> None:
@@ -33,11 +34,18 @@ class MatrixMixer(Mixer):
         self.memory = KeysQueriesValues(config, options)
         self.output = GatedOutput(config, gated=options.gate == "output")
 
+    def values(self, x: Tensor) -> Tensor:
+        return self.memory.values(x)
+
     def forward(
-        self, x: Float[Tensor, "B T C"], positions: SequencePositions, state: MixerState | None
+        self,
+        x: Float[Tensor, "B T C"],
+        positions: SequencePositions,
+        state: MixerState | None,
+        added_values: Tensor | None = None,
     ) -> tuple[Float[Tensor, "B T C"], MixerState]:
         before, tail = (None, None) if state is None else state
-        tokens, tail = self.memory(x, tail, positions)
+        tokens, tail = self.memory(x, tail, positions, added_values)
         with torch.autocast(x.device.type, enabled=False):
             y, after = self.remember(tokens, positions, before)
         return self.output(y, x), self.state_class(after, tail)
