@@ -30,10 +30,11 @@ MAY_IMPORT = {  # of tostlm's own packages and modules
     "checkpoint": {"config", "data", "errors", "files", "launch", "model"},
     "train": {"checkpoint", "config", "data", "device", "errors", "files", "launch", "model", "tssa"},
     "doctor": {"checkpoint", "config", "data", "device", "errors", "files", "launch", "model"},
-    "slurm": {"checkpoint", "config", "data", "doctor", "errors", "files", "launch"},
+    "slurm": {"checkpoint", "config", "data", "doctor", "errors", "files", "launch", "study"},
     "eval": {"checkpoint", "config", "data", "device", "errors", "files", "model", "plots"},
     "bench": {"config", "data", "device", "errors", "files", "model", "plots", "tssa"},
     "convert": {"checkpoint", "data", "errors", "files", "model"},
+    "study": {"checkpoint", "config", "data", "device", "errors", "eval", "files", "launch", "model", "plots"},
 }
 
 

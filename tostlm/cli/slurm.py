@@ -106,6 +106,7 @@ def _add_task(kind: str, help_text: str, default_gpus: int) -> None:
 _add_task("prepare", "Prepare text as an array of --nodes tasks, and merge what they made.", 0)
 _add_task("eval", "Measure perplexity as a job: `tostlm eval perplexity`.", 1)
 _add_task("bench", "Time models as a job: `tostlm bench train`.", 1)
+_add_task("study", "Run a study as an array of --nodes tasks that divide its runs: `tostlm study`.", 0)
 _add_task("convert", "Convert a checkpoint as a job: `tostlm convert`.", 0)
 
 

@@ -1,7 +1,14 @@
 """Run configurations: one YAML file per run, strict and frozen, with dotted overrides."""
 
 from tostlm.config.deepspeed_block import nearest, use_cpu_without_gpu
-from tostlm.config.files import dump_config, find_config, load_config, shipped_configs
+from tostlm.config.files import (
+    dump_config,
+    find_config,
+    load_config,
+    read_mapping,
+    shipped_configs,
+    validate_mapping,
+)
 from tostlm.config.sections import (
     BatchPlan,
     RunConfig,
@@ -22,6 +29,8 @@ __all__ = [
     "load_config",
     "matmul_dtype",
     "nearest",
+    "read_mapping",
     "shipped_configs",
     "use_cpu_without_gpu",
+    "validate_mapping",
 ]

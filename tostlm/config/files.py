@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import pydantic
 import yaml
@@ -19,6 +19,7 @@ from tostlm.config.sections import RunConfig
 from tostlm.errors import UserError
 from tostlm.model import MIXERS
 
+Validated = TypeVar("Validated", bound=pydantic.BaseModel)
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: not UTF-8, or an impossible date
 
 
@@ -31,17 +32,29 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         UserError: the file, a key or a value is wrong.
     """
     path = find_config(path)
+    raw = read_mapping(path, "config", "`tostlm config show quickstart` prints one")
+    for override in overrides:
+        _apply(raw, override)
+    if "model" in raw:
+        raw["model"] = expand_recipe(raw["model"], str(path))
+    return validate_mapping(RunConfig, raw, str(path))
+
+
+def read_mapping(path: Path, kind: str, example: str) -> dict[str, Any]:
+    """Read a YAML file that holds keys and values. `kind` and `example` are for the user: what it is, where to see one.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
     try:
         raw = yaml.load(path.read_text(), _Loader)
     except OSError as error:
-        raise UserError(f"config {path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{kind} {path} cannot be read: {error.strerror}") from None
     except NOT_YAML as error:
-        raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{kind} {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"config {path} must be a mapping of keys; `tostlm config show quickstart` prints one")
-    for override in overrides:
-        _apply(raw, override)
-    return _validate(raw, str(path))
+        raise UserError(f"{kind} {path} must be a mapping of keys; {example}")
+    return raw
 
 
 def dump_config(config: RunConfig) -> str:
@@ -101,31 +114,30 @@ def _index(node: list[Any], key: str, override: str) -> int:
     return int(key)
 
 
-def _validate(raw: dict[str, Any], name: str) -> RunConfig:
-    if "model" in raw:
-        raw = raw | {"model": expand_recipe(raw["model"], name)}
+def validate_mapping(kind: type[Validated], raw: dict[str, Any], name: str) -> Validated:
+    """Return what a mapping says as a pydantic model; raise UserError about the first mistake in the file `name`."""
     try:
         content = json.dumps(raw, default=str)
     except ValueError:
         raise UserError(f"{name}: a YAML alias stands inside what it names; write it out") from None
     try:
-        return RunConfig.model_validate_json(content, strict=True)
+        return kind.model_validate_json(content, strict=True)
     except pydantic.ValidationError as error:
         # An unknown key often leaves its namesake missing: name the cause, not the consequence.
         problems = sorted(error.errors(), key=lambda problem: problem["type"] not in _UNKNOWN_KEY)
-        raise UserError(f"{name}: {_explain(problems[0])}") from None
+        raise UserError(f"{name}: {_explain(problems[0], kind)}") from None
 
 
 _UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: Any, kind: type[pydantic.BaseModel]) -> str:
     location = _without_union_tags(problem["loc"])
     key = ".".join(str(part) for part in location)
     name = ".".join(part for part in location if isinstance(part, str))  # without indices of lists
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] in _UNKNOWN_KEY:
-        return f"{key} is an unknown key{nearest(name, (*_keys(), 'model.recipe'))}"
+        return f"{key} is an unknown key{nearest(name, (*_keys(kind), 'model.recipe'))}"
     if problem["type"].startswith("missing") and isinstance(location[-1], int):
         return f"{key.rpartition('.')[0]} needs {location[-1] + 1} values or more"
     if problem["type"] == "union_tag_invalid":
@@ -149,7 +161,7 @@ def _without_union_tags(location: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
-def _keys(section: Any = RunConfig, prefix: str = "") -> Iterator[str]:
+def _keys(section: Any, prefix: str = "") -> Iterator[str]:
     """Yield every key of a section and of the sections in it, with dots between."""
     hints = get_type_hints(section) if is_dataclass(section) else {}
     hints |= {name: field.annotation for name, field in getattr(section, "model_fields", {}).items()}

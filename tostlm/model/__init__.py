@@ -1,6 +1,7 @@
 """Language models: ToST, GPT-2 and hybrids, with a token mixer per layer."""
 
 from tostlm.model.build import (
+    count_body_parameters,
     count_parameters,
     create_lm,
     largest_part_numel,
@@ -21,6 +22,7 @@ __all__ = [
     "Mixer",
     "MixerOptions",
     "ModelConfig",
+    "count_body_parameters",
     "count_parameters",
     "create_lm",
     "largest_part_numel",

@@ -56,6 +56,12 @@ def count_parameters(config: ModelConfig) -> int:
     return sum(p.numel() for name, p in _meta_lm(config).named_parameters() if name != "positions.weight")
 
 
+def count_body_parameters(config: ModelConfig) -> int:
+    """Return the number of parameters beside embedding, position table and output projection."""
+    outside = ("embed.weight", "positions.weight", "head.weight")
+    return sum(p.numel() for name, p in _meta_lm(config).named_parameters() if name not in outside)
+
+
 def largest_part_numel(config: ModelConfig) -> int:
     """Return the number of parameters of the largest of `LM.parts`: the most that one step of the model needs whole."""
     return max(sum(p.numel() for p in part.parameters()) for part in _meta_lm(config).parts())

@@ -24,9 +24,17 @@ from tostlm.slurm.commands import queued_jobs, site_environment, submit_dependen
 from tostlm.slurm.history import CODE, CONFIG, SCRIPT, SITE, SUBMITTED, JobHistory
 from tostlm.slurm.restart_policy import OnStop, RestartPolicy
 from tostlm.slurm.script import Resources, batch_script
+from tostlm.study import load_study
 
 GIB = 1 << 30
-TASK_COMMANDS = {"eval": "eval perplexity", "bench": "bench train", "convert": "convert", "prepare": "prepare"}
+TASK_COMMANDS = {
+    "eval": "eval perplexity",
+    "bench": "bench train",
+    "convert": "convert",
+    "prepare": "prepare",
+    "study": "study",
+}
+ARRAYS = ("prepare", "study")  # submitted as an array with one task per node
 
 
 def submit_pretrain(
@@ -201,7 +209,8 @@ def _describe_submission(run_dir: Path, jobs: Sequence[str], policy: RestartPoli
 def submit_task(kind: str, arguments: Sequence[str], resources: Resources, site: Path | None, dry_run: bool) -> str:
     """Submit the subcommand TASK_COMMANDS[kind] with its own arguments as a job, and return what to tell the user.
 
-    Text is prepared by an array with one task per node, and merged by a job that waits for all of them.
+    Text is prepared by an array with one task per node, and merged by a job that waits for all of them. A study's runs
+    are divided among the tasks of an array.
 
     Args:
         site: the cluster's site.env.
@@ -217,7 +226,7 @@ def submit_task(kind: str, arguments: Sequence[str], resources: Resources, site:
     require_writable(history.logs)
     _save_submission(history, scripts, site)
     job = submit_script(history, f"{kind}.sbatch", command=TASK_COMMANDS[kind])
-    log = f"{history.logs}/{job}{'_N' if kind == 'prepare' else ''}.log"
+    log = f"{history.logs}/{job}{'_N' if kind in ARRAYS else ''}.log"
     text = f"job {job}: tostlm {TASK_COMMANDS[kind]}; its log is {log}"
     if kind == "prepare":
         after_success = (f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes")
@@ -236,6 +245,8 @@ def _task_folder(kind: str, arguments: Sequence[str]) -> Path:
     first = next((argument for argument in arguments if not argument.startswith("-")), None)
     if first is None:
         raise UserError(f"give the arguments of `tostlm {TASK_COMMANDS[kind]}`")
+    if kind == "study":
+        return load_study(Path(first)).study_dir
     return load_config(Path(first)).run_dir if kind == "bench" else run_folder(resolve(Path(first)))
 
 
@@ -252,12 +263,14 @@ def _option(arguments: Sequence[str], name: str) -> str:
 def _task_scripts(kind: str, arguments: Sequence[str], resources: Resources, folder: Path) -> dict[str, str]:
     """Return the scripts by file name, in the order they run."""
     command = f"tostlm {TASK_COMMANDS[kind]} {shlex.join(arguments)}"
-    if kind != "prepare":
+    if kind not in ARRAYS:
         return {f"{kind}.sbatch": batch_script(kind, kind, folder, resources, [command])}
     _, tasks = resources.node_range()
+    one_node = replace(resources, nodes="1")
+    if kind == "study":
+        return {"study.sbatch": batch_script(kind, kind, folder, one_node, [command], array_size=tasks)}
     command += f' --workers "${{SLURM_CPUS_PER_TASK:-1}}" --task "$SLURM_ARRAY_TASK_ID/{tasks}"'
     merge = f"tostlm prepare --merge --out {shlex.quote(_option(arguments, '--out'))}"
-    one_node = replace(resources, nodes="1")
     one_core = replace(one_node, cpus_per_rank=None, gpus_per_node=0)
     return {
         "prepare.sbatch": batch_script(kind, kind, folder, one_node, [command], array_size=tasks),

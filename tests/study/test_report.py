@@ -1,0 +1,82 @@
+"""The report's numbers, against a study's made-up results."""
+
+import json
+import statistics
+from dataclasses import replace
+
+import pytest
+
+from tests.conftest import Run
+from tests.study.common import study_of
+from tostlm.study.measure import largest_gradient
+from tostlm.study.plan import Cell, Study, cell_config
+from tostlm.study.report import Mean, write_report
+from tostlm.study.results import Result, best_lr, read_result, require_same_settings, write_result
+
+
+def finish(study: Study, arm: str, seed: int, loss: float) -> None:
+    cell = Cell("final", "", arm, seed, None)
+    config = cell_config(study, cell, None)
+    contexts = {"32": loss + 0.1, "64": loss}
+    validation = [[3, 1536, loss + 1], [6, 3072, loss]]
+    result = replace(
+        Result.of_divergence(config), loss=loss, tokens=3072, flops_per_token=1e6, body_parameters=25_000, contexts=contexts,
+        validation=validation, largest_gradient=[2.0 + seed, 3], repetition={"first": [9.0, 4], "1-64": [loss, 2]},
+    )  # fmt: skip
+    write_result(study, cell, result)
+
+
+def test_the_mean_and_its_interval() -> None:
+    assert Mean.of([4.0]) == Mean(4.0, None)
+    mean = Mean.of([4.0, 4.2, 4.6])
+    assert mean.value == pytest.approx(statistics.fmean([4.0, 4.2, 4.6]))
+    assert mean.half == pytest.approx(4.303 * statistics.stdev([4.0, 4.2, 4.6]) / 3**0.5)
+
+
+def test_a_report_of_what_is_finished(run: Run) -> None:
+    study = study_of(run, search=None)
+    write_report(study)
+    assert json.loads((study.study_dir / "report.json").read_text())["final"] == []
+    for arm, losses in {"softmax": [4.0, 4.4], "cross": [3.9, 4.3]}.items():
+        for seed, loss in enumerate(losses):
+            finish(study, arm, seed, loss)
+    write_report(study)
+    softmax, cross = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (study.study_dir / "report.md").read_text().splitlines()
+        if line.startswith(("| softmax", "| cross"))
+    ][:2]
+    assert softmax[0] == "softmax" and softmax[5] == ""
+    # By seed cross is 0.1 ahead both times, although the means' intervals overlap.
+    assert cross[4].startswith("4.100 ± ") and cross[5] == "-0.100 ± 0.000"
+    assert cross[6].startswith("4.200 ± ") and cross[7].startswith("4.100 ± ")
+    assert cross[-1] == "3.0"
+    assert "| cross | 9.000 ± 0.000 | 4.100 ± 2.541 |" in (study.study_dir / "report.md").read_text()
+    for name in ("loss-by-context", "loss-by-tokens", "loss-by-flops"):
+        assert (study.study_dir / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_best_rate_is_that_of_the_lowest_loss(run: Run) -> None:
+    study = study_of(run)
+    final = Cell("final", "", "cross", 0, None)
+    for lr, loss in ((1e-3, 5.0), (1e-2, None)):
+        cell = Cell("search", "", "cross", 7, lr)
+        write_result(study, cell, replace(Result.of_divergence(cell_config(study, cell, lr)), loss=loss))
+        assert read_result(study, cell) is not None
+    assert best_lr(study, final) == 1e-3
+    write_report(study)
+
+
+def test_finished_runs_of_other_settings_are_not_mixed_in(run: Run) -> None:
+    study = study_of(run, search=None)
+    finish(study, "cross", 0, 4.0)
+    require_same_settings(study)
+    changed = study_of(run, search=None, set={"optimizer.weight_decay": 0.2, "model.positions": None})
+    with pytest.raises(Exception, match=r"cross/seed0 is finished with .* and the study now says"):
+        require_same_settings(changed)
+
+
+def test_the_largest_gradient_is_beside_those_before_it() -> None:
+    norms = [(step, 2.0 if step != 70 else 30.0) for step in range(1, 100)]
+    assert largest_gradient(norms) == [15.0, 70]
+    assert largest_gradient(norms[:5]) == []

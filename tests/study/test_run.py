@@ -1,0 +1,60 @@
+"""A study runs its models, survives kills, and divides its runs among workers."""
+
+import json
+import signal
+import time
+
+from tests.conftest import Run, fail, succeed, tostlm
+from tests.study.common import CROSS, SOFTMAX, study_of, write_study
+from tests.warm import Program
+
+ARMS = {"softmax": {**SOFTMAX, "lrs": [1e-2]}, "cross": {**CROSS, "lrs": [1e-2, 1e9]}}
+
+
+def test_a_study_that_is_killed_goes_on_and_is_compared(run: Run) -> None:
+    """At the rate of 1e9 training diverges, which is a result of the search and no failure."""
+    file = write_study(run, arms=ARMS, seeds=[0])
+    study = study_of(run, arms=ARMS, seeds=[0])
+    first = Program("study", str(file))
+    while not (study.study_dir / "softmax/search-lr0.01/metrics.jsonl").exists():
+        assert first.running()
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.end()
+    assert "finished" not in succeed(tostlm("study", str(file), "--status"))
+    printed = succeed(tostlm("study", str(file), "--workers", "2"))
+    states = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if "/se" in line and "==" not in line}
+    assert states["cross/search-lr1e+09"][0] == "diverged"
+    assert {name for name, state in states.items() if state[0] == "finished"} == {
+        "softmax/search-lr0.01",
+        "cross/search-lr0.01",
+        "softmax/seed0",
+        "cross/seed0",
+    }
+    report = json.loads((study.study_dir / "report.json").read_text())
+    for result in report["final"]:
+        assert result["lr"] == 1e-2
+        assert result["loss"] < result["validation"][0][2]
+        assert result["contexts"].keys() == {"32", "64"}
+        assert len(result["largest_gradient"]) in (0, 2)
+    written = (study.study_dir / "cross/seed0/result.json").stat().st_mtime_ns
+    succeed(tostlm("study", str(file)))
+    assert (study.study_dir / "cross/seed0/result.json").stat().st_mtime_ns == written
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(run: Run) -> None:
+    arms = {"softmax": SOFTMAX, "cross": {"set": {**CROSS["set"], "model.vocab_size": 100}}}
+    file = write_study(run, arms=arms, seeds=[0], search=None)
+    result = tostlm("study", str(file))
+    assert result.returncode == 2
+    assert "cross/seed0: training failed with exit code 2" in result.stderr
+    states = succeed(tostlm("study", str(file), "--status"))
+    assert [line.split()[:2] for line in states.splitlines()[1:4] if "seed" in line] == [
+        ["softmax/seed0", "finished"],
+        ["cross/seed0", "failed"],
+    ]
+
+
+def test_mistakes_come_before_any_run(run: Run) -> None:
+    file = write_study(run, evaluation={"contexts": [64, 1_000_000]})
+    fail(tostlm("study", str(file)), "is longer than 1000000 tokens")

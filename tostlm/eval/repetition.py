@@ -1,0 +1,82 @@
+"""How much better a model predicts rare words that it has read before, by how long ago it has read them.
+
+A rare word here is a pair of tokens, of which the second is the target: single tokens of a small vocabulary are seldom
+rare.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from tostlm.checkpoint import Checkpoint
+from tostlm.data import TokenSet
+
+RARE = 5  # times at most that a rare pair stands in the training text
+COUNTED_TOKENS = 50_000_000  # of the training text
+DISTANCES = (0, 64, 1024, 8192)  # tokens, the bounds of what is reported together
+ROW_CHUNK = 1024  # tokens whose logits are held at a time
+
+
+def loss_by_repetition(
+    checkpoint: Checkpoint, tokens: TokenSet, training: TokenSet, window: int = 8192, windows: int = 16
+) -> dict[str, list[float]]:
+    """Return mean loss in nats and number of the targets of rare pairs, by how far back the pair was read last.
+
+    Read are the first `window` tokens of up to `windows` documents that are as long, evenly spread; fewer tokens where
+    the model's positions end. The key "first" is of pairs that the window has not had before, "1-64" of those read 1
+    to 64 tokens earlier, and so on. It is empty where no document is long enough.
+    """
+    positions = checkpoint.config.model.positions
+    length = min(window, positions or window)
+    starts = [first for first, stop in tokens.document_bounds.tolist() if stop - first > length]
+    if not starts:
+        return {}
+    chosen = np.unique(np.linspace(0, len(starts) - 1, min(windows, len(starts))).round().astype(int))
+    rows = np.stack([tokens.read(starts[index], starts[index] + length + 1) for index in chosen])
+    pairs = rows[:, :-1] * tokens.manifest.vocab_size + rows[:, 1:]  # of the token at hand and its target
+    rare = _counts(pairs, training) <= RARE
+    distances = np.stack([_distances(row) for row in pairs])
+    losses = np.stack([_losses(checkpoint, row) for row in rows])
+    found = {"first": rare & (distances == 0)}
+    for low, high in pairwise(DISTANCES):
+        found[f"{low + 1}-{high}"] = rare & (distances > low) & (distances <= high)
+    return {name: [float(losses[mask].mean()), int(mask.sum())] for name, mask in found.items() if mask.any()}
+
+
+def _counts(pairs: np.ndarray, training: TokenSet) -> np.ndarray:
+    """Return how often each pair stands in the first `COUNTED_TOKENS` of the training text."""
+    kinds, inverse = np.unique(pairs, return_inverse=True)
+    counts = np.zeros(len(kinds) + 1, np.int64)
+    length, piece = min(len(training), COUNTED_TOKENS), 1 << 22
+    for start in range(0, length - 1, piece):
+        read = training.read(start, min(start + piece + 1, length))
+        codes = read[:-1] * training.manifest.vocab_size + read[1:]
+        place = np.searchsorted(kinds, codes)
+        known = kinds[np.minimum(place, len(kinds) - 1)] == codes
+        counts += np.bincount(np.where(known, place, len(kinds)), minlength=len(kinds) + 1)
+    result: np.ndarray = counts[inverse].reshape(pairs.shape)
+    return result
+
+
+def _distances(pairs: np.ndarray) -> np.ndarray:
+    """Return how many places before each pair [T] the same pair stands, 0 where it does not."""
+    order = np.argsort(pairs, kind="stable")
+    distances = np.zeros(len(pairs), np.int64)
+    same = pairs[order[1:]] == pairs[order[:-1]]
+    distances[order[1:][same]] = (order[1:] - order[:-1])[same]
+    return distances
+
+
+@torch.no_grad()
+def _losses(checkpoint: Checkpoint, row: np.ndarray) -> np.ndarray:
+    """Return the loss in nats of each token of a row [T + 1] but the first, read from the row's start."""
+    lm = checkpoint.lm
+    read = torch.from_numpy(row)[None].to(lm.embed.weight.device)
+    x, _ = lm.hidden(read[:, :-1])
+    pieces = zip(x[0].split(ROW_CHUNK), read[0, 1:].split(ROW_CHUNK), strict=True)
+    losses = [F.cross_entropy(lm.logits(part).float(), targets, reduction="none") for part, targets in pieces]
+    return torch.cat(losses).cpu().numpy()

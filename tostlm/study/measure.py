@@ -1,0 +1,69 @@
+"""What is measured of a trained run of a study."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from tostlm.checkpoint import load_checkpoint
+from tostlm.config import RunConfig, dump_config
+from tostlm.data import TRAIN, VALIDATION, TokenSet
+from tostlm.device import best_device
+from tostlm.eval import Targets, choose_targets, loss_by_repetition, score_contexts
+from tostlm.files import read_json_lines
+from tostlm.model import count_body_parameters, count_parameters, state_bytes, training_flops_per_token
+from tostlm.study.plan import Cell, Study
+from tostlm.study.results import Result
+
+GRADIENTS_BEFORE = 100  # steps over whose gradients' norms the running median is taken
+WARM_UP = 20  # first steps, whose gradients have no median yet
+
+
+def measure(study: Study, cell: Cell, config: RunConfig) -> Result:
+    """Return the result of a run that has been trained; of a search, without what is measured beside its loss."""
+    entries, _ = read_json_lines(config.run_dir / "metrics.jsonl")
+    validation = [[e["step"], e["tokens"], e["loss"]] for e in entries if e["kind"] == "validation"]
+    train = [e for e in entries if e["kind"] == "train"]
+    context = config.data.context_tokens
+    result = Result(
+        lr=config.optimizer.lr,
+        config=dump_config(config),
+        loss=validation[-1][2],
+        tokens=config.tokens,
+        parameters=count_parameters(config.model),
+        body_parameters=count_body_parameters(config.model),
+        flops_per_token=training_flops_per_token(config.model, context),
+        state_bytes=state_bytes(config.model, context),
+        tokens_per_second=statistics.median(e["tokens_per_second"] for e in train),
+        validation=validation,
+        largest_gradient=largest_gradient([(e["step"], e["grad_norm"]) for e in train if e.get("grad_norm")]),
+    )
+    if cell.kind == "search":
+        return result
+    checkpoint = load_checkpoint(config.run_dir, best_device())
+    tokens, targets = held_out_targets(study, config)
+    scores = score_contexts(checkpoint, tokens, targets, study.evaluation.contexts)
+    result.contexts.update({str(score.context): score.nats for score in scores})
+    result.repetition.update(loss_by_repetition(checkpoint, tokens, TokenSet(config.data.folders[0], TRAIN)))
+    return result
+
+
+def held_out_targets(study: Study, config: RunConfig) -> tuple[TokenSet, Targets]:
+    """Return the held-out tokens of a study, and which of them a run is scored on.
+
+    Raises:
+        UserError: the data is not prepared, or no document is long enough.
+    """
+    asked = study.evaluation
+    tokens = TokenSet(asked.data or config.data.folders[0], VALIDATION)
+    return tokens, choose_targets(tokens, asked.contexts, asked.windows)
+
+
+def largest_gradient(norms: Sequence[tuple[int, float]]) -> list[float]:
+    """Return the largest ratio of a gradient's norm to the median of those before it, and its step."""
+    ratios = [
+        [norm / statistics.median(before for _, before in norms[max(0, n - GRADIENTS_BEFORE) : n]), step]
+        for n, (step, norm) in enumerate(norms)
+        if n >= WARM_UP
+    ]
+    return max(ratios, default=[])

@@ -1,0 +1,184 @@
+"""What a study is: its file, and the runs that follow from it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import pydantic
+
+from tostlm.config import RunConfig, load_config, read_mapping, validate_mapping
+from tostlm.errors import UserError
+from tostlm.model import count_body_parameters
+
+Keys = dict[str, Any]  # dotted keys of a run's config, and their values
+PositiveInt = Annotated[int, pydantic.Field(ge=1)]
+LearningRate = Annotated[float, pydantic.Field(gt=0)]
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")  # of an arm or a size, which is also that of a folder
+TOLERANCE = 0.01  # of the parameters of an arm beside the reference's
+
+
+class Part(pydantic.BaseModel):
+    """A strict and frozen part of a study."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Arm(Part):
+    """One of the models that are compared."""
+
+    set: Keys = {}  # its keys of the run's config
+    seeds: tuple[int, ...] | None = None  # None: the study's
+    steps: PositiveInt | None = None  # of its final runs; None: the base's
+    lrs: tuple[LearningRate, ...] | None = None  # of its search; None: the study's
+
+
+class Search(Part):
+    """The search for each arm's learning rate: short runs of one seed, of which the lowest validation loss counts."""
+
+    lrs: tuple[LearningRate, ...]
+    steps: PositiveInt
+    seed: int = 0
+
+
+class Evaluation(Part):
+    """What is measured of every final run, on held-out tokens."""
+
+    data: Path | None = None  # a prepared folder; None: the run's own
+    contexts: tuple[PositiveInt, ...]  # the same tokens are scored at each, in tokens
+    windows: PositiveInt = 64  # scored at each context
+
+
+class Study(Part):
+    """A study's file. Every arm runs at every size, first to find its learning rate, then once for each seed."""
+
+    study_dir: Path  # of its runs and its report
+    base: Path  # the config that all runs start from: a file, or a shipped config's name
+    set: Keys = {}  # keys of all runs
+    sizes: dict[str, Keys] = {"": {}}  # keys of the runs of a size, by the size's name
+    arms: dict[str, Arm]
+    reference: str  # the arm that others are compared with
+    match_parameters: bool = True  # make every arm as large as the reference, by the width of its MLP
+    seeds: tuple[int, ...]
+    search: Search | None = None  # None: all arms train at the base's rate, or their own
+    evaluation: Evaluation
+
+    @pydantic.model_validator(mode="after")
+    def _names(self) -> Study:
+        for name in (*self.arms, *self.sizes):
+            if not NAME.fullmatch(name) and (name or len(self.sizes) > 1):
+                raise ValueError(f"{name!r} must be letters, digits, and -, _, . or + within, as it names a folder")
+        if self.reference not in self.arms:
+            raise ValueError(f"reference {self.reference!r} is not one of the arms, {', '.join(self.arms)}")
+        for arm in self.arms.values():
+            if self.search is None and arm.lrs is not None:
+                raise ValueError("lrs of an arm go with search; set its optimizer.lr without one")
+        return self
+
+
+class Cell(NamedTuple):
+    """One run of a study."""
+
+    kind: Literal["search", "final"]
+    size: str
+    arm: str
+    seed: int
+    lr: float | None  # None: the best of the search, or without one the config's
+
+    @property
+    def name(self) -> str:
+        """Its folder in the study's."""
+        last = f"search-lr{self.lr:g}" if self.kind == "search" else f"seed{self.seed}"
+        return "/".join(part for part in (self.size, self.arm, last) if part)
+
+
+def load_study(path: Path) -> Study:
+    """Read a study's YAML file, and check the config of every run that it asks for.
+
+    Raises:
+        UserError: the file, a key or a value is wrong, or arms cannot be made as large as the reference.
+    """
+    study = validate_mapping(Study, read_mapping(path, "study", "docs/studies.md shows one"), str(path))
+    for cell in cells(study):
+        cell_config(study, cell, cell.lr)
+    return study
+
+
+def cells(study: Study) -> Iterator[Cell]:
+    """Yield the runs in the order in which they are started."""
+    for size in study.sizes:
+        for name, arm in study.arms.items():
+            if study.search is not None:
+                for lr in arm.lrs or study.search.lrs:
+                    yield Cell("search", size, name, study.search.seed, lr)
+    for round_ in range(max(len(arm.seeds or study.seeds) for arm in study.arms.values())):
+        for size in study.sizes:
+            for name, arm in study.arms.items():
+                seeds = arm.seeds or study.seeds
+                if round_ < len(seeds):
+                    yield Cell("final", size, name, seeds[round_], None)
+
+
+def searched_by(study: Study, cell: Cell) -> list[Cell]:
+    """Return the runs that find the learning rate of a final one."""
+    return [
+        other for other in cells(study) if other.kind == "search" and (other.size, other.arm) == (cell.size, cell.arm)
+    ]
+
+
+def cell_config(study: Study, cell: Cell, lr: float | None) -> RunConfig:
+    """Return the config of a run at a learning rate; None leaves the config's.
+
+    Raises:
+        UserError: a key or a value is wrong, or the arm cannot be made as large as the reference.
+    """
+    config = _load(study, cell.size, cell.arm, study.study_dir / cell.name, lr, cell)
+    if not study.match_parameters or cell.arm == study.reference:
+        return config
+    reference = _load(study, cell.size, study.reference, study.study_dir, None, None)
+    width = _matching_mlp_width(config, count_body_parameters(reference.model), cell.arm)
+    return _load(study, cell.size, cell.arm, config.run_dir, lr, cell, {"model.mlp_width": width})
+
+
+def _load(
+    study: Study, size: str, arm: str, run_dir: Path, lr: float | None, cell: Cell | None, more: Keys | None = None
+) -> RunConfig:
+    keys = {**study.set, **study.sizes[size], **study.arms[arm].set, **(more or {})}
+    base = load_config(study.base, _overrides({**keys, "run_dir": str(run_dir)}))
+    changes: Keys = {}
+    if cell is not None:
+        changes["seed"] = cell.seed
+        steps = base.train.steps
+        if cell.kind == "search" and study.search is not None:
+            steps = study.search.steps
+        elif (own := study.arms[arm].steps) is not None:
+            steps = own
+        changes["train.steps"] = steps
+        changes["optimizer.warmup_steps"] = round(base.optimizer.warmup_steps * steps / base.train.steps)
+    if lr is not None:
+        changes |= {"optimizer.lr": lr, "optimizer.min_lr": base.optimizer.min_lr * lr / base.optimizer.lr}
+    return load_config(study.base, _overrides({**keys, **changes, "run_dir": str(run_dir)}))
+
+
+def _overrides(keys: Keys) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in keys.items()]
+
+
+def _matching_mlp_width(config: RunConfig, wanted: int, arm: str) -> int:
+    """Return the MLP width at which a model has `wanted` parameters beside its embeddings."""
+    model = config.model
+    width = model.mlp_channels
+    now, wider = (count_body_parameters(replace(model, mlp_width=w)) for w in (width, width + 1))
+    width += round((wanted - now) / (wider - now))
+    if width >= 1:
+        found = count_body_parameters(replace(model, mlp_width=width))
+        if abs(found / wanted - 1) <= TOLERANCE:
+            return width
+    raise UserError(
+        f"arm {arm}: no MLP width gives it the reference's {wanted:,} parameters beside embeddings within "
+        f"{TOLERANCE:.0%}; change its shape, or set match_parameters: false"
+    )

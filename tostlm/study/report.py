@@ -1,0 +1,187 @@
+"""The report of a study: a Markdown table, JSON and plots of what is finished so far."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import NamedTuple
+
+from tostlm.files import write_atomically
+from tostlm.plots import new_figure, png_bytes
+from tostlm.study.plan import Study, cells
+from tostlm.study.results import Result, read_result
+
+# Student's t for two-sided intervals of 95%, by degrees of freedom from 1 on.
+T_95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+class Row(NamedTuple):
+    """The finished final runs of an arm at a size, one a seed."""
+
+    size: str
+    arm: str
+    results: dict[int, Result]  # by seed
+
+    @property
+    def first(self) -> Result:
+        """The result of any seed, for what is the same of all."""
+        return next(iter(self.results.values()))
+
+    @property
+    def label(self) -> str:
+        """What the row is called in plots and tables."""
+        return f"{self.arm} {self.size}".strip()
+
+
+class Mean(NamedTuple):
+    """A mean over seeds, and half its confidence interval of 95%; None of a single seed."""
+
+    value: float
+    half: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        """Return the mean of a value of each seed."""
+        if len(values) < 2:
+            return cls(values[0], None)
+        t = T_95[min(len(values) - 1, len(T_95)) - 1]
+        return cls(statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(len(values)))
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f}" if self.half is None else f"{self.value:.3f} ± {self.half:.3f}"
+
+
+def write_report(study: Study) -> None:
+    """Write report.md, report.json and the plots into the study's folder, of what is finished so far."""
+    rows = list(_rows(study))
+    write_atomically(study.study_dir / "report.json", json.dumps(_as_json(study, rows), indent=1) + "\n")
+    write_atomically(study.study_dir / "report.md", markdown(study, rows))
+    if not rows:
+        return
+    for name, draw in PLOTS.items():
+        write_atomically(study.study_dir / f"{name}.png", draw(rows))
+
+
+def _rows(study: Study) -> Iterator[Row]:
+    for size in study.sizes:
+        for arm in study.arms:
+            mine = [cell for cell in cells(study) if (cell.kind, cell.size, cell.arm) == ("final", size, arm)]
+            results = {cell.seed: result for cell in mine if (result := read_result(study, cell)) is not None}
+            if results:
+                yield Row(size, arm, results)
+
+
+def markdown(study: Study, rows: Sequence[Row]) -> str:
+    """Return the tables of a report."""
+    contexts = study.evaluation.contexts
+    head = ["model", "body parameters", "tokens", "learning rate", "loss", f"minus {study.reference}"]
+    head += [f"{context:,}" for context in contexts] + ["state bytes", "tokens/s", "largest gradient"]
+    lines = [_line(head), _line(["---"] + ["---:"] * (len(head) - 1))]
+    lines += [_line(_cells_of(study, row, rows)) for row in rows]
+    distances = list(
+        dict.fromkeys(name for row in rows for result in row.results.values() for name in result.repetition)
+    )
+    if distances:
+        lines += ["", _line(["rare pairs, read last … tokens before", *distances])]
+        lines.append(_line(["---"] + ["---:"] * len(distances)))
+        for row in rows:
+            found = [
+                [r.repetition[name][0] for r in row.results.values() if name in r.repetition] for name in distances
+            ]
+            lines.append(_line([row.label, *(str(Mean.of(values)) if values else "" for values in found)]))
+    return "\n".join([*_notes(study, rows), "", *lines]) + "\n"
+
+
+def _notes(study: Study, rows: Sequence[Row]) -> list[str]:
+    edge = [
+        row.label
+        for row in rows
+        if study.search and row.first.lr in (min(lrs := study.arms[row.arm].lrs or study.search.lrs), max(lrs))
+    ]
+    notes = [
+        "Losses are in nats a token of held-out text, means over seeds ± half the 95% confidence interval where there "
+        f"are several; the difference from {study.reference} is over the seeds that both have. The columns of numbers "
+        "are the loss of the same tokens by tokens of context. The largest gradient is a multiple of the median norm "
+        "in the hundred steps before it."
+    ]
+    if edge:
+        notes += ["", f"The best learning rate is at the edge of those searched: {', '.join(edge)}."]
+    return notes
+
+
+def _cells_of(study: Study, row: Row, rows: Sequence[Row]) -> list[str]:
+    results, first = row.results, row.first
+    reference = next((other.results for other in rows if (other.size, other.arm) == (row.size, study.reference)), {})
+    shared = [results[seed].loss - reference[seed].loss for seed in results if seed in reference]  # type: ignore[operator]
+    gradients = [result.largest_gradient[0] for result in results.values() if result.largest_gradient]
+    cells_ = [row.label, f"{first.body_parameters:,}", f"{first.tokens:,}", f"{first.lr:g}"]
+    cells_ += [str(Mean.of([result.loss for result in results.values()]))]  # type: ignore[misc]
+    cells_ += [str(Mean.of(shared)) if shared and row.arm != study.reference else ""]
+    for context in study.evaluation.contexts:
+        values = [result.contexts[str(context)] for result in results.values() if str(context) in result.contexts]
+        cells_.append(str(Mean.of(values)) if values else "")
+    speed = statistics.median(result.tokens_per_second for result in results.values())
+    return [*cells_, f"{first.state_bytes:,}", f"{speed:,.0f}", f"{max(gradients):.1f}" if gradients else ""]
+
+
+def _line(cells_: Sequence[str]) -> str:
+    return "| " + " | ".join(cells_) + " |"
+
+
+def _as_json(study: Study, rows: Sequence[Row]) -> dict[str, object]:
+    searched = [
+        {"size": cell.size, "arm": cell.arm, "lr": result.lr, "loss": result.loss}
+        for cell in cells(study)
+        if cell.kind == "search" and (result := read_result(study, cell)) is not None
+    ]
+    final = [
+        {"size": row.size, "arm": row.arm, "seed": seed, **asdict(result)}
+        for row in rows
+        for seed, result in row.results.items()
+    ]
+    return {"reference": study.reference, "search": searched, "final": final}
+
+
+def _plot(xlabel: str, curve: Callable[[Row], Sequence[tuple[float, Mean]]], rows: Sequence[Row]) -> bytes:
+    """Return a plot of losses, one line a row, with bands where there are several seeds."""
+    figure = new_figure(8, 5)
+    axes = figure.subplots()
+    for row in rows:
+        points = curve(row)
+        if not points:
+            continue
+        x, means = [point[0] for point in points], [point[1] for point in points]
+        (line,) = axes.plot(x, [mean.value for mean in means], marker=".", label=row.label)
+        if all(mean.half is not None for mean in means):
+            low, high = zip(*((m.value - (m.half or 0), m.value + (m.half or 0)) for m in means), strict=True)
+            axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel=xlabel, ylabel="loss, nats a token of held-out text")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return png_bytes(figure)
+
+
+def _by_context(row: Row) -> list[tuple[float, Mean]]:
+    contexts = [int(context) for context in row.first.contexts]
+    return [(n, Mean.of([result.contexts[str(n)] for result in row.results.values()])) for n in contexts]
+
+
+def _by_tokens(row: Row) -> list[tuple[float, Mean]]:
+    steps = [entry[1] for entry in row.first.validation]
+    curves = [[entry[2] for entry in result.validation] for result in row.results.values()]
+    return [(n, Mean.of(values)) for n, *values in zip(steps, *curves, strict=False)]
+
+
+def _by_flops(row: Row) -> list[tuple[float, Mean]]:
+    return [(tokens * row.first.flops_per_token, mean) for tokens, mean in _by_tokens(row)]
+
+
+PLOTS: dict[str, Callable[[Sequence[Row]], bytes]] = {
+    "loss-by-context": lambda rows: _plot("context, tokens", _by_context, rows),
+    "loss-by-tokens": lambda rows: _plot("tokens of training", _by_tokens, rows),
+    "loss-by-flops": lambda rows: _plot("floating-point operations of training", _by_flops, rows),
+}

@@ -1,0 +1,81 @@
+"""What is known of a finished run of a study, as a file in the run's folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tostlm.config import RunConfig, dump_config
+from tostlm.errors import UserError
+from tostlm.files import read_json_object, write_atomically
+from tostlm.study.plan import Cell, Study, cell_config, cells, searched_by
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """Losses are in nats a token, of held-out text."""
+
+    lr: float
+    config: str  # of the run, as YAML
+    loss: float | None  # at the end of training, on the run's own held-out split; None where training diverged
+    tokens: int = 0  # trained on
+    parameters: int = 0
+    body_parameters: int = 0  # beside embeddings and output projection
+    flops_per_token: float = 0.0  # of training
+    state_bytes: int = 0  # after as many tokens as a training sequence has
+    tokens_per_second: float = 0.0  # the median over the training steps
+    validation: list[list[float]] = field(default_factory=list)  # step, tokens and loss
+    # The largest norm of a gradient beside the median of those before it, and at which step.
+    largest_gradient: list[float] = field(default_factory=list)
+    contexts: dict[str, float] = field(default_factory=dict)  # loss of the same tokens by context length
+    repetition: dict[str, list[float]] = field(default_factory=dict)  # see `tostlm.eval.loss_by_repetition`
+
+    @classmethod
+    def of_divergence(cls, config: RunConfig) -> Result:
+        """Return the result of a run whose loss did not stay finite."""
+        return cls(config.optimizer.lr, dump_config(config), None)
+
+
+def write_result(study: Study, cell: Cell, result: Result) -> None:
+    """Write a run's result."""
+    write_atomically(study.study_dir / cell.name / RESULT, json.dumps(asdict(result), indent=1) + "\n")
+
+
+def read_result(study: Study, cell: Cell) -> Result | None:
+    """Return a run's result; None where it is not finished. A UserError says that the file is damaged."""
+    path = study.study_dir / cell.name / RESULT
+    try:
+        content: dict[str, Any] | None = read_json_object(path.read_bytes())
+        return Result(**content or {})
+    except FileNotFoundError:
+        return None
+    except TypeError:
+        raise UserError(f"{path} is damaged; remove it, and the run is measured again") from None
+
+
+def require_same_settings(study: Study) -> None:
+    """Check that the finished runs had the settings that the study has now.
+
+    Raises:
+        UserError: one had others.
+    """
+    for cell in cells(study):
+        result = read_result(study, cell)
+        if result is None:
+            continue
+        now = dump_config(cell_config(study, cell, result.lr))
+        for had, wants in zip(result.config.splitlines(), now.splitlines(), strict=False):
+            if had != wants:
+                raise UserError(
+                    f"{study.study_dir / cell.name} is finished with {had.strip()}, and the study now says "
+                    f"{wants.strip()}; remove the folder to run it again, or give the study another study_dir"
+                )
+
+
+def best_lr(study: Study, cell: Cell) -> float | None:
+    """Return the learning rate of the lowest loss in the search for a run; None if all diverged."""
+    results = [read_result(study, other) for other in searched_by(study, cell)]
+    return min(((r.loss, r.lr) for r in results if r is not None and r.loss is not None), default=(0.0, None))[1]
