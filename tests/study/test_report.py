@@ -51,7 +51,7 @@ def test_a_report_of_what_is_finished(run: Run) -> None:
     assert cross[4].startswith("4.100 ± ") and cross[5] == "-0.100 ± 0.000"
     assert cross[6].startswith("4.200 ± ") and cross[7].startswith("4.100 ± ")
     assert cross[-1] == "3.0"
-    assert "| cross | 9.000 ± 0.000 | 4.100 ± 2.541 |" in (study.study_dir / "report.md").read_text()
+    assert "| cross | 9.000 ± 0.000 | 4.100 ± 2.542 |" in (study.study_dir / "report.md").read_text()
     for name in ("loss-by-context", "loss-by-tokens", "loss-by-flops"):
         assert (study.study_dir / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
