@@ -26,7 +26,8 @@ def test_every_arm_is_searched_and_then_run_once_a_seed(run: Run) -> None:
     assert (search.seed, final.seed, short.seed) == (7, 1, 5)
     assert (search.train.steps, final.train.steps, short.train.steps) == (4, 6, 5)
     assert search.optimizer.warmup_steps == 1  # of 4 steps, as 2 are of 6
-    assert (search.optimizer.lr, search.optimizer.min_lr) == (1e-3, pytest.approx(1e-4))
+    assert search.optimizer.lr == 1e-3
+    assert search.optimizer.min_lr == pytest.approx(1e-4)
     assert final.run_dir == study.study_dir / "softmax/seed1"
 
 
@@ -58,6 +59,11 @@ def test_arms_are_as_large_as_the_reference(run: Run) -> None:
         ({"arms": {"softmax": {"set": {"model.widht": 3}}}}, "model.widht is an unknown key"),
         ({"search": None, "arms": {"softmax": {"lrs": [1.0]}}}, "lrs of an arm go with search"),
         ({"seeds": "all"}, "seeds='all'"),
+        (
+            {"tasks": {"r": {"kind": "recall", "tokens": 16, "pairs": 5}}},
+            "5 pairs, and as many questions, need 20 tokens",
+        ),
+        ({"tasks": {"r": {"kind": "sums", "tokens": 16}}}, "tasks.r.kind='sums'"),
         ({"base": "nowhere.yaml"}, "config nowhere.yaml is neither a file nor a shipped config"),
         ({"arms": {"softmax": {}, "a": {"set": {"model.depth": 20}}}}, "no MLP width gives it the reference's"),
     ],

@@ -8,10 +8,19 @@ import pytest
 
 from tests.conftest import Run
 from tests.study.common import study_of
+from tostlm.config import dump_config
+from tostlm.errors import UserError
 from tostlm.study.measure import largest_gradient
 from tostlm.study.plan import Cell, Study, cell_config
 from tostlm.study.report import Mean, write_report
-from tostlm.study.results import Result, best_lr, read_result, require_same_settings, write_result
+from tostlm.study.results import (
+    Result,
+    best_lr,
+    read_result,
+    require_same_settings,
+    settings_of,
+    write_result,
+)
 
 
 def finish(study: Study, arm: str, seed: int, loss: float) -> None:
@@ -19,10 +28,18 @@ def finish(study: Study, arm: str, seed: int, loss: float) -> None:
     config = cell_config(study, cell, None)
     contexts = {"32": loss + 0.1, "64": loss}
     validation = [[3, 1536, loss + 1], [6, 3072, loss]]
-    result = replace(
-        Result.of_divergence(config), loss=loss, tokens=3072, flops_per_token=1e6, body_parameters=25_000, contexts=contexts,
-        validation=validation, largest_gradient=[2.0 + seed, 3], repetition={"first": [9.0, 4], "1-64": [loss, 2]},
-    )  # fmt: skip
+    result = Result(
+        lr=config.optimizer.lr,
+        config=dump_config(config),
+        loss=loss,
+        tokens=3072,
+        flops_per_token=1e6,
+        body_parameters=25_000,
+        contexts=contexts,
+        validation=validation,
+        largest_gradient=[2.0 + seed, 3],
+        repetition={"first": [9.0, 4], "1-64": [loss, 2]},
+    )
     write_result(study, cell, result)
 
 
@@ -72,7 +89,7 @@ def test_finished_runs_of_other_settings_are_not_mixed_in(run: Run) -> None:
     finish(study, "cross", 0, 4.0)
     require_same_settings(study)
     changed = study_of(run, search=None, set={"optimizer.weight_decay": 0.2, "model.positions": None})
-    with pytest.raises(Exception, match=r"cross/seed0 is finished with .* and the study now says"):
+    with pytest.raises(UserError, match=r"cross/seed0 is finished with .* and the study now says"):
         require_same_settings(changed)
 
 
@@ -80,3 +97,19 @@ def test_the_largest_gradient_is_beside_those_before_it() -> None:
     norms = [(step, 2.0 if step != 70 else 30.0) for step in range(1, 100)]
     assert largest_gradient(norms) == [15.0, 70]
     assert largest_gradient(norms[:5]) == []
+
+
+def test_tasks_have_a_table_of_their_own(run: Run) -> None:
+    study = study_of(run, search=None, tasks={"pairs-2": {"kind": "recall", "tokens": 16, "pairs": 2}})
+    cell = Cell("task", "", "cross", 0, None, "pairs-2")
+    config = cell_config(study, cell, None)
+    result = Result(1e-3, settings_of(study, cell, config), 0.1, answers={"16": [0.75, 0.1], "64": [0.5, 0.2]})
+    write_result(study, cell, result)
+    require_same_settings(study)
+    write_report(study)
+    report = (study.study_dir / "report.md").read_text()
+    assert "| task, tokens | pairs-2, 16 | pairs-2, 64 |" in report
+    assert "| cross | 75.0 | 50.0 |" in report
+    harder = study_of(run, search=None, tasks={"pairs-2": {"kind": "recall", "tokens": 16, "pairs": 3}})
+    with pytest.raises(UserError, match="cross/task-pairs-2 is finished with"):
+        require_same_settings(harder)

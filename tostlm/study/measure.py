@@ -6,14 +6,15 @@ import statistics
 from collections.abc import Sequence
 
 from tostlm.checkpoint import load_checkpoint
-from tostlm.config import RunConfig, dump_config
+from tostlm.config import RunConfig
 from tostlm.data import TRAIN, VALIDATION, TokenSet
 from tostlm.device import best_device
 from tostlm.eval import Targets, choose_targets, loss_by_repetition, score_contexts
 from tostlm.files import read_json_lines
 from tostlm.model import count_body_parameters, count_parameters, state_bytes, training_flops_per_token
 from tostlm.study.plan import Cell, Study
-from tostlm.study.results import Result
+from tostlm.study.probe import probe
+from tostlm.study.results import Result, settings_of
 
 GRADIENTS_BEFORE = 100  # steps over whose gradients' norms the running median is taken
 WARM_UP = 20  # first steps, whose gradients have no median yet
@@ -27,7 +28,7 @@ def measure(study: Study, cell: Cell, config: RunConfig) -> Result:
     context = config.data.context_tokens
     result = Result(
         lr=config.optimizer.lr,
-        config=dump_config(config),
+        config=settings_of(study, cell, config),
         loss=validation[-1][2],
         tokens=config.tokens,
         parameters=count_parameters(config.model),
@@ -46,6 +47,22 @@ def measure(study: Study, cell: Cell, config: RunConfig) -> Result:
     result.contexts.update({str(score.context): score.nats for score in scores})
     result.repetition.update(loss_by_repetition(checkpoint, tokens, TokenSet(config.data.folders[0], TRAIN)))
     return result
+
+
+def measure_task(study: Study, cell: Cell, config: RunConfig) -> Result:
+    """Train a model on a synthetic task at each of its learning rates, and return the result of the best."""
+    task = study.tasks[cell.task]
+    found = {lr: probe(config.model, task, lr, cell.seed) for lr in task.lrs}
+    first = str(task.lengths[0] * task.tokens)
+    lr = max(found, key=lambda lr: (found[lr][first][0], -found[lr][first][1]))
+    return Result(
+        lr=lr,
+        config=settings_of(study, cell, config),
+        loss=found[lr][first][1],
+        body_parameters=count_body_parameters(config.model),
+        state_bytes=state_bytes(config.model, task.tokens),
+        answers=found[lr],
+    )
 
 
 def held_out_targets(study: Study, config: RunConfig) -> tuple[TokenSet, Targets]:

@@ -14,24 +14,20 @@ import pydantic
 from tostlm.config import RunConfig, load_config, read_mapping, validate_mapping
 from tostlm.errors import UserError
 from tostlm.model import count_body_parameters
+from tostlm.study.part import Part, PositiveInt
+from tostlm.study.tasks import Task
 
 Keys = dict[str, Any]  # dotted keys of a run's config, and their values
-PositiveInt = Annotated[int, pydantic.Field(ge=1)]
 LearningRate = Annotated[float, pydantic.Field(gt=0)]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")  # of an arm or a size, which is also that of a folder
+NOTHING: Any = pydantic.Field(default_factory=dict)
 TOLERANCE = 0.01  # of the parameters of an arm beside the reference's
-
-
-class Part(pydantic.BaseModel):
-    """A strict and frozen part of a study."""
-
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Arm(Part):
     """One of the models that are compared."""
 
-    set: Keys = {}  # its keys of the run's config
+    set: Keys = NOTHING  # its keys of the run's config
     seeds: tuple[int, ...] | None = None  # None: the study's
     steps: PositiveInt | None = None  # of its final runs; None: the base's
     lrs: tuple[LearningRate, ...] | None = None  # of its search; None: the study's
@@ -58,18 +54,20 @@ class Study(Part):
 
     study_dir: Path  # of its runs and its report
     base: Path  # the config that all runs start from: a file, or a shipped config's name
-    set: Keys = {}  # keys of all runs
-    sizes: dict[str, Keys] = {"": {}}  # keys of the runs of a size, by the size's name
+    set: Keys = NOTHING  # keys of all runs
+    sizes: dict[str, Keys] = pydantic.Field(default={"": {}})  # keys of the runs of a size, by the size's name
     arms: dict[str, Arm]
     reference: str  # the arm that others are compared with
     match_parameters: bool = True  # make every arm as large as the reference, by the width of its MLP
     seeds: tuple[int, ...]
     search: Search | None = None  # None: all arms train at the base's rate, or their own
     evaluation: Evaluation
+    tasks: dict[str, Task] = NOTHING  # synthetic ones, for which every arm is trained anew
+    task_set: Keys = NOTHING  # keys of the models that are trained for them
 
     @pydantic.model_validator(mode="after")
     def _names(self) -> Study:
-        for name in (*self.arms, *self.sizes):
+        for name in (*self.arms, *self.sizes, *self.tasks):
             if not NAME.fullmatch(name) and (name or len(self.sizes) > 1):
                 raise ValueError(f"{name!r} must be letters, digits, and -, _, . or + within, as it names a folder")
         if self.reference not in self.arms:
@@ -83,16 +81,18 @@ class Study(Part):
 class Cell(NamedTuple):
     """One run of a study."""
 
-    kind: Literal["search", "final"]
+    kind: Literal["search", "final", "task"]
     size: str
     arm: str
     seed: int
-    lr: float | None  # None: the best of the search, or without one the config's
+    lr: float | None  # None: the best of the search, or without one the config's; of a task, each of the task's
+    task: str = ""
 
     @property
     def name(self) -> str:
         """Its folder in the study's."""
-        last = f"search-lr{self.lr:g}" if self.kind == "search" else f"seed{self.seed}"
+        names = {"search": f"search-lr{self.lr:g}" if self.lr else "", "task": f"task-{self.task}"}
+        last = names.get(self.kind, f"seed{self.seed}")
         return "/".join(part for part in (self.size, self.arm, last) if part)
 
 
@@ -121,6 +121,10 @@ def cells(study: Study) -> Iterator[Cell]:
                 seeds = arm.seeds or study.seeds
                 if round_ < len(seeds):
                     yield Cell("final", size, name, seeds[round_], None)
+    for task in study.tasks:
+        for size in study.sizes:
+            for name in study.arms:
+                yield Cell("task", size, name, 0, None, task)
 
 
 def searched_by(study: Study, cell: Cell) -> list[Cell]:
@@ -139,7 +143,8 @@ def cell_config(study: Study, cell: Cell, lr: float | None) -> RunConfig:
     config = _load(study, cell.size, cell.arm, study.study_dir / cell.name, lr, cell)
     if not study.match_parameters or cell.arm == study.reference:
         return config
-    reference = _load(study, cell.size, study.reference, study.study_dir, None, None)
+    task = cell._replace(arm=study.reference) if cell.kind == "task" else None
+    reference = _load(study, cell.size, study.reference, study.study_dir, None, task)
     width = _matching_mlp_width(config, count_body_parameters(reference.model), cell.arm)
     return _load(study, cell.size, cell.arm, config.run_dir, lr, cell, {"model.mlp_width": width})
 
@@ -147,7 +152,8 @@ def cell_config(study: Study, cell: Cell, lr: float | None) -> RunConfig:
 def _load(
     study: Study, size: str, arm: str, run_dir: Path, lr: float | None, cell: Cell | None, more: Keys | None = None
 ) -> RunConfig:
-    keys = {**study.set, **study.sizes[size], **study.arms[arm].set, **(more or {})}
+    of_task = study.task_set if cell is not None and cell.kind == "task" else {}
+    keys = {**study.set, **study.sizes[size], **study.arms[arm].set, **of_task, **(more or {})}
     base = load_config(study.base, _overrides({**keys, "run_dir": str(run_dir)}))
     changes: Keys = {}
     if cell is not None:

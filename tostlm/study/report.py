@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from tostlm.files import write_atomically
 from tostlm.plots import new_figure, png_bytes
-from tostlm.study.plan import Study, cells
+from tostlm.study.plan import Cell, Study, cells
 from tostlm.study.results import Result, read_result
 
 # Student's t for two-sided intervals of 95%, by degrees of freedom from 1 on.
@@ -92,7 +92,31 @@ def markdown(study: Study, rows: Sequence[Row]) -> str:
                 [r.repetition[name][0] for r in row.results.values() if name in r.repetition] for name in distances
             ]
             lines.append(_line([row.label, *(str(Mean.of(values)) if values else "" for values in found)]))
-    return "\n".join([*_notes(study, rows), "", *lines]) + "\n"
+    return "\n".join([*_notes(study, rows), "", *lines, *_tasks(study)]) + "\n"
+
+
+def _tasks(study: Study) -> list[str]:
+    """Return the table of synthetic tasks: a row an arm, a column a task and tested length."""
+    columns = [(name, times * task.tokens) for name, task in study.tasks.items() for times in task.lengths]
+    if not columns:
+        return []
+    lines = ["", "Right answers in percent, and for n-grams nats above the best possible:", ""]
+    lines.append(_line(["task, tokens", *(f"{name}, {tokens:,}" for name, tokens in columns)]))
+    lines.append(_line(["---"] + ["---:"] * len(columns)))
+    for size in study.sizes:
+        for arm in study.arms:
+            found = [_answer(study, Cell("task", size, arm, 0, None, name), tokens) for name, tokens in columns]
+            if any(found):
+                lines.append(_line([f"{arm} {size}".strip(), *found]))
+    return lines
+
+
+def _answer(study: Study, cell: Cell, tokens: int) -> str:
+    result = read_result(study, cell)
+    answer = result.answers.get(str(tokens)) if result is not None else None
+    if not answer:
+        return ""
+    return f"{answer[1]:.3f}" if study.tasks[cell.task].kind == "ngrams" else f"{100 * answer[0]:.1f}"
 
 
 def _notes(study: Study, rows: Sequence[Row]) -> list[str]:
@@ -142,7 +166,12 @@ def _as_json(study: Study, rows: Sequence[Row]) -> dict[str, object]:
         for row in rows
         for seed, result in row.results.items()
     ]
-    return {"reference": study.reference, "search": searched, "final": final}
+    tasks = [
+        {"size": cell.size, "arm": cell.arm, "task": cell.task, "lr": result.lr, "answers": result.answers}
+        for cell in cells(study)
+        if cell.kind == "task" and (result := read_result(study, cell)) is not None
+    ]
+    return {"reference": study.reference, "search": searched, "final": final, "tasks": tasks}
 
 
 def _plot(xlabel: str, curve: Callable[[Row], Sequence[tuple[float, Mean]]], rows: Sequence[Row]) -> bytes:

@@ -32,11 +32,18 @@ class Result:
     largest_gradient: list[float] = field(default_factory=list)
     contexts: dict[str, float] = field(default_factory=dict)  # loss of the same tokens by context length
     repetition: dict[str, list[float]] = field(default_factory=dict)  # see `tostlm.eval.loss_by_repetition`
+    answers: dict[str, list[float]] = field(default_factory=dict)  # of a task: see `tostlm.study.probe`
 
     @classmethod
     def of_divergence(cls, config: RunConfig) -> Result:
         """Return the result of a run whose loss did not stay finite."""
         return cls(config.optimizer.lr, dump_config(config), None)
+
+
+def settings_of(study: Study, cell: Cell, config: RunConfig) -> str:
+    """Return all that determines a run, as YAML."""
+    task = f"task: {study.tasks[cell.task].model_dump_json()}\n" if cell.kind == "task" else ""
+    return dump_config(config) + task
 
 
 def write_result(study: Study, cell: Cell, result: Result) -> None:
@@ -66,7 +73,7 @@ def require_same_settings(study: Study) -> None:
         result = read_result(study, cell)
         if result is None:
             continue
-        now = dump_config(cell_config(study, cell, result.lr))
+        now = settings_of(study, cell, cell_config(study, cell, None if cell.kind == "task" else result.lr))
         for had, wants in zip(result.config.splitlines(), now.splitlines(), strict=False):
             if had != wants:
                 raise UserError(

@@ -20,7 +20,7 @@ from tostlm.errors import EXIT_BUG, EXIT_USER_ERROR, UserError, report
 from tostlm.files import locked, read_json_lines, require_writable, write_atomically
 from tostlm.launch import run_local
 from tostlm.launch.local import end_with_parent
-from tostlm.study.measure import held_out_targets, measure
+from tostlm.study.measure import held_out_targets, measure, measure_task
 from tostlm.study.plan import Cell, Study, cell_config, cells, searched_by
 from tostlm.study.report import write_report
 from tostlm.study.results import Result, best_lr, read_result, require_same_settings, write_result
@@ -107,12 +107,12 @@ def _ended(study: Study, cell: Cell, started: float) -> bool:
 
 def _ready(study: Study, cell: Cell) -> bool:
     """Return whether the search for a run's learning rate is finished."""
-    return cell.kind == "search" or all(read_result(study, other) is not None for other in searched_by(study, cell))
+    return cell.kind != "final" or all(read_result(study, other) is not None for other in searched_by(study, cell))
 
 
 def _hopeless(study: Study, cell: Cell, started: float) -> bool:
     """Return whether a run waits for a search of which a run has failed."""
-    return any(
+    return cell.kind == "final" and any(
         read_result(study, other) is None and _ended(study, other, started) for other in searched_by(study, cell)
     )
 
@@ -120,6 +120,11 @@ def _hopeless(study: Study, cell: Cell, started: float) -> bool:
 def _run_cell(study: Study, cell: Cell, processes: int) -> int:
     """Train and measure one run, and return its exit code."""
     folder = study.study_dir / cell.name
+    if cell.kind == "task":
+        print(f"\n== {cell.name}", flush=True)
+        write_result(study, cell, measure_task(study, cell, cell_config(study, cell, None)))
+        write_report(study)
+        return 0
     lr = cell.lr if cell.kind == "search" or study.search is None else best_lr(study, cell)
     if cell.kind == "final" and study.search is not None and lr is None:
         return _fail(folder, f"{cell.name}: every learning rate of the search diverged", EXIT_USER_ERROR)
