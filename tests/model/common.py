@@ -8,6 +8,7 @@ from tostlm.model.mixers.gated_delta import GatedDeltaOptions
 from tostlm.model.mixers.softmax import SoftmaxOptions
 from tostlm.model.mixers.tssa import TSSAOptions
 from tostlm.model.mixers.tssa_cross import TSSACrossOptions
+from tostlm.model.mixers.tssa_delta import TSSADeltaOptions
 from tostlm.model.mixers.window import WindowOptions
 
 TSSA, SOFTMAX = (TSSAOptions(),), (SoftmaxOptions(),)  # layer plans
@@ -61,7 +62,20 @@ SHAPES = {
         value_residual=True,
         embed_skip=True,
     ),
+    "cross, memberships": ModelConfig(
+        2,
+        24,
+        3,
+        40,
+        positions=None,
+        layers=(
+            TSSACrossOptions(write="membership", halflife_tokens=(4.0, 64.0)),
+            TSSACrossOptions(write="membership", forgetting="none", short_conv=0),
+        ),
+        layer_scale=0.5,
+    ),
     "delta": ModelConfig(2, 24, 3, 40, positions=None, layers=(GatedDeltaOptions(),), layer_scale=0.5),
+    "delta, preconditioned": ModelConfig(2, 24, 3, 40, positions=None, layers=(TSSADeltaOptions(),), layer_scale=0.5),
     "window": ModelConfig(
         2,
         24,

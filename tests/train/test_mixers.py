@@ -20,6 +20,11 @@ MODELS = {
     "tssa": [f"model.layers=[{TSSA}]", *BLOCK, "data.stateful=true", "data.reset_at_documents=true"],
     "cross": [*CROSS, *BLOCK, VALUES, "data.reset_at_documents=true"],
     "delta": ["model.layers=[{mixer: gated_delta}]", *BLOCK, "data.reset_at_documents=true"],
+    "sums": [
+        "model.layers=[{mixer: tssa_cross, write: membership}, {mixer: tssa_delta}]",
+        *BLOCK,
+        "data.reset_at_documents=true",
+    ],
     "softmax": [*SOFTMAX, *BLOCK, VALUES, "data.reset_at_documents=true"],
     "window": ["model.layers=[{mixer: window, window_tokens: 20}]", *BLOCK, "data.reset_at_documents=true"],
     "carried": [*CROSS, *BLOCK, "data.stateful=true", "data.reset_at_documents=true"],

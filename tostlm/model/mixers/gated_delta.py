@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tostlm.model.parts.keys_queries_values import MatrixMixerOptions, ReadsAndWrites
 from tostlm.model.parts.matrix_mixer import MatrixMixer
-from tostlm.model.parts.matrix_state import CHUNK, delta_rule
+from tostlm.model.parts.matrix_state import ChunkDecays, delta_rule, delta_rule_flops
 from tostlm.model.positions import SequencePositions
 
 
@@ -37,13 +37,11 @@ class GatedDelta(MatrixMixer):
     state_class = GatedDeltaState
 
     def remember(
-        self, tokens: ReadsAndWrites, positions: SequencePositions, memory: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        k, q, v, strengths, log_decays = tokens
-        return delta_rule(q, k, k, v, strengths, log_decays, positions, memory)
+        self, tokens: ReadsAndWrites, decays: ChunkDecays, positions: SequencePositions, before: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        k, _, q, v, strengths, _ = tokens
+        y, memory = delta_rule(q, k, k, v, strengths, decays, positions, *before)
+        return y, (memory,)
 
     def memory_flops(self, context: int) -> float:
-        C, D, L = self.config.width, self.config.width // self.config.heads, min(CHUNK, context)
-        # Half a chunk's pairs on average: keys' and queries' scores, what is solved (V + D wide), its reading. Then the
-        # chunk's matrix, what is taken from the state, the state's update and its reading.
-        return 2.0 * C * L / 2 * 5 + 2.0 * C * D * 4
+        return delta_rule_flops(self.config.width, self.config.heads, context)

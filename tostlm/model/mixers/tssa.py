@@ -16,6 +16,7 @@ from tostlm.model.config import ModelConfig
 from tostlm.model.mixers.base import Mixer
 from tostlm.model.parts.forgetting import Forgetting, ForgettingOptions
 from tostlm.model.parts.matrix_state import ChunkDecays
+from tostlm.model.parts.membership import scale_free_logits
 from tostlm.model.parts.running_sums import running_sums
 from tostlm.model.parts.short_conv import ShortConv, check_taps
 from tostlm.model.positions import SequencePositions
@@ -117,9 +118,7 @@ class TSSA(Mixer):
             own, first = F.pad(own, (0, 1), value=1.0), torch.cat([first, before.remembered[..., None]], -1)
         energy, energy_after = running_sums(own, decays, positions, first)
         if counts:
-            count, energy = energy[..., D], energy[..., :D]
-            share = count * square.sum(-1) / energy.sum(-1).clamp_min(EPS)  # 1 on average over what is remembered
-            n = D**0.5 * (share - 1)
+            n = scale_free_logits(square.sum(-1), energy[..., :D].sum(-1), energy[..., D], D)
         else:
             n = (square / energy.clamp_min(EPS)).sum(-1)
         if self.bias is not None:

@@ -37,23 +37,25 @@ class ReadsAndWrites(NamedTuple):
     """In fp32, or float64 where x is."""
 
     keys: Tensor  # [B, T, H, D], each of length 1
+    raw_keys: Tensor  # [B, T, H, D], the keys before that
     queries: Tensor  # [B, T, H, D]
     values: Tensor  # [B, T, H, D]
-    strengths: Tensor  # [B, T, H] in (0, 1), of the writing
+    strengths: Tensor  # [B, T, H] in (0, 1), of the writing; 1 where a mixer has its own instead
     log_decays: Tensor  # [B, T, H] or [1, 1, H], of what the head remembers
 
 
 class KeysQueriesValues(nn.Module):
     """k, q, v = silu(conv(W x)), k of length 1; how strongly to write, sigmoid(W_b x + c); and how much to keep."""
 
-    def __init__(self, config: ModelConfig, options: MatrixMixerOptions) -> None:
+    def __init__(self, config: ModelConfig, options: MatrixMixerOptions, own_strengths: bool) -> None:
+        """Build it, uninitialized; `own_strengths` is whether the mixer takes strengths from elsewhere."""
         super().__init__()
         C, H = config.width, config.heads
         self.config = config
         self.in_proj = nn.Linear(C, 3 * C, bias=False)
         self.conv = ShortConv(3 * C, options.short_conv, silu=True) if options.short_conv else None
         self.forgetting = Forgetting(options, C, H)
-        self.write_proj = nn.Linear(C, H)
+        self.write_proj = None if own_strengths else nn.Linear(C, H)
 
     def values(self, x: Tensor) -> Tensor:
         """Return the values [B, T, C] of tokens x before the convolution."""
@@ -76,17 +78,19 @@ class KeysQueriesValues(nn.Module):
             kqv, tail = self.conv(kqv, tail, positions)
         else:
             tail = kqv.new_zeros(B, 0, 3 * C)
-        k, q, v = kqv.to(wide).view(B, T, 3, H, C // H).unbind(2)
-        strengths = self.write_proj(x).to(wide).sigmoid()
-        return ReadsAndWrites(F.normalize(k, dim=-1, eps=EPS), q, v, strengths, self.forgetting(x)), tail
+        w, q, v = kqv.to(wide).view(B, T, 3, H, C // H).unbind(2)
+        k = F.normalize(w, dim=-1, eps=EPS)
+        strengths = w.new_ones(B, T, H) if self.write_proj is None else self.write_proj(x).to(wide).sigmoid()
+        return ReadsAndWrites(k, w, q, v, strengths, self.forgetting(x)), tail
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Initialize the parameters in place."""
         std = self.config.init_std
         self.in_proj.weight.normal_(0, std, generator=generator)
-        self.write_proj.weight.normal_(0, std, generator=generator)
-        self.write_proj.bias.zero_()
+        if self.write_proj is not None:
+            self.write_proj.weight.normal_(0, std, generator=generator)
+            self.write_proj.bias.zero_()
         self.forgetting.reset_parameters(std, generator)
         if self.conv is not None:
             self.conv.reset_parameters(generator)

@@ -14,6 +14,7 @@ from tostlm.model.config import ModelConfig
 from tostlm.model.mixers.base import Mixer, MixerState
 from tostlm.model.parts.gated_output import GatedOutput
 from tostlm.model.parts.keys_queries_values import KeysQueriesValues, MatrixMixerOptions, ReadsAndWrites
+from tostlm.model.parts.matrix_state import ChunkDecays
 from tostlm.model.positions import SequencePositions
 from tostlm.shapes import Float
 
@@ -21,7 +22,8 @@ from tostlm.shapes import Float
 class MatrixMixer(Mixer):
     """Keys, queries and values of the tokens, a memory of them, and what is read of it, normalized and gated.
 
-    A state has two fields: the memory [B, H, D, D], and the tail of the convolution as `KeysQueriesValues` has it.
+    The first field of a state is the matrix [B, H, D, D], the last the tail of the convolution as `KeysQueriesValues`
+    has it. Between them is what else `remember` keeps.
     """
 
     constant_state = True
@@ -29,9 +31,9 @@ class MatrixMixer(Mixer):
     has_values = True
     no_weight_decay = frozenset({"memory.conv.weight"})
 
-    def __init__(self, config: ModelConfig, options: MatrixMixerOptions) -> None:
+    def __init__(self, config: ModelConfig, options: MatrixMixerOptions, own_strengths: bool = False) -> None:
         super().__init__(config, options)
-        self.memory = KeysQueriesValues(config, options)
+        self.memory = KeysQueriesValues(config, options, own_strengths)
         self.output = GatedOutput(config, gated=options.gate == "output")
 
     def values(self, x: Tensor) -> Tensor:
@@ -44,17 +46,28 @@ class MatrixMixer(Mixer):
         state: MixerState | None,
         added_values: Tensor | None = None,
     ) -> tuple[Float[Tensor, "B T C"], MixerState]:
-        before, tail = (None, None) if state is None else state
-        tokens, tail = self.memory(x, tail, positions, added_values)
+        tokens, tail = self.memory(x, None if state is None else state[-1], positions, added_values)
         with torch.autocast(x.device.type, enabled=False):
-            y, after = self.remember(tokens, positions, before)
-        return self.output(y, x), self.state_class(after, tail)
+            before = self.empty(tokens.keys) if state is None else state[:-1]
+            decays = ChunkDecays.build(tokens.log_decays, positions, *x.shape[:2])
+            y, after = self.remember(tokens, decays, positions, before)
+        return self.output(y, x), self.state_class(*after, tail)
+
+    def empty(self, keys: Tensor) -> tuple[Tensor, ...]:
+        """Return the fields of the state but the tail at the start of a context of keys [B, T, H, D]: the matrix, 0."""
+        B, _, H, D = keys.shape
+        return (keys.new_zeros(B, H, D, D),)
 
     @abstractmethod
     def remember(
-        self, tokens: ReadsAndWrites, positions: SequencePositions, memory: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return what the tokens read [B, T, H, D], and the memory after them, from the one before; None is empty."""
+        self, tokens: ReadsAndWrites, decays: ChunkDecays, positions: SequencePositions, before: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return what the tokens read [B, T, H, D], and the fields of `empty` after them.
+
+        Args:
+            decays: of what the heads remember, in chunks.
+            before: the fields of `empty` before the tokens.
+        """
 
     @abstractmethod
     def memory_flops(self, context: int) -> float:

@@ -39,7 +39,10 @@ class ChunkDecays(NamedTuple):
 
     @classmethod
     def build(cls, log_decays: Tensor, positions: SequencePositions, B: int, T: int) -> ChunkDecays:
-        """Build them from log_decays [B, T, H] or [1, 1, H], as `Forgetting` has them."""
+        """Build them from log_decays [B, T, H] or [1, 1, H], logs of a_t as `Forgetting` has them.
+
+        A document's first token forgets everything before it.
+        """
         L = min(CHUNK, max(T, 1))
         padding = -T % L
         # What pads the last chunk neither decays nor adds anything.
@@ -58,22 +61,20 @@ class ChunkDecays(NamedTuple):
 
 
 def add_outer_products(
-    q: Tensor, k: Tensor, v: Tensor, log_decays: Tensor, positions: SequencePositions, state: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, decays: ChunkDecays, positions: SequencePositions, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return y [B, T, H, V] of S_t = a_t S_{t-1} + k_t v_t^T, and S [B, H, D, V] after the last token of all ranks.
 
     Args:
         q, k: [B, T, H, D], queries and keys.
         v: [B, T, H, V], values.
-        log_decays: [B, T, H] or [1, 1, H], logs of a_t. A document's first token forgets everything before it.
-        state: [B, H, D, V], S before the first token of the call; None is 0.
+        decays: of a_t, as `ChunkDecays.build` makes them for these tokens.
+        state: [B, H, D, V], S before the first token of the call.
     """
-    (B, T, H, D), V = k.shape, v.shape[-1]
-    decays = ChunkDecays.build(log_decays, positions, B, T)
+    T = k.shape[1]
     q, k, v = (chunked(x, decays.length) for x in (q, k, v))  # [B, N, H, L, D]
     added = (k * decays.to_end[..., None]).transpose(-1, -2) @ v  # [B, N, H, D, V], by each chunk
-    before = k.new_zeros(B, H, D, V) if state is None else state
-    carried, last = carry(added, decays.whole[..., None, None], before, positions.group)
+    carried, last = carry(added, decays.whole[..., None, None], state, positions.group)
     y = (q @ k.transpose(-1, -2) * decays.pairs) @ v + (q * decays.from_start[..., None]) @ carried
     return y.transpose(2, 3).flatten(1, 2)[:, :T], last
 
@@ -84,9 +85,9 @@ def delta_rule(
     written_keys: Tensor,
     v: Tensor,
     strengths: Tensor,
-    log_decays: Tensor,
+    decays: ChunkDecays,
     positions: SequencePositions,
-    state: Tensor | None,
+    state: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Return y [B, T, H, V] of S_t = a_t S_{t-1} + b_t k~_t (v_t - a_t S_{t-1}^T k_t)^T, and the last S [B, H, D, V].
 
@@ -99,8 +100,7 @@ def delta_rule(
 
     Source: Gated DeltaNet (arXiv 2412.06464) and its chunks in DeltaNet (arXiv 2406.06484).
     """
-    (B, T, H, D), V = k.shape, v.shape[-1]
-    decays = ChunkDecays.build(log_decays, positions, B, T)
+    (T, _, D), V = k.shape[1:], v.shape[-1]
     q, k, written_keys, v = (chunked(x, decays.length) for x in (q, k, written_keys, v))  # [B, N, H, L, D]
     b = chunked(strengths[..., None], decays.length)
     M = (b * decays.pairs * (k @ written_keys.transpose(-1, -2))).tril(-1)  # [B, N, H, L, L]
@@ -109,11 +109,17 @@ def delta_rule(
     own, taken = solved.split([V, D], -1)  # u = own - taken S
     ends = (written_keys * decays.to_end[..., None]).transpose(-1, -2)  # [B, N, H, D, L]
     kept = decays.whole[..., None, None] * torch.eye(D, dtype=k.dtype, device=k.device) - ends @ taken
-    before = k.new_zeros(B, H, D, V) if state is None else state
-    carried, last = carry(ends @ own, kept, before, positions.group)
+    carried, last = carry(ends @ own, kept, state, positions.group)
     scores = q @ written_keys.transpose(-1, -2) * decays.pairs
     y = scores @ (own - taken @ carried) + (q * decays.from_start[..., None]) @ carried
     return y.transpose(2, 3).flatten(1, 2)[:, :T], last
+
+
+def delta_rule_flops(C: int, H: int, context: int) -> float:
+    """Return the floating-point operations of `delta_rule` per token, C = H D = H V, over `context` tokens."""
+    # Half a chunk's pairs on average: keys' and queries' scores, what is solved (V + D wide), its reading. Then the
+    # chunk's matrix, what is taken from the state, the state's update and its reading.
+    return 2.0 * C * min(CHUNK, context) / 2 * 5 + 2.0 * C * (C // H) * 4
 
 
 def chunked(x: Tensor, L: int) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tostlm.model.parts.matrix_state import ChunkDecays, carry, chunked
+from tostlm.model.parts.matrix_state import CHUNK, ChunkDecays, carry, chunked
 from tostlm.model.positions import SequencePositions
 
 
@@ -29,3 +29,9 @@ def running_sums(v: Tensor, decays: ChunkDecays, positions: SequencePositions, s
     carried, last = carry(added, kept, state[:, :, None], positions.group)
     x = decays.pairs @ v + decays.from_start[..., None] * carried.to(v.dtype)
     return x.transpose(2, 3).flatten(1, 2)[:, :T], last[:, :, 0]
+
+
+def running_sums_flops(numbers: int, context: int) -> float:
+    """Return the floating-point operations per token of the running sums of `numbers` = H K, over `context` tokens."""
+    # Half a chunk's pairs on average; what comes into a chunk, and what leaves it.
+    return 2.0 * numbers * (min(CHUNK, context) / 2 + 2)
