@@ -20,7 +20,7 @@ MODELS = {
     "tssa": [f"model.layers=[{TSSA}]", *BLOCK, "data.stateful=true", "data.reset_at_documents=true"],
     "cross": [*CROSS, *BLOCK, VALUES, "data.reset_at_documents=true"],
     "delta": ["model.layers=[{mixer: gated_delta}]", *BLOCK, "data.reset_at_documents=true"],
-    "sums": [
+    "memberships": [
         "model.layers=[{mixer: tssa_cross, write: membership}, {mixer: tssa_delta}]",
         *BLOCK,
         "data.reset_at_documents=true",

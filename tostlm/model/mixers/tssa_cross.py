@@ -52,8 +52,8 @@ class TSSACross(MatrixMixer):
         self.temp = nn.Parameter(torch.empty(config.heads)) if members else None
 
     def empty(self, keys: Tensor) -> tuple[Tensor, ...]:
-        none = keys.new_zeros(keys.shape[0], 0 if self.temp is None else keys.shape[2], dtype=torch.float64)
-        return *super().empty(keys), none, none
+        zero = keys.new_zeros(keys.shape[0], 0 if self.temp is None else keys.shape[2], dtype=torch.float64)
+        return *super().empty(keys), zero, zero
 
     def remember(
         self, tokens: ReadsAndWrites, decays: ChunkDecays, positions: SequencePositions, before: tuple[Tensor, ...]
