@@ -17,9 +17,6 @@ from torch import Tensor
 from tostlm.model import IGNORE
 from tostlm.study.part import Part, PositiveInt
 
-VOCAB = 512  # tokens of recall and induction
-STATES = 8  # tokens of the chains of n-grams
-
 
 class Examples(NamedTuple):
     """Sequences, what is to be predicted at each token, and the best possible loss there."""
@@ -35,6 +32,7 @@ class Task(Part):
     kind: Literal["recall", "induction", "ngrams"]
     tokens: Annotated[int, pydantic.Field(ge=8)]  # of a training sequence
     pairs: PositiveInt = 8  # of a key and a value; of recall
+    vocab_size: Annotated[int, pydantic.Field(ge=2)] = 512  # different tokens; of n-grams, the states of a chain
     steps: PositiveInt = 2000  # at most: training ends once 99.9% are right
     batch_tokens: PositiveInt = 8192
     lrs: tuple[Annotated[float, pydantic.Field(gt=0)], ...] = (1e-3, 3e-3, 1e-2)  # of which the best counts
@@ -44,30 +42,25 @@ class Task(Part):
     def _fits(self) -> Task:
         if self.kind == "recall" and 4 * self.pairs > self.tokens:
             raise ValueError(f"{self.pairs} pairs, and as many questions, need {4 * self.pairs} tokens or more")
-        if self.kind == "recall" and self.pairs > VOCAB // 4:
-            raise ValueError(f"pairs {self.pairs} must be at most {VOCAB // 4}, a half of the keys")
+        if self.kind == "recall" and self.pairs >= self.vocab_size // 2:
+            raise ValueError(f"pairs {self.pairs} need a vocab_size of {2 * self.pairs + 2} or more, half of it keys")
         return self
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the embedding of a model for the task."""
-        return STATES if self.kind == "ngrams" else VOCAB
 
     def draw(self, generator: torch.Generator, batch: int, tokens: int) -> Examples:
         """Return new sequences of `tokens` T."""
         if self.kind == "recall":
-            return recall(generator, batch, tokens, self.pairs)
-        return (induction if self.kind == "induction" else ngrams)(generator, batch, tokens)
+            return recall(generator, batch, tokens, self.vocab_size, self.pairs)
+        return (induction if self.kind == "induction" else ngrams)(generator, batch, tokens, self.vocab_size)
 
 
-def recall(generator: torch.Generator, B: int, T: int, pairs: int) -> Examples:
+def recall(generator: torch.Generator, B: int, T: int, vocab_size: int, pairs: int) -> Examples:
     """Pairs of a key and a value, then each key once more at a random place, where its value is asked; token 0 between.
 
     Source: multi-query associative recall (arXiv 2312.04927), with questions spread evenly over the rest.
     """
-    half = VOCAB // 2  # keys are below it, values from there on
+    half = vocab_size // 2  # keys are below it, values from there on
     keys = _permutations(generator, B, half - 1)[:, :pairs] + 1
-    values = torch.randint(half, VOCAB, (B, pairs), generator=generator)
+    values = torch.randint(half, vocab_size, (B, pairs), generator=generator)
     tokens, targets = torch.zeros(B, T, dtype=torch.long), torch.full((B, T), IGNORE)
     tokens[:, : 2 * pairs] = torch.stack([keys, values], -1).flatten(1)
     places = 2 * pairs + _permutations(generator, B, T - 2 * pairs)[:, :pairs]
@@ -76,12 +69,12 @@ def recall(generator: torch.Generator, B: int, T: int, pairs: int) -> Examples:
     return Examples(tokens, targets, 0.0)
 
 
-def induction(generator: torch.Generator, B: int, T: int) -> Examples:
+def induction(generator: torch.Generator, B: int, T: int, vocab_size: int) -> Examples:
     """Random tokens; the last stands once before, and what followed it there is asked.
 
     Source: induction heads as in Mamba (arXiv 2312.00752).
     """
-    tokens = torch.randint(1, VOCAB, (B, T), generator=generator)
+    tokens = torch.randint(1, vocab_size, (B, T), generator=generator)
     place = torch.randint(0, T - 2, (B, 1), generator=generator)
     tokens.scatter_(1, place, 0)
     targets = torch.full((B, T), IGNORE)
@@ -90,18 +83,18 @@ def induction(generator: torch.Generator, B: int, T: int) -> Examples:
     return Examples(tokens, targets, 0.0)
 
 
-def ngrams(generator: torch.Generator, B: int, T: int) -> Examples:
+def ngrams(generator: torch.Generator, B: int, T: int, states: int) -> Examples:
     """A Markov chain of its own in each sequence, whose transition probabilities are uniformly distributed.
 
     The best loss is that of the posterior mean, (count of the transition + 1) / (count of the state + states).
 
     Source: in-context learning of Markov chains (arXiv 2402.11004).
     """
-    rows = -torch.rand(B, STATES, STATES, generator=generator, dtype=torch.float64).clamp_min(1e-12).log()
+    rows = -torch.rand(B, states, states, generator=generator, dtype=torch.float64).clamp_min(1e-12).log()
     chain = rows / rows.sum(-1, keepdim=True)  # a uniform draw from the simplex
     tokens = torch.empty(B, T + 1, dtype=torch.long)
-    tokens[:, 0] = torch.randint(STATES, (B,), generator=generator)
-    counts = torch.ones(B, STATES, STATES, dtype=torch.float64)
+    tokens[:, 0] = torch.randint(states, (B,), generator=generator)
+    counts = torch.ones(B, states, states, dtype=torch.float64)
     sequences, best = torch.arange(B), torch.zeros((), dtype=torch.float64)
     for t in range(T):
         state = tokens[:, t]
