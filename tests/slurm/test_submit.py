@@ -11,6 +11,7 @@ import yaml
 from tests.conftest import ROOT, Run, fail, succeed, tostlm
 from tests.data.preparation.test_prepare import content
 from tests.slurm.conftest import ClusterJob
+from tests.study.common import write_study
 from tostlm.checkpoint import checkpoints
 from tostlm.data import Tokenizer
 from tostlm.files import locked, write_atomically
@@ -226,6 +227,20 @@ def test_eval_bench_and_convert_jobs(job: ClusterJob, trained: dict[str, Run]) -
     assert "tokens/s" in logs
     fail(job.command("submit", "eval", "nowhere"), "nowhere")
     fail(job.command("submit", "bench", "--repeats=1"), "give the arguments of `tostlm bench train`")
+
+
+@pytest.mark.slow
+def test_the_tasks_of_an_array_divide_a_study(job: ClusterJob) -> None:
+    file = write_study(job.run, search=None)
+    assert "_N.log" in succeed(job.command("submit", "study", str(file), "--nodes", "2"))
+    job.wait_for(job.gone)
+    folder = job.run.dir.parent / "study"
+    logs = [path.read_text() for path in (folder / "slurm/study/logs").iterdir()]
+    assert len(json.loads((folder / "report.json").read_text())["final"]) == 4, "\n".join(logs)
+    names = ["softmax/seed0", "softmax/seed1", "cross/seed0", "cross/seed1"]
+    ran = [{name for name in names if f"== {name}, learning rate" in log} for log in logs]
+    assert len(ran) == 2 and all(ran), ran
+    assert not ran[0] & ran[1]
 
 
 def test_first_node_agrees_with_scontrol(job: ClusterJob) -> None:
