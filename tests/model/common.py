@@ -5,6 +5,9 @@ import torch
 
 from tostlm.model import LM, ModelConfig, create_lm
 from tostlm.model.mixers.gated_delta import GatedDeltaOptions
+from tostlm.model.mixers.gla import GLAOptions
+from tostlm.model.mixers.mamba2 import Mamba2Options
+from tostlm.model.mixers.rwkv7 import RWKV7Options
 from tostlm.model.mixers.softmax import SoftmaxOptions
 from tostlm.model.mixers.tssa import TSSAOptions
 from tostlm.model.mixers.tssa_cross import TSSACrossOptions
@@ -76,6 +79,25 @@ SHAPES = {
     ),
     "delta": ModelConfig(2, 24, 3, 40, positions=None, layers=(GatedDeltaOptions(),), layer_scale=0.5),
     "delta, preconditioned": ModelConfig(2, 24, 3, 40, positions=None, layers=(TSSADeltaOptions(),), layer_scale=0.5),
+    "mamba2": ModelConfig(2, 24, 3, 40, positions=None, layers=(Mamba2Options(),), layer_scale=0.5),
+    "gla": ModelConfig(
+        2,
+        24,
+        3,
+        40,
+        positions=None,
+        layers=(GLAOptions(), GLAOptions(gate_rank=3, gate_temperature=1.0, short_conv=3)),
+        layer_scale=0.5,
+    ),
+    "rwkv7": ModelConfig(
+        2,
+        24,
+        3,
+        40,
+        positions=None,
+        layers=(RWKV7Options(), RWKV7Options(decay_rank=2, rate_rank=3, gate_rank=4)),
+        layer_scale=1.0,
+    ),
     "window": ModelConfig(
         2,
         24,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tostlm.model import Mixer
+from tostlm.model.parts.short_conv import ShortConv
 from tostlm.model.positions import SequencePositions
 
 
@@ -33,3 +34,12 @@ def assert_equals_slow_form(
     gradients = (torch.autograd.grad(result, leaves, wanted) for result in (y, expected))
     for found, exact in zip(*gradients, strict=True):
         torch.testing.assert_close(found, exact, rtol=1e-7, atol=1e-8)
+
+
+def convolved(conv: ShortConv | None, inputs: list[Tensor]) -> Tensor:
+    """The convolution of a document's tokens so far at the last of them, with SiLU; the token itself without one."""
+    if conv is None:
+        return inputs[-1]
+    near = inputs[::-1][: conv.taps]
+    total = torch.stack([conv.weight[:, -1 - back] * token for back, token in enumerate(near)]).sum(0)
+    return total * torch.sigmoid(total)

@@ -12,7 +12,11 @@ from torch import Tensor
 from tests.model.common import double, tokens_of
 from tests.model.mixers.common import assert_equals_slow_form
 from tostlm.model import ModelConfig, create_lm, state_bytes
+from tostlm.model.config import MixerOptions
 from tostlm.model.mixers.gated_delta import GatedDeltaOptions
+from tostlm.model.mixers.gla import GLAOptions
+from tostlm.model.mixers.mamba2 import Mamba2Options
+from tostlm.model.mixers.rwkv7 import RWKV7Options
 from tostlm.model.mixers.tssa_cross import TSSACrossOptions
 from tostlm.model.mixers.tssa_delta import TSSADeltaOptions
 from tostlm.model.parts.keys_queries_values import MatrixMixerOptions
@@ -61,8 +65,24 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "one tap": {"short_conv": 1},
     "no convolution": {"short_conv": 0},
 }
-REMEMBERED = {"tssa_cross, memberships": 8 * 2 * 3, "tssa_delta": 8 * 24}  # bytes besides the matrix and the tail
+EVERYTHING: dict[str, MixerOptions] = {
+    **MIXERS,
+    "mamba2": Mamba2Options(),
+    "gla": GLAOptions(),
+    "rwkv7": RWKV7Options(),
+}
+CROSS = 4 * (24 * 8 + 3 * 24 * 3)
+REMEMBERED = {  # bytes a sequence, of C = 24 channels in heads of D = 8
+    "tssa_cross": CROSS,
+    "tssa_cross, memberships": CROSS + 8 * 2 * 3,
+    "gated_delta": CROSS,
+    "tssa_delta": CROSS + 8 * 24,
+    "mamba2": 4 * (24 * 8 + 3 * (24 + 2 * 8)),
+    "gla": 4 * 24 * 8,
+    "rwkv7": 4 * (24 * 8 + 24),
+}
 mixers = pytest.mark.parametrize("name", MIXERS)
+everything = pytest.mark.parametrize("name", EVERYTHING)
 T = 150  # two chunks and a ragged one
 STARTS = ([5, 6, 80], [130])
 H, D = 3, 8
@@ -135,9 +155,9 @@ def test_equals_the_equations(name: str, options: dict[str, Any]) -> None:
     assert_equals_slow_form(mixer, partial(by_token, mixer), T, STARTS)
 
 
-@mixers
+@everything
 def test_bf16_keeps_its_sums_in_fp32_or_wider(name: str) -> None:
-    config = ModelConfig(2, 64, 4, 100, positions=None, layers=(MIXERS[name],), layer_scale=0.5)
+    config = ModelConfig(2, 64, 4, 100, positions=None, layers=(EVERYTHING[name],), layer_scale=0.5)
     lm, tokens = create_lm(config, 0), tokens_of(config, 2, 300)
     exact, _ = lm(tokens)
     with torch.autocast("cpu", torch.bfloat16):
@@ -152,12 +172,12 @@ def test_bf16_keeps_its_sums_in_fp32_or_wider(name: str) -> None:
     torch.testing.assert_close(torch.cat(pieces, 1), found, rtol=0.02, atol=0.02)
 
 
-@mixers
+@everything
 def test_what_is_remembered(name: str) -> None:
-    config = ModelConfig(1, 24, 3, 40, positions=None, layers=(MIXERS[name],))
+    config = ModelConfig(1, 24, 3, 40, positions=None, layers=(EVERYTHING[name],))
     lm = create_lm(config, 0)
     sizes = {lm(tokens_of(config, 1, length))[1].nbytes for length in (1, 2, 100, 700)}
-    assert sizes == {4 * (24 * 8 + 3 * 24 * 3) + REMEMBERED.get(name, 0)} == {state_bytes(config, 700)}
+    assert sizes == {REMEMBERED[name]} == {state_bytes(config, 700)}
 
 
 def test_memberships_take_the_place_of_learned_strengths() -> None:

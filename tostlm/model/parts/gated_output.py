@@ -15,12 +15,15 @@ EPS = 1e-6  # of the norm
 
 
 class GatedOutput(nn.Module):
-    """W_o (RMSNorm of each head of y, times a gain a channel, times sigmoid(G x)); without `gated` no G."""
+    """W_o (RMSNorm of each head of y, times a gain a channel, times sigmoid(G x)); without `gated` no G.
 
-    def __init__(self, config: ModelConfig, gated: bool) -> None:
+    With `silu` the last factor is silu(G x).
+    """
+
+    def __init__(self, config: ModelConfig, gated: bool, silu: bool = False) -> None:
         super().__init__()
         C = config.width
-        self.config = config
+        self.config, self.silu = config, silu
         self.norm = nn.Parameter(torch.empty(C))
         self.gate_proj = nn.Linear(C, C, bias=False) if gated else None
         self.out_proj = nn.Linear(C, C, bias=False)
@@ -30,7 +33,8 @@ class GatedOutput(nn.Module):
         y = F.rms_norm(y, y.shape[-1:], eps=EPS).flatten(2) * self.norm.to(y.dtype)
         y = y.to(x.dtype)
         if self.gate_proj is not None:
-            y = y * self.gate_proj(x).sigmoid()
+            gate = self.gate_proj(x)
+            y = y * (F.silu(gate) if self.silu else gate.sigmoid())
         out: Tensor = self.out_proj(y)
         return out
 

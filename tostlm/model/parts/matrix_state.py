@@ -51,13 +51,21 @@ class ChunkDecays(NamedTuple):
         causal = torch.ones(L, L, dtype=torch.bool, device=sums.device).tril()
         pairs = (sums[..., :, None] - sums[..., None, :]).masked_fill(~causal, -torch.inf).exp()
         from_start, to_end, whole = sums.exp(), (sums[..., -1:] - sums).exp(), sums[..., -1].exp()
-        if positions.document_start_mask is not None:
-            starts = F.pad(positions.document_start_mask, (0, padding)).unflatten(1, (-1, L))
-            count = starts.cumsum(-1)[:, :, None]  # [B, N, 1, L], documents that have started in the chunk
+        count = documents_in_chunks(positions, L)
+        if count is not None:
             pairs = pairs * (count[..., :, None] == count[..., None, :])
             from_start, to_end = from_start * (count == 0), to_end * (count == count[..., -1:])
             whole = whole * (count[..., -1] == 0)
         return cls(pairs, from_start, to_end, whole)
+
+
+def documents_in_chunks(positions: SequencePositions, L: int) -> Tensor | None:
+    """Return how many documents have started in each chunk up to each token [B, N, 1, L]; None where none start."""
+    mask = positions.document_start_mask
+    if mask is None:
+        return None
+    count: Tensor = F.pad(mask, (0, -mask.shape[1] % L)).unflatten(1, (-1, L)).cumsum(-1)[:, :, None]
+    return count
 
 
 def add_outer_products(
@@ -66,12 +74,12 @@ def add_outer_products(
     """Return y [B, T, H, V] of S_t = a_t S_{t-1} + k_t v_t^T, and S [B, H, D, V] after the last token of all ranks.
 
     Args:
-        q, k: [B, T, H, D], queries and keys.
+        q, k: [B, T, H, D], queries and keys, or [B, T, 1, D], those of all heads.
         v: [B, T, H, V], values.
         decays: of a_t, as `ChunkDecays.build` makes them for these tokens.
         state: [B, H, D, V], S before the first token of the call.
     """
-    T = k.shape[1]
+    T = v.shape[1]
     q, k, v = (chunked(x, decays.length) for x in (q, k, v))  # [B, N, H, L, D]
     added = (k * decays.to_end[..., None]).transpose(-1, -2) @ v  # [B, N, H, D, V], by each chunk
     carried, last = carry(added, decays.whole[..., None, None], state, positions.group)
@@ -131,19 +139,19 @@ def chunked(x: Tensor, L: int) -> Tensor:
 def carry(added: Tensor, kept: Tensor, state: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """Return S before each of this rank's chunks [B, N, H, D, V], and S after the last rank's last [B, H, D, V].
 
-    A chunk makes S to kept S + added, `added` [B, N, H, D, V]: `kept` is a number [B, N, H, 1, 1], or a matrix
-    [B, N, H, D, D].
+    A chunk makes S to kept S + added, `added` [B, N, H, D, V]: `kept` is a number [B, N, H, 1, 1], a number for each
+    row [B, N, H, D, 1], or a matrix [B, N, H, D, D].
     """
     if group is None:
         sums = _chain(added, kept, state)
         return torch.stack(sums[:-1], 1), sums[-1]
     D, V = state.shape[-2:]
-    # What a rank's chunks make of S is a matrix too: they are run from S = 0, and from the identity beside it.
+    # What a rank's chunks make of S has the same form: they are run from S = 0, and from what keeps S beside it.
     own = torch.stack(_chain(added, kept, torch.zeros_like(state)), 1)  # [B, N + 1, H, D, V]
     start = torch.eye(D, dtype=kept.dtype, device=kept.device) if kept.shape[-1] > 1 else kept.new_ones(1, 1)
     reach = torch.stack(
         _chain(torch.zeros_like(kept), kept, start.expand(kept[:, 0].shape)), 1
-    )  # [B, N + 1, H, D, D] or 1, 1
+    )  # [B, N + 1, H, D, D], D, 1 or 1, 1
     summaries = all_gather(torch.cat([reach[:, -1].flatten(2), own[:, -1].flatten(2)], -1), group)
     parts = summaries.split([reach[0, 0, 0].numel(), D * V], -1)
     ranks = zip(
@@ -167,5 +175,5 @@ def _chain(added: Tensor, kept: Tensor, first: Tensor) -> list[Tensor]:
 
 
 def _times(kept: Tensor, state: Tensor) -> Tensor:
-    """`kept` [..., 1, 1] or [..., D, D] times a state [..., D, V]."""
+    """`kept` [..., 1, 1], [..., D, 1] or [..., D, D] times a state [..., D, V]."""
     return kept * state if kept.shape[-1] == 1 else kept @ state
