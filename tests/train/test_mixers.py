@@ -25,6 +25,7 @@ MODELS = {
         *BLOCK,
         "data.reset_at_documents=true",
     ],
+    "rwkv7": ["model.layers=[{mixer: rwkv7}]", *BLOCK, "data.reset_at_documents=true"],
     "softmax": [*SOFTMAX, *BLOCK, VALUES, "data.reset_at_documents=true"],
     "window": ["model.layers=[{mixer: window, window_tokens: 20}]", *BLOCK, "data.reset_at_documents=true"],
     "carried": [*CROSS, *BLOCK, "data.stateful=true", "data.reset_at_documents=true"],

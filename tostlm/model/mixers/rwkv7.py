@@ -124,11 +124,11 @@ class RWKV7(Mixer):
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """Return the mixtures of x [B, T, C] with the token before, each [B, T, C], and the last token [B, 1, C]."""
         before, after = neighbours(x, token, 1, positions)
-        difference = torch.cat([before.to(x.dtype), x[:, :-1]], 1)
+        previous = torch.cat([before.to(x.dtype), x[:, :-1]], 1)
         if positions.document_start is not None:
-            difference = difference * (positions.positions >= 1)[..., None]
-        difference = difference - x
-        return tuple(x + difference * share for share in self.shift.to(x.dtype)), after
+            previous = previous * (positions.positions >= 1)[..., None]
+        difference = previous - x
+        return tuple(torch.addcmul(x, difference, share) for share in self.shift.to(x.dtype)), after
 
     def _project(self, shifted: tuple[Tensor, ...]) -> tuple[Read, Tensor]:
         """Return what the mixtures read and write with, and the gate [B, T, C] of the output."""
@@ -138,7 +138,8 @@ class RWKV7(Mixer):
         log_decays = -FASTEST * self.decay(x_w).sigmoid()
         rates = self.rate(x_a).sigmoid()
         removed = F.normalize((k * self.removed_scale.to(wide)).unflatten(-1, (H, -1)), dim=-1, eps=KEY_EPS)
-        k = k * (1 + (rates - 1) * self.rate_share.to(wide))
+        share = self.rate_share.to(wide)
+        k = k * torch.addcmul(1 - share, rates, share)
         r, log_decays, k, v, rates = (z.unflatten(-1, (H, -1)) for z in (r, log_decays, k, v, rates))
         return Read(r, log_decays, k, v, removed, rates), self.gate(x_g)
 

@@ -117,7 +117,8 @@ class BoundedDecays(NamedTuple):
 
     def whole(self) -> Tensor:
         """[B, N, H, D], from what comes into the chunk to its end."""
-        return self.from_start(self.logs)[..., -1, :]
+        left = self.logs[..., -1, :].exp()
+        return left if self.documents is None else left * (self.documents[..., -1:] == 0)
 
     def pairs(self) -> Tensor:
         """[L, L] or [B, N, 1, L, L] bool, True at [i, j] where token j is of token i's document and not later."""
@@ -155,15 +156,14 @@ def generalized_delta_rule(
     decays = BoundedDecays.build(log_decays, positions)
     q, p, b, k, v = (chunked(x, decays.length) for x in (q, removed, instead, k, v))  # [B, N, H, L, D]
     middle = decays.logs[..., (decays.length - 1) // 2, None, :]
-    reading = torch.cat([p * (decays.logs_before - middle).exp(), q * (decays.logs - middle).exp()], -2)
-    written = (middle - decays.logs).exp()
-    weights = reading @ torch.cat([k * written, b * written], -2).transpose(-1, -2)  # [B, N, H, 2 L, 2 L]
+    p_seen, q_seen = p * (decays.logs_before - middle).exp(), q * (decays.logs - middle).exp()
+    seen = (middle - decays.logs).exp()
+    k_seen, b_seen = ((x * seen).transpose(-1, -2) for x in (k, b))
     forbidden = ~decays.pairs()
-    by_p, by_q = weights.chunk(2, -2)
     # p reads what was there before its token wrote.
     strictly = forbidden | torch.eye(decays.length, dtype=torch.bool, device=k.device)
-    A, M = (x.masked_fill(strictly, 0.0) for x in by_p.chunk(2, -1))
-    of_k, of_b = (x.masked_fill(forbidden, 0.0) for x in by_q.chunk(2, -1))
+    A, M = ((p_seen @ x).masked_fill(strictly, 0.0) for x in (k_seen, b_seen))  # [B, N, H, L, L]
+    of_k, of_b = ((q_seen @ x).masked_fill(forbidden, 0.0) for x in (k_seen, b_seen))
 
     right = torch.cat([A @ v, p * decays.from_start(decays.logs_before)], -1)  # [B, N, H, L, V + D]
     own, taken = torch.linalg.solve_triangular(M, right, upper=False, unitriangular=True).split([V, D], -1)

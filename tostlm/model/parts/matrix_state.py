@@ -169,8 +169,9 @@ def carry(added: Tensor, kept: Tensor, state: Tensor, group: dist.ProcessGroup |
 def _chain(added: Tensor, kept: Tensor, first: Tensor) -> list[Tensor]:
     """Return S [B, H, D, V] before and after each of the chunks, from `first`."""
     sums = [first]
-    for n in range(added.shape[1]):
-        sums.append(_times(kept[:, n], sums[-1]) + added[:, n])
+    # Of an index a chunk, each gradient would be as large as all chunks.
+    for kept_by_chunk, added_by_chunk in zip(kept.unbind(1), added.unbind(1), strict=True):
+        sums.append(_times(kept_by_chunk, sums[-1]) + added_by_chunk)
     return sums
 
 
