@@ -4,10 +4,15 @@ import pytest
 import torch
 
 from tostlm.model import LM, ModelConfig, create_lm
+from tostlm.model.mixers.combiner import CombinerOptions
+from tostlm.model.mixers.conv import ConvOptions
+from tostlm.model.mixers.cross_covariance import CrossCovarianceOptions
+from tostlm.model.mixers.fibottention import FibottentionOptions
 from tostlm.model.mixers.gated_delta import GatedDeltaOptions
 from tostlm.model.mixers.gla import GLAOptions
 from tostlm.model.mixers.mamba2 import Mamba2Options
 from tostlm.model.mixers.rwkv7 import RWKV7Options
+from tostlm.model.mixers.segment import SegmentOptions
 from tostlm.model.mixers.softmax import SoftmaxOptions
 from tostlm.model.mixers.tssa import TSSAOptions
 from tostlm.model.mixers.tssa_cross import TSSACrossOptions
@@ -107,6 +112,45 @@ SHAPES = {
         layers=(WindowOptions(window_tokens=9, qk_norm=True, short_conv=3), TSSACrossOptions()),
         layer_scale=0.5,
         value_residual=True,
+    ),
+    "convolution, segments": ModelConfig(
+        2,
+        24,
+        3,
+        40,
+        positions=None,
+        layers=(ConvOptions(taps=3), SegmentOptions(segment_tokens=5, short_conv=2)),
+        layer_scale=0.5,
+    ),
+    "combiner": ModelConfig(
+        2,
+        24,
+        3,
+        40,
+        positions=64,
+        layers=(
+            CombinerOptions(block_tokens=6, gate="output"),
+            CombinerOptions(block_tokens=4, pooling="mean", rotary_base=100.0),
+        ),
+        layer_scale=0.5,
+    ),
+    "fibottention": ModelConfig(
+        2,
+        24,
+        3,
+        40,
+        positions=None,
+        layers=(FibottentionOptions(distance_tokens=(3, 20)),),
+        layer_scale=0.5,
+    ),
+    "cross-covariance": ModelConfig(
+        2,
+        24,
+        3,
+        40,
+        positions=64,
+        layers=(CrossCovarianceOptions(short_conv=2), CrossCovarianceOptions(forgetting="selective")),
+        layer_scale=0.5,
     ),
     "softmax, modern": ModelConfig(
         2,
