@@ -28,6 +28,7 @@ MODELS = {
     "rwkv7": ["model.layers=[{mixer: rwkv7}]", *BLOCK, "data.reset_at_documents=true"],
     "softmax": [*SOFTMAX, *BLOCK, VALUES, "data.reset_at_documents=true"],
     "window": ["model.layers=[{mixer: window, window_tokens: 20}]", *BLOCK, "data.reset_at_documents=true"],
+    "combiner": ["model.layers=[{mixer: combiner, block_tokens: 12}]", *BLOCK, "data.reset_at_documents=true"],
     "carried": [*CROSS, *BLOCK, "data.stateful=true", "data.reset_at_documents=true"],
 }
 PARALLEL = "train.context_parallel_size=2"

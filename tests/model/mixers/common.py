@@ -1,13 +1,25 @@
-"""What the tests of mixers share: tokens in documents, and a comparison with a slow form in values and gradients."""
+"""What the tests of mixers share: tokens in documents, slow forms, and comparisons in values and gradients."""
 
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tostlm.model import Mixer
+from tostlm.model.parts.attention import Attention
 from tostlm.model.parts.short_conv import ShortConv
 from tostlm.model.positions import SequencePositions
+
+
+class Document(NamedTuple):
+    """A document up to the token at hand."""
+
+    tokens: list[Tensor]  # each [C]
+    queries: list[Tensor]  # each [H, D], as keys and values
+    keys: list[Tensor]
+    values: list[Tensor]
 
 
 def draw(tokens: int, width: int, starts: tuple[list[int], ...]) -> tuple[Tensor, Tensor, SequencePositions]:
@@ -43,3 +55,52 @@ def convolved(conv: ShortConv | None, inputs: list[Tensor]) -> Tensor:
     near = inputs[::-1][: conv.taps]
     total = torch.stack([conv.weight[:, -1 - back] * token for back, token in enumerate(near)]).sum(0)
     return total * torch.sigmoid(total)
+
+
+def attention_by_token(mixer: Attention, read: Callable[[Document, int], Tensor], x: Tensor, starts: Tensor) -> Tensor:
+    """Attention in which head h reads read(document, h) [D], a sequence, a token and a head at a time."""
+    H, options = mixer.config.heads, mixer.options
+    rows = []
+    for sequence, begins in zip(x, starts, strict=True):
+        inputs: list[Tensor] = []  # of the document, before the convolution
+        document = Document([], [], [], [])
+        ys = []
+        for token, begin in zip(sequence, begins, strict=True):
+            if begin:
+                inputs, document = [], Document([], [], [], [])
+            inputs.append(mixer.in_proj.weight @ token)
+            qkv = inputs[-1]
+            if mixer.conv is not None:
+                last = inputs[::-1][: options.short_conv]
+                qkv = sum(mixer.conv.weight[:, -1 - back] * last[back] for back in range(len(last)))
+            q, k, v = qkv.view(3, H, -1)
+            if mixer.qk_scale is not None:
+                q, k = (z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() for z in (q, k))
+                q = q * mixer.qk_scale[:, None]
+            if options.rotary_base is not None:
+                position = len(document.keys)
+                q, k = (torch.stack([turned(head, position, options.rotary_base) for head in z]) for z in (q, k))
+            for own, new in zip(document, (token, q, k, v), strict=True):
+                own.append(new)
+            y = torch.cat([read(document, h) for h in range(H)])
+            if mixer.gate_proj is not None:
+                y = y * torch.sigmoid(mixer.gate_proj.weight @ token)
+            ys.append(mixer.out_proj.weight @ y)
+        rows.append(torch.stack(ys))
+    return torch.stack(rows)
+
+
+def turned(x: Tensor, position: int, base: float) -> Tensor:
+    """A head's channels as complex numbers, multiplied by e^(i angle)."""
+    D = len(x)
+    numbers = torch.complex(x[: D // 2], x[D // 2 :])
+    angles = [position * base ** (-2 * i / D) for i in range(D // 2)]
+    out = numbers * torch.tensor([complex(math.cos(a), math.sin(a)) for a in angles], dtype=torch.complex128)
+    return torch.cat([out.real, out.imag])
+
+
+def softmax_read(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+    """The values [D], weighted by the softmax of what a query [D] has in common with their keys."""
+    scores = torch.stack([q @ key for key in keys]) / len(q) ** 0.5
+    y: Tensor = sum(p * value for p, value in zip(scores.softmax(0), values, strict=True))
+    return y

@@ -1,6 +1,5 @@
 """Against the equations, token by token; rotary positions are relative."""
 
-import math
 from functools import partial
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.model.common import double
-from tests.model.mixers.common import assert_equals_slow_form
+from tests.model.mixers.common import Document, assert_equals_slow_form, attention_by_token, softmax_read
 from tostlm.model import ModelConfig
 from tostlm.model.mixers.softmax import SoftmaxAttention, SoftmaxOptions
 from tostlm.model.mixers.window import WindowOptions
@@ -38,55 +37,17 @@ def mixer_of(options: AttentionOptions) -> Attention:
     return mixer
 
 
-def turned(x: Tensor, position: int, base: float) -> Tensor:
-    """A head's channels as complex numbers, multiplied by e^(i angle)."""
-    numbers = torch.complex(x[: D // 2], x[D // 2 :])
-    angles = [position * base ** (-2 * i / D) for i in range(D // 2)]
-    out = numbers * torch.tensor([complex(math.cos(a), math.sin(a)) for a in angles], dtype=torch.complex128)
-    return torch.cat([out.real, out.imag])
-
-
-def by_token(mixer: Attention, x: Tensor, starts: Tensor) -> Tensor:
-    options = mixer.options
-    rows = []
-    for sequence, begins in zip(x, starts, strict=True):
-        inputs: list[Tensor] = []  # of the document, before the convolution
-        keys: list[list[Tensor]] = []
-        values: list[Tensor] = []
-        ys = []
-        for token, begin in zip(sequence, begins, strict=True):
-            if begin:
-                inputs, keys, values = [], [], []
-            inputs.append(mixer.in_proj.weight @ token)
-            qkv = inputs[-1]
-            if mixer.conv is not None:
-                last = inputs[::-1][: options.short_conv]
-                qkv = sum(mixer.conv.weight[:, -1 - back] * last[back] for back in range(len(last)))
-            q, k, v = qkv.view(3, H, D)
-            if mixer.qk_scale is not None:
-                q, k = (z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() for z in (q, k))
-                q = q * mixer.qk_scale[:, None]
-            if options.rotary_base is not None:
-                q, k = (torch.stack([turned(head, len(keys), options.rotary_base) for head in z]) for z in (q, k))
-            keys.append(k)
-            values.append(v)
-            near = slice(-getattr(options, "window_tokens", T), None)
-            heads = []
-            for h in range(H):
-                scores = torch.stack([q[h] @ key[h] for key in keys[near]]) / D**0.5
-                heads.append(sum(p * value[h] for p, value in zip(scores.softmax(0), values[near], strict=True)))
-            y = torch.cat(heads)
-            if mixer.gate_proj is not None:
-                y = y * torch.sigmoid(mixer.gate_proj.weight @ token)
-            ys.append(mixer.out_proj.weight @ y)
-        rows.append(torch.stack(ys))
-    return torch.stack(rows)
+def read_near(options: AttentionOptions, document: Document, h: int) -> Tensor:
+    near = slice(-getattr(options, "window_tokens", T), None)
+    keys, values = ([z[h] for z in part[near]] for part in (document.keys, document.values))
+    return softmax_read(document.queries[-1][h], keys, values)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_equals_the_equations(options: AttentionOptions) -> None:
     mixer = mixer_of(options)
-    assert_equals_slow_form(mixer, partial(by_token, mixer), T, ([5, 6, 20], [17]))
+    slow = partial(attention_by_token, mixer, partial(read_near, options))
+    assert_equals_slow_form(mixer, slow, T, ([5, 6, 20], [17]))
 
 
 def test_rotary_positions_are_relative_however_far() -> None:

@@ -107,8 +107,9 @@ class Combiner(Attention):
         """Return the first place that this rank's tokens may fill, and summaries from there on [B, H, n, 2D]."""
         S, T, H = self.block, positions.positions.shape[-1], self.config.heads
         first, skipped = divmod(positions.start, S)
-        ends = torch.atleast_2d((positions.positions + 1) % S == 0)  # [1 or B, T]
-        ends = F.pad(ends, (skipped, -(skipped + T) % S)).unflatten(1, (-1, S))  # [1 or B, n, S]
+        counts = torch.atleast_2d(positions.positions + 1)  # [1 or B, T], tokens of the document so far
+        counts = F.pad(counts, (skipped, -(skipped + T) % S), value=1).unflatten(1, (-1, S))  # [1 or B, n, S]
+        ends = counts % S == 0
         ended, place = ends.any(-1), ends.int().argmax(-1)
         places = torch.arange(ends.shape[1], device=qkv.device) * S
         start = (places + place - skipped).where(ended, 0)  # of the block, S - 1 tokens before its end, in qkv
