@@ -93,7 +93,9 @@ def attend_near(q: Tensor, kv: Tensor, reach: Tensor, span: int, further: Furthe
             torch.cat([near, far[:, :, None].to(near.dtype).expand(-1, -1, q.shape[2], -1, -1)], 3)
             for near, far in ((k, further.keys), (v, further.values))
         )
-        readable = F.pad(further.mask, (0, 0, 0, padding)).unflatten(1, (-1, L))  # [1 or B, N, L, R]
+        # What pads the last block reads as the last query does: torch's compiler for CPUs fails to pad masks.
+        rows = torch.arange(T + padding, device=q.device).clamp_max(T - 1)
+        readable = further.mask[:, rows].unflatten(1, (-1, L))  # [1 or B, N, L, R]
         mask = torch.cat([mask, readable], -1)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
     return y.flatten(2, 3)[:, :, :T]
