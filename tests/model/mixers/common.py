@@ -49,12 +49,12 @@ def assert_equals_slow_form(
 
 
 def convolved(conv: ShortConv | None, inputs: list[Tensor]) -> Tensor:
-    """The convolution of a document's tokens so far at the last of them, with SiLU; the token itself without one."""
+    """The convolution of a document's tokens so far at the last of them; the token itself without one."""
     if conv is None:
         return inputs[-1]
     near = inputs[::-1][: conv.taps]
     total = torch.stack([conv.weight[:, -1 - back] * token for back, token in enumerate(near)]).sum(0)
-    return total * torch.sigmoid(total)
+    return total * torch.sigmoid(total) if conv.silu else total
 
 
 def attention_by_token(mixer: Attention, read: Callable[[Document, int], Tensor], x: Tensor, starts: Tensor) -> Tensor:
@@ -69,11 +69,7 @@ def attention_by_token(mixer: Attention, read: Callable[[Document, int], Tensor]
             if begin:
                 inputs, document = [], Document([], [], [], [])
             inputs.append(mixer.in_proj.weight @ token)
-            qkv = inputs[-1]
-            if mixer.conv is not None:
-                last = inputs[::-1][: options.short_conv]
-                qkv = sum(mixer.conv.weight[:, -1 - back] * last[back] for back in range(len(last)))
-            q, k, v = qkv.view(3, H, -1)
+            q, k, v = convolved(mixer.conv, inputs).view(3, H, -1)
             if mixer.qk_scale is not None:
                 q, k = (z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() for z in (q, k))
                 q = q * mixer.qk_scale[:, None]

@@ -74,9 +74,13 @@ class Combiner(Attention):
         self.block = options.block_tokens
 
     def forward(
-        self, x: Float[Tensor, "B T C"], positions: SequencePositions, state: CombinerState | None
+        self,
+        x: Float[Tensor, "B T C"],
+        positions: SequencePositions,
+        state: CombinerState | None,
+        added_values: Tensor | None = None,
     ) -> tuple[Float[Tensor, "B T C"], CombinerState]:
-        q, k, v, tail = self.project(x, positions, None if state is None else state.tail)
+        q, k, v, tail = self.project(x, positions, None if state is None else state.tail, added_values)
         qkv, last = with_neighbours((q, k, v), None if state is None else state.last, self.block - 1, positions)
         with torch.autocast(x.device.type, enabled=False):
             keys, values = self._summaries(qkv, positions, state)

@@ -68,10 +68,14 @@ class CrossCovariance(Attention):
         self.temp = nn.Parameter(torch.empty(config.heads))  # one over the temperature, as in the authors' release
 
     def forward(
-        self, x: Float[Tensor, "B T C"], positions: SequencePositions, state: CrossCovarianceState | None
+        self,
+        x: Float[Tensor, "B T C"],
+        positions: SequencePositions,
+        state: CrossCovarianceState | None,
+        added_values: Tensor | None = None,
     ) -> tuple[Float[Tensor, "B T C"], CrossCovarianceState]:
         sums, tail = (None, None) if state is None else state
-        q, k, v, tail = self.project(x, positions, tail)
+        q, k, v, tail = self.project(x, positions, tail, added_values)
         with torch.autocast(x.device.type, enabled=False):
             wide = torch.promote_types(x.dtype, torch.float32)
             q, k, v = (z.to(wide).transpose(1, 2) for z in (q, k, v))  # [B, T, H, D]

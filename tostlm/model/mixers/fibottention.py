@@ -73,10 +73,14 @@ class Fibottention(Attention):
                 )
 
     def forward(
-        self, x: Float[Tensor, "B T C"], positions: SequencePositions, state: FibottentionState | None
+        self,
+        x: Float[Tensor, "B T C"],
+        positions: SequencePositions,
+        state: FibottentionState | None,
+        added_values: Tensor | None = None,
     ) -> tuple[Float[Tensor, "B T C"], FibottentionState]:
         last, tail = (None, None) if state is None else state
-        q, k, v, tail = self.project(x, positions, tail)
+        q, k, v, tail = self.project(x, positions, tail, added_values)
         kv, last = with_neighbours((k, v), last, self.largest, positions)
         k, v = kv.unflatten(2, (2, *q.shape[1::2])).unbind(2)  # each [B, F + T, H, D]
         own = torch.atleast_2d(positions.positions)

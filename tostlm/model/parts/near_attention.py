@@ -34,10 +34,14 @@ class NearAttention(Attention):
     span: int
 
     def forward(
-        self, x: Float[Tensor, "B T C"], positions: SequencePositions, state: MixerState | None
+        self,
+        x: Float[Tensor, "B T C"],
+        positions: SequencePositions,
+        state: MixerState | None,
+        added_values: Tensor | None = None,
     ) -> tuple[Float[Tensor, "B T C"], MixerState]:
         last, tail = (None, None) if state is None else state
-        q, k, v, tail = self.project(x, positions, tail)
+        q, k, v, tail = self.project(x, positions, tail, added_values)
         kv, last = with_neighbours((k, v), last, self.span - 1, positions)
         y = attend_near(q, kv, self.reach(positions.positions), self.span)
         return self.finish(y, x), self.state_class(last, tail)
