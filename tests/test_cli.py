@@ -17,7 +17,7 @@ from tostlm.main import main
 
 SUBCOMMANDS = [
     *("quickstart", "config", "tokenizer", "prepare", "data", "doctor", "train", "eval", "generate", "bench"),
-    *("convert", "submit"),
+    *("convert", "study", "submit"),
 ]
 
 
