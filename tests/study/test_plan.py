@@ -58,6 +58,7 @@ def test_arms_are_as_large_as_the_reference(run: Run) -> None:
         ({"arms": {"a/b": {}}, "reference": "a/b"}, "'a/b' must be letters"),
         ({"arms": {"softmax": {"set": {"model.widht": 3}}}}, "model.widht is an unknown key"),
         ({"search": None, "arms": {"softmax": {"lrs": [1.0]}}}, "lrs of an arm go with search"),
+        ({"evaluation": None}, "seeds go with evaluation"),
         ({"seeds": "all"}, "seeds='all'"),
         (
             {"tasks": {"r": {"kind": "recall", "tokens": 16, "pairs": 5}}},

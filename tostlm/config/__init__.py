@@ -2,6 +2,7 @@
 
 from tostlm.config.deepspeed_block import nearest, use_cpu_without_gpu
 from tostlm.config.files import (
+    FOLDER,
     dump_config,
     find_config,
     load_config,
@@ -19,6 +20,7 @@ from tostlm.config.sections import (
 )
 
 __all__ = [
+    "FOLDER",
     "BatchPlan",
     "RunConfig",
     "TrainConfig",

@@ -42,6 +42,7 @@ def measure(study: Study, cell: Cell, config: RunConfig) -> Result:
     if cell.kind == "search":
         return result
     checkpoint = load_checkpoint(config.run_dir, best_device())
+    assert study.evaluation is not None
     tokens, targets = held_out_targets(study, config)
     scores = score_contexts(checkpoint, tokens, targets, study.evaluation.contexts)
     result.contexts.update({str(score.context): score.nats for score in scores})
@@ -72,6 +73,7 @@ def held_out_targets(study: Study, config: RunConfig) -> tuple[TokenSet, Targets
         UserError: the data is not prepared, or no document is long enough.
     """
     asked = study.evaluation
+    assert asked is not None
     tokens = TokenSet(asked.data or config.data.folders[0], VALIDATION)
     return tokens, choose_targets(tokens, asked.contexts, asked.windows)
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 
-from tostlm.config import RunConfig, load_config, read_mapping, validate_mapping
+from tostlm.config import FOLDER, RunConfig, load_config, read_mapping, validate_mapping
 from tostlm.errors import UserError
 from tostlm.model import count_body_parameters
 from tostlm.study.part import Part, PositiveInt
@@ -53,15 +53,15 @@ class Study(Part):
     """A study's file. Every arm runs at every size, first to find its learning rate, then once for each seed."""
 
     study_dir: Path  # of its runs and its report
-    base: Path  # the config that all runs start from: a file, or a shipped config's name
+    base: Path  # the config that all runs start from: a file beside this one, or as commands take it
     set: Keys = NOTHING  # keys of all runs
     sizes: dict[str, Keys] = pydantic.Field(default={"": {}})  # keys of the runs of a size, by the size's name
     arms: dict[str, Arm]
     reference: str  # the arm that others are compared with
     match_parameters: bool = True  # make every arm as large as the reference, by the width of its MLP
-    seeds: tuple[int, ...]
+    seeds: tuple[int, ...] = ()  # none where the tasks are all that is asked
     search: Search | None = None  # None: all arms train at the base's rate, or their own
-    evaluation: Evaluation
+    evaluation: Evaluation | None = None  # goes with seeds
     tasks: dict[str, Task] = NOTHING  # synthetic ones, for which every arm is trained anew
     task_set: Keys = NOTHING  # keys of the models that are trained for them
 
@@ -73,6 +73,8 @@ class Study(Part):
         if self.reference not in self.arms:
             raise ValueError(f"reference {self.reference!r} is not one of the arms, {', '.join(self.arms)}")
         for arm in self.arms.values():
+            if (arm.seeds or self.seeds) and self.evaluation is None:
+                raise ValueError("seeds go with evaluation: {contexts: [...]}, which their runs are measured by")
             if self.search is None and arm.lrs is not None:
                 raise ValueError("lrs of an arm go with search; set its optimizer.lr without one")
         return self
@@ -97,12 +99,18 @@ class Cell(NamedTuple):
 
 
 def load_study(path: Path) -> Study:
-    """Read a study's YAML file, and check the config of every run that it asks for.
+    """Read a study's YAML file, or a shipped study by its name, and check the config of every run that it asks for.
+
+    Its `base` is a file beside it, or else one as commands take it.
 
     Raises:
         UserError: the file, a key or a value is wrong, or arms cannot be made as large as the reference.
     """
+    if not path.exists() and (shipped := FOLDER / "studies" / f"{path}.yaml").exists():
+        path = shipped
     study = validate_mapping(Study, read_mapping(path, "study", "docs/studies.md shows one"), str(path))
+    if (beside := path.parent / study.base).exists():
+        study = study.model_copy(update={"base": beside})
     for cell in cells(study):
         cell_config(study, cell, cell.lr)
     return study

@@ -76,7 +76,7 @@ def _rows(study: Study) -> Iterator[Row]:
 
 def markdown(study: Study, rows: Sequence[Row]) -> str:
     """Return the tables of a report."""
-    contexts = study.evaluation.contexts
+    contexts = study.evaluation.contexts if study.evaluation else ()
     head = ["model", "body parameters", "tokens", "learning rate", "loss", f"minus {study.reference}"]
     head += [f"{context:,}" for context in contexts] + ["state bytes", "tokens/s", "largest gradient"]
     lines = [_line(head), _line(["---"] + ["---:"] * (len(head) - 1))]
@@ -92,7 +92,7 @@ def markdown(study: Study, rows: Sequence[Row]) -> str:
                 [r.repetition[name][0] for r in row.results.values() if name in r.repetition] for name in distances
             ]
             lines.append(_line([row.label, *(str(Mean.of(values)) if values else "" for values in found)]))
-    return "\n".join([*_notes(study, rows), "", *lines, *_tasks(study)]) + "\n"
+    return "\n".join([*([*_notes(study, rows), "", *lines] if rows else []), *_tasks(study)]) + "\n"
 
 
 def _tasks(study: Study) -> list[str]:
@@ -144,7 +144,7 @@ def _cells_of(study: Study, row: Row, rows: Sequence[Row]) -> list[str]:
     cells_ = [row.label, f"{first.body_parameters:,}", f"{first.tokens:,}", f"{first.lr:g}"]
     cells_ += [str(Mean.of([result.loss for result in results.values()]))]  # type: ignore[misc]
     cells_ += [str(Mean.of(shared)) if shared and row.arm != study.reference else ""]
-    for context in study.evaluation.contexts:
+    for context in study.evaluation.contexts if study.evaluation else ():
         values = [result.contexts[str(context)] for result in results.values() if str(context) in result.contexts]
         cells_.append(str(Mean.of(values)) if values else "")
     speed = statistics.median(result.tokens_per_second for result in results.values())

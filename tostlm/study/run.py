@@ -41,7 +41,7 @@ def run_study(file: Path, study: Study, workers: int, processes: int) -> int:
         UserError: finished runs had other settings, or the held-out text is not long enough.
     """
     require_same_settings(study)
-    for cell in cells(study):
+    for cell in (cell for cell in cells(study) if cell.kind == "final"):
         held_out_targets(study, cell_config(study, cell, cell.lr))
     require_writable(study.study_dir)
     started = time.time()
