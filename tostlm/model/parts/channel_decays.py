@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tostlm.model.parts.matrix_state import CHUNK, carry, chunked, documents_in_chunks
+from tostlm.model.parts.matrix_state import carry, chunk_tokens, chunked, documents_in_chunks
 from tostlm.model.positions import SequencePositions
 
 SMALL = 4  # tokens of the largest blocks whose products are faster one by one than as matrices
@@ -40,7 +40,7 @@ def add_decaying_outer_products(
     (B, T, H, D), V = k.shape, v.shape[-1]
     if positions.document_start_mask is not None:
         log_decays = log_decays.masked_fill(positions.document_start_mask[..., None, None], -torch.inf)
-    q, k, v, log_decays = (chunked(x, _chunk_length(T)) for x in (q, k, v, log_decays))  # [B, N, H, L, D]
+    q, k, v, log_decays = (chunked(x, _chunk_length(T, q.device)) for x in (q, k, v, log_decays))  # [B, N, H, L, D]
     weights, from_start, to_end = _joined(q, k, log_decays.exp())
     added = (k * to_end).transpose(-1, -2) @ v  # [B, N, H, D, V], by each chunk
     before = k.new_zeros(B, H, D, V) if state is None else state
@@ -49,9 +49,9 @@ def add_decaying_outer_products(
     return y.transpose(2, 3).flatten(1, 2)[:, :T], last
 
 
-def _chunk_length(T: int) -> int:
+def _chunk_length(T: int, device: torch.device) -> int:
     """Tokens of a chunk: a power of two, so that it has halves."""
-    return min(CHUNK, 1 << (T - 1).bit_length())
+    return min(chunk_tokens(device), 1 << (T - 1).bit_length())
 
 
 def _joined(q: Tensor, k: Tensor, decays: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,7 +102,7 @@ class BoundedDecays(NamedTuple):
     @classmethod
     def build(cls, log_decays: Tensor, positions: SequencePositions) -> BoundedDecays:
         """Build them from log_decays [B, T, H, D], logs of w_t."""
-        L = _chunk_length(log_decays.shape[1])
+        L = _chunk_length(log_decays.shape[1], log_decays.device)
         logs = chunked(log_decays, L).cumsum(-2)  # what pads the last chunk does not decay
         return cls(logs, F.pad(logs[..., :-1, :], (0, 0, 1, 0)), documents_in_chunks(positions, L))
 

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from tostlm.model.positions import SequencePositions
 from tostlm.parallel import all_gather
 
-CHUNK = 64  # tokens
+CHUNK = 64  # tokens, where each chunk costs launches of kernels
+CPU_CHUNK = 32  # where smaller products cost less
 
 
 class ChunkDecays(NamedTuple):
@@ -43,7 +44,7 @@ class ChunkDecays(NamedTuple):
 
         A document's first token forgets everything before it.
         """
-        L = min(CHUNK, max(T, 1))
+        L = min(chunk_tokens(log_decays.device), max(T, 1))
         padding = -T % L
         # What pads the last chunk neither decays nor adds anything.
         logs = F.pad(log_decays.expand(B, T, -1), (0, 0, 0, padding)).unflatten(1, (-1, L)).transpose(2, 3)
@@ -57,6 +58,11 @@ class ChunkDecays(NamedTuple):
             from_start, to_end = from_start * (count == 0), to_end * (count == count[..., -1:])
             whole = whole * (count[..., -1] == 0)
         return cls(pairs, from_start, to_end, whole)
+
+
+def chunk_tokens(device: torch.device) -> int:
+    """Return how many tokens a chunk has at most on a device, a power of two."""
+    return CPU_CHUNK if device.type == "cpu" else CHUNK
 
 
 def documents_in_chunks(positions: SequencePositions, L: int) -> Tensor | None:
