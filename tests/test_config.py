@@ -25,7 +25,10 @@ SIZES = {  # millions of parameters without position embeddings
     "gpt2-base": 124,
     "gpt2-medium": 354,
     "gpt2-large": 772,
-    "quickstart": 1.18,
+    **dict.fromkeys(("tost-long-base", "tost-hybrid-base"), 124.4),
+    **dict.fromkeys(("tost-long-medium", "tost-hybrid-medium"), 354.6),
+    **dict.fromkeys(("tost-long-large", "tost-hybrid-large"), 774.5),
+    "quickstart": 1.32,
     "quickstart-gpt2": 1.31,
 }
 
@@ -57,6 +60,17 @@ def test_the_authors_recipe(size: str) -> None:
     assert optimizer.weight_decay == (1e-2 if size == "base" else 1e-1)
     assert tost.deepspeed["gradient_clipping"] == 1.0
     assert tost.data.context_tokens == tost.model.positions == 1024
+
+
+@pytest.mark.parametrize("kind", ["long", "hybrid"])
+@pytest.mark.parametrize("size", ["base", "medium", "large"])
+def test_models_that_read_their_context_have_gpt2s_size(kind: str, size: str) -> None:
+    config, gpt2 = (load_config(ROOT / "configs" / f"{name}-{size}.yaml") for name in (f"tost-{kind}", "gpt2"))
+    assert count_parameters(config.model) == pytest.approx(count_parameters(gpt2.model), rel=0.01)
+    assert (config.model.depth, config.model.width) == (gpt2.model.depth, gpt2.model.width)
+    assert config.train.batch_tokens == gpt2.train.batch_tokens
+    growing = [options.mixer for options in config.model.layer_plan if not MIXERS[options.mixer].constant_state]
+    assert len(growing) == (0 if kind == "long" else config.model.depth // 4)
 
 
 def test_dump_reads_back(run: Run, tmp_path: Path) -> None:

@@ -30,9 +30,9 @@ def test_every_model_at_every_context(monkeypatch: pytest.MonkeyPatch) -> None:
     # They take turns, after a pass each that warms up; positions grow with the context.
     assert (
         passes
-        == [("tssa", None, 4, 32), ("softmax", 32, 4, 32)] * 3
+        == [("tssa_delta", None, 4, 32), ("softmax", 32, 4, 32)] * 3
         + [
-            ("tssa", None, 1, 512),
+            ("tssa_delta", None, 1, 512),
             ("softmax", 512, 1, 512),
         ]
         * 3
