@@ -20,7 +20,7 @@ from tostlm.checkpoint import Checkpoint, load_checkpoint
 from tostlm.convert import export_hf, hf
 from tostlm.data import Tokenizer, import_tokenizer
 from tostlm.errors import UserError
-from tostlm.model import create_lm
+from tostlm.model import MIXERS, create_lm
 from tostlm.model.mixers.tssa_cross import TSSACrossOptions
 
 # What a downstream user runs; tostlm cannot be imported there.
@@ -231,6 +231,17 @@ def test_a_model_is_gpt2_where_gpt2s_class_can_hold_it(
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     assert type(model).__name__ == kind
     torch.testing.assert_close(model(torch.arange(3, 53)[None]).logits, lm(torch.arange(3, 53)[None])[0])
+
+
+def test_every_mixer_is_exported(trained: dict[str, Run], tmp_path: Path) -> None:
+    """The export itself compares the logits, of all tokens at once and step by step."""
+    checkpoint = load_checkpoint(trained["softmax"].dir)
+    layers = tuple(mixer.options_class() for _, mixer in sorted(MIXERS.items()))
+    shape = dataclasses.replace(checkpoint.config.model, layers=layers, depth=len(layers), layer_scale=0.1)
+    lm = create_lm(shape, 0).eval()
+    export_hf(checkpoint._replace(lm=lm), tmp_path / "hf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    assert [block.mixer.options.mixer for block in model.lm.blocks] == sorted(MIXERS)
 
 
 def test_hybrids_and_bf16(trained: dict[str, Run], exported: dict[str, Path], tmp_path: Path) -> None:

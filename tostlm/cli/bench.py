@@ -1,4 +1,4 @@
-"""Subcommands for benchmarks: bench train, bench operator, bench data."""
+"""Subcommands for benchmarks: bench train, bench mixers, bench operator, bench data."""
 
 from __future__ import annotations
 
@@ -30,6 +30,24 @@ def bench_train(
     from tostlm.bench import report_training
 
     print(report_training(configs, parse_numbers(contexts, "--contexts"), tokens, repeats, threads, out))
+
+
+@bench_app.command("mixers")
+def bench_mixers(
+    mixers: Annotated[
+        str, typer.Option(help="with commas between")
+    ] = "tssa,tssa_cross,tssa_delta,gated_delta,window,softmax",
+    shape: Annotated[str, typer.Option(help="WIDTHxHEADS")] = "768x12",
+    tokens: Annotated[str, typer.Option(help="tokens of a sequence, with commas between")] = "1024,4096,16384",
+    repeats: Annotated[int, typer.Option(min=1, help="timed passes of each")] = 5,
+    threads: Annotated[int, THREADS] = 1,
+    out: Annotated[Path | None, typer.Option(help="a .json file to write too")] = None,
+) -> None:
+    """Time a layer of each mixer beside a linear layer, interleaved."""
+    from tostlm.bench import report_mixers
+
+    width, heads = _parse_shape(shape)
+    print(report_mixers(mixers.split(","), width, heads, parse_numbers(tokens, "--tokens"), repeats, threads, out))
 
 
 @bench_app.command("operator")
@@ -86,5 +104,5 @@ def _parse_shape(shape: str) -> tuple[int, int]:
     match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", shape)
     width, heads = map(int, match.groups()) if match else (0, 0)
     if not heads or width % heads:
-        raise UserError(f"--shapes {shape} must be WIDTHxHEADS, the heads dividing the width, as in 768x12")
+        raise UserError(f"shape {shape} must be WIDTHxHEADS, the heads dividing the width, as in 768x12")
     return width, heads
