@@ -1,5 +1,6 @@
 """TSSA's options against their equations, token by token; without them it is the operator."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from tests.model.common import double, tokens_of
 from tests.model.mixers.common import assert_equals_slow_form, draw
 from tostlm.model import ModelConfig, create_lm
 from tostlm.model.mixers.tssa import TSSA, TSSAOptions, TSSAState
+from tostlm.model.parts.forgetting import Forgetting
 from tostlm.model.positions import SequencePositions
 from tostlm.tssa import Inputs, tssa_reference
 
@@ -150,3 +152,10 @@ def test_what_is_remembered() -> None:
     lm = create_lm(config, 0)
     sizes = {lm(tokens_of(config, 1, length))[1].nbytes for length in (1, 2, 100, 700)}
     assert sizes == {8 * (2 * H * D + 2 * H) + 4 * 2 * H * D}
+
+
+def test_half_lives_of_heads_are_geometric_and_a_single_head_has_the_longest() -> None:
+    options = TSSAOptions(forgetting="ladder", halflife_tokens=(4.0, 64.0))
+    for heads, expected in ((1, [64.0]), (2, [4.0, 64.0]), (3, [4.0, 16.0, 64.0])):
+        rates = Forgetting(options, 24, heads).rates("cpu")
+        torch.testing.assert_close(math.log(2) / rates, torch.tensor(expected, dtype=torch.float64))

@@ -67,9 +67,9 @@ class Forgetting(nn.Module):
         return log_decays[None, None]
 
     def rates(self, device: torch.device | str) -> Tensor:
-        """Return ln 2 / half-life of each head, [H]."""
+        """Return ln 2 / half-life of each head, [H]; a single head has the last half-life."""
         first, last = self.halflife_tokens
-        exponents = torch.linspace(0, 1, self.heads, dtype=torch.float64, device=device)
+        exponents = torch.linspace(1, 0, self.heads, dtype=torch.float64, device=device).flip(0)
         return math.log(2) / (first * (last / first) ** exponents)
 
     @torch.no_grad()
