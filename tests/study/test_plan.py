@@ -10,14 +10,14 @@ from tostlm.model import count_body_parameters
 from tostlm.study.plan import Cell, cell_config, cells
 
 
-def test_every_arm_is_searched_and_then_run_once_a_seed(run: Run) -> None:
+def test_every_arm_is_searched_and_run_once_a_seed(run: Run) -> None:
     arms = {"softmax": SOFTMAX, "cross": {**CROSS, "seeds": [5], "lrs": [3e-3], "steps": 5}}
     study = study_of(run, arms=arms)
     assert [cell.name for cell in cells(study)] == [
         "softmax/search-lr0.001",
         "softmax/search-lr0.01",
-        "cross/search-lr0.003",
         "softmax/seed0",
+        "cross/search-lr0.003",
         "cross/seed5",
         "softmax/seed1",
     ]

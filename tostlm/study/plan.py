@@ -117,16 +117,14 @@ def load_study(path: Path) -> Study:
 
 
 def cells(study: Study) -> Iterator[Cell]:
-    """Yield the runs in the order in which they are started."""
-    for size in study.sizes:
-        for name, arm in study.arms.items():
-            if study.search is not None:
-                for lr in arm.lrs or study.search.lrs:
-                    yield Cell("search", size, name, study.search.seed, lr)
+    """Yield the runs in the order in which they are started: every arm's search and first seed, then further seeds."""
     for round_ in range(max(len(arm.seeds or study.seeds) for arm in study.arms.values())):
         for size in study.sizes:
             for name, arm in study.arms.items():
                 seeds = arm.seeds or study.seeds
+                if round_ == 0 and study.search is not None:
+                    for lr in arm.lrs or study.search.lrs:
+                        yield Cell("search", size, name, study.search.seed, lr)
                 if round_ < len(seeds):
                     yield Cell("final", size, name, seeds[round_], None)
     for task in study.tasks:

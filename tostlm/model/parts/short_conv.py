@@ -5,10 +5,13 @@ Shapes: B sequences, T tokens, K channels, W taps.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tostlm.autograd import first_order
 from tostlm.model.parts.neighbours import neighbours
 from tostlm.model.positions import SequencePositions
 
@@ -44,16 +47,10 @@ class ShortConv(nn.Module):
             [B, T, K] in x's dtype, and the tail of all tokens so far, of every rank that shares the context: in fp32 or
             wider, which holds narrower numbers exactly.
         """
-        T = x.shape[1]
         before, after = neighbours(x, tail, self.taps - 1, positions)
         padded = torch.cat([before.to(x.dtype), x], 1)  # [B, W - 1 + T, K]
-        weight = self.weight.to(x.dtype)
-        y = x * weight[:, -1]
-        for back in range(1, self.taps):
-            term = padded[:, self.taps - 1 - back : self.taps - 1 - back + T] * weight[:, -1 - back]
-            if positions.document_start is not None:
-                term = term * (positions.positions >= back)[..., None]
-            y = y + term
+        place = None if positions.document_start is None else positions.positions[..., None]
+        y: Tensor = _Convolve.apply(padded, self.weight.to(x.dtype).t(), place)  # type: ignore[no-untyped-call]
         return F.silu(y) if self.silu else y, after
 
     @torch.no_grad()
@@ -61,3 +58,37 @@ class ShortConv(nn.Module):
         """Initialize the taps in place."""
         self.weight.normal_(0, self.NOISE, generator=generator)
         self.weight[:, -1] += 1
+
+
+class _Convolve(torch.autograd.Function):
+    """The sum over taps of padded [B, W - 1 + T, K] times weight [W, K], in half the passes that autograd would take.
+
+    `place` [T, 1] or [B, T, 1] is each token's place in its document, which nothing before it reaches into; None where
+    there is nothing to keep apart.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, weight: Tensor, place: Tensor | None) -> Tensor:
+        y = padded[:, len(weight) - 1 :] * weight[-1]
+        for back in range(1, len(weight)):
+            near = _shifted(padded, weight, back)
+            y.addcmul_(near if place is None else near * (place >= back), weight[-1 - back])
+        ctx.save_for_backward(padded, weight, place)
+        return y
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        padded, weight, place = ctx.saved_tensors
+        dpadded, dweight = torch.zeros_like(padded), torch.empty_like(weight)
+        for back in range(len(weight)):
+            d = dy if place is None or back == 0 else dy * (place >= back)
+            _shifted(dpadded, weight, back).addcmul_(d, weight[-1 - back])
+            dweight[-1 - back] = (d * _shifted(padded, weight, back)).sum((0, 1))
+        return dpadded, dweight, None
+
+
+def _shifted(padded: Tensor, weight: Tensor, back: int) -> Tensor:
+    """Return of padded [B, W - 1 + T, K] the T tokens that are `back` places before the last T."""
+    start, T = len(weight) - 1 - back, padded.shape[1] - len(weight) + 1
+    return padded[:, start : start + T]
