@@ -85,7 +85,7 @@ def on_rank(rank: int, world_size: int) -> dict[str, Any]:
     return {**found, "bytes": [bytes_sent(context, rank, world_size, sent) for context in (32, 1024)]}
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_equal_the_whole(world_size: int, tmp_path: Path) -> None:
     found = on_ranks(world_size, on_rank, tmp_path)
     for index, (name, with_documents) in enumerate(CASES):

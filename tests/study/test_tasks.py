@@ -50,7 +50,10 @@ def test_the_best_loss_of_chains_is_that_of_counting() -> None:
     assert torch.equal(tokens[:, 1:], targets[:, :-1])
 
 
-LEARNERS = (SoftmaxOptions(rotary_base=1e4, short_conv=2), TSSACrossOptions(halflife_tokens=(256.0, 256.0)))
+LEARNERS = (
+    TSSACrossOptions(halflife_tokens=(256.0, 256.0)),
+    pytest.param(SoftmaxOptions(rotary_base=1e4, short_conv=2), marks=pytest.mark.slow),
+)
 
 
 @pytest.mark.parametrize("options", LEARNERS, ids=lambda o: o.mixer)

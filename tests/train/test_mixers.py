@@ -38,7 +38,10 @@ def metrics(run: Run) -> dict[tuple[str, str], dict[int, float]]:
     return {(kind, key): run.metrics(kind, key) for kind, key in REPORTED}
 
 
-@pytest.fixture(params=MODELS)
+SLOW = {"rwkv7", "memberships", "combiner"}  # whose states differ from the others' only in their fields
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MODELS])
 def model(request: pytest.FixtureRequest) -> list[str]:
     return MODELS[request.param]
 
