@@ -375,7 +375,12 @@ def test_a_recipe_sets_what_the_config_leaves_out(run: Run) -> None:
     layers = "model.layers=[{mixer: tssa}, {mixer: softmax}, {mixer: softmax, rotary_base: null}]"
     paper, modern = (run.config(f"model.recipe={name}", layers).model for name in ("paper", "modern"))
     assert paper == run.config(layers).model
-    assert (modern.norm, modern.mlp, modern.embed_norm, modern.output_init) == ("rmsnorm", "relu2", True, "zero")
+    assert (modern.norm, modern.mlp, modern.embed_norm, modern.layer_scale) == (
+        "rmsnorm",
+        "relu2",
+        True,
+        paper.layer_scale,
+    )
     assert modern.layers == (
         TSSAOptions(),
         SoftmaxOptions(qk_norm=True, rotary_base=10_000.0),

@@ -50,7 +50,7 @@ def quickstart(configs: Path | None, processes: int) -> None:
         table.append(f"{name:<24}{took:>8}  {output}")
 
     def measure_perplexity() -> None:
-        text = evaluate_perplexity([tost.run_dir, gpt2.run_dir], CONTEXTS, None, windows=64, out=root)
+        text = evaluate_perplexity([tost.run_dir, gpt2.run_dir], CONTEXTS, None, windows=24, out=root)
         write_atomically(perplexity, text)
 
     def measure_throughput() -> None:
