@@ -38,7 +38,13 @@ def metrics(run: Run) -> dict[tuple[str, str], dict[int, float]]:
     return {(kind, key): run.metrics(kind, key) for kind, key in REPORTED}
 
 
-SLOW = {"rwkv7", "memberships", "combiner"}  # whose states differ from the others' only in their fields
+SLOW = {
+    "delta",
+    "rwkv7",
+    "memberships",
+    "combiner",
+    "window",
+}  # whose states differ from the others' only in their fields
 
 
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MODELS])

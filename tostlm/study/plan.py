@@ -111,7 +111,8 @@ def load_study(path: Path) -> Study:
     study = validate_mapping(Study, read_mapping(path, "study", "docs/studies.md shows one"), str(path))
     if (beside := path.parent / study.base).exists():
         study = study.model_copy(update={"base": beside})
-    for cell in cells(study):
+    kinds = {(cell.kind, cell.size, cell.arm, cell.task): cell for cell in cells(study)}
+    for cell in kinds.values():  # seeds and learning rates make no difference
         cell_config(study, cell, cell.lr)
     return study
 
