@@ -30,4 +30,4 @@ def test_the_verb(tmp_path: Path) -> None:
         (layer, tokens) for tokens in (8, 16) for layer in ("linear", "tssa_cross", "softmax")
     ]
     fail(tostlm("bench", "mixers", "--mixers", "tsa"), "--mixers tsa is not known; use ")
-    fail(tostlm("bench", "mixers", "--shape", "16x3"), "shape 16x3 must be WIDTHxHEADS")
+    fail(tostlm("bench", "mixers", "--shape", "16x3"), "--shape 16x3 must be WIDTHxHEADS")

@@ -1,9 +1,11 @@
 """The models the tests of this folder run on, and tokens for them."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from tostlm.model import LM, ModelConfig, create_lm
+from tostlm.model import LM, MixerOptions, ModelConfig, create_lm
 from tostlm.model.mixers.combiner import CombinerOptions
 from tostlm.model.mixers.conv import ConvOptions
 from tostlm.model.mixers.cross_covariance import CrossCovarianceOptions
@@ -21,46 +23,32 @@ from tostlm.model.mixers.window import WindowOptions
 
 TSSA, SOFTMAX = (TSSAOptions(),), (SoftmaxOptions(),)  # layer plans
 
+
+def _shape(layers: tuple[MixerOptions, ...], **keys: Any) -> ModelConfig:
+    """Two blocks of three heads, without positions, unless `keys` say something else."""
+    defaults = {"depth": 2, "width": 24, "heads": 3, "vocab_size": 40, "positions": None, "layer_scale": 0.5}
+    return ModelConfig(layers=layers, **(defaults | keys))
+
+
 SHAPES = {
-    "tost": ModelConfig(2, 24, 3, 40, positions=64, layers=TSSA, layer_scale=0.5),
-    "tost, forgetting, no positions": ModelConfig(
-        2,
-        24,
-        3,
-        40,
-        positions=None,
+    "tost": _shape(positions=64, layers=TSSA),
+    "tost, forgetting, no positions": _shape(
         layers=(TSSAOptions(forgetting="ladder", halflife_tokens=(4.0, 64.0)),),
-        layer_scale=0.5,
     ),
-    "tost, selective": ModelConfig(
-        2,
-        24,
-        3,
-        40,
+    "tost, selective": _shape(
         positions=64,
         layers=(
             TSSAOptions(forgetting="selective", halflife_tokens=(4.0, 64.0), short_conv=3, query="own", gate="output"),
             TSSAOptions(forgetting="ladder", membership="scale_free", short_conv=1),
         ),
-        layer_scale=0.5,
     ),
-    "gpt2": ModelConfig(2, 24, 3, 40, positions=64, layers=SOFTMAX, layer_scale=0.5),
-    "cross": ModelConfig(2, 24, 3, 40, positions=None, layers=(TSSACrossOptions(),), layer_scale=0.5),
-    "cross, plain": ModelConfig(
-        2,
-        24,
-        3,
-        40,
+    "gpt2": _shape(positions=64, layers=SOFTMAX),
+    "cross": _shape(layers=(TSSACrossOptions(),)),
+    "cross, plain": _shape(
         positions=64,
         layers=(TSSACrossOptions(forgetting="ladder", halflife_tokens=(4.0, 64.0), short_conv=0, gate="none"),),
-        layer_scale=0.5,
     ),
-    "cross, modern": ModelConfig(
-        2,
-        24,
-        3,
-        40,
-        positions=None,
+    "cross, modern": _shape(
         layers=(TSSACrossOptions(),),
         layer_scale=None,
         norm="rmsnorm",
@@ -70,100 +58,47 @@ SHAPES = {
         value_residual=True,
         embed_skip=True,
     ),
-    "cross, memberships": ModelConfig(
-        2,
-        24,
-        3,
-        40,
-        positions=None,
+    "cross, memberships": _shape(
         layers=(
             TSSACrossOptions(write="membership", halflife_tokens=(4.0, 64.0)),
             TSSACrossOptions(write="membership", forgetting="none", short_conv=0),
         ),
-        layer_scale=0.5,
     ),
-    "delta": ModelConfig(2, 24, 3, 40, positions=None, layers=(GatedDeltaOptions(),), layer_scale=0.5),
-    "delta, preconditioned": ModelConfig(2, 24, 3, 40, positions=None, layers=(TSSADeltaOptions(),), layer_scale=0.5),
-    "mamba2": ModelConfig(2, 24, 3, 40, positions=None, layers=(Mamba2Options(),), layer_scale=0.5),
-    "gla": ModelConfig(
-        2,
-        24,
-        3,
-        40,
-        positions=None,
+    "delta": _shape(layers=(GatedDeltaOptions(),)),
+    "delta, preconditioned": _shape(layers=(TSSADeltaOptions(),)),
+    "mamba2": _shape(layers=(Mamba2Options(),)),
+    "gla": _shape(
         layers=(GLAOptions(), GLAOptions(gate_rank=3, gate_temperature=1.0, short_conv=3)),
-        layer_scale=0.5,
     ),
-    "rwkv7": ModelConfig(
-        2,
-        24,
-        3,
-        40,
-        positions=None,
+    "rwkv7": _shape(
         layers=(RWKV7Options(), RWKV7Options(decay_rank=2, rate_rank=3, gate_rank=4)),
         layer_scale=1.0,
     ),
-    "window": ModelConfig(
-        2,
-        24,
-        3,
-        40,
-        positions=None,
+    "window": _shape(
         layers=(WindowOptions(window_tokens=9, qk_norm=True, short_conv=3), TSSACrossOptions()),
-        layer_scale=0.5,
         value_residual=True,
     ),
-    "convolution, segments": ModelConfig(
-        2,
-        24,
-        3,
-        40,
-        positions=None,
+    "convolution, segments": _shape(
         layers=(ConvOptions(taps=3), SegmentOptions(segment_tokens=5, short_conv=2)),
-        layer_scale=0.5,
     ),
-    "combiner": ModelConfig(
-        2,
-        24,
-        3,
-        40,
+    "combiner": _shape(
         positions=64,
         layers=(
             CombinerOptions(block_tokens=6, gate="output"),
             CombinerOptions(block_tokens=4, pooling="mean", rotary_base=100.0),
         ),
-        layer_scale=0.5,
     ),
-    "fibottention": ModelConfig(
-        2,
-        24,
-        3,
-        40,
-        positions=None,
+    "fibottention": _shape(
         layers=(FibottentionOptions(distance_tokens=(3, 20)),),
-        layer_scale=0.5,
     ),
-    "cross-covariance": ModelConfig(
-        2,
-        24,
-        3,
-        40,
+    "cross-covariance": _shape(
         positions=64,
         layers=(CrossCovarianceOptions(short_conv=2), CrossCovarianceOptions(forgetting="selective")),
-        layer_scale=0.5,
     ),
-    "softmax, modern": ModelConfig(
-        2,
-        24,
-        3,
-        40,
-        positions=None,
+    "softmax, modern": _shape(
         layers=(SoftmaxOptions(rotary_base=100.0, qk_norm=True, short_conv=3, gate="output"),),
-        layer_scale=0.5,
     ),
-    "hybrid": ModelConfig(
-        3, 24, 3, 40, positions=64, layers=SOFTMAX + TSSA, layer_scale=0.5, value_residual=True, embed_skip=True
-    ),
+    "hybrid": _shape(depth=3, positions=64, layers=SOFTMAX + TSSA, value_residual=True, embed_skip=True),
 }
 shapes = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
 

@@ -46,7 +46,7 @@ def bench_mixers(
     """Time a layer of each mixer beside a linear layer, interleaved."""
     from tostlm.bench import report_mixers
 
-    width, heads = _parse_shape(shape)
+    width, heads = _parse_shape(shape, "--shape")
     print(report_mixers(mixers.split(","), width, heads, parse_numbers(tokens, "--tokens"), repeats, threads, out))
 
 
@@ -67,7 +67,7 @@ def bench_operator(
     chosen = set(dtypes.split(","))
     if unknown := chosen - set(DTYPES):
         raise UserError(f"--dtypes {unknown.pop()} is not known; use {', '.join(DTYPES)}")
-    sizes, lengths = [_parse_shape(shape) for shape in shapes.split(",")], parse_numbers(tokens, "--tokens")
+    sizes, lengths = [_parse_shape(shape, "--shapes") for shape in shapes.split(",")], parse_numbers(tokens, "--tokens")
     cases = [Shape(*size, length, kind) for size in sizes for kind in DTYPES if kind in chosen for length in lengths]
     try:
         print(report_operator(cases, backends.split(",") if backends else [], repeats, threads, out))
@@ -99,10 +99,10 @@ def bench_data(
     )
 
 
-def _parse_shape(shape: str) -> tuple[int, int]:
-    """Return width and heads of WIDTHxHEADS; a UserError if it is no such pair or the heads do not divide the width."""
+def _parse_shape(shape: str, option: str) -> tuple[int, int]:
+    """Return width and heads of WIDTHxHEADS; a UserError names `option` if it is none, or the heads do not divide."""
     match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", shape)
     width, heads = map(int, match.groups()) if match else (0, 0)
     if not heads or width % heads:
-        raise UserError(f"shape {shape} must be WIDTHxHEADS, the heads dividing the width, as in 768x12")
+        raise UserError(f"{option} {shape} must be WIDTHxHEADS, the heads dividing the width, as in 768x12")
     return width, heads

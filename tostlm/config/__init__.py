@@ -12,7 +12,10 @@ from tostlm.config.files import (
 )
 from tostlm.config.sections import (
     BatchPlan,
+    PositiveFloat,
+    PositiveInt,
     RunConfig,
+    Strict,
     TrainConfig,
     batch_plan,
     fixed_keys,
@@ -22,7 +25,10 @@ from tostlm.config.sections import (
 __all__ = [
     "FOLDER",
     "BatchPlan",
+    "PositiveFloat",
+    "PositiveInt",
     "RunConfig",
+    "Strict",
     "TrainConfig",
     "batch_plan",
     "dump_config",

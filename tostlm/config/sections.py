@@ -36,10 +36,14 @@ PositiveFloat = Annotated[float, pydantic.Field(gt=0, le=1e30)]  # what fp32 hol
 NonNegativeFloat = Annotated[float, pydantic.Field(ge=0, le=1e30)]
 
 
-class Section(pydantic.BaseModel):
-    """A strict and frozen part of a config. Every key is `Fixed`, `Free`, or a section of its own."""
+class Strict(pydantic.BaseModel):
+    """Keys and values of a file: frozen, and an unknown key is an error."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Section(Strict):
+    """A part of a config. Every key is `Fixed`, `Free`, or a section of its own."""
 
 
 def fixed_keys(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:

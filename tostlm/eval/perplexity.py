@@ -49,8 +49,13 @@ def choose_targets(tokens: TokenSet, contexts: Sequence[int], windows: int) -> T
             f"no held-out document of {tokens.folder} is longer than {longest} tokens (the longest has "
             f"{np.diff(bounds).max()}); ask for shorter --contexts or hold out more documents"
         )
-    chosen = np.unique(np.linspace(0, len(ends) - 1, min(windows, len(ends))).round().astype(int))
-    return Targets([ends[index] for index in chosen], span)
+    return Targets(evenly_spread(ends, windows), span)
+
+
+def evenly_spread(values: Sequence[int], count: int) -> list[int]:
+    """Return `count` of the values, or all where there are fewer, evenly spread over them."""
+    chosen = np.unique(np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int))
+    return [values[index] for index in chosen]
 
 
 def score_contexts(

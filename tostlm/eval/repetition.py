@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from tostlm.checkpoint import Checkpoint
 from tostlm.data import TokenSet
+from tostlm.eval.perplexity import evenly_spread
 
 RARE = 5  # times at most that a rare pair stands in the training text
 COUNTED_TOKENS = 50_000_000  # of the training text
@@ -35,8 +36,7 @@ def loss_by_repetition(
     starts = [first for first, stop in tokens.document_bounds.tolist() if stop - first > length]
     if not starts:
         return {}
-    chosen = np.unique(np.linspace(0, len(starts) - 1, min(windows, len(starts))).round().astype(int))
-    rows = np.stack([tokens.read(starts[index], starts[index] + length + 1) for index in chosen])
+    rows = np.stack([tokens.read(start, start + length + 1) for start in evenly_spread(starts, windows)])
     pairs = rows[:, :-1] * tokens.manifest.vocab_size + rows[:, 1:]  # of the token at hand and its target
     rare = _counts(pairs, training) <= RARE
     distances = np.stack([_distances(row) for row in pairs])

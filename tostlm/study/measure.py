@@ -42,9 +42,8 @@ def measure(study: Study, cell: Cell, config: RunConfig) -> Result:
     if cell.kind == "search":
         return result
     checkpoint = load_checkpoint(config.run_dir, best_device())
-    assert study.evaluation is not None
     tokens, targets = held_out_targets(study, config)
-    scores = score_contexts(checkpoint, tokens, targets, study.evaluation.contexts)
+    scores = score_contexts(checkpoint, tokens, targets, study.contexts)
     result.contexts.update({str(score.context): score.nats for score in scores})
     result.repetition.update(loss_by_repetition(checkpoint, tokens, TokenSet(config.data.folders[0], TRAIN)))
     return result

@@ -7,41 +7,48 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pydantic
 
-from tostlm.config import FOLDER, RunConfig, load_config, read_mapping, validate_mapping
+from tostlm.config import (
+    FOLDER,
+    PositiveFloat,
+    PositiveInt,
+    RunConfig,
+    Strict,
+    load_config,
+    read_mapping,
+    validate_mapping,
+)
 from tostlm.errors import UserError
 from tostlm.model import count_body_parameters
-from tostlm.study.part import Part, PositiveInt
 from tostlm.study.tasks import Task
 
 Keys = dict[str, Any]  # dotted keys of a run's config, and their values
-LearningRate = Annotated[float, pydantic.Field(gt=0)]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")  # of an arm or a size, which is also that of a folder
 NOTHING: Any = pydantic.Field(default_factory=dict)
 TOLERANCE = 0.01  # of the parameters of an arm beside the reference's
 
 
-class Arm(Part):
+class Arm(Strict):
     """One of the models that are compared."""
 
     set: Keys = NOTHING  # its keys of the run's config
     seeds: tuple[int, ...] | None = None  # None: the study's
     steps: PositiveInt | None = None  # of its final runs; None: the base's
-    lrs: tuple[LearningRate, ...] | None = None  # of its search; None: the study's
+    lrs: tuple[PositiveFloat, ...] | None = None  # of its search; None: the study's
 
 
-class Search(Part):
+class Search(Strict):
     """The search for each arm's learning rate: short runs of one seed, of which the lowest validation loss counts."""
 
-    lrs: tuple[LearningRate, ...]
+    lrs: tuple[PositiveFloat, ...]
     steps: PositiveInt
     seed: int = 0
 
 
-class Evaluation(Part):
+class Evaluation(Strict):
     """What is measured of every final run, on held-out tokens."""
 
     data: Path | None = None  # a prepared folder; None: the run's own
@@ -49,7 +56,7 @@ class Evaluation(Part):
     windows: PositiveInt = 64  # scored at each context
 
 
-class Study(Part):
+class Study(Strict):
     """A study's file. Every arm runs at every size, first to find its learning rate, then once for each seed."""
 
     study_dir: Path  # of its runs and its report
@@ -78,6 +85,11 @@ class Study(Part):
             if self.search is None and arm.lrs is not None:
                 raise ValueError("lrs of an arm go with search; set its optimizer.lr without one")
         return self
+
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        """The context lengths in tokens that final runs are scored at."""
+        return self.evaluation.contexts if self.evaluation is not None else ()
 
 
 class Cell(NamedTuple):
@@ -111,8 +123,7 @@ def load_study(path: Path) -> Study:
     study = validate_mapping(Study, read_mapping(path, "study", "docs/studies.md shows one"), str(path))
     if (beside := path.parent / study.base).exists():
         study = study.model_copy(update={"base": beside})
-    kinds = {(cell.kind, cell.size, cell.arm, cell.task): cell for cell in cells(study)}
-    for cell in kinds.values():  # seeds and learning rates make no difference
+    for cell in distinct_cells(study):
         cell_config(study, cell, cell.lr)
     return study
 
@@ -134,6 +145,11 @@ def cells(study: Study) -> Iterator[Cell]:
                 yield Cell("task", size, name, 0, None, task)
 
 
+def distinct_cells(study: Study) -> Iterator[Cell]:
+    """Yield one run of each kind, size, arm and task, of those that differ in their seeds and learning rates alone."""
+    yield from {(cell.kind, cell.size, cell.arm, cell.task): cell for cell in cells(study)}.values()
+
+
 def searched_by(study: Study, cell: Cell) -> list[Cell]:
     """Return the runs that find the learning rate of a final one."""
     return [
@@ -153,14 +169,12 @@ def cell_config(study: Study, cell: Cell, lr: float | None) -> RunConfig:
     task = cell._replace(arm=study.reference) if cell.kind == "task" else None
     reference = _load(study, cell.size, study.reference, study.study_dir, None, task)
     width = _matching_mlp_width(config, count_body_parameters(reference.model), cell.arm)
-    return _load(study, cell.size, cell.arm, config.run_dir, lr, cell, {"model.mlp_width": width})
+    return config.model_copy(update={"model": replace(config.model, mlp_width=width)})
 
 
-def _load(
-    study: Study, size: str, arm: str, run_dir: Path, lr: float | None, cell: Cell | None, more: Keys | None = None
-) -> RunConfig:
+def _load(study: Study, size: str, arm: str, run_dir: Path, lr: float | None, cell: Cell | None) -> RunConfig:
     of_task = study.task_set if cell is not None and cell.kind == "task" else {}
-    keys = {**study.set, **study.sizes[size], **study.arms[arm].set, **of_task, **(more or {})}
+    keys = {**study.set, **study.sizes[size], **study.arms[arm].set, **of_task}
     base = load_config(study.base, _overrides({**keys, "run_dir": str(run_dir)}))
     changes: Keys = {}
     if cell is not None:
@@ -174,7 +188,7 @@ def _load(
         changes["optimizer.warmup_steps"] = round(base.optimizer.warmup_steps * steps / base.train.steps)
     if lr is not None:
         changes |= {"optimizer.lr": lr, "optimizer.min_lr": base.optimizer.min_lr * lr / base.optimizer.lr}
-    return load_config(study.base, _overrides({**keys, **changes, "run_dir": str(run_dir)}))
+    return load_config(study.base, _overrides({**keys, **changes, "run_dir": str(run_dir)})) if changes else base
 
 
 def _overrides(keys: Keys) -> list[str]:

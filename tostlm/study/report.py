@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ class Row(NamedTuple):
     @property
     def label(self) -> str:
         """What the row is called in plots and tables."""
-        return f"{self.arm} {self.size}".strip()
+        return _label(self.arm, self.size)
 
 
 class Mean(NamedTuple):
@@ -76,23 +76,21 @@ def _rows(study: Study) -> Iterator[Row]:
 
 def markdown(study: Study, rows: Sequence[Row]) -> str:
     """Return the tables of a report."""
-    contexts = study.evaluation.contexts if study.evaluation else ()
     head = ["model", "body parameters", "tokens", "learning rate", "loss", f"minus {study.reference}"]
-    head += [f"{context:,}" for context in contexts] + ["state bytes", "tokens/s", "largest gradient"]
-    lines = [_line(head), _line(["---"] + ["---:"] * (len(head) - 1))]
-    lines += [_line(_cells_of(study, row, rows)) for row in rows]
+    head += [f"{context:,}" for context in study.contexts] + ["state bytes", "tokens/s", "largest gradient"]
+    lines = _table(head, [_cells_of(study, row, rows) for row in rows])
     distances = list(
         dict.fromkeys(name for row in rows for result in row.results.values() for name in result.repetition)
     )
     if distances:
-        lines += ["", _line(["rare pairs, read last … tokens before", *distances])]
-        lines.append(_line(["---"] + ["---:"] * len(distances)))
-        for row in rows:
-            found = [
-                [r.repetition[name][0] for r in row.results.values() if name in r.repetition] for name in distances
-            ]
-            lines.append(_line([row.label, *(str(Mean.of(values)) if values else "" for values in found)]))
+        lines += ["", *_table(["rare pairs, read last … tokens before", *distances], _repetitions(rows, distances))]
     return "\n".join([*([*_notes(study, rows), "", *lines] if rows else []), *_tasks(study)]) + "\n"
+
+
+def _repetitions(rows: Sequence[Row], distances: Sequence[str]) -> Iterator[list[str]]:
+    for row in rows:
+        found = [[r.repetition[name][0] for r in row.results.values() if name in r.repetition] for name in distances]
+        yield [row.label, *map(_mean, found)]
 
 
 def _tasks(study: Study) -> list[str]:
@@ -100,15 +98,14 @@ def _tasks(study: Study) -> list[str]:
     columns = [(name, times * task.tokens) for name, task in study.tasks.items() for times in task.lengths]
     if not columns:
         return []
-    lines = ["", "Right answers in percent, and for n-grams nats above the best possible:", ""]
-    lines.append(_line(["task, tokens", *(f"{name}, {tokens:,}" for name, tokens in columns)]))
-    lines.append(_line(["---"] + ["---:"] * len(columns)))
+    rows = []
     for size in study.sizes:
         for arm in study.arms:
             found = [_answer(study, Cell("task", size, arm, 0, None, name), tokens) for name, tokens in columns]
             if any(found):
-                lines.append(_line([f"{arm} {size}".strip(), *found]))
-    return lines
+                rows.append([_label(arm, size), *found])
+    head = ["task, tokens", *(f"{name}, {tokens:,}" for name, tokens in columns)]
+    return ["", "Right answers in percent, and for n-grams nats above the best possible:", "", *_table(head, rows)]
 
 
 def _answer(study: Study, cell: Cell, tokens: int) -> str:
@@ -143,16 +140,25 @@ def _cells_of(study: Study, row: Row, rows: Sequence[Row]) -> list[str]:
     gradients = [result.largest_gradient[0] for result in results.values() if result.largest_gradient]
     cells_ = [row.label, f"{first.body_parameters:,}", f"{first.tokens:,}", f"{first.lr:g}"]
     cells_ += [str(Mean.of([result.loss for result in results.values()]))]  # type: ignore[misc]
-    cells_ += [str(Mean.of(shared)) if shared and row.arm != study.reference else ""]
-    for context in study.evaluation.contexts if study.evaluation else ():
-        values = [result.contexts[str(context)] for result in results.values() if str(context) in result.contexts]
-        cells_.append(str(Mean.of(values)) if values else "")
+    cells_ += ["" if row.arm == study.reference else _mean(shared)]
+    for context in study.contexts:
+        cells_.append(_mean([r.contexts[str(context)] for r in results.values() if str(context) in r.contexts]))
     speed = statistics.median(result.tokens_per_second for result in results.values())
     return [*cells_, f"{first.state_bytes:,}", f"{speed:,.0f}", f"{max(gradients):.1f}" if gradients else ""]
 
 
-def _line(cells_: Sequence[str]) -> str:
-    return "| " + " | ".join(cells_) + " |"
+def _mean(values: Sequence[float]) -> str:
+    return str(Mean.of(values)) if values else ""
+
+
+def _label(arm: str, size: str) -> str:
+    return f"{arm} {size}".strip()
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table, its numbers on the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def _as_json(study: Study, rows: Sequence[Row]) -> dict[str, object]:

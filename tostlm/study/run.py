@@ -21,7 +21,7 @@ from tostlm.files import locked, read_json_lines, require_writable, write_atomic
 from tostlm.launch import run_local
 from tostlm.launch.local import end_with_parent
 from tostlm.study.measure import held_out_targets, measure, measure_task
-from tostlm.study.plan import Cell, Study, cell_config, cells, searched_by
+from tostlm.study.plan import Cell, Study, cell_config, cells, distinct_cells, searched_by
 from tostlm.study.report import write_report
 from tostlm.study.results import Result, best_lr, read_result, require_same_settings, write_result
 
@@ -41,8 +41,9 @@ def run_study(file: Path, study: Study, workers: int, processes: int) -> int:
         UserError: finished runs had other settings, or the held-out text is not long enough.
     """
     require_same_settings(study)
-    for cell in (cell for cell in cells(study) if cell.kind == "final"):
-        held_out_targets(study, cell_config(study, cell, cell.lr))
+    for cell in distinct_cells(study):
+        if cell.kind == "final":
+            held_out_targets(study, cell_config(study, cell, cell.lr))
     require_writable(study.study_dir)
     started = time.time()
     with contextlib.ExitStack() as at_exit:

@@ -14,8 +14,8 @@ import pydantic
 import torch
 from torch import Tensor
 
+from tostlm.config import PositiveFloat, PositiveInt, Strict
 from tostlm.model import IGNORE
-from tostlm.study.part import Part, PositiveInt
 
 
 class Examples(NamedTuple):
@@ -26,7 +26,7 @@ class Examples(NamedTuple):
     best_loss: float  # mean over what is asked, in nats
 
 
-class Task(Part):
+class Task(Strict):
     """A task and how models are trained on it."""
 
     kind: Literal["recall", "induction", "ngrams"]
@@ -35,7 +35,7 @@ class Task(Part):
     vocab_size: Annotated[int, pydantic.Field(ge=2)] = 512  # different tokens; of n-grams, the states of a chain
     steps: PositiveInt = 2000  # at most: training ends once 99.9% are right
     batch_tokens: PositiveInt = 8192
-    lrs: tuple[Annotated[float, pydantic.Field(gt=0)], ...] = (1e-3, 3e-3, 1e-2)  # of which the best counts
+    lrs: tuple[PositiveFloat, ...] = (1e-3, 3e-3, 1e-2)  # of which the best counts
     lengths: tuple[PositiveInt, ...] = (1, 4)  # tested, in multiples of `tokens`
 
     @pydantic.model_validator(mode="after")

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tostlm.model import Mixer
+from tests.model.common import tokens_of
+from tostlm.model import Mixer, MixerOptions, ModelConfig, create_lm
 from tostlm.model.parts.attention import Attention
 from tostlm.model.parts.short_conv import ShortConv
 from tostlm.model.positions import SequencePositions
@@ -46,6 +47,22 @@ def assert_equals_slow_form(
     gradients = (torch.autograd.grad(result, leaves, wanted) for result in (y, expected))
     for found, exact in zip(*gradients, strict=True):
         torch.testing.assert_close(found, exact, rtol=1e-7, atol=1e-8)
+
+
+def state_dtypes_under_bf16(options: MixerOptions, pieces: list[int]) -> set[torch.dtype]:
+    """The dtypes of a mixer's state under bf16 autocast, whose logits are near fp32's, in pieces of a context too."""
+    config = ModelConfig(2, 64, 4, 100, positions=None, layers=(options,), layer_scale=0.5)
+    lm, tokens = create_lm(config, 0), tokens_of(config, 2, sum(pieces))
+    exact, _ = lm(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, state = lm(tokens)
+        parts, before = [], None
+        for piece in tokens.split(pieces, 1):
+            logits, before = lm(piece, before)
+            parts.append(logits)
+    assert (found - exact).norm() < 0.02 * exact.norm()
+    torch.testing.assert_close(torch.cat(parts, 1), found, rtol=0.02, atol=0.02)
+    return {x.dtype for layer in state.layers for x in layer if x.numel()}
 
 
 def convolved(conv: ShortConv | None, inputs: list[Tensor]) -> Tensor:

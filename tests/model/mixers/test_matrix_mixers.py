@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.model.common import double, tokens_of
-from tests.model.mixers.common import assert_equals_slow_form
+from tests.model.mixers.common import assert_equals_slow_form, state_dtypes_under_bf16
 from tostlm.model import ModelConfig, create_lm, state_bytes
 from tostlm.model.config import MixerOptions
 from tostlm.model.mixers.gated_delta import GatedDeltaOptions
@@ -157,19 +157,8 @@ def test_equals_the_equations(name: str, options: dict[str, Any]) -> None:
 
 @everything
 def test_bf16_keeps_its_sums_in_fp32_or_wider(name: str) -> None:
-    config = ModelConfig(2, 64, 4, 100, positions=None, layers=(EVERYTHING[name],), layer_scale=0.5)
-    lm, tokens = create_lm(config, 0), tokens_of(config, 2, 300)
-    exact, _ = lm(tokens)
-    with torch.autocast("cpu", torch.bfloat16):
-        found, state = lm(tokens)
-        pieces, before = [], None
-        for piece in tokens.split([100, 1, 199], 1):
-            logits, before = lm(piece, before)
-            pieces.append(logits)
-    dtypes = {x.dtype for layer in state.layers for x in layer if x.numel()}
+    dtypes = state_dtypes_under_bf16(EVERYTHING[name], [100, 1, 199])
     assert dtypes in ({torch.float32}, {torch.float32, torch.float64})
-    assert (found - exact).norm() < 0.02 * exact.norm()
-    torch.testing.assert_close(torch.cat(pieces, 1), found, rtol=0.02, atol=0.02)
 
 
 @everything

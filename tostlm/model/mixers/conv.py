@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tostlm.model.config import MixerOptions, ModelConfig
 from tostlm.model.mixers.base import Mixer
-from tostlm.model.parts.short_conv import MAX_TAPS, ShortConv
+from tostlm.model.parts.short_conv import MAX_TAPS, ShortConv, tail_bytes
 from tostlm.model.positions import SequencePositions
 from tostlm.shapes import Float
 
@@ -67,4 +67,4 @@ class Conv(Mixer):
         return 2.0 * sum(p.numel() for p in self.parameters())
 
     def state_bytes(self, context: int) -> int:
-        return 4 * self.config.width * (self.conv.taps - 1)
+        return tail_bytes(self.conv)

@@ -17,8 +17,9 @@ from tostlm.model.mixers.base import Mixer
 from tostlm.model.parts.channel_decays import add_decaying_outer_products
 from tostlm.model.parts.gated_output import GatedOutput
 from tostlm.model.parts.low_rank import LowRank
-from tostlm.model.parts.matrix_state import CHUNK
-from tostlm.model.parts.short_conv import ShortConv, check_taps
+from tostlm.model.parts.matrix_state import outer_products_flops
+from tostlm.model.parts.projections import project_tokens
+from tostlm.model.parts.short_conv import ShortConv, check_taps, tail_bytes
 from tostlm.model.positions import SequencePositions
 from tostlm.shapes import Float
 
@@ -80,11 +81,7 @@ class GLA(Mixer):
         memory, tail = (None, None) if state is None else state
         (B, T, C), H = x.shape, self.config.heads
         D, wide = C // H, torch.promote_types(x.dtype, torch.float32)
-        qkv = self.in_proj(x)
-        if self.conv is not None:
-            qkv, tail = self.conv(qkv, tail, positions)
-        else:
-            tail = qkv.new_zeros(B, 0, 3 * C, dtype=wide)
+        qkv, tail = project_tokens(self.in_proj, self.conv, x, tail, positions)
         log_decays = F.logsigmoid(self.decay(x)) / self.options.gate_temperature
         with torch.autocast(x.device.type, enabled=False):
             q, k, v = qkv.to(wide).view(B, T, 3, H, D).unbind(2)
@@ -103,12 +100,11 @@ class GLA(Mixer):
         self.output.reset_parameters(generator)
 
     def flops_per_token(self, context: int) -> float:
-        C, D = self.config.width, self.config.width // self.config.heads
+        C, H = self.config.width, self.config.heads
         matrices = (self.in_proj, self.decay.down, self.decay.up)
-        # Scores and values of half a chunk's pairs on average, the state's update and its reading.
-        memory = 2.0 * C * (min(CHUNK, context) + 2 * D)
+        memory = outer_products_flops(C, H, context)
         return 2.0 * sum(proj.weight.numel() for proj in matrices) + self.output.flops_per_token() + memory
 
     def state_bytes(self, context: int) -> int:
         C = self.config.width
-        return 4 * (C * (C // self.config.heads) + (0 if self.conv is None else 3 * C * (self.conv.taps - 1)))
+        return 4 * C * (C // self.config.heads) + tail_bytes(self.conv)

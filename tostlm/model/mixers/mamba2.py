@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from tostlm.model.config import MixerOptions, ModelConfig
 from tostlm.model.mixers.base import Mixer
-from tostlm.model.parts.matrix_state import CHUNK, ChunkDecays, add_outer_products
-from tostlm.model.parts.short_conv import ShortConv, check_taps
+from tostlm.model.parts.matrix_state import ChunkDecays, add_outer_products, outer_products_flops
+from tostlm.model.parts.short_conv import ShortConv, check_taps, convolved, tail_bytes
 from tostlm.model.positions import SequencePositions
 from tostlm.shapes import Float
 
@@ -66,9 +66,9 @@ class Mamba2(Mixer):
     def __init__(self, config: ModelConfig, options: Mamba2Options) -> None:
         super().__init__(config, options)
         C, H = config.width, config.heads
-        self.convolved = C + 2 * (C // H)  # channels of v, k and q
-        self.in_proj = nn.Linear(C, C + self.convolved + H, bias=False)  # z, v, k, q, dt
-        self.conv = ShortConv(self.convolved, options.short_conv, silu=True) if options.short_conv else None
+        self.inputs = C + 2 * (C // H)  # channels of v, k and q
+        self.in_proj = nn.Linear(C, C + self.inputs + H, bias=False)  # z, v, k, q, dt
+        self.conv = ShortConv(self.inputs, options.short_conv, silu=True) if options.short_conv else None
         self.step_offset = nn.Parameter(torch.empty(H))
         self.log_rate = nn.Parameter(torch.empty(H))
         self.skip = nn.Parameter(torch.empty(H))
@@ -81,11 +81,8 @@ class Mamba2(Mixer):
         memory, tail = (None, None) if state is None else state
         C, H = self.config.width, self.config.heads
         D, wide = C // H, torch.promote_types(x.dtype, torch.float32)
-        z, vkq, pace = self.in_proj(x).split([C, self.convolved, H], -1)
-        if self.conv is not None:
-            vkq, tail = self.conv(vkq, tail, positions)
-        else:
-            tail = vkq.new_zeros(x.shape[0], 0, self.convolved, dtype=wide)
+        z, vkq, pace = self.in_proj(x).split([C, self.inputs, H], -1)
+        vkq, tail = convolved(self.conv, vkq, tail, positions)
         with torch.autocast(x.device.type, enabled=False):
             v, k, q = vkq.to(wide).split([C, D, D], -1)
             v = v.unflatten(-1, (H, D))
@@ -113,11 +110,9 @@ class Mamba2(Mixer):
         self.norm.fill_(1.0)
 
     def flops_per_token(self, context: int) -> float:
-        C, D, L = self.config.width, self.config.width // self.config.heads, min(CHUNK, context)
-        # Half a chunk's pairs on average: their scores, one for all heads, and values. The state's update and reading.
-        memory = 2.0 * (D + C) * L / 2 + 2.0 * C * 2 * D
+        C, H = self.config.width, self.config.heads
+        memory = outer_products_flops(C, H, context, scored_heads=1)
         return 2.0 * (self.in_proj.weight.numel() + self.out_proj.weight.numel()) + memory
 
     def state_bytes(self, context: int) -> int:
-        tail = 0 if self.conv is None else (self.conv.taps - 1) * self.convolved
-        return 4 * (self.config.width * (self.config.width // self.config.heads) + tail)
+        return 4 * self.config.width * (self.config.width // self.config.heads) + tail_bytes(self.conv)

@@ -18,7 +18,7 @@ from tostlm.model.parts.forgetting import Forgetting, ForgettingOptions
 from tostlm.model.parts.matrix_state import ChunkDecays
 from tostlm.model.parts.membership import scale_free_logits
 from tostlm.model.parts.running_sums import running_sums
-from tostlm.model.parts.short_conv import ShortConv, check_taps
+from tostlm.model.parts.short_conv import ShortConv, check_taps, convolved, tail_bytes
 from tostlm.model.positions import SequencePositions
 from tostlm.shapes import Float
 from tostlm.tssa import Inputs, State, tssa, tssa_statistics
@@ -96,9 +96,7 @@ class TSSA(Mixer):
         if self.options.plain:
             y, after = tssa(*self._inputs(self.in_proj(x), positions), State(*before[:3]), group=positions.group)
             return self._output(y, x), TSSAState(*after, *before[3:])
-        w, tail = self.in_proj(x), before.tail
-        if self.conv is not None:
-            w, tail = self.conv(w, tail, positions)
+        w, tail = convolved(self.conv, self.in_proj(x), before.tail, positions)
         read = w if self.query_proj is None else self.query_proj(x)
         with torch.autocast(x.device.type, enabled=False):
             y, sums = self._mix(w, read, self.forgetting(x), positions, before)
@@ -173,7 +171,7 @@ class TSSA(Mixer):
     def state_bytes(self, context: int) -> int:
         C, H = self.config.width, self.config.heads
         count = H if self.options.membership == "scale_free" else 0
-        return 8 * (2 * C + H + count) + (0 if self.conv is None else 4 * (self.conv.taps - 1) * C)
+        return 8 * (2 * C + H + count) + tail_bytes(self.conv)
 
     def statistics(self, x: Tensor, positions: SequencePositions, state: TSSAState | None) -> dict[str, Tensor]:
         """Return the membership entropy and the mean gate over the heads, of this rank's tokens.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tostlm.model.config import ModelConfig
 from tostlm.model.parts.keys_queries_values import MatrixMixerOptions, ReadsAndWrites
 from tostlm.model.parts.matrix_mixer import MatrixMixer
-from tostlm.model.parts.matrix_state import CHUNK, ChunkDecays, add_outer_products
+from tostlm.model.parts.matrix_state import ChunkDecays, add_outer_products, outer_products_flops
 from tostlm.model.parts.membership import scale_free_logits
 from tostlm.model.parts.running_sums import running_sums, running_sums_flops
 from tostlm.model.positions import SequencePositions
@@ -78,9 +78,7 @@ class TSSACross(MatrixMixer):
 
     def memory_flops(self, context: int) -> float:
         C, H = self.config.width, self.config.heads
-        # Scores and values of half a chunk's pairs on average, the state's update and its reading.
-        matrix = 2.0 * C * (min(CHUNK, context) + 2 * (C // H))
-        return matrix + (0 if self.temp is None else running_sums_flops(2 * H, context))
+        return outer_products_flops(C, H, context) + (0 if self.temp is None else running_sums_flops(2 * H, context))
 
     def state_bytes(self, context: int) -> int:
         return super().state_bytes(context) + (0 if self.temp is None else 8 * 2 * self.config.heads)

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from tostlm.model.config import MixerOptions, ModelConfig
 from tostlm.model.mixers.base import Mixer
+from tostlm.model.parts.projections import project_tokens, project_values
 from tostlm.model.parts.rotary import rotate
-from tostlm.model.parts.short_conv import ShortConv, check_taps
+from tostlm.model.parts.short_conv import ShortConv, check_taps, tail_bytes
 from tostlm.model.positions import SequencePositions
 
 RMS_EPS = 1e-6  # of the norms of queries and keys
@@ -55,8 +56,7 @@ class Attention(Mixer):
         self.out_proj = nn.Linear(C, C, bias=False)
 
     def values(self, x: Tensor) -> Tensor:
-        values: Tensor = self.in_proj(x)[..., 2 * self.config.width :]
-        return values
+        return project_values(self.in_proj, x)
 
     def project(
         self, x: Tensor, positions: SequencePositions, tail: Tensor | None, added_values: Tensor | None
@@ -64,13 +64,7 @@ class Attention(Mixer):
         """Return queries, keys and values [B, H, T, D] of tokens x [B, T, C], and the tail of the convolution."""
         B, T, C = x.shape
         H = self.config.heads
-        qkv = self.in_proj(x)
-        if added_values is not None:
-            qkv = qkv + F.pad(added_values, (2 * C, 0))
-        if self.conv is not None:
-            qkv, tail = self.conv(qkv, tail, positions)
-        else:
-            tail = qkv.new_zeros(B, 0, 3 * C)
+        qkv, tail = project_tokens(self.in_proj, self.conv, x, tail, positions, added_values)
         q, k, v = (part.view(B, T, H, C // H).transpose(1, 2) for part in qkv.split(C, dim=-1))
         return *self._placed(q, k, positions), v, tail
 
@@ -109,4 +103,4 @@ class Attention(Mixer):
 
     def tail_bytes(self) -> int:
         """Return the bytes of one sequence's tail."""
-        return 0 if self.conv is None else 4 * 3 * self.config.width * (self.conv.taps - 1)
+        return tail_bytes(self.conv)

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from tostlm.model.config import ModelConfig
 from tostlm.model.parts.forgetting import Forgetting, ForgettingOptions, Kind
-from tostlm.model.parts.short_conv import ShortConv, check_taps
+from tostlm.model.parts.projections import project_tokens, project_values
+from tostlm.model.parts.short_conv import ShortConv, check_taps, tail_bytes
 from tostlm.model.positions import SequencePositions
 
 EPS = 1e-6  # of the length of a key
@@ -59,8 +60,7 @@ class KeysQueriesValues(nn.Module):
 
     def values(self, x: Tensor) -> Tensor:
         """Return the values [B, T, C] of tokens x before the convolution."""
-        values: Tensor = self.in_proj(x)[..., 2 * self.config.width :]
-        return values
+        return project_values(self.in_proj, x)
 
     def forward(
         self, x: Tensor, tail: Tensor | None, positions: SequencePositions, added_values: Tensor | None
@@ -71,13 +71,7 @@ class KeysQueriesValues(nn.Module):
         """
         B, T, C = x.shape
         H, wide = self.config.heads, torch.promote_types(x.dtype, torch.float32)
-        kqv = self.in_proj(x)
-        if added_values is not None:
-            kqv = kqv + F.pad(added_values, (2 * C, 0))
-        if self.conv is not None:
-            kqv, tail = self.conv(kqv, tail, positions)
-        else:
-            tail = kqv.new_zeros(B, 0, 3 * C)
+        kqv, tail = project_tokens(self.in_proj, self.conv, x, tail, positions, added_values)
         w, q, v = kqv.to(wide).view(B, T, 3, H, C // H).unbind(2)
         k = F.normalize(w, dim=-1, eps=EPS)
         strengths = w.new_ones(B, T, H) if self.write_proj is None else self.write_proj(x).to(wide).sigmoid()
@@ -101,4 +95,4 @@ class KeysQueriesValues(nn.Module):
 
     def tail_bytes(self) -> int:
         """Return the bytes of one sequence's tail."""
-        return 0 if self.conv is None else 4 * 3 * self.config.width * (self.conv.taps - 1)
+        return tail_bytes(self.conv)

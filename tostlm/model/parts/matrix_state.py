@@ -93,6 +93,16 @@ def add_outer_products(
     return y.transpose(2, 3).flatten(1, 2)[:, :T], last
 
 
+def outer_products_flops(C: int, H: int, context: int, scored_heads: int | None = None) -> float:
+    """Return the floating-point operations of `add_outer_products` per token, C = H D = H V, over `context` tokens.
+
+    `scored_heads` have keys and queries of their own: all where it is None, or 1.
+    """
+    D = C // H
+    # Half a chunk's pairs on average: their scores, and values. Then the state's update and its reading.
+    return 2.0 * ((scored_heads or H) * D + C) * min(CHUNK, context) / 2 + 2.0 * C * 2 * D
+
+
 def delta_rule(
     q: Tensor,
     k: Tensor,

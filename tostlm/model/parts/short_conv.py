@@ -60,6 +60,22 @@ class ShortConv(nn.Module):
         self.weight[:, -1] += 1
 
 
+def convolved(
+    conv: ShortConv | None, x: Tensor, tail: Tensor | None, positions: SequencePositions
+) -> tuple[Tensor, Tensor]:
+    """Return `conv(x, tail, positions)`; without a convolution x itself and an empty tail [B, 0, K]."""
+    if conv is not None:
+        y: Tensor
+        y, tail = conv(x, tail, positions)
+        return y, tail
+    return x, x.new_zeros(x.shape[0], 0, x.shape[2], dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def tail_bytes(conv: ShortConv | None) -> int:
+    """Return the bytes of one sequence's tail."""
+    return 0 if conv is None else 4 * conv.weight.shape[0] * (conv.taps - 1)
+
+
 class _Convolve(torch.autograd.Function):
     """The sum over taps of padded [B, W - 1 + T, K] times weight [W, K], in half the passes that autograd would take.
 
