@@ -42,6 +42,19 @@ def test_a_study_that_is_killed_goes_on_and_is_compared(run: Run) -> None:
     assert (study.study_dir / "cross/seed0/result.json").stat().st_mtime_ns == written
 
 
+def test_a_study_that_is_asked_to_stop_as_a_run_ends_starts_no_other(run: Run) -> None:
+    file = write_study(run, arms={"softmax": SOFTMAX, "cross": CROSS}, seeds=[0], search=None)
+    study = study_of(run, arms={"softmax": SOFTMAX, "cross": CROSS}, seeds=[0], search=None)
+    program = Program("study", str(file))
+    metrics, last = study.study_dir / "softmax/seed0/metrics.jsonl", f'"validation", "step": {run.config().train.steps}'
+    while not (metrics.exists() and last in metrics.read_text()):
+        assert program.running()
+        time.sleep(0.01)
+    program.send_signal(signal.SIGTERM)
+    program.end()
+    assert not (study.study_dir / "cross/seed0/metrics.jsonl").exists()
+
+
 def test_a_run_that_fails_is_named_and_the_others_go_on(run: Run) -> None:
     arms = {"softmax": SOFTMAX, "cross": {"set": {**CROSS["set"], "model.vocab_size": 100}}}
     file = write_study(run, arms=arms, seeds=[0], search=None)

@@ -21,14 +21,16 @@ POLL_SECONDS = 0.1
 GRACE_SECONDS = 2.0  # for ranks that have lost another rank to name it
 
 
-def run_local(arguments: Sequence[str], processes: int) -> int:
+def run_local(arguments: Sequence[str], processes: int, received: list[int] | None = None) -> int:
     """Run `python -m tostlm ARGUMENTS` once per rank and return the exit code of the run.
 
     SIGTERM and SIGUSR1 are forwarded to the ranks, which save and exit: EXIT_REQUEUE. A second SIGTERM, SIGHUP and
     SIGINT end them at once. When one rank fails the others are ended, as they would wait for it for ever.
+
+    The signals that were forwarded are added to `received`: ranks at their end may still succeed after one.
     """
     children: list[Popen[bytes]] = []
-    received: list[int] = []
+    received = [] if received is None else received
 
     def forward(number: int, frame: FrameType | None) -> None:
         if received.count(signal.SIGTERM) and number == signal.SIGTERM:

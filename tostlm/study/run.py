@@ -16,7 +16,7 @@ from pathlib import Path
 from subprocess import Popen
 
 from tostlm.config import dump_config
-from tostlm.errors import EXIT_BUG, EXIT_USER_ERROR, UserError, report
+from tostlm.errors import EXIT_BUG, EXIT_REQUEUE, EXIT_USER_ERROR, UserError, report
 from tostlm.files import locked, read_json_lines, require_writable, write_atomically
 from tostlm.launch import run_local
 from tostlm.launch.local import end_with_parent
@@ -132,7 +132,8 @@ def _run_cell(study: Study, cell: Cell, processes: int) -> int:
     config = cell_config(study, cell, lr)
     write_atomically(folder / CONFIG, dump_config(config))
     print(f"\n== {cell.name}, learning rate {config.optimizer.lr:g}", flush=True)
-    code = run_local(["train", str(folder / CONFIG)], processes)
+    received: list[int] = []
+    code = run_local(["train", str(folder / CONFIG)], processes, received)
     if code == EXIT_USER_ERROR and cell.kind == "search" and _diverged(folder):
         write_result(study, cell, Result.of_divergence(config))
     elif code in (EXIT_BUG, EXIT_USER_ERROR):
@@ -142,7 +143,7 @@ def _run_cell(study: Study, cell: Cell, processes: int) -> int:
     else:
         write_result(study, cell, measure(study, cell, config))
     write_report(study)
-    return 0
+    return EXIT_REQUEUE if received else 0
 
 
 def _diverged(folder: Path) -> bool:
