@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from tostlm.model.parts.chain import chain, times
 from tostlm.model.positions import SequencePositions
 from tostlm.parallel import all_gather
 
@@ -159,38 +160,23 @@ def carry(added: Tensor, kept: Tensor, state: Tensor, group: dist.ProcessGroup |
     row [B, N, H, D, 1], or a matrix [B, N, H, D, D].
     """
     if group is None:
-        sums = _chain(added, kept, state)
-        return torch.stack(sums[:-1], 1), sums[-1]
+        states, last = chain(added, kept, state)
+        return states, last
     D, V = state.shape[-2:]
     # What a rank's chunks make of S has the same form: they are run from S = 0, and from what keeps S beside it.
-    own = torch.stack(_chain(added, kept, torch.zeros_like(state)), 1)  # [B, N + 1, H, D, V]
+    own, own_last = chain(added, kept, torch.zeros_like(state))  # [B, N, H, D, V], [B, H, D, V]
     start = torch.eye(D, dtype=kept.dtype, device=kept.device) if kept.shape[-1] > 1 else kept.new_ones(1, 1)
-    reach = torch.stack(
-        _chain(torch.zeros_like(kept), kept, start.expand(kept[:, 0].shape)), 1
-    )  # [B, N + 1, H, D, D], D, 1 or 1, 1
-    summaries = all_gather(torch.cat([reach[:, -1].flatten(2), own[:, -1].flatten(2)], -1), group)
-    parts = summaries.split([reach[0, 0, 0].numel(), D * V], -1)
+    # [B, N, H, D, D], D, 1 or 1, 1
+    reach, whole_reach = chain(torch.zeros_like(kept), kept, start.expand(kept[:, 0].shape))
+    summaries = all_gather(torch.cat([whole_reach.flatten(2), own_last.flatten(2)], -1), group)
+    parts = summaries.split([whole_reach[0, 0].numel(), D * V], -1)
     ranks = zip(
         *(part.unflatten(-1, (-1, width)) for part, width in zip(parts, (kept.shape[-1], V), strict=True)), strict=True
     )
     ends = [state]
     for kept_by_rank, added_by_rank in ranks:
-        ends.append(_times(kept_by_rank, ends[-1]) + added_by_rank)
+        ends.append(times(kept_by_rank, ends[-1]) + added_by_rank)
     # Indexed out of one tensor, each rank's S depends on every rank's: so every rank calls the backward pass of the
     # gather, the first rank too.
     everywhere = torch.stack(ends)
-    return (own + _times(reach, everywhere[group.rank()][:, None]))[:, :-1], everywhere[-1].clone()
-
-
-def _chain(added: Tensor, kept: Tensor, first: Tensor) -> list[Tensor]:
-    """Return S [B, H, D, V] before and after each of the chunks, from `first`."""
-    sums = [first]
-    # Of an index a chunk, each gradient would be as large as all chunks.
-    for kept_by_chunk, added_by_chunk in zip(kept.unbind(1), added.unbind(1), strict=True):
-        sums.append(_times(kept_by_chunk, sums[-1]) + added_by_chunk)
-    return sums
-
-
-def _times(kept: Tensor, state: Tensor) -> Tensor:
-    """`kept` [..., 1, 1], [..., D, 1] or [..., D, D] times a state [..., D, V]."""
-    return kept * state if kept.shape[-1] == 1 else kept @ state
+    return own + times(reach, everywhere[group.rank()][:, None]), everywhere[-1].clone()
