@@ -44,4 +44,5 @@ class GatedDelta(MatrixMixer):
         return y, (memory,)
 
     def memory_flops(self, context: int) -> float:
-        return delta_rule_flops(self.config.width, self.config.heads, context)
+        D = self.config.width // self.config.heads
+        return delta_rule_flops(self.config.heads, D, D, context)

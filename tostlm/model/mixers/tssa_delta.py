@@ -91,7 +91,8 @@ class TSSADelta(MatrixMixer):
 
     def memory_flops(self, context: int) -> float:
         C, H = self.config.width, self.config.heads
-        return delta_rule_flops(C, H, context) + running_sums_flops(C, context)
+        D = C // H
+        return delta_rule_flops(H, D, D, context) + running_sums_flops(C, context)
 
     def state_bytes(self, context: int) -> int:
         return super().state_bytes(context) + 8 * self.config.width

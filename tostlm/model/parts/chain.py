@@ -1,8 +1,9 @@
-"""States one after the other, S_{n+1} = kept_n S_n + added_n, as one operation.
+"""States one after the other, each made of the one before, as one operation.
 
 torch.compile would unroll the loop over them, and autograd record its every step; of a custom op both see one call.
+The gradients of a chain run the same chain back.
 
-Shapes: B sequences, N steps, H heads, states of D x V numbers.
+Shapes: B sequences, N steps, H heads, states of D x V numbers, L tokens of a step.
 """
 
 from __future__ import annotations
@@ -12,51 +13,118 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Its own name for every copy of this module: an exported model brings one, and two of them may be loaded at once.
-_NAME = f"{__name__.replace('.', '_')}::chain"
+# Their own names for every copy of this module: an exported model brings one, and two of them may be loaded at once.
+_NAMESPACE = __name__.replace(".", "_")
+_CHAIN = "(Tensor added, Tensor kept, Tensor first, bool back=False) -> (Tensor, Tensor)"
+_DELTA_CHAIN = (
+    "(Tensor own, Tensor taken, Tensor ends, Tensor kept, Tensor? added, Tensor first, bool back=False)"
+    " -> (Tensor, Tensor, Tensor)"
+)
 
 
-@torch.library.custom_op(_NAME, mutates_args=(), schema="(Tensor added, Tensor kept, Tensor first) -> (Tensor, Tensor)")
-def chain(added: Tensor, kept: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-    """Return S before each of the steps [B, N, H, D, V], and S after the last [B, H, D, V].
+@torch.library.custom_op(f"{_NAMESPACE}::chain", mutates_args=(), schema=_CHAIN)
+def chain(added: Tensor, kept: Tensor, first: Tensor, back: bool = False) -> tuple[Tensor, Tensor]:
+    """Return S before each of the steps S <- kept S + added [B, N, H, D, V], and S after the last [B, H, D, V].
 
     Args:
         added: [B, N, H, D, V], N may be 0.
-        kept: [B, N, H, 1, 1], [B, N, H, D, 1] or [B, N, H, D, D], as `times` takes it.
+        kept: [B, N, H, 1, 1], or [B, N, H, D, 1], a number for each row.
         first: [B, H, D, V], S before the first step.
+        back: whether the last of N comes first.
     """
-    states, state = torch.empty_like(added, memory_format=torch.contiguous_format), first.clone()
-    for n in range(added.shape[1]):
+    states, state = _contiguous(added), first.clone()
+    for n in _order(added, back):
         states[:, n] = state
-        state = times(kept[:, n], state).add_(added[:, n])
+        state = (kept[:, n] * state).add_(added[:, n])
     return states, state
 
 
-def times(kept: Tensor, state: Tensor) -> Tensor:
-    """`kept` [..., 1, 1], [..., D, 1] or [..., D, D] times a state [..., D, V]."""
-    return kept * state if kept.shape[-1] == 1 else kept @ state
+@torch.library.custom_op(f"{_NAMESPACE}::delta_chain", mutates_args=(), schema=_DELTA_CHAIN)
+def delta_chain(
+    own: Tensor, taken: Tensor, ends: Tensor, kept: Tensor, added: Tensor | None, first: Tensor, back: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return u, S before each of the steps [B, N, H, D, V], and S after the last [B, H, D, V].
+
+    A step is u = own - taken S, S <- kept S + ends u + added: what it writes depends on what S holds already.
+
+    Args:
+        own: [B, N, H, L, V], N may be 0.
+        taken: [B, N, H, L, D].
+        ends: [B, N, H, D, L].
+        kept, first, back: as in `chain`.
+        added: [B, N, H, D, V]; None counts as zeros.
+    """
+    state, B, N = first.clone(), *own.shape[:2]
+    written, states = _contiguous(own), first.new_empty(B, N, *first.shape[1:])
+    for n in _order(own, back):
+        states[:, n] = state
+        u = own[:, n] - taken[:, n] @ state
+        written[:, n] = u
+        state = (kept[:, n] * state).add_(ends[:, n] @ u)
+        if added is not None:
+            state.add_(added[:, n])
+    return written, states, state
 
 
 @chain.register_fake
-def _(added: Tensor, kept: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(added, memory_format=torch.contiguous_format), torch.empty_like(first)
+def _(added: Tensor, kept: Tensor, first: Tensor, back: bool = False) -> tuple[Tensor, Tensor]:
+    return _contiguous(added), torch.empty_like(first)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+@delta_chain.register_fake
+def _(
+    own: Tensor, taken: Tensor, ends: Tensor, kept: Tensor, added: Tensor | None, first: Tensor, back: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _contiguous(own), first.new_empty(*own.shape[:2], *first.shape[1:]), torch.empty_like(first)
+
+
+def _save_chain(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(inputs[1], output[0])
+    ctx.back = inputs[3]
 
 
-def _backward(ctx: Any, grad_states: Tensor, grad_last: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The gradients run the same chain, back: dS_n = kept_n^T dS_{n+1} + what arrives at S_n."""
+def _chain_backward(ctx: Any, grad_states: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
     kept, states = ctx.saved_tensors
-    wide = kept.shape[-1] > 1
-    back = kept.transpose(-1, -2) if wide else kept
-    grad_added, grad_first = chain(grad_states.flip(1), back.flip(1), grad_last)
-    grad_added = grad_added.flip(1)  # [B, N, H, D, V], of S after each step
-    grad_kept = None
-    if ctx.needs_input_grad[1]:
-        grad_kept = grad_added @ states.transpose(-1, -2) if wide else (grad_added * states).sum_to_size(kept.shape)
-    return grad_added, grad_kept, grad_first
+    grad_added, grad_first = chain(grad_states, kept, grad_last, not ctx.back)
+    return grad_added, _grad_kept(ctx.needs_input_grad[1], kept, grad_added, states), grad_first, None
 
 
-chain.register_autograd(_backward, setup_context=_save)
+def _save_delta_chain(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[1:4], *output[:2])
+    ctx.back = inputs[6]
+
+
+def _delta_chain_backward(
+    ctx: Any, grad_written: Tensor, grad_states: Tensor, grad_last: Tensor
+) -> tuple[Tensor | None, ...]:
+    taken, ends, kept, written, states = ctx.saved_tensors
+    grad_own, grad_after, grad_first = delta_chain(
+        grad_written, -ends.mT, -taken.mT, kept, grad_states, grad_last, not ctx.back
+    )
+    grad_kept = _grad_kept(ctx.needs_input_grad[3], kept, grad_after, states)
+    return (
+        grad_own,
+        -grad_own @ states.mT,
+        grad_after @ written.mT,
+        grad_kept,
+        grad_after if ctx.needs_input_grad[4] else None,
+        grad_first,
+        None,
+    )
+
+
+def _grad_kept(needed: bool, kept: Tensor, grad_after: Tensor, states: Tensor) -> Tensor | None:
+    return (grad_after * states).sum_to_size(kept.shape) if needed else None
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _order(steps: Tensor, back: bool) -> range:
+    N = steps.shape[1]
+    return range(N - 1, -1, -1) if back else range(N)
+
+
+chain.register_autograd(_chain_backward, setup_context=_save_chain)
+delta_chain.register_autograd(_delta_chain_backward, setup_context=_save_delta_chain)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tostlm.model.parts.matrix_state import carry, chunk_tokens, chunked, documents_in_chunks
+from tostlm.model.parts.matrix_state import carry, chunk_tokens, chunked, delta_carry, documents_in_chunks
 from tostlm.model.positions import SequencePositions
 
 SMALL = 4  # tokens of the largest blocks whose products are faster one by one than as matrices
@@ -141,8 +141,8 @@ def generalized_delta_rule(
     """Return y [B, T, H, V] of S_t = (diag(w_t) - b_t p_t^T) S_{t-1} + k_t v_t^T, and the last S [B, H, D, V].
 
     What the tokens of a chunk read at their p, u_t = S_{t-1}^T p_t, solves (1 + M) u = A v + P S, of its pairs' weights
-    M, of p and b, and A, of p and k: the WY form of products of Householder-like matrices. So a chunk maps the S before
-    it to the one after by one matrix.
+    M, of p and b, and A, of p and k: the WY form of products of Householder-like matrices. So a chunk needs of the S
+    before it one product each way.
 
     Args:
         removed: [B, T, H, D], p, the keys at which S is read before it is written.
@@ -167,10 +167,10 @@ def generalized_delta_rule(
 
     right = torch.cat([A @ v, p * decays.from_start(decays.logs_before)], -1)  # [B, N, H, L, V + D]
     own, taken = torch.linalg.solve_triangular(M, right, upper=False, unitriangular=True).split([V, D], -1)
-    to_end = decays.to_end()  # u = own + taken S
-    k_ends, b_ends = ((x * to_end).transpose(-1, -2) for x in (k, b))  # [B, N, H, D, L]
-    kept = torch.diag_embed(decays.whole()) - b_ends @ taken
+    to_end = decays.to_end()
+    k_ends, b_ends = ((x * to_end).mT for x in (k, b))  # [B, N, H, D, L]
     before = k.new_zeros(B, H, D, V) if state is None else state
-    carried, last = carry(k_ends @ v - b_ends @ own, kept, before, positions.group)
-    y = of_k @ v - of_b @ (own + taken @ carried) + (q * decays.from_start(decays.logs)) @ carried
+    # u = own + taken S
+    u, carried, last = delta_carry(own, -taken, -b_ends, decays.whole()[..., None], k_ends @ v, before, positions.group)
+    y = of_k @ v - of_b @ u + (q * decays.from_start(decays.logs)) @ carried
     return y.transpose(2, 3).flatten(1, 2)[:, :T], last

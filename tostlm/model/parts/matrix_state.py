@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from tostlm.model.parts.chain import chain, times
+from tostlm.model.parts.chain import chain, delta_chain
 from tostlm.model.positions import SequencePositions
 from tostlm.parallel import all_gather
 
@@ -117,7 +117,7 @@ def delta_rule(
     """Return y [B, T, H, V] of S_t = a_t S_{t-1} + b_t k~_t (v_t - a_t S_{t-1}^T k_t)^T, and the last S [B, H, D, V].
 
     What is written at the tokens of a chunk, u, solves (1 + M) u = b (v - S^T k), M of its pairs: the WY form of
-    products of Householder-like matrices. So a chunk maps the S before it to the one after by one matrix.
+    products of Householder-like matrices. So a chunk needs of the S before it one product each way.
 
     Args:
         written_keys: [B, T, H, D], the keys k~ under which values are written.
@@ -131,20 +131,18 @@ def delta_rule(
     M = (b * decays.pairs * (k @ written_keys.transpose(-1, -2))).tril(-1)  # [B, N, H, L, L]
     right = torch.cat([b * v, b * decays.from_start[..., None] * k], -1)  # [B, N, H, L, V + D]
     solved = torch.linalg.solve_triangular(M, right, upper=False, unitriangular=True)
-    own, taken = solved.split([V, D], -1)  # u = own - taken S
-    ends = (written_keys * decays.to_end[..., None]).transpose(-1, -2)  # [B, N, H, D, L]
-    kept = decays.whole[..., None, None] * torch.eye(D, dtype=k.dtype, device=k.device) - ends @ taken
-    carried, last = carry(ends @ own, kept, state, positions.group)
-    scores = q @ written_keys.transpose(-1, -2) * decays.pairs
-    y = scores @ (own - taken @ carried) + (q * decays.from_start[..., None]) @ carried
+    own, taken = solved.split([V, D], -1)
+    ends = (written_keys * decays.to_end[..., None]).mT  # [B, N, H, D, L]
+    u, carried, last = delta_carry(own, taken, ends, decays.whole[..., None, None], None, state, positions.group)
+    y = (q @ written_keys.mT * decays.pairs) @ u + (q * decays.from_start[..., None]) @ carried
     return y.transpose(2, 3).flatten(1, 2)[:, :T], last
 
 
-def delta_rule_flops(C: int, H: int, context: int) -> float:
-    """Return the floating-point operations of `delta_rule` per token, C = H D = H V, over `context` tokens."""
-    # Half a chunk's pairs on average: keys' and queries' scores, what is solved (V + D wide), its reading. Then the
-    # chunk's matrix, what is taken from the state, the state's update and its reading.
-    return 2.0 * C * min(CHUNK, context) / 2 * 5 + 2.0 * C * (C // H) * 4
+def delta_rule_flops(H: int, D: int, V: int, context: int) -> float:
+    """Return the floating-point operations of `delta_rule` per token, of H heads, over `context` tokens."""
+    # Half a chunk's pairs on average: keys' and queries' scores, what is solved, its reading. Then what is taken from
+    # the state, the state's update and its reading.
+    return H * (2.0 * min(CHUNK, context) / 2 * (2 * D + (V + D) + V) + 2.0 * 3 * D * V)
 
 
 def chunked(x: Tensor, L: int) -> Tensor:
@@ -156,27 +154,61 @@ def chunked(x: Tensor, L: int) -> Tensor:
 def carry(added: Tensor, kept: Tensor, state: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """Return S before each of this rank's chunks [B, N, H, D, V], and S after the last rank's last [B, H, D, V].
 
-    A chunk makes S to kept S + added, `added` [B, N, H, D, V]: `kept` is a number [B, N, H, 1, 1], a number for each
-    row [B, N, H, D, 1], or a matrix [B, N, H, D, D].
+    A chunk makes S to kept S + added. Shapes as in `chain`, but of this rank's chunks, and `state` is S before the
+    first rank's.
     """
     if group is None:
         states, last = chain(added, kept, state)
         return states, last
-    D, V = state.shape[-2:]
     # What a rank's chunks make of S has the same form: they are run from S = 0, and from what keeps S beside it.
-    own, own_last = chain(added, kept, torch.zeros_like(state))  # [B, N, H, D, V], [B, H, D, V]
-    start = torch.eye(D, dtype=kept.dtype, device=kept.device) if kept.shape[-1] > 1 else kept.new_ones(1, 1)
-    # [B, N, H, D, D], D, 1 or 1, 1
-    reach, whole_reach = chain(torch.zeros_like(kept), kept, start.expand(kept[:, 0].shape))
-    summaries = all_gather(torch.cat([whole_reach.flatten(2), own_last.flatten(2)], -1), group)
-    parts = summaries.split([whole_reach[0, 0].numel(), D * V], -1)
-    ranks = zip(
-        *(part.unflatten(-1, (-1, width)) for part, width in zip(parts, (kept.shape[-1], V), strict=True)), strict=True
-    )
+    own, own_last = chain(added, kept, torch.zeros_like(state))
+    reach, whole_reach = chain(torch.zeros_like(kept), kept, kept.new_ones(kept[:, 0].shape))
+    start, last = _across_ranks(whole_reach, own_last, state, group)
+    return own + reach * start[:, None], last
+
+
+def delta_carry(
+    own: Tensor,
+    taken: Tensor,
+    ends: Tensor,
+    kept: Tensor,
+    added: Tensor | None,
+    state: Tensor,
+    group: dist.ProcessGroup | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return u [B, N, H, L, V] and S before each of this rank's chunks, and S after the last rank's last.
+
+    A chunk writes u = own - taken S, and makes S to kept S + ends u + added. Shapes as in `delta_chain`, but of this
+    rank's chunks, and `state` is S before the first rank's.
+    """
+    if group is None:
+        u, states, last = delta_chain(own, taken, ends, kept, added, state)
+        return u, states, last
+    D = state.shape[-2]
+    identity = torch.eye(D, dtype=state.dtype, device=state.device).expand(*state.shape[:2], D, D)
+    u, states, own_last = delta_chain(own, taken, ends, kept, added, torch.zeros_like(state))
+    reached, reach, whole_reach = delta_chain(torch.zeros_like(taken), taken, ends, kept, None, identity)
+    start, last = _across_ranks(whole_reach, own_last, state, group)
+    start = start[:, None]
+    return u + reached @ start, states + reach @ start, last
+
+
+def _across_ranks(reach: Tensor, added: Tensor, state: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Return S before this rank's tokens and after the last rank's, each [B, H, D, V], of S before the first rank's.
+
+    This rank's tokens make S to reach S + added: `reach` is a number [B, H, 1, 1], a number for each row [B, H, D, 1],
+    or a matrix [B, H, D, D].
+    """
+    widths = reach[0, 0].numel(), added[0, 0].numel()
+    summaries = all_gather(torch.cat([reach.flatten(2), added.flatten(2)], -1), group)
     ends = [state]
-    for kept_by_rank, added_by_rank in ranks:
-        ends.append(times(kept_by_rank, ends[-1]) + added_by_rank)
+    for summary in summaries:
+        by_reach, by_added = (
+            part.view(x.shape) for part, x in zip(summary.split(widths, -1), (reach, added), strict=True)
+        )
+        kept = by_reach * ends[-1] if reach.shape[-1] == 1 else by_reach @ ends[-1]
+        ends.append(kept + by_added)
     # Indexed out of one tensor, each rank's S depends on every rank's: so every rank calls the backward pass of the
     # gather, the first rank too.
     everywhere = torch.stack(ends)
-    return own + times(reach, everywhere[group.rank()][:, None]), everywhere[-1].clone()
+    return everywhere[group.rank()], everywhere[-1].clone()
