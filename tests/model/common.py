@@ -12,6 +12,7 @@ from tostlm.model.mixers.cross_covariance import CrossCovarianceOptions
 from tostlm.model.mixers.fibottention import FibottentionOptions
 from tostlm.model.mixers.gated_delta import GatedDeltaOptions
 from tostlm.model.mixers.gla import GLAOptions
+from tostlm.model.mixers.induction import InductionOptions
 from tostlm.model.mixers.mamba2 import Mamba2Options
 from tostlm.model.mixers.rwkv7 import RWKV7Options
 from tostlm.model.mixers.segment import SegmentOptions
@@ -66,6 +67,12 @@ SHAPES = {
     ),
     "delta": _shape(layers=(GatedDeltaOptions(),)),
     "delta, preconditioned": _shape(layers=(TSSADeltaOptions(),)),
+    "induction": _shape(
+        layers=(
+            InductionOptions(key_channels=24),
+            InductionOptions(key_channels=10, halflife_tokens=20.0),
+        )
+    ),
     "mamba2": _shape(layers=(Mamba2Options(),)),
     "gla": _shape(
         layers=(GLAOptions(), GLAOptions(gate_rank=3, gate_temperature=1.0, short_conv=3)),

@@ -19,7 +19,11 @@ TSSA = "{mixer: tssa, forgetting: selective, short_conv: 4, query: own, membersh
 MODELS = {
     "tssa": [f"model.layers=[{TSSA}]", *BLOCK, "data.stateful=true", "data.reset_at_documents=true"],
     "cross": [*CROSS, *BLOCK, VALUES, "data.reset_at_documents=true"],
-    "delta": ["model.layers=[{mixer: gated_delta}]", *BLOCK, "data.reset_at_documents=true"],
+    "delta": [
+        "model.layers=[{mixer: gated_delta}, {mixer: induction, key_channels: 16}]",
+        *BLOCK,
+        "data.reset_at_documents=true",
+    ],
     "memberships": [
         "model.layers=[{mixer: tssa_cross, write: membership}, {mixer: tssa_delta}]",
         *BLOCK,

@@ -76,10 +76,10 @@ class Block(nn.Module):
             self.values_gain.fill_(self.VALUES_GAIN)
         for norm in (self.norm_mixer, self.norm_mlp):
             norm.weight.fill_(1.0)
-        for scale in (self.scale_mixer, self.scale_mlp):
+        for scale, start in ((self.scale_mixer, self.mixer.layer_scale), (self.scale_mlp, None)):
             if scale is not None:
                 assert self.config.layer_scale is not None
-                scale.fill_(self.config.layer_scale)
+                scale.fill_(self.config.layer_scale if start is None else start)
         self.mixer.reset_parameters(generator)
         self.mlp.reset_parameters(generator)
 
