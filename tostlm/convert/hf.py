@@ -22,7 +22,7 @@ from tostlm.convert.tokenizer import save_tokenizer
 from tostlm.data.tokenizers import METASPACE
 from tostlm.errors import UserError
 from tostlm.files import atomic_folder, require_writable
-from tostlm.model import LM
+from tostlm.model import LM, MIXERS
 
 INTERNAL_IMPORT = re.compile(r"^from (tostlm[\w.]*) import", re.MULTILINE)
 PROBE_TEXT = (
@@ -84,7 +84,9 @@ def _standalone_sources(lm: LM) -> dict[str, str]:
     for each configuration class, and tells the files of two exports apart by what they import: exports with different
     mixers can be loaded by one process.
     """
-    mixers = {type(block.mixer).__module__: type(block.mixer).__name__ for block in lm.blocks}
+    # Of the whole plan, which may be longer than the model is deep: the exported config has all of it.
+    planned = (MIXERS[options.mixer] for options in lm.config.layers)
+    mixers = {mixer.__module__: mixer.__name__ for mixer in planned}
     sources: dict[str, str] = {}
     pending = [TostForCausalLM.__module__, *mixers]
     while pending:
