@@ -42,13 +42,8 @@ def metrics(run: Run) -> dict[tuple[str, str], dict[int, float]]:
     return {(kind, key): run.metrics(kind, key) for kind, key in REPORTED}
 
 
-SLOW = {
-    "delta",
-    "rwkv7",
-    "memberships",
-    "combiner",
-    "window",
-}  # whose states differ from the others' only in their fields
+# Their states differ from the others' only in their fields.
+SLOW = {"delta", "rwkv7", "memberships", "combiner", "window"}
 
 
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MODELS])

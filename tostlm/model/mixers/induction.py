@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tostlm.model.config import MixerOptions, ModelConfig
 from tostlm.model.mixers.base import Mixer
 from tostlm.model.parts.matrix_state import ChunkDecays, delta_rule, delta_rule_flops
-from tostlm.model.parts.neighbours import neighbours
+from tostlm.model.parts.neighbours import predecessors
 from tostlm.model.positions import SequencePositions
 from tostlm.shapes import Float
 
@@ -85,11 +85,8 @@ class Induction(Mixer):
         B, T, _ = x.shape
         wide = torch.promote_types(x.dtype, torch.float32)
         w, v = self.features_proj(x).to(wide), self.values_proj(x).to(wide)
-        before, last = neighbours(w, None if state is None else state.features, 1, positions)
-        earlier = torch.cat([before.to(wide), w], 1)[:, :T]  # [B, T, D], each token's predecessor's
-        if positions.document_start is not None:
-            earlier = earlier * (positions.positions > 0)[..., None]
-        q, k = (F.normalize(features, dim=-1, eps=EPS)[:, :, None] for features in (w, earlier))
+        previous, last = predecessors(w, None if state is None else state.features, positions)  # [B, T, D]
+        q, k = (F.normalize(features, dim=-1, eps=EPS)[:, :, None] for features in (w, previous))
         strengths = self.write_proj(x).to(wide).sigmoid()  # [B, T, 1]
         with torch.autocast(x.device.type, enabled=False):
             decays = ChunkDecays.build(self._log_decay(w), positions, B, T)

@@ -18,7 +18,7 @@ from tostlm.model.mixers.base import Mixer
 from tostlm.model.parts.channel_decays import generalized_delta_rule
 from tostlm.model.parts.low_rank import LowRank
 from tostlm.model.parts.matrix_state import CHUNK
-from tostlm.model.parts.neighbours import neighbours
+from tostlm.model.parts.neighbours import predecessors
 from tostlm.model.positions import SequencePositions
 from tostlm.shapes import Float
 
@@ -123,10 +123,7 @@ class RWKV7(Mixer):
         self, x: Tensor, token: Tensor | None, positions: SequencePositions
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """Return the mixtures of x [B, T, C] with the token before, each [B, T, C], and the last token [B, 1, C]."""
-        before, after = neighbours(x, token, 1, positions)
-        previous = torch.cat([before.to(x.dtype), x[:, :-1]], 1)
-        if positions.document_start is not None:
-            previous = previous * (positions.positions >= 1)[..., None]
+        previous, after = predecessors(x, token, positions)
         difference = previous - x
         return tuple(torch.addcmul(x, difference, share) for share in self.shift.to(x.dtype)), after
 

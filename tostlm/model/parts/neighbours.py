@@ -36,5 +36,17 @@ def neighbours(x: Tensor, tail: Tensor | None, kept: int, positions: SequencePos
     return everything[:, own - kept : own], _last(everything, kept)
 
 
+def predecessors(x: Tensor, last: Tensor | None, positions: SequencePositions) -> tuple[Tensor, Tensor]:
+    """Return what is before each token of x [B, T, K] in its document, in x's dtype: zeros at a document's first token.
+
+    And the last token of all ranks that share the context [B, 1, K], as `neighbours` returns it and takes `last`.
+    """
+    before, after = neighbours(x, last, 1, positions)
+    previous = torch.cat([before.to(x.dtype), x], 1)[:, : x.shape[1]]
+    if positions.document_start is not None:
+        previous = previous * (positions.positions >= 1)[..., None]
+    return previous, after
+
+
 def _last(x: Tensor, kept: int) -> Tensor:
     return x[:, x.shape[1] - kept :].clone()  # a view would keep all of x alive
