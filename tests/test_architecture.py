@@ -19,8 +19,9 @@ MAY_IMPORT = {  # of tostlm's own packages and modules
     "shapes": set(),
     "device": set(),
     "parallel": {"autograd", "shapes"},
+    "chain": set(),
     "tssa": {"autograd", "parallel", "shapes"},
-    "model": {"autograd", "parallel", "shapes", "tssa"},
+    "model": {"autograd", "chain", "parallel", "shapes", "tssa"},
     "errors": set(),
     "files": {"errors"},
     "plots": {"errors"},
@@ -88,7 +89,7 @@ def test_large_libraries_are_imported_in_few_files() -> None:
 
 def test_the_operator_and_the_models_import_torch_alone() -> None:
     for path in FILES:
-        if package_of(path) in ("tssa", "model"):
+        if package_of(path) in ("tssa", "chain", "model"):
             foreign = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - {"tostlm"}
             assert foreign <= ({"torch", "triton"} if path.name.startswith("triton") else {"torch"}), path
 

@@ -1,50 +1,29 @@
 """The Triton backend: its kernels in the interpreter and on a GPU, and what the compiler makes of them."""
 
 import itertools
-import os
-import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import ROOT
-
 pytest.importorskip("triton", reason="needs triton: pip install 'tostlm[triton]'")
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
 
+from tests.triton_kernels import SPILL_BYTES, bound, parity, spilled
 from tostlm.tssa import Inputs, State
 from tostlm.tssa.triton import BACKEND
 
-SPILL_BYTES = 16  # a thread; more would cost more than smaller tiles
-TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "u8"}
-
-
-def parity(**environment: str) -> None:
-    """Run triton_parity.py in a process of its own: Triton reads its environment when it is imported."""
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/tssa/triton_parity.py"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-    )
-    assert result.returncode == 0, result.stdout[-10_000:] + result.stderr[-2000:]
+FILE = "tests/tssa/triton_parity.py"
 
 
 def test_parity_in_the_interpreter() -> None:
-    parity(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    parity(FILE, in_interpreter=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_parity_on_a_gpu() -> None:
-    parity()
+    parity(FILE)
 
 
 def test_serves_what_it_can() -> None:
@@ -68,7 +47,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, heads: int, width: int, decays: bo
     found = []
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        found.append((kernel, {**dict(zip(kernel.arg_names, args, strict=False)), **named}))
+        found.append((kernel, bound(kernel, args, named)))
 
     monkeypatch.setattr(triton.JITFunction, "run", record)
     B, C = 2, heads * width
@@ -81,31 +60,6 @@ def launches(monkeypatch: pytest.MonkeyPatch, heads: int, width: int, decays: bo
         BACKEND.backward(inputs, saved, w, state, decays)
     monkeypatch.undo()
     return found
-
-
-def spilled(kernel: Any, arguments: dict[str, Any], capability: int) -> int:
-    """Compile a launch for a GPU and return the bytes a thread spills."""
-    signature, constants, aligned = {}, {}, {}
-    for index, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None:
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = f"*{TYPES[value.dtype]}"
-            aligned[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[parameter.name] = "i32"
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, aligned),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": arguments["num_warps"]},
-    )
-    ptx = compiled.asm["ptx"]
-    target = re.search(r"\.target (\w+)", ptx)
-    assert target is not None
-    command = [get_ptxas(capability).path, "-v", f"--gpu-name={target[1]}", "/dev/stdin", "-o", os.devnull]
-    log = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
-    return max(int(found) for found in re.findall(r"(\d+) bytes spill", log))
 
 
 BUILDS = list(itertools.product((80, 90), ((12, 64), (16, 128)), (True, False)))  # GPU, heads and their width, decays

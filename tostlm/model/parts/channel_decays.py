@@ -166,11 +166,10 @@ def generalized_delta_rule(
     of_k, of_b = ((q_seen @ x).masked_fill(forbidden, 0.0) for x in (k_seen, b_seen))
 
     right = torch.cat([A @ v, p * decays.from_start(decays.logs_before)], -1)  # [B, N, H, L, V + D]
-    own, taken = torch.linalg.solve_triangular(M, right, upper=False, unitriangular=True).split([V, D], -1)
+    own, reads = torch.linalg.solve_triangular(M, right, upper=False, unitriangular=True).split([V, D], -1)
     to_end = decays.to_end()
     k_ends, b_ends = ((x * to_end).mT for x in (k, b))  # [B, N, H, D, L]
     before = k.new_zeros(B, H, D, V) if state is None else state
-    # u = own + taken S
-    u, carried, last = delta_carry(own, -taken, -b_ends, decays.whole()[..., None], k_ends @ v, before, positions.group)
+    u, carried, last = delta_carry(own, reads, -b_ends, decays.whole()[..., None], k_ends @ v, before, positions.group)
     y = of_k @ v - of_b @ u + (q * decays.from_start(decays.logs)) @ carried
     return y.transpose(2, 3).flatten(1, 2)[:, :T], last

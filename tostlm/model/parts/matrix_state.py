@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from tostlm.model.parts.chain import chain, delta_chain
+from tostlm.chain import chain, delta_chain
 from tostlm.model.positions import SequencePositions
 from tostlm.parallel import all_gather
 
@@ -129,11 +129,11 @@ def delta_rule(
     q, k, written_keys, v = (chunked(x, decays.length) for x in (q, k, written_keys, v))  # [B, N, H, L, D]
     b = chunked(strengths[..., None], decays.length)
     M = (b * decays.pairs * (k @ written_keys.transpose(-1, -2))).tril(-1)  # [B, N, H, L, L]
-    right = torch.cat([b * v, b * decays.from_start[..., None] * k], -1)  # [B, N, H, L, V + D]
+    right = torch.cat([b * v, -b * decays.from_start[..., None] * k], -1)  # [B, N, H, L, V + D]
     solved = torch.linalg.solve_triangular(M, right, upper=False, unitriangular=True)
-    own, taken = solved.split([V, D], -1)
+    own, reads = solved.split([V, D], -1)
     ends = (written_keys * decays.to_end[..., None]).mT  # [B, N, H, D, L]
-    u, carried, last = delta_carry(own, taken, ends, decays.whole[..., None, None], None, state, positions.group)
+    u, carried, last = delta_carry(own, reads, ends, decays.whole[..., None, None], None, state, positions.group)
     y = (q @ written_keys.mT * decays.pairs) @ u + (q * decays.from_start[..., None]) @ carried
     return y.transpose(2, 3).flatten(1, 2)[:, :T], last
 
@@ -169,7 +169,7 @@ def carry(added: Tensor, kept: Tensor, state: Tensor, group: dist.ProcessGroup |
 
 def delta_carry(
     own: Tensor,
-    taken: Tensor,
+    reads: Tensor,
     ends: Tensor,
     kept: Tensor,
     added: Tensor | None,
@@ -178,16 +178,16 @@ def delta_carry(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return u [B, N, H, L, V] and S before each of this rank's chunks, and S after the last rank's last.
 
-    A chunk writes u = own - taken S, and makes S to kept S + ends u + added. Shapes as in `delta_chain`, but of this
+    A chunk writes u = own + reads S, and makes S to kept S + ends u + added. Shapes as in `delta_chain`, but of this
     rank's chunks, and `state` is S before the first rank's.
     """
     if group is None:
-        u, states, last = delta_chain(own, taken, ends, kept, added, state)
+        u, states, last = delta_chain(own, reads, ends, kept, added, state)
         return u, states, last
     D = state.shape[-2]
     identity = torch.eye(D, dtype=state.dtype, device=state.device).expand(*state.shape[:2], D, D)
-    u, states, own_last = delta_chain(own, taken, ends, kept, added, torch.zeros_like(state))
-    reached, reach, whole_reach = delta_chain(torch.zeros_like(taken), taken, ends, kept, None, identity)
+    u, states, own_last = delta_chain(own, reads, ends, kept, added, torch.zeros_like(state))
+    reached, reach, whole_reach = delta_chain(torch.zeros_like(reads), reads, ends, kept, None, identity)
     start, last = _across_ranks(whole_reach, own_last, state, group)
     start = start[:, None]
     return u + reached @ start, states + reach @ start, last

@@ -1,14 +1,18 @@
 """States one after the other, each made of the one before, as one operation.
 
 torch.compile would unroll the loop over them, and autograd record its every step; of a custom op both see one call.
-The gradients of a chain run the same chain back.
+The gradients of a chain run the same chain back. On NVIDIA GPUs either is one kernel (`tostlm.chain.triton`).
 
 Shapes: B sequences, N steps, H heads, states of D x V numbers, L tokens of a step.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import importlib
+import os
+from types import ModuleType
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +21,7 @@ from torch import Tensor
 _NAMESPACE = __name__.replace(".", "_")
 _CHAIN = "(Tensor added, Tensor kept, Tensor first, bool back=False) -> (Tensor, Tensor)"
 _DELTA_CHAIN = (
-    "(Tensor own, Tensor taken, Tensor ends, Tensor kept, Tensor? added, Tensor first, bool back=False)"
+    "(Tensor own, Tensor reads, Tensor ends, Tensor kept, Tensor? added, Tensor first, bool back=False)"
     " -> (Tensor, Tensor, Tensor)"
 )
 
@@ -32,6 +36,8 @@ def chain(added: Tensor, kept: Tensor, first: Tensor, back: bool = False) -> tup
         first: [B, H, D, V], S before the first step.
         back: whether the last of N comes first.
     """
+    if (kernels := _kernels(first, products=False)) is not None:
+        return cast(tuple[Tensor, Tensor], kernels.chain(added, kept, first, back))
     states, state = _contiguous(added), first.clone()
     for n in _order(added, back):
         states[:, n] = state
@@ -41,24 +47,26 @@ def chain(added: Tensor, kept: Tensor, first: Tensor, back: bool = False) -> tup
 
 @torch.library.custom_op(f"{_NAMESPACE}::delta_chain", mutates_args=(), schema=_DELTA_CHAIN)
 def delta_chain(
-    own: Tensor, taken: Tensor, ends: Tensor, kept: Tensor, added: Tensor | None, first: Tensor, back: bool = False
+    own: Tensor, reads: Tensor, ends: Tensor, kept: Tensor, added: Tensor | None, first: Tensor, back: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return u, S before each of the steps [B, N, H, D, V], and S after the last [B, H, D, V].
 
-    A step is u = own - taken S, S <- kept S + ends u + added: what it writes depends on what S holds already.
+    A step is u = own + reads S, S <- kept S + ends u + added: what it writes depends on what S holds already.
 
     Args:
         own: [B, N, H, L, V], N may be 0.
-        taken: [B, N, H, L, D].
+        reads: [B, N, H, L, D].
         ends: [B, N, H, D, L].
         kept, first, back: as in `chain`.
         added: [B, N, H, D, V]; None counts as zeros.
     """
+    if (kernels := _kernels(first, products=True)) is not None:
+        return cast(tuple[Tensor, Tensor, Tensor], kernels.delta_chain(own, reads, ends, kept, added, first, back))
     state, B, N = first.clone(), *own.shape[:2]
     written, states = _contiguous(own), first.new_empty(B, N, *first.shape[1:])
     for n in _order(own, back):
         states[:, n] = state
-        u = own[:, n] - taken[:, n] @ state
+        u = own[:, n] + reads[:, n] @ state
         written[:, n] = u
         state = (kept[:, n] * state).add_(ends[:, n] @ u)
         if added is not None:
@@ -73,7 +81,7 @@ def _(added: Tensor, kept: Tensor, first: Tensor, back: bool = False) -> tuple[T
 
 @delta_chain.register_fake
 def _(
-    own: Tensor, taken: Tensor, ends: Tensor, kept: Tensor, added: Tensor | None, first: Tensor, back: bool = False
+    own: Tensor, reads: Tensor, ends: Tensor, kept: Tensor, added: Tensor | None, first: Tensor, back: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _contiguous(own), first.new_empty(*own.shape[:2], *first.shape[1:]), torch.empty_like(first)
 
@@ -97,14 +105,14 @@ def _save_delta_chain(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
 def _delta_chain_backward(
     ctx: Any, grad_written: Tensor, grad_states: Tensor, grad_last: Tensor
 ) -> tuple[Tensor | None, ...]:
-    taken, ends, kept, written, states = ctx.saved_tensors
+    reads, ends, kept, written, states = ctx.saved_tensors
     grad_own, grad_after, grad_first = delta_chain(
-        grad_written, -ends.mT, -taken.mT, kept, grad_states, grad_last, not ctx.back
+        grad_written, ends.mT, reads.mT, kept, grad_states, grad_last, not ctx.back
     )
     grad_kept = _grad_kept(ctx.needs_input_grad[3], kept, grad_after, states)
     return (
         grad_own,
-        -grad_own @ states.mT,
+        grad_own @ states.mT,
         grad_after @ written.mT,
         grad_kept,
         grad_after if ctx.needs_input_grad[4] else None,
@@ -115,6 +123,21 @@ def _delta_chain_backward(
 
 def _grad_kept(needed: bool, kept: Tensor, grad_after: Tensor, states: Tensor) -> Tensor | None:
     return (grad_after * states).sum_to_size(kept.shape) if needed else None
+
+
+def _kernels(first: Tensor, products: bool) -> ModuleType | None:
+    """Return the module of the kernels that serve states like `first`, if any do."""
+    reachable = first.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    module = _triton() if reachable else None
+    return module if module is not None and module.serves(first, products) else None
+
+
+@functools.cache
+def _triton() -> ModuleType | None:
+    try:
+        return importlib.import_module("tostlm.chain.triton")
+    except ImportError:  # no triton; or an exported model, which brings no kernels
+        return None
 
 
 def _contiguous(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tostlm.model.parts.chain import chain, delta_chain
+from tostlm.chain import chain, delta_chain
 
 KEPT = pytest.mark.parametrize("kept_rows", [1, 4], ids=["number", "rows"])
 STEPS = pytest.mark.parametrize("N", [0, 3])
@@ -33,15 +33,15 @@ def test_chain_equals_a_loop_with_gradients(kept_rows: int, N: int, back: bool) 
 @pytest.mark.parametrize("with_added", [False, True])
 def test_delta_chain_equals_a_loop_with_gradients(kept_rows: int, N: int, back: bool, with_added: bool) -> None:
     L = 3
-    own, taken, ends, kept, added, first = draw(
+    own, reads, ends, kept, added, first = draw(
         *((2, N, 3, *shape) for shape in ((L, 2), (L, 4), (4, L), (kept_rows, 1), (4, 2))), (2, 3, 4, 2)
     )
     state, states, written = first, [first] * N, [own[:, 0]] * N if N else []
     for n in reversed(range(N)) if back else range(N):
         states[n] = state
-        written[n] = own[:, n] - taken[:, n] @ state
+        written[n] = own[:, n] + reads[:, n] @ state
         state = kept[:, n] * state + ends[:, n] @ written[n] + (added[:, n] if with_added else 0.0)
-    inputs = [own, taken, ends, kept, *([added] if with_added else []), first]
+    inputs = [own, reads, ends, kept, *([added] if with_added else []), first]
 
     def found(*tensors: Tensor) -> tuple[Tensor, ...]:
         given = tensors[4] if with_added else None
@@ -53,12 +53,12 @@ def test_delta_chain_equals_a_loop_with_gradients(kept_rows: int, N: int, back: 
 
 
 def test_they_are_sound_custom_ops() -> None:
-    added, kept, first, own, taken, ends = draw(
+    added, kept, first, own, reads, ends = draw(
         (2, 3, 1, 4, 2), (2, 3, 1, 1, 1), (2, 1, 4, 2), (2, 3, 1, 3, 2), (2, 3, 1, 3, 4), (2, 3, 1, 4, 3)
     )
     torch.library.opcheck(chain, (added, kept, first))
-    torch.library.opcheck(delta_chain, (own, taken, ends, kept, added, first, True))
-    torch.library.opcheck(delta_chain, (own, taken, ends, kept, None, first))
+    torch.library.opcheck(delta_chain, (own, reads, ends, kept, added, first, True))
+    torch.library.opcheck(delta_chain, (own, reads, ends, kept, None, first))
 
 
 def test_traced_their_length_does_not_count() -> None:
