@@ -12,6 +12,7 @@ from tostlm.model import ModelConfig, create_lm, state_bytes
 from tostlm.model.mixers.conv import Conv, ConvOptions
 from tostlm.model.mixers.softmax import SoftmaxOptions
 from tostlm.model.mixers.window import WindowOptions
+from tostlm.model.parts import short_conv
 
 
 def by_token(mixer: Conv, x: Tensor, starts: Tensor) -> Tensor:
@@ -29,8 +30,11 @@ def by_token(mixer: Conv, x: Tensor, starts: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("cached", [short_conv.CACHED, 24 * 2 * 7, 1], ids=["whole", "blocks", "tokens"])
 @pytest.mark.parametrize("taps", [2, 4, 8])
-def test_equals_the_equation(taps: int) -> None:
+def test_equals_the_equation(taps: int, cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many tokens a CPU's caches hold at once."""
+    monkeypatch.setattr(short_conv, "CACHED", cached)
     mixer = double(ModelConfig(1, 24, 3, 40, positions=None, layers=(ConvOptions(taps=taps),))).blocks[0].mixer
     assert isinstance(mixer, Conv)
     assert_equals_slow_form(mixer, partial(by_token, mixer), 30, ([5, 6, 20], [17]))

@@ -16,6 +16,7 @@ from tostlm.model.parts.neighbours import neighbours
 from tostlm.model.positions import SequencePositions
 
 MAX_TAPS = 8
+CACHED = 1 << 18  # numbers of a tensor that a CPU's caches hold beside a few more
 
 
 def check_taps(taps: int) -> None:
@@ -50,8 +51,8 @@ class ShortConv(nn.Module):
         before, after = neighbours(x, tail, self.taps - 1, positions)
         padded = torch.cat([before.to(x.dtype), x], 1)  # [B, W - 1 + T, K]
         place = None if positions.document_start is None else positions.positions[..., None]
-        y: Tensor = _Convolve.apply(padded, self.weight.to(x.dtype).t(), place)  # type: ignore[no-untyped-call]
-        return F.silu(y) if self.silu else y, after
+        y: Tensor = _Convolve.apply(padded, self.weight.to(x.dtype).t(), place, self.silu)  # type: ignore[no-untyped-call]
+        return y, after
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
@@ -77,34 +78,60 @@ def tail_bytes(conv: ShortConv | None) -> int:
 
 
 class _Convolve(torch.autograd.Function):
-    """The sum over taps of padded [B, W - 1 + T, K] times weight [W, K], in half the passes that autograd would take.
+    """The sum over taps of padded [B, W - 1 + T, K] times weight [W, K], and SiLU of it where `silu` says so.
 
-    `place` [T, 1] or [B, T, 1] is each token's place in its document, which nothing before it reaches into; None where
-    there is nothing to keep apart.
+    It keeps its inputs alone, and is half the passes over memory that autograd would take. `place` [T, 1] or [B, T, 1]
+    is each token's place in its document, which nothing before it reaches into; None where there is nothing to keep
+    apart.
     """
 
     @staticmethod
-    def forward(ctx: Any, padded: Tensor, weight: Tensor, place: Tensor | None) -> Tensor:
-        y = padded[:, len(weight) - 1 :] * weight[-1]
-        for back in range(1, len(weight)):
-            near = _shifted(padded, weight, back)
-            y.addcmul_(near if place is None else near * (place >= back), weight[-1 - back])
+    def forward(ctx: Any, padded: Tensor, weight: Tensor, place: Tensor | None, silu: bool) -> Tensor:
         ctx.save_for_backward(padded, weight, place)
+        ctx.silu = silu
+        (B, P, K), W = padded.shape, len(weight)
+        y = padded.new_empty(B, P - W + 1, K)
+        for tokens in _blocks(padded, W):
+            part = _sum_of_taps(padded, weight, place, tokens)
+            y[:, tokens] = F.silu(part, inplace=True) if silu else part
         return y
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
         padded, weight, place = ctx.saved_tensors
-        dpadded, dweight = torch.zeros_like(padded), torch.empty_like(weight)
-        for back in range(len(weight)):
-            d = dy if place is None or back == 0 else dy * (place >= back)
-            _shifted(dpadded, weight, back).addcmul_(d, weight[-1 - back])
-            dweight[-1 - back] = (d * _shifted(padded, weight, back)).sum((0, 1))
-        return dpadded, dweight, None
+        dpadded, dweight, W = torch.zeros_like(padded), torch.zeros_like(weight), len(weight)
+        for tokens in _blocks(padded, W):
+            d = dy[:, tokens]
+            if ctx.silu:
+                d = torch.ops.aten.silu_backward(d, _sum_of_taps(padded, weight, place, tokens))
+            for back in range(W):
+                near = _before(tokens, back, W)
+                reaching = d if place is None or back == 0 else d * (place[..., tokens, :] >= back)
+                dpadded[:, near].addcmul_(reaching, weight[-1 - back])
+                dweight[-1 - back] += (reaching * padded[:, near]).sum((0, 1))
+        return dpadded, dweight, None, None
 
 
-def _shifted(padded: Tensor, weight: Tensor, back: int) -> Tensor:
-    """Return of padded [B, W - 1 + T, K] the T tokens that are `back` places before the last T."""
-    start, T = len(weight) - 1 - back, padded.shape[1] - len(weight) + 1
-    return padded[:, start : start + T]
+def _sum_of_taps(padded: Tensor, weight: Tensor, place: Tensor | None, tokens: slice) -> Tensor:
+    W = len(weight)
+    y = padded[:, _before(tokens, 0, W)] * weight[-1]
+    for back in range(1, W):
+        near = padded[:, _before(tokens, back, W)]
+        y.addcmul_(near if place is None else near * (place[..., tokens, :] >= back), weight[-1 - back])
+    return y
+
+
+def _before(tokens: slice, back: int, W: int) -> slice:
+    """Where in padded [B, W - 1 + T, K] the tokens are that are `back` places before `tokens` of T."""
+    shift = W - 1 - back
+    return slice(tokens.start + shift, tokens.stop + shift)
+
+
+def _blocks(padded: Tensor, W: int) -> list[slice]:
+    """Return the T tokens in blocks that a CPU's caches hold; compiled, and elsewhere, in one."""
+    B, P, K = padded.shape
+    T = P - W + 1
+    cached = padded.device.type == "cpu" and not torch.compiler.is_compiling()
+    size = max(1, CACHED // max(1, B * K)) if cached else max(1, T)
+    return [slice(start, min(start + size, T)) for start in range(0, T, size)]
