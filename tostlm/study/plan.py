@@ -37,7 +37,7 @@ class Arm(Strict):
     set: Keys = NOTHING  # its keys of the run's config
     seeds: tuple[int, ...] | None = None  # None: the study's
     steps: PositiveInt | None = None  # of its final runs; None: the base's
-    lrs: tuple[PositiveFloat, ...] | None = None  # of its search; None: the study's
+    lrs: tuple[PositiveFloat, ...] | None = None  # of its search, or its only one; None: the study's
 
 
 class Search(Strict):
@@ -99,7 +99,7 @@ class Cell(NamedTuple):
     size: str
     arm: str
     seed: int
-    lr: float | None  # None: the best of the search, or without one the config's; of a task, each of the task's
+    lr: float | None  # None: the best of the search, or without any the config's; of a task, each of the task's
     task: str = ""
 
     @property
@@ -134,15 +134,21 @@ def cells(study: Study) -> Iterator[Cell]:
         for size in study.sizes:
             for name, arm in study.arms.items():
                 seeds = arm.seeds or study.seeds
-                if round_ == 0 and study.search is not None:
-                    for lr in arm.lrs or study.search.lrs:
+                lrs = searched_lrs(study, name)
+                if round_ == 0 and study.search is not None and len(lrs) > 1:
+                    for lr in lrs:
                         yield Cell("search", size, name, study.search.seed, lr)
                 if round_ < len(seeds):
-                    yield Cell("final", size, name, seeds[round_], None)
+                    yield Cell("final", size, name, seeds[round_], lrs[0] if len(lrs) == 1 else None)
     for task in study.tasks:
         for size in study.sizes:
             for name in study.arms:
                 yield Cell("task", size, name, 0, None, task)
+
+
+def searched_lrs(study: Study, arm: str) -> tuple[float, ...]:
+    """Return the learning rates of which an arm's best is searched; the arm has one where there is but one."""
+    return () if study.search is None else study.arms[arm].lrs or study.search.lrs
 
 
 def distinct_cells(study: Study) -> Iterator[Cell]:

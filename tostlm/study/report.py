@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from tostlm.files import write_atomically
 from tostlm.plots import new_figure, png_bytes
-from tostlm.study.plan import Cell, Study, cells
+from tostlm.study.plan import Cell, Study, cells, searched_lrs
 from tostlm.study.results import Result, read_result
 
 # Student's t for two-sided intervals of 95%, by degrees of freedom from 1 on.
@@ -120,7 +120,7 @@ def _notes(study: Study, rows: Sequence[Row]) -> list[str]:
     edge = [
         row.label
         for row in rows
-        if study.search and row.first.lr in (min(lrs := study.arms[row.arm].lrs or study.search.lrs), max(lrs))
+        if len(lrs := searched_lrs(study, row.arm)) > 1 and row.first.lr in (min(lrs), max(lrs))
     ]
     notes = [
         "Losses are in nats a token of held-out text, means over seeds ± half the 95% confidence interval where there "

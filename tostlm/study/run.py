@@ -126,8 +126,8 @@ def _run_cell(study: Study, cell: Cell, processes: int) -> int:
         write_result(study, cell, measure_task(study, cell, cell_config(study, cell, None)))
         write_report(study)
         return 0
-    lr = cell.lr if cell.kind == "search" or study.search is None else best_lr(study, cell)
-    if cell.kind == "final" and study.search is not None and lr is None:
+    lr = cell.lr if cell.lr is not None or study.search is None else best_lr(study, cell)
+    if study.search is not None and lr is None:
         return _fail(folder, f"{cell.name}: every learning rate of the search diverged", EXIT_USER_ERROR)
     config = cell_config(study, cell, lr)
     write_atomically(folder / CONFIG, dump_config(config))
