@@ -19,7 +19,7 @@ MAY_IMPORT = {  # of tostlm's own packages and modules
     "shapes": set(),
     "device": set(),
     "parallel": {"autograd", "shapes"},
-    "chain": set(),
+    "chain": {"autograd"},
     "tssa": {"autograd", "parallel", "shapes"},
     "model": {"autograd", "chain", "parallel", "shapes", "tssa"},
     "errors": set(),

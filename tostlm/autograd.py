@@ -1,12 +1,23 @@
-"""What the project's own autograd functions share."""
+"""What the project's own autograd functions and operations share."""
 
 from __future__ import annotations
 
 import functools
+import re
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+
+def namespace(module: str) -> str:
+    """Return a namespace of `torch.library` for the operations of a module, whatever the module's name has in it.
+
+    Every copy of a module has its own: an exported model brings one in a module named after its folder, and two of them
+    may be loaded at once.
+    """
+    return f"{re.sub(r'[^A-Za-z0-9]', '_', module)}_{zlib.crc32(module.encode()):08x}"
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -234,13 +234,14 @@ def test_a_model_is_gpt2_where_gpt2s_class_can_hold_it(
 
 
 def test_every_mixer_is_exported(trained: dict[str, Run], tmp_path: Path) -> None:
-    """The export itself compares the logits, of all tokens at once and step by step."""
+    """The export itself compares the logits, of all tokens at once and step by step. Folders may have any name."""
+    folder = tmp_path / "optimizer.lr=0.001 (é)"
     checkpoint = load_checkpoint(trained["softmax"].dir)
     layers = tuple(mixer.options_class() for _, mixer in sorted(MIXERS.items()))
     shape = dataclasses.replace(checkpoint.config.model, layers=layers, depth=len(layers), layer_scale=0.1)
     lm = create_lm(shape, 0).eval()
-    export_hf(checkpoint._replace(lm=lm), tmp_path / "hf")
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    export_hf(checkpoint._replace(lm=lm), folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     assert [block.mixer.options.mixer for block in model.lm.blocks] == sorted(MIXERS)
 
 

@@ -59,6 +59,12 @@ def test_arms_are_as_large_as_the_reference(run: Run) -> None:
         ({"search": None, "arms": {"softmax": {"lrs": [1.0]}}}, "lrs of an arm go with search"),
         ({"evaluation": None}, "seeds go with evaluation"),
         ({"seeds": "all"}, "seeds='all'"),
+        ({"seeds": [0, -1, 1]}, "seeds.1=-1"),
+        ({"evaluation": {"contexts": []}}, "evaluation.contexts=[]"),
+        ({"evaluation": {"contexts": [1, 32]}}, "evaluation.contexts.0=1"),
+        ({"search": {"lrs": [], "steps": 4}}, "search.lrs=[]"),
+        ({"arms": {"softmax": {"lrs": []}}}, "arms.softmax.lrs=[]"),
+        ({"tasks": {"r": {"kind": "recall", "tokens": 16, "pairs": 2, "lengths": []}}}, "tasks.r.lengths=[]"),
         (
             {"tasks": {"r": {"kind": "recall", "tokens": 16, "pairs": 5}}},
             "5 pairs, and as many questions, need 20 tokens",

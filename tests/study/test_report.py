@@ -16,6 +16,7 @@ from tostlm.study.report import Mean, write_report
 from tostlm.study.results import (
     Result,
     best_lr,
+    evaluation_of,
     read_result,
     require_same_settings,
     settings_of,
@@ -23,9 +24,9 @@ from tostlm.study.results import (
 )
 
 
-def finish(study: Study, arm: str, seed: int, loss: float) -> None:
+def finish(study: Study, arm: str, seed: int, loss: float, lr: float | None = None) -> None:
     cell = Cell("final", "", arm, seed, None)
-    config = cell_config(study, cell, None)
+    config = cell_config(study, cell, lr)
     contexts = {"32": loss + 0.1, "64": loss}
     validation = [[3, 1536, loss + 1], [6, 3072, loss]]
     result = Result(
@@ -38,6 +39,7 @@ def finish(study: Study, arm: str, seed: int, loss: float) -> None:
         contexts=contexts,
         validation=validation,
         largest_gradient=[2.0 + seed, 3],
+        evaluation=evaluation_of(study, cell),
         repetition={"first": [9.0, 4], "1-64": [loss, 2]},
     )
     write_result(study, cell, result)
@@ -88,9 +90,29 @@ def test_finished_runs_of_other_settings_are_not_mixed_in(run: Run) -> None:
     study = study_of(run, search=None)
     finish(study, "cross", 0, 4.0)
     require_same_settings(study)
-    changed = study_of(run, search=None, set={"optimizer.weight_decay": 0.2, "model.positions": None})
-    with pytest.raises(UserError, match=r"cross/seed0 is finished with .* and the study now says"):
-        require_same_settings(changed)
+    for key, value in (("optimizer.weight_decay", 0.2), ("deepspeed.bf16", {"enabled": True})):
+        changed = study_of(run, search=None, set={key: value, "train.eval_every_steps": 3, "model.positions": None})
+        with pytest.raises(UserError, match=r"cross/seed0 is finished with .* and the study now says"):
+            require_same_settings(changed)
+
+
+def test_a_better_rate_found_later_is_not_mixed_in(run: Run) -> None:
+    study = study_of(run)
+    finish(study, "cross", 0, 4.0, 1e-3)
+    for lr, loss in ((1e-3, 5.0), (1e-2, 4.5)):
+        require_same_settings(study)
+        cell = Cell("search", "", "cross", 7, lr)
+        write_result(study, cell, replace(Result.of_divergence(cell_config(study, cell, lr)), loss=loss))
+    with pytest.raises(UserError, match=r"cross/seed0 is finished with learning rate 0.001, and its best is now 0.01"):
+        require_same_settings(study)
+
+
+def test_a_run_is_measured_again_where_other_contexts_are_asked_for(run: Run) -> None:
+    study = study_of(run, search=None)
+    finish(study, "cross", 0, 4.0)
+    cell = Cell("final", "", "cross", 0, None)
+    assert read_result(study, cell) is not None
+    assert read_result(study_of(run, search=None, evaluation={"contexts": [32, 128]}), cell) is None
 
 
 def test_the_largest_gradient_is_beside_those_before_it() -> None:

@@ -7,6 +7,8 @@ import time
 from tests.conftest import Run, fail, succeed, tostlm
 from tests.study.common import CROSS, SOFTMAX, study_of, write_study
 from tests.warm import Program
+from tostlm.errors import EXIT_REQUEUE
+from tostlm.study.run import _is_held
 
 ARMS = {"softmax": {**SOFTMAX, "lrs": [1e-2]}, "cross": {**CROSS, "lrs": [1e-2, 1e9]}}
 
@@ -52,6 +54,34 @@ def test_a_study_that_is_asked_to_stop_as_a_run_ends_starts_no_other(run: Run) -
     program.send_signal(signal.SIGTERM)
     program.end()
     assert not (study.study_dir / "cross/seed0/metrics.jsonl").exists()
+
+
+def test_a_study_that_is_asked_to_stop_stops_all_its_workers(run: Run) -> None:
+    arms = {"softmax": SOFTMAX, "cross": CROSS}
+    keys = {"train.eval_every_steps": 1000, "train.steps": 1000, "model.positions": None}
+    file = write_study(run, arms=arms, seeds=[0, 1], search=None, set=keys)
+    study = study_of(run, arms=arms, seeds=[0, 1], search=None, set=keys)
+    program = Program("study", str(file), "--workers", "2")
+    metrics = [study.study_dir / name / "metrics.jsonl" for name in ("softmax/seed0", "cross/seed0")]
+    while not all(path.exists() and '"step": 2' in path.read_text() for path in metrics):
+        assert program.running()
+        time.sleep(0.05)
+    program.send_signal(signal.SIGTERM)
+    assert program.end().returncode == EXIT_REQUEUE
+    assert not list(study.study_dir.glob("*/seed1/metrics.jsonl"))
+    assert not any(_is_held(path.parent) for path in metrics)
+
+
+def test_a_run_without_its_last_loss_fails_and_is_named(run: Run) -> None:
+    file = write_study(run, arms={"softmax": SOFTMAX}, seeds=[0], search=None)
+    folder = study_of(run, arms={"softmax": SOFTMAX}, seeds=[0], search=None).study_dir / "softmax/seed0"
+    succeed(tostlm("study", str(file)))
+    (folder / "result.json").unlink()
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text(
+        "".join(line for line in metrics.read_text().splitlines(True) if '"validation", "step": 6' not in line)
+    )
+    fail(tostlm("study", str(file)), "softmax/seed0: ", "has no loss of the last step; remove")
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(run: Run) -> None:

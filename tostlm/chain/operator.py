@@ -17,8 +17,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-# Their own names for every copy of this module: an exported model brings one, and two of them may be loaded at once.
-_NAMESPACE = __name__.replace(".", "_")
+from tostlm.autograd import namespace
+
+_NAMESPACE = namespace(__name__)
 _CHAIN = "(Tensor added, Tensor kept, Tensor first, bool back=False) -> (Tensor, Tensor)"
 _DELTA_CHAIN = (
     "(Tensor own, Tensor reads, Tensor ends, Tensor kept, Tensor? added, Tensor first, bool back=False)"

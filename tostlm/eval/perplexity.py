@@ -12,6 +12,7 @@ import torch
 from tostlm.checkpoint import Checkpoint
 from tostlm.data import TokenSet
 from tostlm.errors import UserError
+from tostlm.model import perplexity
 
 PASS_TOKENS = 8192  # tokens that one forward pass reads
 
@@ -79,7 +80,7 @@ def score_contexts(
         if limit is not None and context > limit:
             return
         nats = _total_nats(checkpoint, tokens, targets, context)
-        yield Score(context, nats / count, nats / math.log(2) / text_bytes, math.exp(nats / count))
+        yield Score(context, nats / count, nats / math.log(2) / text_bytes, perplexity(nats / count))
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from tostlm.model.build import (
 )
 from tostlm.model.config import MixerOptions, ModelConfig
 from tostlm.model.lm import LM, LMState, state_tensors
-from tostlm.model.loss import IGNORE
+from tostlm.model.loss import IGNORE, perplexity
 from tostlm.model.mixers.base import MIXERS, Mixer
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "create_lm",
     "largest_part_numel",
     "parameter_groups",
+    "perplexity",
     "state_bytes",
     "state_tensors",
     "training_flops_per_token",

@@ -6,6 +6,8 @@ back as 3.203. Here the loss is always fp32.
 
 from __future__ import annotations
 
+import math
+import sys
 from typing import Any
 
 import torch
@@ -16,6 +18,11 @@ from tostlm.shapes import Float, Int
 
 IGNORE = -100  # a target that is not scored, as in torch
 CHUNK_LOGITS = 1 << 23  # logits alive at once
+
+
+def perplexity(nats: float) -> float:
+    """Return the perplexity of a mean loss in nats a token; infinity where no float holds it."""
+    return math.exp(nats) if nats < math.log(sys.float_info.max) else math.inf
 
 
 def softcapped(logits: Tensor, softcap: float | None) -> Tensor:

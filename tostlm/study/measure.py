@@ -9,22 +9,30 @@ from tostlm.checkpoint import load_checkpoint
 from tostlm.config import RunConfig
 from tostlm.data import TRAIN, VALIDATION, TokenSet
 from tostlm.device import best_device
+from tostlm.errors import UserError
 from tostlm.eval import Targets, choose_targets, loss_by_repetition, score_contexts
 from tostlm.files import read_json_lines
 from tostlm.model import count_body_parameters, count_parameters, state_bytes, training_flops_per_token
 from tostlm.study.plan import Cell, Study
 from tostlm.study.probe import probe
-from tostlm.study.results import Result, settings_of
+from tostlm.study.results import Result, evaluation_of, settings_of
 
 GRADIENTS_BEFORE = 100  # steps over whose gradients' norms the running median is taken
 WARM_UP = 20  # first steps, whose gradients have no median yet
 
 
 def measure(study: Study, cell: Cell, config: RunConfig) -> Result:
-    """Return the result of a run that has been trained; of a search, without what is measured beside its loss."""
-    entries, _ = read_json_lines(config.run_dir / "metrics.jsonl")
+    """Return the result of a run that has been trained; of a search, without what is measured beside its loss.
+
+    Raises:
+        UserError: the loss at the end of training is not on record.
+    """
+    metrics = config.run_dir / "metrics.jsonl"
+    entries, _ = read_json_lines(metrics)
     validation = [[e["step"], e["tokens"], e["loss"]] for e in entries if e["kind"] == "validation"]
     train = [e for e in entries if e["kind"] == "train"]
+    if not validation or validation[-1][0] != config.train.steps or not train:
+        raise UserError(f"{metrics} has no loss of the last step; remove {config.run_dir} to train it again")
     context = config.data.context_tokens
     result = Result(
         lr=config.optimizer.lr,
@@ -37,6 +45,7 @@ def measure(study: Study, cell: Cell, config: RunConfig) -> Result:
         state_bytes=state_bytes(config.model, context),
         tokens_per_second=statistics.median(e["tokens_per_second"] for e in train),
         validation=validation,
+        evaluation=evaluation_of(study, cell),
         largest_gradient=largest_gradient([(e["step"], e["grad_norm"]) for e in train if e.get("grad_norm")]),
     )
     if cell.kind == "search":

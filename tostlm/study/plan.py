@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
+from pydantic import NonNegativeInt
 
 from tostlm.config import (
     FOLDER,
@@ -27,6 +28,8 @@ from tostlm.study.tasks import Task
 
 Keys = dict[str, Any]  # dotted keys of a run's config, and their values
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")  # of an arm or a size, which is also that of a folder
+NOT_EMPTY = pydantic.Field(min_length=1)
+Context = Annotated[int, pydantic.Field(ge=2)]  # tokens, of which the last is predicted
 NOTHING: Any = pydantic.Field(default_factory=dict)
 TOLERANCE = 0.01  # of the parameters of an arm beside the reference's
 
@@ -35,24 +38,26 @@ class Arm(Strict):
     """One of the models that are compared."""
 
     set: Keys = NOTHING  # its keys of the run's config
-    seeds: tuple[int, ...] | None = None  # None: the study's
+    seeds: Annotated[tuple[NonNegativeInt, ...], NOT_EMPTY] | None = None  # None: the study's
     steps: PositiveInt | None = None  # of its final runs; None: the base's
-    lrs: tuple[PositiveFloat, ...] | None = None  # of its search, or its only one; None: the study's
+    lrs: Annotated[tuple[PositiveFloat, ...], NOT_EMPTY] | None = (
+        None  # of its search, or its only one; None: the study's
+    )
 
 
 class Search(Strict):
     """The search for each arm's learning rate: short runs of one seed, of which the lowest validation loss counts."""
 
-    lrs: tuple[PositiveFloat, ...]
+    lrs: Annotated[tuple[PositiveFloat, ...], NOT_EMPTY]
     steps: PositiveInt
-    seed: int = 0
+    seed: NonNegativeInt = 0
 
 
 class Evaluation(Strict):
     """What is measured of every final run, on held-out tokens."""
 
     data: Path | None = None  # a prepared folder; None: the run's own
-    contexts: tuple[PositiveInt, ...]  # the same tokens are scored at each, in tokens
+    contexts: Annotated[tuple[Context, ...], NOT_EMPTY]  # the same tokens are scored at each, in tokens
     windows: PositiveInt = 64  # scored at each context
 
 
@@ -66,7 +71,7 @@ class Study(Strict):
     arms: dict[str, Arm]
     reference: str  # the arm that others are compared with
     match_parameters: bool = True  # make every arm as large as the reference, by the width of its MLP
-    seeds: tuple[int, ...] = ()  # none where the tasks are all that is asked
+    seeds: tuple[NonNegativeInt, ...] = ()  # none where the tasks are all that is asked
     search: Search | None = None  # None: all arms train at the base's rate, or their own
     evaluation: Evaluation | None = None  # goes with seeds
     tasks: dict[str, Task] = NOTHING  # synthetic ones, for which every arm is trained anew

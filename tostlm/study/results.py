@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from tostlm.config import RunConfig, dump_config
@@ -30,6 +31,7 @@ class Result:
     validation: list[list[float]] = field(default_factory=list)  # step, tokens and loss
     # The largest norm of a gradient beside the median of those before it, and at which step.
     largest_gradient: list[float] = field(default_factory=list)
+    evaluation: str = ""  # how the following were measured: see `evaluation_of`
     contexts: dict[str, float] = field(default_factory=dict)  # loss of the same tokens by context length
     repetition: dict[str, list[float]] = field(default_factory=dict)  # see `tostlm.eval.loss_by_repetition`
     answers: dict[str, list[float]] = field(default_factory=dict)  # of a task: see `tostlm.study.probe`
@@ -46,17 +48,27 @@ def settings_of(study: Study, cell: Cell, config: RunConfig) -> str:
     return dump_config(config) + task
 
 
+def evaluation_of(study: Study, cell: Cell) -> str:
+    """Return how a trained run is measured, as JSON; of runs that are measured by their training alone, nothing."""
+    return study.evaluation.model_dump_json() if cell.kind == "final" and study.evaluation is not None else ""
+
+
 def write_result(study: Study, cell: Cell, result: Result) -> None:
     """Write a run's result."""
     write_atomically(study.study_dir / cell.name / RESULT, json.dumps(asdict(result), indent=1) + "\n")
 
 
 def read_result(study: Study, cell: Cell) -> Result | None:
-    """Return a run's result; None where it is not finished. A UserError says that the file is damaged."""
+    """Return a run's result; None where it is not finished, or was measured otherwise than the study now asks for.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     path = study.study_dir / cell.name / RESULT
     try:
         content: dict[str, Any] | None = read_json_object(path.read_bytes())
-        return Result(**content or {})
+        result = Result(**content or {})
+        return result if result.evaluation == evaluation_of(study, cell) else None
     except FileNotFoundError:
         return None
     except TypeError:
@@ -64,7 +76,7 @@ def read_result(study: Study, cell: Cell) -> Result | None:
 
 
 def require_same_settings(study: Study) -> None:
-    """Check that the finished runs had the settings that the study has now.
+    """Check that the finished runs had the settings that the study has now, and the learning rate that is now best.
 
     Raises:
         UserError: one had others.
@@ -74,12 +86,19 @@ def require_same_settings(study: Study) -> None:
         if result is None:
             continue
         now = settings_of(study, cell, cell_config(study, cell, None if cell.kind == "task" else result.lr))
-        for had, wants in zip(result.config.splitlines(), now.splitlines(), strict=False):
+        for had, wants in zip_longest(result.config.splitlines(), now.splitlines(), fillvalue="nothing there"):
             if had != wants:
-                raise UserError(
-                    f"{study.study_dir / cell.name} is finished with {had.strip()}, and the study now says "
-                    f"{wants.strip()}; remove the folder to run it again, or give the study another study_dir"
-                )
+                raise _other_settings(study, cell, had.strip(), f"the study now says {wants.strip()}")
+        best = cell.lr or best_lr(study, cell)
+        if cell.kind == "final" and best not in (None, result.lr):
+            raise _other_settings(study, cell, f"learning rate {result.lr:g}", f"its best is now {best:g}")
+
+
+def _other_settings(study: Study, cell: Cell, had: str, now: str) -> UserError:
+    return UserError(
+        f"{study.study_dir / cell.name} is finished with {had}, and {now}; remove the folder to run it again, or give "
+        "the study another study_dir"
+    )
 
 
 def best_lr(study: Study, cell: Cell) -> float | None:

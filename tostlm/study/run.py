@@ -56,6 +56,9 @@ def run_study(file: Path, study: Study, workers: int, processes: int) -> int:
                 children.append(Popen(command, preexec_fn=end_with_parent))
                 at_exit.callback(children[-1].terminate)
         code = _work(study, processes, started)
+        if code > EXIT_USER_ERROR:  # asked to stop, or ranks were lost
+            for child in children:
+                child.terminate()
         codes = [code, *(child.wait() for child in children)]
     write_report(study)
     return max(codes)
@@ -141,7 +144,12 @@ def _run_cell(study: Study, cell: Cell, processes: int) -> int:
     elif code:
         return code
     else:
-        write_result(study, cell, measure(study, cell, config))
+        try:
+            write_result(study, cell, measure(study, cell, config))
+        except UserError as error:
+            return _fail(folder, f"{cell.name}: {error}", EXIT_USER_ERROR)
+    if cell.kind == "search":
+        require_same_settings(study)
     write_report(study)
     return EXIT_REQUEUE if received else 0
 

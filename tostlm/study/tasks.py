@@ -35,8 +35,15 @@ class Task(Strict):
     vocab_size: Annotated[int, pydantic.Field(ge=2)] = 512  # different tokens; of n-grams, the states of a chain
     steps: PositiveInt = 2000  # at most: training ends once 99.9% are right
     batch_tokens: PositiveInt = 8192
-    lrs: tuple[PositiveFloat, ...] = (1e-3, 3e-3, 1e-2)  # of which the best counts
-    lengths: tuple[PositiveInt, ...] = (1, 4)  # tested, in multiples of `tokens`
+    lrs: Annotated[tuple[PositiveFloat, ...], pydantic.Field(min_length=1)] = (
+        1e-3,
+        3e-3,
+        1e-2,
+    )  # of which the best counts
+    lengths: Annotated[tuple[PositiveInt, ...], pydantic.Field(min_length=1)] = (
+        1,
+        4,
+    )  # tested, in multiples of `tokens`
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> Task:

@@ -21,7 +21,7 @@ from tostlm.checkpoint import TrainState
 from tostlm.config import RunConfig
 from tostlm.device import best_device, peak_flops
 from tostlm.launch import RankInfo
-from tostlm.model import Mixer, training_flops_per_token
+from tostlm.model import Mixer, perplexity, training_flops_per_token
 from tostlm.train.batches import Batch
 from tostlm.train.engine import StepResult, Timer, TrainingEngine, compute_loss
 from tostlm.train.metric_writers import EVENT, MetricsWriter
@@ -147,7 +147,7 @@ class Metrics:
         skipped = state.skipped_steps
         values = {
             "loss": result.loss,
-            "perplexity": _perplexity(result.loss),
+            "perplexity": perplexity(result.loss),
             "lr": max(group["lr"] for group in groups),
             **{f"lr/{group['name']}": group["lr"] for group in groups},
             **({} if result.grad_norm is None else {"grad_norm": result.grad_norm}),
@@ -180,7 +180,7 @@ class Metrics:
 
     def validation(self, step: int, loss: float) -> None:
         """Report the loss in nats of an evaluation on validation text."""
-        values = {"loss": loss, "perplexity": _perplexity(loss)}
+        values = {"loss": loss, "perplexity": perplexity(loss)}
         self._report("validation", step, values, f"validation loss {loss:.4f}", validation=f"{loss:.4f}")
 
     def statistics(self, step: int, values: Mapping[str, float]) -> None:
@@ -216,10 +216,6 @@ class Metrics:
         self._bar.set_postfix(self._bar_values, refresh=False)
         self._bar.n = step
         self._bar.refresh()
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(loss) if loss < math.log(sys.float_info.max) else math.inf
 
 
 def _peak_memory_bytes() -> int:

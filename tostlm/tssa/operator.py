@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tostlm.autograd import namespace
 from tostlm.tssa.backend import Grads, Inputs, Saved
 from tostlm.tssa.dispatch import choose
 from tostlm.tssa.state import State
 
-# Its own names for every copy of this module: an exported model brings one, and two of them may be loaded at once.
-_NAMESPACE = __name__.replace(".", "_")
+_NAMESPACE = namespace(__name__)
 _INPUTS = "Tensor w, Tensor temp, Tensor? bias, Tensor? rho, Tensor? document_start_mask"
 _STATE = "Tensor energy, Tensor mass, Tensor weighted"
 _SAVED = "Tensor Pi, Tensor n, Tensor chunk_energy, Tensor chunk_mass, Tensor chunk_weighted"

@@ -58,7 +58,7 @@ def test_starts_as_a_copy_of_what_followed() -> None:
     assert likeness.argmax() == 4
 
 
-@pytest.mark.parametrize(("key", "value"), [("key_channels", 0), ("halflife_tokens", -1.0)])
+@pytest.mark.parametrize(("key", "value"), [("key_channels", 0), ("halflife_tokens", -1.0), ("halflife_tokens", 1e-40)])
 def test_impossible_options(key: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{key} {value}"):
         InductionOptions(**{key: value})

@@ -21,6 +21,7 @@ from tostlm.model.positions import SequencePositions
 from tostlm.shapes import Float
 
 EPS = 1e-6  # of the length of a key
+SHORTEST_HALFLIFE = 1e-3  # tokens: what is left after one is 0 in fp32
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,10 @@ class InductionOptions(MixerOptions):
     def __post_init__(self) -> None:
         if self.key_channels < 1:
             raise ValueError(f"key_channels {self.key_channels} must be 1 or more")
-        if self.halflife_tokens is not None and self.halflife_tokens <= 0:
-            raise ValueError(f"halflife_tokens {self.halflife_tokens} must be positive; null never forgets")
+        if self.halflife_tokens is not None and not self.halflife_tokens >= SHORTEST_HALFLIFE:
+            raise ValueError(
+                f"halflife_tokens {self.halflife_tokens} must be {SHORTEST_HALFLIFE} or more; null never forgets"
+            )
 
 
 class InductionState(NamedTuple):
