@@ -70,6 +70,17 @@ def test_arms_are_as_large_as_the_reference(run: Run) -> None:
             "5 pairs, and as many questions, need 20 tokens",
         ),
         ({"tasks": {"r": {"kind": "sums", "tokens": 16}}}, "tasks.r.kind='sums'"),
+        (
+            {
+                "set": {"model.positions": 64},
+                "tasks": {"r": {"kind": "recall", "tokens": 16, "lengths": [8], "pairs": 2}},
+            },
+            "has 64 positions, and a task 128 tokens",
+        ),
+        ({"seeds": [], "evaluation": None}, "neither seeds nor tasks"),
+        ({"sizes": {}}, "sizes={}"),
+        ({"arms": {"": SOFTMAX}, "reference": ""}, "'' must be letters"),
+        ({"seeds": [1, 1]}, "2 runs would be in the folder softmax/seed1"),
         ({"base": "nowhere.yaml"}, "config nowhere.yaml is neither a file nor a shipped config"),
         ({"arms": {"softmax": {}, "a": {"set": {"model.depth": 20}}}}, "no MLP width gives it the reference's"),
     ],

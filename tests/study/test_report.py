@@ -2,13 +2,12 @@
 
 import json
 import statistics
-from dataclasses import replace
 
 import pytest
 
 from tests.conftest import Run
 from tests.study.common import study_of
-from tostlm.config import dump_config
+from tostlm.data import Manifest
 from tostlm.errors import UserError
 from tostlm.study.measure import largest_gradient
 from tostlm.study.plan import Cell, Study, cell_config
@@ -31,7 +30,7 @@ def finish(study: Study, arm: str, seed: int, loss: float, lr: float | None = No
     validation = [[3, 1536, loss + 1], [6, 3072, loss]]
     result = Result(
         lr=config.optimizer.lr,
-        config=dump_config(config),
+        config=settings_of(study, cell, config),
         loss=loss,
         tokens=3072,
         flops_per_token=1e6,
@@ -49,6 +48,7 @@ def test_the_mean_and_its_interval() -> None:
     assert Mean.of([4.0]) == Mean(4.0, None)
     mean = Mean.of([4.0, 4.2, 4.6])
     assert mean.value == pytest.approx(statistics.fmean([4.0, 4.2, 4.6]))
+    assert Mean.of([0.0, 2.0] * 6).half == pytest.approx(2.201 * statistics.stdev([0.0, 2.0] * 6) / 12**0.5, rel=1e-3)
     assert mean.half == pytest.approx(4.303 * statistics.stdev([4.0, 4.2, 4.6]) / 3**0.5)
 
 
@@ -80,7 +80,8 @@ def test_the_best_rate_is_that_of_the_lowest_loss(run: Run) -> None:
     final = Cell("final", "", "cross", 0, None)
     for lr, loss in ((1e-3, 5.0), (1e-2, None)):
         cell = Cell("search", "", "cross", 7, lr)
-        write_result(study, cell, replace(Result.of_divergence(cell_config(study, cell, lr)), loss=loss))
+        settings = settings_of(study, cell, cell_config(study, cell, lr))
+        write_result(study, cell, Result(lr, settings, loss))
         assert read_result(study, cell) is not None
     assert best_lr(study, final) == 1e-3
     write_report(study)
@@ -102,8 +103,17 @@ def test_a_better_rate_found_later_is_not_mixed_in(run: Run) -> None:
     for lr, loss in ((1e-3, 5.0), (1e-2, 4.5)):
         require_same_settings(study)
         cell = Cell("search", "", "cross", 7, lr)
-        write_result(study, cell, replace(Result.of_divergence(cell_config(study, cell, lr)), loss=loss))
+        settings = settings_of(study, cell, cell_config(study, cell, lr))
+        write_result(study, cell, Result(lr, settings, loss))
     with pytest.raises(UserError, match=r"cross/seed0 is finished with learning rate 0.001, and its best is now 0.01"):
+        require_same_settings(study)
+
+
+def test_runs_on_other_tokens_are_not_mixed_in(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = study_of(run, search=None)
+    finish(study, "cross", 0, 4.0)
+    monkeypatch.setattr(Manifest, "content_sha256", "that of others in the same folder")
+    with pytest.raises(UserError, match=r"finished with content_sha256: .* now says content_sha256: that of others"):
         require_same_settings(study)
 
 
@@ -125,13 +135,14 @@ def test_tasks_have_a_table_of_their_own(run: Run) -> None:
     study = study_of(run, search=None, tasks={"pairs-2": {"kind": "recall", "tokens": 16, "pairs": 2}})
     cell = Cell("task", "", "cross", 0, None, "pairs-2")
     config = cell_config(study, cell, None)
-    result = Result(1e-3, settings_of(study, cell, config), 0.1, answers={"16": [0.75, 0.1], "64": [0.5, 0.2]})
+    result = Result(1e-3, settings_of(study, cell, config), 0.1, answers={"16": (0.75, 0.1), "64": (0.5, None)})
     write_result(study, cell, result)
     require_same_settings(study)
     write_report(study)
     report = (study.study_dir / "report.md").read_text()
     assert "| task, tokens | pairs-2, 16 | pairs-2, 64 |" in report
-    assert "| cross | 75.0 | 50.0 |" in report
+    assert "| cross | 75.0 | diverged |" in report
+    json.loads((study.study_dir / "report.json").read_text(), parse_constant=pytest.fail)
     harder = study_of(run, search=None, tasks={"pairs-2": {"kind": "recall", "tokens": 16, "pairs": 3}})
     with pytest.raises(UserError, match="cross/task-pairs-2 is finished with"):
         require_same_settings(harder)

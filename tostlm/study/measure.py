@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -63,7 +64,12 @@ def measure_task(study: Study, cell: Cell, config: RunConfig) -> Result:
     task = study.tasks[cell.task]
     found = {lr: probe(config.model, task, lr, cell.seed) for lr in task.lrs}
     first = str(task.lengths[0] * task.tokens)
-    lr = max(found, key=lambda lr: (found[lr][first][0], -found[lr][first][1]))
+
+    def merit(lr: float) -> tuple[float, float]:
+        right, loss = found[lr][first]
+        return right, -math.inf if loss is None else -loss
+
+    lr = max(found, key=merit)
     return Result(
         lr=lr,
         config=settings_of(study, cell, config),

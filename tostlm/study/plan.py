@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +25,10 @@ from tostlm.config import (
 )
 from tostlm.errors import UserError
 from tostlm.model import count_body_parameters
-from tostlm.study.tasks import Task
+from tostlm.study.tasks import NOT_EMPTY, Task
 
 Keys = dict[str, Any]  # dotted keys of a run's config, and their values
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")  # of an arm or a size, which is also that of a folder
-NOT_EMPTY = pydantic.Field(min_length=1)
 Context = Annotated[int, pydantic.Field(ge=2)]  # tokens, of which the last is predicted
 NOTHING: Any = pydantic.Field(default_factory=dict)
 TOLERANCE = 0.01  # of the parameters of an arm beside the reference's
@@ -67,7 +67,9 @@ class Study(Strict):
     study_dir: Path  # of its runs and its report
     base: Path  # the config that all runs start from: a file beside this one, or as commands take it
     set: Keys = NOTHING  # keys of all runs
-    sizes: dict[str, Keys] = pydantic.Field(default={"": {}})  # keys of the runs of a size, by the size's name
+    sizes: dict[str, Keys] = pydantic.Field(
+        default={"": {}}, min_length=1
+    )  # keys of the runs of a size, by the size's name
     arms: dict[str, Arm]
     reference: str  # the arm that others are compared with
     match_parameters: bool = True  # make every arm as large as the reference, by the width of its MLP
@@ -79,8 +81,9 @@ class Study(Strict):
 
     @pydantic.model_validator(mode="after")
     def _names(self) -> Study:
-        for name in (*self.arms, *self.sizes, *self.tasks):
-            if not NAME.fullmatch(name) and (name or len(self.sizes) > 1):
+        named_sizes = () if self.sizes.keys() == {""} else self.sizes
+        for name in (*self.arms, *named_sizes, *self.tasks):
+            if not NAME.fullmatch(name):
                 raise ValueError(f"{name!r} must be letters, digits, and -, _, . or + within, as it names a folder")
         if self.reference not in self.arms:
             raise ValueError(f"reference {self.reference!r} is not one of the arms, {', '.join(self.arms)}")
@@ -89,6 +92,8 @@ class Study(Strict):
                 raise ValueError("seeds go with evaluation: {contexts: [...]}, which their runs are measured by")
             if self.search is None and arm.lrs is not None:
                 raise ValueError("lrs of an arm go with search; set its optimizer.lr without one")
+        if not self.tasks and not any(arm.seeds or self.seeds for arm in self.arms.values()):
+            raise ValueError("nothing to run: it has neither seeds nor tasks")
         return self
 
     @property
@@ -129,7 +134,12 @@ def load_study(path: Path) -> Study:
     if (beside := path.parent / study.base).exists():
         study = study.model_copy(update={"base": beside})
     for cell in distinct_cells(study):
-        cell_config(study, cell, cell.lr)
+        config = cell_config(study, cell, cell.lr)
+        if cell.kind == "task":
+            study.tasks[cell.task].require_positions(config.model.positions, cell.arm)
+    for name, count in Counter(cell.name for cell in cells(study)).items():
+        if count > 1:
+            raise UserError(f"{path}: {count} runs would be in the folder {name}; their seeds or rates must differ")
     return study
 
 

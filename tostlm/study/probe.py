@@ -15,10 +15,11 @@ SOLVED = 0.999  # of the answers right: training ends
 TEST_TOKENS = 65_536  # read at each length
 CHECK_STEPS = 50
 WEIGHT_DECAY, CLIP = 0.1, 1.0
+Answer = tuple[float, float | None]  # the share of right answers, and nats above the best possible loss, if finite
 
 
-def probe(model: ModelConfig, task: Task, lr: float, seed: int) -> dict[str, list[float]]:
-    """Train a model on a task and return, by tested length in tokens, [share of right answers, loss above the best].
+def probe(model: ModelConfig, task: Task, lr: float, seed: int) -> dict[str, Answer]:
+    """Train a model on a task and return how often it is then right, by tested length in tokens up to its positions.
 
     Learning rates rise over the first tenth of the steps and fall to zero as a cosine.
     """
@@ -37,17 +38,21 @@ def probe(model: ModelConfig, task: Task, lr: float, seed: int) -> dict[str, lis
         torch.nn.utils.clip_grad_norm_(lm.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        if (step + 1) % CHECK_STEPS == 0 and answer(lm, task, task.tokens, seed)[0] >= SOLVED:
-            break
-    return {str(times * task.tokens): answer(lm, task, times * task.tokens, seed) for times in task.lengths}
+        if (step + 1) % CHECK_STEPS == 0:
+            now = answer(lm, task, task.tokens, seed)
+            if now is not None and now[0] >= SOLVED:
+                break
+    lengths = [times * task.tokens for times in task.lengths]
+    answers = {str(length): answer(lm, task, length, seed) for length in lengths}
+    return {length: found for length, found in answers.items() if found is not None}
 
 
 @torch.no_grad()
-def answer(lm: LM, task: Task, tokens: int, seed: int) -> list[float]:
-    """Return the share of right answers on new sequences, and the loss in nats above the best possible."""
+def answer(lm: LM, task: Task, tokens: int, seed: int) -> Answer | None:
+    """Return how often it is right on new sequences; None where they are longer than its positions."""
     limit = lm.config.positions
     if limit is not None and tokens > limit:
-        return []
+        return None
     device, generator = lm.embed.weight.device, torch.Generator().manual_seed(seed + (1 << 20))
     right = asked = excess = 0.0
     batch = max(1, task.batch_tokens // tokens)
@@ -63,4 +68,4 @@ def answer(lm: LM, task: Task, tokens: int, seed: int) -> list[float]:
         loss = torch.nn.functional.cross_entropy(logits[scored].float(), targets[scored])
         excess += (float(loss) - examples.best_loss) / rounds
     lm.train()
-    return [right / asked, excess]
+    return right / asked, excess if math.isfinite(excess) else None

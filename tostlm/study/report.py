@@ -14,8 +14,9 @@ from tostlm.plots import new_figure, png_bytes
 from tostlm.study.plan import Cell, Study, cells, searched_lrs
 from tostlm.study.results import Result, read_result
 
-# Student's t for two-sided intervals of 95%, by degrees of freedom from 1 on.
+# Student's t for two-sided intervals of 95%, by degrees of freedom from 1 on, and the normal quantile that it tends to.
 T_95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+Z_95 = 1.95996
 
 
 class Row(NamedTuple):
@@ -47,11 +48,18 @@ class Mean(NamedTuple):
         """Return the mean of a value of each seed."""
         if len(values) < 2:
             return cls(values[0], None)
-        t = T_95[min(len(values) - 1, len(T_95)) - 1]
-        return cls(statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(len(values)))
+        return cls(statistics.fmean(values), _t_95(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values)))
 
     def __str__(self) -> str:
         return f"{self.value:.3f}" if self.half is None else f"{self.value:.3f} ± {self.half:.3f}"
+
+
+def _t_95(freedom: int) -> float:
+    if freedom <= len(T_95):
+        return T_95[freedom - 1]
+    # The first terms of its expansion (Abramowitz and Stegun, 26.7.5), right to three digits from here on.
+    z = Z_95
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def write_report(study: Study) -> None:
@@ -113,6 +121,8 @@ def _answer(study: Study, cell: Cell, tokens: int) -> str:
     answer = result.answers.get(str(tokens)) if result is not None else None
     if not answer:
         return ""
+    if answer[1] is None:
+        return "diverged"
     return f"{answer[1]:.3f}" if study.tasks[cell.task].kind == "ngrams" else f"{100 * answer[0]:.1f}"
 
 

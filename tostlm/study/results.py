@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 from tostlm.config import RunConfig, dump_config
+from tostlm.data import read_manifest
 from tostlm.errors import UserError
 from tostlm.files import read_json_object, write_atomically
 from tostlm.study.plan import Cell, Study, cell_config, cells, searched_by
+from tostlm.study.probe import Answer
 
 RESULT = "result.json"
 
@@ -34,23 +37,35 @@ class Result:
     evaluation: str = ""  # how the following were measured: see `evaluation_of`
     contexts: dict[str, float] = field(default_factory=dict)  # loss of the same tokens by context length
     repetition: dict[str, list[float]] = field(default_factory=dict)  # see `tostlm.eval.loss_by_repetition`
-    answers: dict[str, list[float]] = field(default_factory=dict)  # of a task: see `tostlm.study.probe`
+    answers: dict[str, Answer] = field(default_factory=dict)  # of a task, by tokens
 
     @classmethod
-    def of_divergence(cls, config: RunConfig) -> Result:
+    def of_divergence(cls, lr: float, settings: str) -> Result:
         """Return the result of a run whose loss did not stay finite."""
-        return cls(config.optimizer.lr, dump_config(config), None)
+        return cls(lr, settings, None)
 
 
 def settings_of(study: Study, cell: Cell, config: RunConfig) -> str:
     """Return all that determines a run, as YAML."""
-    task = f"task: {study.tasks[cell.task].model_dump_json()}\n" if cell.kind == "task" else ""
-    return dump_config(config) + task
+    if cell.kind == "task":
+        return dump_config(config) + f"task: {study.tasks[cell.task].model_dump_json()}\n"
+    return dump_config(config) + "".join(f"content_sha256: {_content_sha256(x)}\n" for x in config.data.folders)
 
 
 def evaluation_of(study: Study, cell: Cell) -> str:
-    """Return how a trained run is measured, as JSON; of runs that are measured by their training alone, nothing."""
-    return study.evaluation.model_dump_json() if cell.kind == "final" and study.evaluation is not None else ""
+    """Return how a trained run is measured; of runs that are measured by their training alone, nothing."""
+    if cell.kind != "final" or study.evaluation is None:
+        return ""
+    own = study.evaluation.data
+    return study.evaluation.model_dump_json() + ("" if own is None else f" of {_content_sha256(own)}")
+
+
+def _content_sha256(folder: Path) -> str:
+    """Return the hash of all that a prepared folder holds."""
+    try:
+        return read_manifest(folder).content_sha256
+    except UserError:  # it is one where the data is read; what is finished can be looked at without
+        return "missing"
 
 
 def write_result(study: Study, cell: Cell, result: Result) -> None:

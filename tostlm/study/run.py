@@ -23,7 +23,7 @@ from tostlm.launch.local import end_with_parent
 from tostlm.study.measure import held_out_targets, measure, measure_task
 from tostlm.study.plan import Cell, Study, cell_config, cells, distinct_cells, searched_by
 from tostlm.study.report import write_report
-from tostlm.study.results import Result, best_lr, read_result, require_same_settings, write_result
+from tostlm.study.results import Result, best_lr, read_result, require_same_settings, settings_of, write_result
 
 POLL_SECONDS = 2.0  # between looks at what other workers have finished
 CONFIG, LOCK, FAILED = "cell.yaml", ".study-lock", "failed"
@@ -138,7 +138,7 @@ def _run_cell(study: Study, cell: Cell, processes: int) -> int:
     received: list[int] = []
     code = run_local(["train", str(folder / CONFIG)], processes, received)
     if code == EXIT_USER_ERROR and cell.kind == "search" and _diverged(folder):
-        write_result(study, cell, Result.of_divergence(config))
+        write_result(study, cell, Result.of_divergence(config.optimizer.lr, settings_of(study, cell, config)))
     elif code in (EXIT_BUG, EXIT_USER_ERROR):
         return _fail(folder, f"{cell.name}: training failed with exit code {code}; its message is above", code)
     elif code:
@@ -168,23 +168,27 @@ def _fail(folder: Path, message: str, code: int) -> int:
 
 def study_progress(study: Study) -> str:
     """Return a table of a study's runs: finished, running, or waiting."""
-    rows = [f"{'run':<40}{'state':<12}{'learning rate':>14}{'loss':>9}"]
+    width = max(40, *(len(cell.name) + 2 for cell in cells(study)))
+    rows = [f"{'run':<{width}}{'state':<12}{'learning rate':>14}{'loss':>9}"]
     for cell in cells(study):
         result, folder = read_result(study, cell), study.study_dir / cell.name
         lr, loss = (f"{cell.lr:g}" if cell.lr else ""), ""
         if result is not None:
             state = "diverged" if result.loss is None else "finished"
             lr, loss = f"{result.lr:g}", "" if result.loss is None else f"{result.loss:.4f}"
-        elif (folder / FAILED).exists():
-            state = "failed"
         elif folder.is_dir() and _is_held(folder):
             state = "running"
+        elif (folder / FAILED).exists():
+            state = "failed"
         else:
             state = "waiting"
-        rows.append(f"{cell.name:<40}{state:<12}{lr:>14}{loss:>9}")
+        rows.append(f"{cell.name:<{width}}{state:<12}{lr:>14}{loss:>9}")
     return "\n".join(rows)
 
 
 def _is_held(folder: Path) -> bool:
-    with _claimed(folder) as mine:
-        return not mine
+    try:
+        with _claimed(folder) as mine:
+            return not mine
+    except OSError:  # nobody runs what nobody can write
+        return False

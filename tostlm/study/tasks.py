@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tostlm.config import PositiveFloat, PositiveInt, Strict
+from tostlm.errors import UserError
 from tostlm.model import IGNORE
 
 
@@ -26,6 +27,9 @@ class Examples(NamedTuple):
     best_loss: float  # mean over what is asked, in nats
 
 
+NOT_EMPTY = pydantic.Field(min_length=1)
+
+
 class Task(Strict):
     """A task and how models are trained on it."""
 
@@ -35,15 +39,8 @@ class Task(Strict):
     vocab_size: Annotated[int, pydantic.Field(ge=2)] = 512  # different tokens; of n-grams, the states of a chain
     steps: PositiveInt = 2000  # at most: training ends once 99.9% are right
     batch_tokens: PositiveInt = 8192
-    lrs: Annotated[tuple[PositiveFloat, ...], pydantic.Field(min_length=1)] = (
-        1e-3,
-        3e-3,
-        1e-2,
-    )  # of which the best counts
-    lengths: Annotated[tuple[PositiveInt, ...], pydantic.Field(min_length=1)] = (
-        1,
-        4,
-    )  # tested, in multiples of `tokens`
+    lrs: Annotated[tuple[PositiveFloat, ...], NOT_EMPTY] = (1e-3, 3e-3, 1e-2)  # of which the best counts
+    lengths: Annotated[tuple[PositiveInt, ...], NOT_EMPTY] = (1, 4)  # tested, in multiples of `tokens`
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> Task:
@@ -52,6 +49,19 @@ class Task(Strict):
         if self.kind == "recall" and self.pairs >= self.vocab_size // 2:
             raise ValueError(f"pairs {self.pairs} need a vocab_size of {2 * self.pairs + 2} or more, half of it keys")
         return self
+
+    def require_positions(self, positions: int | None, arm: str) -> None:
+        """Check that a model of so many positions can be trained on the task and tested at its first length.
+
+        Raises:
+            UserError: it has too few.
+        """
+        needed = self.tokens * max(1, self.lengths[0])
+        if positions is not None and positions < needed:
+            raise UserError(
+                f"arm {arm} has {positions} positions, and a task {needed} tokens; raise its model.positions, or set "
+                "them for all by task_set"
+            )
 
     def draw(self, generator: torch.Generator, batch: int, tokens: int) -> Examples:
         """Return new sequences of `tokens` T."""
