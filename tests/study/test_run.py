@@ -3,10 +3,12 @@
 import json
 import signal
 import time
+from pathlib import Path
 
 from tests.conftest import Run, fail, succeed, tostlm
 from tests.study.common import CROSS, SOFTMAX, study_of, write_study
 from tests.warm import Program
+from tostlm.data import PreparationSettings, prepare, train_tokenizer
 from tostlm.errors import EXIT_REQUEUE
 from tostlm.study.run import _is_held
 
@@ -100,3 +102,13 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(run: Run) -> None:
 def test_mistakes_come_before_any_run(run: Run) -> None:
     file = write_study(run, evaluation={"contexts": [64, 1_000_000]})
     fail(tostlm("study", str(file)), "is longer than 1000000 tokens")
+
+
+def test_another_tokenizer_is_noticed_before_any_run(
+    run: Run, corpus: Path, speeches: list[str], tmp_path: Path
+) -> None:
+    other = train_tokenizer(speeches, 400, tmp_path / "other.model")
+    prepare(PreparationSettings(sources=(str(corpus),), heldout_fraction=0.2), other, tmp_path / "other")
+    file = write_study(run, evaluation={"data": str(tmp_path / "other"), "contexts": [32]})
+    fail(tostlm("study", str(file)), "other was prepared with another tokenizer than")
+    assert not study_of(run).study_dir.exists()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from tostlm.checkpoint import load_checkpoint
 from tostlm.config import RunConfig
-from tostlm.data import TRAIN, VALIDATION, TokenSet
+from tostlm.data import TRAIN, VALIDATION, TokenSet, read_manifest
 from tostlm.device import best_device
 from tostlm.errors import UserError
 from tostlm.eval import Targets, choose_targets, loss_by_repetition, score_contexts
@@ -84,11 +84,13 @@ def held_out_targets(study: Study, config: RunConfig) -> tuple[TokenSet, Targets
     """Return the held-out tokens of a study, and which of them a run is scored on.
 
     Raises:
-        UserError: the data is not prepared, or no document is long enough.
+        UserError: the data is not prepared, or with another tokenizer than the run's, or no document is long enough.
     """
-    asked = study.evaluation
+    asked, own = study.evaluation, config.data.folders[0]
     assert asked is not None
-    tokens = TokenSet(asked.data or config.data.folders[0], VALIDATION)
+    tokens = TokenSet(asked.data or own, VALIDATION)
+    if tokens.manifest.tokenizer_sha256 != read_manifest(own).tokenizer_sha256:
+        raise UserError(f"{tokens.folder} was prepared with another tokenizer than {own}; prepare it with that one's")
     return tokens, choose_targets(tokens, asked.contexts, asked.windows)
 
 
