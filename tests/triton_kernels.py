@@ -4,9 +4,11 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -15,6 +17,7 @@ from triton.compiler import ASTSource
 
 from tests.conftest import ROOT
 
+Launch = tuple[Any, dict[str, Any]]  # a kernel and its arguments
 SPILL_BYTES = 16  # a thread; more would cost more than smaller tiles
 TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "u8"}
 
@@ -35,9 +38,17 @@ def parity(file: str, in_interpreter: bool = False) -> None:
     assert result.returncode == 0, result.stdout[-10_000:] + result.stderr[-2000:]
 
 
-def bound(kernel: Any, args: Sequence[Any], named: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a launch by name."""
-    return {**dict(zip(kernel.arg_names, args, strict=False)), **named}
+@contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Yield a list that the launches of kernels are added to, with their arguments by name; nothing runs."""
+    found: list[Launch] = []
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        found.append((kernel, {**dict(zip(kernel.arg_names, args, strict=False)), **named}))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(triton.JITFunction, "run", record)
+        yield found
 
 
 def spilled(kernel: Any, arguments: dict[str, Any], capability: int) -> int:

@@ -1,15 +1,11 @@
 """The kernels of a chain: in Triton's interpreter and on a GPU, and what the compiler makes of them."""
 
-from typing import Any
-
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="needs triton: pip install 'tostlm[triton]'")
 
-import triton
-
-from tests.triton_kernels import SPILL_BYTES, bound, parity, spilled
+from tests.triton_kernels import SPILL_BYTES, parity, recorded_launches, spilled
 from tostlm.chain import triton as kernels
 
 FILE = "tests/chain/triton_parity.py"
@@ -26,20 +22,14 @@ def test_parity_on_a_gpu() -> None:
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(("D", "V"), [(64, 64), (128, 128), (256, 768)])
-def test_kernels_compile_without_spilling(D: int, V: int, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
-
-    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        found.append((kernel, bound(kernel, args, named)))
-
-    monkeypatch.setattr(triton.JITFunction, "run", record)
+def test_kernels_compile_without_spilling(D: int, V: int, capability: int) -> None:
     B, N, H, L = 1, 2, 1, 64
     own, reads, ends, kept, added = (torch.zeros(B, N, H, *shape) for shape in ((L, V), (L, D), (D, L), (D, 1), (D, V)))
     first = torch.zeros(B, H, D, V)
-    kernels.chain(added, kept, first, False)
-    kernels.chain(added.double(), kept.double(), first.double(), False)
-    kernels.delta_chain(own, reads, ends, kept, added, first, True)
-    monkeypatch.undo()
+    with recorded_launches() as found:
+        kernels.chain(added, kept, first, False)
+        kernels.chain(added.double(), kept.double(), first.double(), False)
+        kernels.delta_chain(own, reads, ends, kept, added, first, True)
     spills = [(kernel.__name__, spilled(kernel, arguments, capability)) for kernel, arguments in found]
     assert len(spills) == 3
     assert max(bytes for _, bytes in spills) <= SPILL_BYTES, spills

@@ -1,16 +1,13 @@
 """The Triton backend: its kernels in the interpreter and on a GPU, and what the compiler makes of them."""
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="needs triton: pip install 'tostlm[triton]'")
 
-import triton
-
-from tests.triton_kernels import SPILL_BYTES, bound, parity, spilled
+from tests.triton_kernels import SPILL_BYTES, Launch, parity, recorded_launches, spilled
 from tostlm.tssa import Inputs, State
 from tostlm.tssa.triton import BACKEND
 
@@ -42,23 +39,17 @@ def test_what_is_saved_is_little_more_than_w() -> None:
     assert saved / (B * T * C) <= 2.4
 
 
-def launches(monkeypatch: pytest.MonkeyPatch, heads: int, width: int, decays: bool) -> list[tuple[Any, dict[str, Any]]]:
+def launches(heads: int, width: int, decays: bool) -> list[Launch]:
     """The kernels that both passes launch, with their arguments; nothing runs."""
-    found = []
-
-    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        found.append((kernel, bound(kernel, args, named)))
-
-    monkeypatch.setattr(triton.JITFunction, "run", record)
     B, C = 2, heads * width
     temp = torch.ones(heads)
-    for T in (1, 70):
-        w = torch.zeros(B, T, C, dtype=torch.bfloat16)
-        decay = (torch.ones(heads), torch.zeros(B, T, dtype=torch.bool)) if decays else (None, None)
-        inputs, state = Inputs(w, temp, torch.zeros(T, heads), *decay), State.zeros(B, C, heads)
-        _, _, saved = BACKEND.forward(inputs, state)
-        BACKEND.backward(inputs, saved, w, state, decays)
-    monkeypatch.undo()
+    with recorded_launches() as found:
+        for T in (1, 70):
+            w = torch.zeros(B, T, C, dtype=torch.bfloat16)
+            decay = (torch.ones(heads), torch.zeros(B, T, dtype=torch.bool)) if decays else (None, None)
+            inputs, state = Inputs(w, temp, torch.zeros(T, heads), *decay), State.zeros(B, C, heads)
+            _, _, saved = BACKEND.forward(inputs, state)
+            BACKEND.backward(inputs, saved, w, state, decays)
     return found
 
 
@@ -70,11 +61,9 @@ QUICK = [(80, (16, 128), True), (90, (16, 128), True), (90, (12, 64), False)]
     ("capability", "shape", "decays"),
     [*QUICK, *(pytest.param(*build, marks=pytest.mark.slow) for build in BUILDS if build not in QUICK)],
 )
-def test_kernels_compile_without_spilling(
-    capability: int, shape: tuple[int, int], decays: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_compile_without_spilling(capability: int, shape: tuple[int, int], decays: bool) -> None:
     spills: dict[str, int] = {}
-    for kernel, arguments in launches(monkeypatch, *shape, decays):
+    for kernel, arguments in launches(*shape, decays):
         spills[kernel.__name__] = max(spilled(kernel, arguments, capability), spills.get(kernel.__name__, 0))
     assert len(spills) == 8
     assert max(spills.values()) <= SPILL_BYTES, spills

@@ -67,9 +67,8 @@ class Study(Strict):
     study_dir: Path  # of its runs and its report
     base: Path  # the config that all runs start from: a file beside this one, or as commands take it
     set: Keys = NOTHING  # keys of all runs
-    sizes: dict[str, Keys] = pydantic.Field(
-        default={"": {}}, min_length=1
-    )  # keys of the runs of a size, by the size's name
+    # Keys of the runs of a size, by the size's name.
+    sizes: Annotated[dict[str, Keys], NOT_EMPTY] = pydantic.Field(default={"": {}})
     arms: dict[str, Arm]
     reference: str  # the arm that others are compared with
     match_parameters: bool = True  # make every arm as large as the reference, by the width of its MLP

@@ -38,21 +38,16 @@ def probe(model: ModelConfig, task: Task, lr: float, seed: int) -> dict[str, Ans
         torch.nn.utils.clip_grad_norm_(lm.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        if (step + 1) % CHECK_STEPS == 0:
-            now = answer(lm, task, task.tokens, seed)
-            if now is not None and now[0] >= SOLVED:
-                break
-    lengths = [times * task.tokens for times in task.lengths]
-    answers = {str(length): answer(lm, task, length, seed) for length in lengths}
-    return {length: found for length, found in answers.items() if found is not None}
+        if (step + 1) % CHECK_STEPS == 0 and answer(lm, task, task.tokens, seed)[0] >= SOLVED:
+            break
+    lengths = (times * task.tokens for times in task.lengths)
+    limit = math.inf if model.positions is None else model.positions
+    return {str(length): answer(lm, task, length, seed) for length in lengths if length <= limit}
 
 
 @torch.no_grad()
-def answer(lm: LM, task: Task, tokens: int, seed: int) -> Answer | None:
-    """Return how often it is right on new sequences; None where they are longer than its positions."""
-    limit = lm.config.positions
-    if limit is not None and tokens > limit:
-        return None
+def answer(lm: LM, task: Task, tokens: int, seed: int) -> Answer:
+    """Return how often it is right on new sequences."""
     device, generator = lm.embed.weight.device, torch.Generator().manual_seed(seed + (1 << 20))
     right = asked = excess = 0.0
     batch = max(1, task.batch_tokens // tokens)

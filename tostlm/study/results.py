@@ -39,11 +39,6 @@ class Result:
     repetition: dict[str, list[float]] = field(default_factory=dict)  # see `tostlm.eval.loss_by_repetition`
     answers: dict[str, Answer] = field(default_factory=dict)  # of a task, by tokens
 
-    @classmethod
-    def of_divergence(cls, lr: float, settings: str) -> Result:
-        """Return the result of a run whose loss did not stay finite."""
-        return cls(lr, settings, None)
-
 
 def settings_of(study: Study, cell: Cell, config: RunConfig) -> str:
     """Return all that determines a run, as YAML."""
@@ -104,7 +99,7 @@ def require_same_settings(study: Study) -> None:
         for had, wants in zip_longest(result.config.splitlines(), now.splitlines(), fillvalue="nothing there"):
             if had != wants:
                 raise _other_settings(study, cell, had.strip(), f"the study now says {wants.strip()}")
-        best = cell.lr or best_lr(study, cell)
+        best = best_lr(study, cell)
         if cell.kind == "final" and best not in (None, result.lr):
             raise _other_settings(study, cell, f"learning rate {result.lr:g}", f"its best is now {best:g}")
 
@@ -117,6 +112,8 @@ def _other_settings(study: Study, cell: Cell, had: str, now: str) -> UserError:
 
 
 def best_lr(study: Study, cell: Cell) -> float | None:
-    """Return the learning rate of the lowest loss in the search for a run; None if all diverged."""
+    """Return a run's own learning rate, or that of the lowest loss in the search for it; None if there is none."""
+    if cell.lr is not None:
+        return cell.lr
     results = [read_result(study, other) for other in searched_by(study, cell)]
     return min(((r.loss, r.lr) for r in results if r is not None and r.loss is not None), default=(0.0, None))[1]

@@ -129,7 +129,7 @@ def _run_cell(study: Study, cell: Cell, processes: int) -> int:
         write_result(study, cell, measure_task(study, cell, cell_config(study, cell, None)))
         write_report(study)
         return 0
-    lr = cell.lr if cell.lr is not None or study.search is None else best_lr(study, cell)
+    lr = best_lr(study, cell)
     if study.search is not None and lr is None:
         return _fail(folder, f"{cell.name}: every learning rate of the search diverged", EXIT_USER_ERROR)
     config = cell_config(study, cell, lr)
@@ -138,7 +138,7 @@ def _run_cell(study: Study, cell: Cell, processes: int) -> int:
     received: list[int] = []
     code = run_local(["train", str(folder / CONFIG)], processes, received)
     if code == EXIT_USER_ERROR and cell.kind == "search" and _diverged(folder):
-        write_result(study, cell, Result.of_divergence(config.optimizer.lr, settings_of(study, cell, config)))
+        write_result(study, cell, Result(config.optimizer.lr, settings_of(study, cell, config), loss=None))
     elif code in (EXIT_BUG, EXIT_USER_ERROR):
         return _fail(folder, f"{cell.name}: training failed with exit code {code}; its message is above", code)
     elif code:

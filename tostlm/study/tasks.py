@@ -56,7 +56,7 @@ class Task(Strict):
         Raises:
             UserError: it has too few.
         """
-        needed = self.tokens * max(1, self.lengths[0])
+        needed = self.tokens * self.lengths[0]
         if positions is not None and positions < needed:
             raise UserError(
                 f"arm {arm} has {positions} positions, and a task {needed} tokens; raise its model.positions, or set "
