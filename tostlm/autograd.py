@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +11,12 @@ import torch
 
 
 def namespace(module: str) -> str:
-    """Return a namespace of `torch.library` for the operations of a module, whatever the module's name has in it.
+    """Return a namespace of `torch.library` for the operations of a module: its name, dots as underscores.
 
     Every copy of a module has its own: an exported model brings one in a module named after its folder, and two of them
-    may be loaded at once.
+    may be loaded at once. So what such a folder's name has besides letters and digits is written as its code.
     """
-    return f"{re.sub(r'[^A-Za-z0-9]', '_', module)}_{zlib.crc32(module.encode()):08x}"
+    return re.sub(r"[^A-Za-z0-9]", lambda found: "_" if found[0] == "." else f"__{ord(found[0]):x}__", module)
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
