@@ -13,9 +13,12 @@ from tests.data.preparation.test_prepare import content
 from tests.slurm.conftest import ClusterJob
 from tests.study.common import write_study
 from tostlm.checkpoint import checkpoints
+from tostlm.cli.app import parse_arguments
 from tostlm.data import Tokenizer
+from tostlm.errors import UserError
 from tostlm.files import locked, write_atomically
 from tostlm.launch.environment import first_node
+from tostlm.slurm import TASK_COMMANDS, Resources, submit_task
 from tostlm.slurm.history import SITE, JobHistory
 
 pytestmark = pytest.mark.timed
@@ -197,11 +200,50 @@ def test_prepare_jobs_make_the_same_data_as_one_process(
     logs = "\n".join(path.read_text() for path in folder.iterdir())
     assert (tmp_path / "out" / "manifest.json").exists(), logs
     assert content(tmp_path / "out") == content(tmp_path / "whole"), logs
-    fail(job.command("submit", "prepare", *options[2:], "--out", "o"), "--source is missing")
-    fail(job.command("submit", "prepare", *options[:2], "--tokenizer=x", "--out=o"), "--tokenizer x does not exist")
-    fail(
-        job.command("submit", "prepare", *options[:2], "--tokenizer", "x", "--out", "o"), "--tokenizer x does not exist"
-    )
+
+
+def plan_task(kind: str, *arguments: str) -> str:
+    """What `tostlm submit KIND ARGUMENTS --dry-run` prints."""
+    parsed = parse_arguments(TASK_COMMANDS[kind], list(arguments))
+    return submit_task(kind, arguments, parsed, Resources(), site=None, dry_run=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("prepare --tokenizer t --out o", "prepare needs --source and --tokenizer"),
+        ("prepare --source s --out o", "prepare needs --source and --tokenizer"),
+        ("prepare --source s --tokenizer=none --out=o", "--tokenizer none does not exist"),
+        ("prepare --source s --tokenizer t --out o --task 1/2", "leave --task and --merge out"),
+        ("prepare --out o --merge", "leave --task and --merge out"),
+        ("eval nowhere", "nowhere"),
+        ("bench nowhere.yaml", "nowhere.yaml"),
+        ("study nowhere.yaml", "nowhere.yaml"),
+    ],
+)
+def test_tasks_that_would_fail_are_not_submitted(arguments: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan_task(*arguments.split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *("prepare --source s --tokenizer t", "eval nowhere --windows none", "bench --repeats=1", "convert nowhere"),
+        *("bench --repeets=1 gpt2-base", "study --workers 2", "study --worker 2 mixers"),
+    ],
+)
+def test_arguments_that_a_task_does_not_take_are_not_submitted(arguments: str) -> None:
+    with pytest.raises(Exception) as refused:
+        plan_task(*arguments.split())
+    assert refused.value.exit_code == 2  # as of the subcommand itself
+
+
+def test_options_may_stand_before_what_a_task_reads(run: Run, tmp_path: Path) -> None:
+    file = write_study(run, search=None)
+    assert f"tostlm study --workers 2 {file}" in plan_task("study", "--workers", "2", str(file))
+    result = tostlm("submit", "study", "--worker", "2", str(file), "--dry-run", cwd=tmp_path)
+    assert result.returncode == 2 and "Usage: tostlm study" in result.stderr and "--worker" in result.stderr
 
 
 def test_eval_bench_and_convert_jobs(job: ClusterJob, trained: dict[str, Run]) -> None:
@@ -225,8 +267,6 @@ def test_eval_bench_and_convert_jobs(job: ClusterJob, trained: dict[str, Run]) -
     assert (run.dir / "perplexity.json").exists(), logs
     assert (run.dir / "hf" / "config.json").exists(), logs
     assert "tokens/s" in logs
-    fail(job.command("submit", "eval", "nowhere"), "nowhere")
-    fail(job.command("submit", "bench", "--repeats=1"), "give the arguments of `tostlm bench train`")
 
 
 @pytest.mark.slow

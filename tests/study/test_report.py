@@ -13,6 +13,7 @@ from tostlm.study.measure import largest_gradient
 from tostlm.study.plan import Cell, Study, cell_config
 from tostlm.study.report import Mean, write_report
 from tostlm.study.results import (
+    RESULT,
     Result,
     best_lr,
     evaluation_of,
@@ -123,6 +124,16 @@ def test_a_run_is_measured_again_where_other_contexts_are_asked_for(run: Run) ->
     cell = Cell("final", "", "cross", 0, None)
     assert read_result(study, cell) is not None
     assert read_result(study_of(run, search=None, evaluation={"contexts": [32, 128]}), cell) is None
+
+
+@pytest.mark.parametrize("damage", [{"loss": "low"}, {"contexts": [1]}, {"answers": {"64": 1}}, {"lr": None}], ids=str)
+def test_damaged_results_are_named(run: Run, damage: dict[str, object]) -> None:
+    study = study_of(run)
+    finish(study, "softmax", 0, 3.0)
+    file = study.study_dir / "softmax/seed0" / RESULT
+    file.write_text(json.dumps(json.loads(file.read_text()) | damage))
+    with pytest.raises(UserError, match="is damaged; remove it, and the run is measured again"):
+        write_report(study)
 
 
 def test_the_largest_gradient_is_beside_those_before_it() -> None:

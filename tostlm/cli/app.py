@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -50,6 +50,18 @@ Overrides = Annotated[
 CheckpointPath = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="a checkpoint, or a run's folder for its newest one")
 ]
+
+
+def parse_arguments(command: str, arguments: list[str]) -> dict[str, Any]:
+    """Return what a subcommand, as "eval perplexity", takes arguments for, by the names of its parameters.
+
+    What it would refuse ends this command as it would end that one.
+    """
+    found: Any = typer.main.get_command(app)
+    for word in command.split():
+        found = found.commands[word]
+    with found.make_context(f"tostlm {command}", list(arguments)) as context:
+        return dict(context.params)
 
 
 def parse_numbers(text: str, option: str) -> list[int]:

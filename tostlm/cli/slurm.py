@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tostlm.cli.app import ConfigFile, Overrides, submit_app
+from tostlm.cli.app import ConfigFile, Overrides, parse_arguments, submit_app
 from tostlm.errors import UserError
 
 DEFAULT_SITE = Path("slurm/site.env")
@@ -100,7 +100,8 @@ def _add_task(kind: str, help_text: str, default_gpus: int) -> None:
 
         gpus = default_gpus if gpus_per_node is None else gpus_per_node
         resources = slurm.Resources(nodes, gpus, 1, cpus_per_rank, time, partition, account, qos, sbatch or ())
-        print(slurm.submit_task(kind, arguments, resources, _find_site(site), dry_run))
+        parsed = parse_arguments(slurm.TASK_COMMANDS[kind], arguments)
+        print(slurm.submit_task(kind, arguments, parsed, resources, _find_site(site), dry_run))
 
 
 _add_task("prepare", "Prepare text as an array of --nodes tasks, and merge what they made.", 0)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import tostlm
 from tostlm.checkpoint import resolve, run_folder
@@ -206,21 +207,29 @@ def _describe_submission(run_dir: Path, jobs: Sequence[str], policy: RestartPoli
     return f"job {jobs[0]}: {follows}\nsee `tostlm submit status {run_dir}`"
 
 
-def submit_task(kind: str, arguments: Sequence[str], resources: Resources, site: Path | None, dry_run: bool) -> str:
+def submit_task(
+    kind: str,
+    arguments: Sequence[str],
+    parsed: Mapping[str, Any],
+    resources: Resources,
+    site: Path | None,
+    dry_run: bool,
+) -> str:
     """Submit the subcommand TASK_COMMANDS[kind] with its own arguments as a job, and return what to tell the user.
 
     Text is prepared by an array with one task per node, and merged by a job that waits for all of them. A study's runs
     are divided among the tasks of an array.
 
     Args:
+        parsed: what the subcommand takes the arguments for, by the names of its parameters.
         site: the cluster's site.env.
         dry_run: return the batch scripts and submit nothing.
 
     Raises:
         UserError: what the subcommand reads does not exist, its folder cannot be written, or Slurm refuses the job.
     """
-    history = JobHistory(_task_folder(kind, arguments), kind)
-    scripts = _task_scripts(kind, arguments, resources, history.folder)
+    history = JobHistory(_task_folder(kind, parsed), kind)
+    scripts = _task_scripts(kind, arguments, parsed, resources, history.folder)
     if dry_run:
         return "\n".join(scripts.values()).rstrip()
     require_writable(history.logs)
@@ -235,32 +244,31 @@ def submit_task(kind: str, arguments: Sequence[str], resources: Resources, site:
     return text
 
 
-def _task_folder(kind: str, arguments: Sequence[str]) -> Path:
+def _task_folder(kind: str, parsed: Mapping[str, Any]) -> Path:
     """Return the folder for the job's script and log: that of the run it reads, or one beside what it makes."""
     if kind == "prepare":
-        _, tokenizer, out = (_option(arguments, name) for name in ("--source", "--tokenizer", "--out"))
-        if not Path(tokenizer).exists():
-            raise UserError(f"--tokenizer {tokenizer} does not exist; make it with `tostlm tokenizer train`")
-        return Path(f"{out}-jobs")  # --out itself must be empty or hold prepared data
-    first = next((argument for argument in arguments if not argument.startswith("-")), None)
-    if first is None:
-        raise UserError(f"give the arguments of `tostlm {TASK_COMMANDS[kind]}`")
+        _check_prepare(parsed)
+        return Path(f"{parsed['out']}-jobs")  # --out itself must be empty or hold prepared data
     if kind == "study":
-        return load_study(Path(first)).study_dir
-    return load_config(Path(first)).run_dir if kind == "bench" else run_folder(resolve(Path(first)))
+        return load_study(Path(parsed["file"])).study_dir
+    if kind == "bench":
+        return load_config(Path(parsed["configs"][0])).run_dir
+    return run_folder(resolve(Path(parsed["checkpoint"] if kind == "convert" else parsed["checkpoints"][0])))
 
 
-def _option(arguments: Sequence[str], name: str) -> str:
-    """Return the value of an option of `tostlm prepare`."""
-    for argument, following in itertools.pairwise([*arguments, ""]):
-        if argument == name and following:
-            return following
-        if argument.startswith(f"{name}="):
-            return argument.removeprefix(f"{name}=")
-    raise UserError(f"{name} is missing; give the options of `tostlm prepare`")
+def _check_prepare(parsed: Mapping[str, Any]) -> None:
+    tokenizer = parsed["tokenizer"]
+    if parsed["merge"] or parsed["task"]:
+        raise UserError("the tasks of a submitted prepare divide and merge the work; leave --task and --merge out")
+    if tokenizer is None or not (parsed["source"] or parsed["more"]):
+        raise UserError("prepare needs --source and --tokenizer")
+    if not Path(tokenizer).exists():
+        raise UserError(f"--tokenizer {tokenizer} does not exist; make it with `tostlm tokenizer train`")
 
 
-def _task_scripts(kind: str, arguments: Sequence[str], resources: Resources, folder: Path) -> dict[str, str]:
+def _task_scripts(
+    kind: str, arguments: Sequence[str], parsed: Mapping[str, Any], resources: Resources, folder: Path
+) -> dict[str, str]:
     """Return the scripts by file name, in the order they run."""
     command = f"tostlm {TASK_COMMANDS[kind]} {shlex.join(arguments)}"
     if kind not in ARRAYS:
@@ -270,7 +278,7 @@ def _task_scripts(kind: str, arguments: Sequence[str], resources: Resources, fol
     if kind == "study":
         return {"study.sbatch": batch_script(kind, kind, folder, one_node, [command], array_size=tasks)}
     command += f' --workers "${{SLURM_CPUS_PER_TASK:-1}}" --task "$SLURM_ARRAY_TASK_ID/{tasks}"'
-    merge = f"tostlm prepare --merge --out {shlex.quote(_option(arguments, '--out'))}"
+    merge = f"tostlm prepare --merge --out {shlex.quote(str(parsed['out']))}"
     one_core = replace(one_node, cpus_per_rank=None, gpus_per_node=0)
     return {
         "prepare.sbatch": batch_script(kind, kind, folder, one_node, [command], array_size=tasks),

@@ -28,7 +28,8 @@ from tostlm.model import count_body_parameters
 from tostlm.study.tasks import NOT_EMPTY, Task
 
 Keys = dict[str, Any]  # dotted keys of a run's config, and their values
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")  # of an arm or a size, which is also that of a folder
+# Of an arm or a size, which is also that of a folder, beside the report's files.
+NAME = re.compile(r"(?!report\.|loss-by-)[A-Za-z0-9][A-Za-z0-9_.+-]*")
 Context = Annotated[int, pydantic.Field(ge=2)]  # tokens, of which the last is predicted
 NOTHING: Any = pydantic.Field(default_factory=dict)
 TOLERANCE = 0.01  # of the parameters of an arm beside the reference's
@@ -83,7 +84,10 @@ class Study(Strict):
         named_sizes = () if self.sizes.keys() == {""} else self.sizes
         for name in (*self.arms, *named_sizes, *self.tasks):
             if not NAME.fullmatch(name):
-                raise ValueError(f"{name!r} must be letters, digits, and -, _, . or + within, as it names a folder")
+                raise ValueError(
+                    f"{name!r} must be letters, digits, and -, _, . or + within, as it names a folder, and not begin "
+                    "like a report's file"
+                )
         if self.reference not in self.arms:
             raise ValueError(f"reference {self.reference!r} is not one of the arms, {', '.join(self.arms)}")
         for arm in self.arms.values():
@@ -194,8 +198,8 @@ def cell_config(study: Study, cell: Cell, lr: float | None) -> RunConfig:
 
 def _load(study: Study, size: str, arm: str, run_dir: Path, lr: float | None, cell: Cell | None) -> RunConfig:
     of_task = study.task_set if cell is not None and cell.kind == "task" else {}
-    keys = {**study.set, **study.sizes[size], **study.arms[arm].set, **of_task}
-    base = load_config(study.base, _overrides({**keys, "run_dir": str(run_dir)}))
+    keys = {**study.set, **study.sizes[size], **study.arms[arm].set, **of_task, "run_dir": str(run_dir)}
+    base = _load_base(study, size, arm, keys)
     changes: Keys = {}
     if cell is not None:
         changes["seed"] = cell.seed
@@ -208,11 +212,14 @@ def _load(study: Study, size: str, arm: str, run_dir: Path, lr: float | None, ce
         changes["optimizer.warmup_steps"] = round(base.optimizer.warmup_steps * steps / base.train.steps)
     if lr is not None:
         changes |= {"optimizer.lr": lr, "optimizer.min_lr": base.optimizer.min_lr * lr / base.optimizer.lr}
-    return load_config(study.base, _overrides({**keys, **changes, "run_dir": str(run_dir)})) if changes else base
+    return _load_base(study, size, arm, {**keys, **changes}) if changes else base
 
 
-def _overrides(keys: Keys) -> list[str]:
-    return [f"{key}={json.dumps(value)}" for key, value in keys.items()]
+def _load_base(study: Study, size: str, arm: str, keys: Keys) -> RunConfig:
+    try:
+        return load_config(study.base, [f"{key}={json.dumps(value)}" for key, value in keys.items()])
+    except UserError as error:
+        raise UserError(f"arm {arm}{f' of size {size}' if size else ''}: {error}") from None
 
 
 def _matching_mlp_width(config: RunConfig, wanted: int, arm: str) -> int:

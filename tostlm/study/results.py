@@ -6,7 +6,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+
+import pydantic
 
 from tostlm.config import RunConfig, dump_config
 from tostlm.data import read_manifest
@@ -38,6 +39,9 @@ class Result:
     contexts: dict[str, float] = field(default_factory=dict)  # loss of the same tokens by context length
     repetition: dict[str, list[float]] = field(default_factory=dict)  # see `tostlm.eval.loss_by_repetition`
     answers: dict[str, Answer] = field(default_factory=dict)  # of a task, by tokens
+
+
+RESULT_FIELDS = pydantic.TypeAdapter(Result)
 
 
 def settings_of(study: Study, cell: Cell, config: RunConfig) -> str:
@@ -76,12 +80,11 @@ def read_result(study: Study, cell: Cell) -> Result | None:
     """
     path = study.study_dir / cell.name / RESULT
     try:
-        content: dict[str, Any] | None = read_json_object(path.read_bytes())
-        result = Result(**content or {})
+        result = RESULT_FIELDS.validate_python(read_json_object(path.read_bytes()))
         return result if result.evaluation == evaluation_of(study, cell) else None
     except FileNotFoundError:
         return None
-    except TypeError:
+    except pydantic.ValidationError:
         raise UserError(f"{path} is damaged; remove it, and the run is measured again") from None
 
 
