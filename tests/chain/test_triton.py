@@ -21,7 +21,7 @@ def test_parity_on_a_gpu() -> None:
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("D", "V"), [(64, 64), (128, 128), (256, 768)])
+@pytest.mark.parametrize(("D", "V"), [(64, 64), (128, 128), (256, 768), (512, 768)])
 def test_kernels_compile_without_spilling(D: int, V: int, capability: int) -> None:
     B, N, H, L = 1, 2, 1, 64
     own, reads, ends, kept, added = (torch.zeros(B, N, H, *shape) for shape in ((L, V), (L, D), (D, L), (D, 1), (D, V)))

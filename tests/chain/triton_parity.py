@@ -20,7 +20,7 @@ only_gpu = pytest.mark.skipif(not GPU, reason="too large for the interpreter")
 B, N, H = 2, 3, 2
 Function = Callable[..., tuple[Tensor, ...]]
 # L, D, V: sizes that fill tiles and ones that do not, up to the largest D
-SHAPES = [(16, 32, 16), (5, 20, 17), (33, 100, 16), (1, 256, 3), pytest.param(64, 256, 768, marks=only_gpu)]
+SHAPES = [(16, 32, 16), (5, 20, 17), (33, 100, 16), (1, 400, 9), pytest.param(64, 512, 768, marks=only_gpu)]
 
 
 @pytest.mark.parametrize("back", [False, True])

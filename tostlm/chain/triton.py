@@ -14,11 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 ELEMENTS = 1024  # of a state in a program of `chain`
-# A program of `delta_chain` has WIDTH columns of a state: few, as it goes along the whole sequence. Their rows are in
+# A program of `delta_chain` has some columns of a state: few, as it goes along the whole sequence. Their rows are in
 # groups, which divide the products among warps, and tokens are taken some at a time: so all of it fits the registers.
-WIDTH, GROUP, TOKENS = 16, 32, 16
-WARPS = 4  # of up to as many groups
-LARGEST_D = 256
+STATE, WIDEST, GROUP, TOKENS = 4096, 16, 32, 16  # numbers of a program's state, its columns at most; rows; tokens
+WARPS = 4  # or as many as there are groups
+LARGEST_D = 512
 PRECISION = tl.constexpr("tf32x3")  # fp32 on tensor cores: each factor is three numbers of theirs
 
 
@@ -48,10 +48,11 @@ def delta_chain(
     added = None if added is None else added.contiguous()
     written, last, states = torch.empty_like(own), torch.empty_like(first), first.new_empty(B, N, H, D, V)
     groups = triton.next_power_of_2(triton.cdiv(D, GROUP))
+    width = min(WIDEST, STATE // (groups * GROUP))
     _launch(
-        delta_chain_kernel, (B * H, triton.cdiv(V, WIDTH)), max(WARPS, groups),
+        delta_chain_kernel, (B * H, triton.cdiv(V, width)), max(WARPS, groups),
         own, reads, ends, kept, added, first, written, states, last,
-        N, H, L, D, V, kept.shape[3], groups, GROUP, TOKENS, WIDTH, back,
+        N, H, L, D, V, kept.shape[3], groups, GROUP, TOKENS, width, back,
     )  # fmt: skip
     return written, states, last
 

@@ -21,11 +21,11 @@ def by_token(mixer: Induction, x: Tensor, starts: Tensor) -> Tensor:
         for token, begin in zip(sequence, begins, strict=True):
             if begin or not ys:
                 S, k = x.new_zeros(mixer.D, x.shape[-1]), x.new_zeros(mixer.D)
-            w = mixer.features_proj.weight @ token
+            w = (mixer.features_proj.weight @ token).clamp_min(0) ** 2
             b = torch.sigmoid(mixer.write_proj.weight @ token + mixer.write_proj.bias)
             S = a * S + b * torch.outer(k, mixer.values_proj.weight @ token - a * S.T @ k)
             gate = 2 / (1 + torch.exp(-mixer.gate_proj.weight @ token))
-            k = w / w.norm()
+            k = w / w.norm().clamp_min(1e-6)
             ys.append(mixer.out_proj.weight @ (gate * (S.T @ k)))
         rows.append(torch.stack(ys))
     return torch.stack(rows)

@@ -29,7 +29,7 @@ class InductionOptions(MixerOptions):
     """Options of the memory."""
 
     mixer: Literal["induction"] = "induction"
-    key_channels: int = 256  # D of the keys, of which as many can be told apart
+    key_channels: int = 512  # D of the keys: about as many are remembered
     halflife_tokens: float | None = 8192.0  # of what is remembered, the same for all tokens; None for ever
 
     def __post_init__(self) -> None:
@@ -45,17 +45,20 @@ class InductionState(NamedTuple):
     """What a layer remembers."""
 
     memory: Tensor  # [B, 1, D, C]
-    features: Tensor  # [B, 1, D], of the last token, under which the next one is written
+    features: Tensor  # [B, 1, D], w of the last token, under which the next one is written
 
 
 class Induction(Mixer):
     """An induction head in constant memory: what it reads at a token is what followed the tokens most like it.
 
-        w_t = U x_t                           one projection for keys and queries, as TSSA has one for all
+        w_t = relu(U x_t)^2                   one projection for keys and queries, as TSSA has one for all
         k_t = w_{t-1} / |w_{t-1}|             0 at a document's first token
         q_t = w_t / |w_t|
         S_t = a S_{t-1} + b_t k_t (W_v x_t - a S_{t-1}^T k_t)^T
         y_t = W_o (2 sigmoid(G x_t) S_t^T q_t)
+
+    The features are sparse: they tell apart more tokens than a linear map of C channels could, and tokens that have no
+    channel in common leave each other's memory alone.
 
     b_t = sigmoid(W_b x_t + c) is how much of what was there is replaced. The decay a is fixed. Decays that each token
     chooses soon leave a memory of a few tokens, which is what pays first, and nothing from farther away to learn from.
@@ -87,7 +90,7 @@ class Induction(Mixer):
     ) -> tuple[Float[Tensor, "B T C"], InductionState]:
         B, T, _ = x.shape
         wide = torch.promote_types(x.dtype, torch.float32)
-        w, v = self.features_proj(x).to(wide), self.values_proj(x).to(wide)
+        w, v = self.features_proj(x).to(wide).relu().square(), self.values_proj(x).to(wide)
         previous, last = predecessors(w, None if state is None else state.features, positions)  # [B, T, D]
         q, k = (F.normalize(features, dim=-1, eps=EPS)[:, :, None] for features in (w, previous))
         strengths = self.write_proj(x).to(wide).sigmoid()  # [B, T, 1]
