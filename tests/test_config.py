@@ -146,6 +146,10 @@ def test_overrides_make_missing_parents(run: Run) -> None:
         ("train.batch_tokens=1000", "train.batch_tokens 1000 does not divide into contexts of 64 tokens; try 1024"),
         ("optimizer.schedule=wsd", "decay_steps goes with schedule wsd"),
         ("optimizer.min_lr=1", "min_lr 1.0 is above lr"),
+        ("optimizer.name=moun", "optimizer.name='moun'"),
+        ("optimizer.muon.momentum=0.9", "the keys of optimizer.muon go with optimizer.name muon, and it is adamw"),
+        ("optimizer.muon.momentum=1", "optimizer.muon.momentum=1"),
+        ("optimizer.muon.newton_schulz_steps=0", "optimizer.muon.newton_schulz_steps=0"),
         ("deepspeed.train_batch_size=8", "deepspeed.train_batch_size is derived; set train.batch_tokens instead"),
         ("deepspeed.zero_optimisation=1", "deepspeed.zero_optimisation is an unknown key; the nearest is zero_opt"),
         ("model.positions=32", "data.context_tokens 64 is longer than model.positions 32"),
@@ -278,6 +282,12 @@ def test_mistakes(run: Run, override: str, words: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_muon_is_not_offloaded(run: Run) -> None:
+    assert run.config("optimizer.name=muon", "optimizer.muon.momentum=0.9").optimizer.muon.momentum == 0.9
+    with pytest.raises(UserError, match=r"offload_optimizer does not go with optimizer\.name muon"):
+        run.config("optimizer.name=muon", "deepspeed.zero_optimization.offload_optimizer.device=cpu")
+
+
 def test_layers_that_do_not_fit_the_shape(run: Run) -> None:
     with pytest.raises(UserError, match="heads of 15 channels cannot have rotary positions"):
         run.config("model.width=30", "model.layers=[{mixer: softmax, rotary_base: 10000}]")
@@ -367,7 +377,7 @@ def test_the_keys_that_a_resumed_run_must_keep(run: Run) -> None:
     assert [key for key, _ in fixed_keys(config)] == [
         *("seed", "model", "data.blend.0.weight", "data.blend.1.weight", "data.context_tokens"),
         *("data.reset_at_documents", "data.within_documents", "data.stateful"),
-        *("data.curriculum.0.until_step", "data.curriculum.0.context_tokens", "train.batch_tokens"),
+        *("data.curriculum.0.until_step", "data.curriculum.0.context_tokens", "train.batch_tokens", "optimizer.name"),
     ]
 
 

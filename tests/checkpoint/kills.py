@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tostlm.checkpoint import state_files
-from tostlm.checkpoint.deepspeed_state import KINDS, gather_state, restore_state, state_elements, state_numels
+from tostlm.checkpoint.deepspeed_state import ADAM_KINDS, gather_state, restore_state, state_elements, state_numels
 from tostlm.checkpoint.layout import TrainState, checkpoint_folder, checkpoints, read_state, read_train_state
 from tostlm.checkpoint.load import latest_valid_checkpoint, resume
 from tostlm.checkpoint.save import LATEST, PARTIAL, CheckpointSaver
@@ -43,9 +43,9 @@ def expected_state(config: RunConfig, step: int) -> Expected:
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in LM(config.model).named_parameters()}
     return {
-        f"{name}/{kind}": torch.full(shape, step + number / 64 + KINDS.index(kind) / 4)
+        f"{name}/{kind}": torch.full(shape, step + number / 64 + ADAM_KINDS.index(kind) / 4)
         for number, (name, shape) in enumerate(shapes.items())
-        for kind in KINDS
+        for kind in ADAM_KINDS
     }
 
 

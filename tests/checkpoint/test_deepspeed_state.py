@@ -16,7 +16,7 @@ from tests.processes import on_ranks
 from tests.train.engines import KEPT_STEP, LAST_STEP, Job, run_jobs
 from tests.train.run_helpers import VARIANTS
 from tostlm.checkpoint import layout
-from tostlm.checkpoint.deepspeed_state import KINDS
+from tostlm.checkpoint.deepspeed_state import ADAM_KINDS, MUON_KINDS
 from tostlm.checkpoint.layout import checkpoint_folder, load_checkpoint, read_recurrent_state, read_train_state
 from tostlm.checkpoint.load import resume
 from tostlm.config import batch_plan, load_config
@@ -27,6 +27,8 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}  # of a loss
 OTHERS = VARIANTS.keys() - {"bf16"}
 ENGINES = [(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
 ENGINES += [(1, "bf16 with fp32 gradients"), *((stage, "fp16") for stage in (1, 2, 3))]
+ENGINES += [(stage, "fp32 and muon") for stage in (0, 1, 2, 3)]
+MATRICES = "_proj.weight"  # how the names end that Muon updates
 
 
 FOUR = pytest.param(4, 2, marks=pytest.mark.slow)  # ranks, and how far the stages are shifted
@@ -37,18 +39,20 @@ def options(stage: int, precision: str) -> list[str]:
         "fp32": [],
         "bf16": ["bf16.enabled=true"],
         "bf16 with fp32 gradients": ["bf16.enabled=true", "data_types.grad_accum_dtype=fp32"],
+        "fp32 and muon": [],
         "fp16": ["fp16.enabled=true", "fp16.initial_scale_power=20"],  # overflows once before KEPT_STEP
     }[precision]
     # Some of a model's parameters then stay whole, and some do not.
     threshold = ["zero_optimization.stage3_param_persistence_threshold=100"] if stage == 3 else []
-    return [f"deepspeed.{key}" for key in [f"zero_optimization.stage={stage}", *keys, *threshold]]
+    muon = ["optimizer.name=muon", "optimizer.muon.newton_schulz_dtype=fp32"] if "muon" in precision else []
+    return [*muon, *(f"deepspeed.{key}" for key in [f"zero_optimization.stage={stage}", *keys, *threshold])]
 
 
 def other(stage: int, precision: str, shift: int) -> tuple[int, str]:
     """Another stage that DeepSpeed has for a precision; its fp16 at stage 0 clips in its own way."""
     if precision == "fp16":
         return (stage - 1 + shift) % 3 + 1, precision
-    return (stage + shift) % 4, precision.partition(" ")[0]
+    return (stage + shift) % 4, precision if "muon" in precision else precision.partition(" ")[0]
 
 
 def tensors_of(run_dir: Path) -> dict[str, Tensor]:
@@ -125,17 +129,21 @@ class TestEveryEngine:
         assert facts["weights_unlike_masters"] == []
         assert facts["adam_steps"] == [state.optimizer_steps]
         assert facts["shared_counts"] == 0
-        assert facts["weight_decays"] == [0.1, 0.0]
+        assert facts["weight_decays"] == [0.1, 0.0, *([0.1] if "muon" in precision else [])]
         assert facts["loss_scale"] == state.loss_scale
 
     def test_is_saved_in_full_and_in_fp32(self, matrix: Matrix, number: int) -> None:
         stage, precision = ENGINES[number]
         folder = checkpoint_folder(matrix.folder / f"{stage} {precision}", KEPT_STEP)
         found, lm = tensors_of(matrix.folder / f"{stage} {precision}"), load_checkpoint(folder).lm
-        shapes = {f"{name}/{kind}": p.shape for name, p in lm.named_parameters() for kind in KINDS}
+        shapes = {
+            f"{name}/{kind}": p.shape
+            for name, p in lm.named_parameters()
+            for kind in (MUON_KINDS if "muon" in precision and name.endswith(MATRICES) else ADAM_KINDS)
+        }
         assert {key: tensor.shape for key, tensor in found.items()} == shapes
         assert {tensor.dtype for tensor in found.values()} == {torch.float32}
-        dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(precision, torch.bfloat16)
+        dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(precision.split()[0], torch.bfloat16)
         for name, parameter in lm.named_parameters():
             assert parameter.dtype == dtype
             assert parameter.equal(found[f"{name}/weight"].to(dtype))

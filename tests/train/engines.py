@@ -92,7 +92,7 @@ def state_facts(engine: TrainingEngine) -> dict[str, Any]:
     """Return what must hold of an engine right after it was restored."""
     weights = gather_weights(engine)
     masters = gather_state(engine, dict.fromkeys(state_numels(engine), 0))
-    counts = [state["step"] for state in engine.basic_optimizer.state.values()]
+    counts = [state["step"] for state in engine.basic_optimizer.state.values() if "step" in state]
     tensors = [count for count in counts if isinstance(count, torch.Tensor)]
     return {
         "weights_unlike_masters": [n for n, w in weights.items() if not masters[f"{n}/weight"].to(w.dtype).equal(w)],

@@ -1,4 +1,4 @@
-"""A DeepSpeed engine's training state by parameter: fp32 master weights and Adam's moments, at every ZeRO stage.
+"""A DeepSpeed engine's training state by parameter: fp32 master weights and moments, at every ZeRO stage.
 
 The stages lay these out differently: one tensor per parameter, flat tensors, or flat tensors partitioned over the
 ranks. Here each parameter's fragment on this rank is found, once for all stages.
@@ -23,8 +23,9 @@ from torch import Tensor
 
 from tostlm.errors import EXIT_USER_ERROR, UserError
 from tostlm.model import LM
+from tostlm.optim import MOMENTUM, MatrixShard, Muon
 
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
+ADAM_KINDS, MUON_KINDS = ("weight", "exp_avg", "exp_avg_sq"), ("weight", MOMENTUM)
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # DeepSpeed's names
 
 
@@ -55,7 +56,7 @@ class DeepSpeedEngine(Protocol):
 
     module: LM
     optimizer: DeepSpeedOptimizer
-    basic_optimizer: torch.optim.Optimizer  # AdamW itself, which `optimizer` wraps under ZeRO
+    basic_optimizer: torch.optim.Optimizer  # AdamW or Muon itself, which `optimizer` wraps under ZeRO
     torch_autocast_z0_gradscaler: torch.amp.GradScaler | None
     device: torch.device
     global_steps: int
@@ -86,9 +87,28 @@ class Fragment(NamedTuple):
     offset: int  # of the first element, in `owner`
 
 
-def state_keys(name: str) -> list[str]:
+def state_keys(engine: DeepSpeedEngine, name: str) -> list[str]:
     """Return the keys of a parameter's master weight and moments in a checkpoint: NAME/KIND."""
-    return [f"{name}/{kind}" for kind in KINDS]
+    return [f"{name}/{kind}" for kind in _kinds(engine, name)]
+
+
+def _kinds(engine: DeepSpeedEngine, name: str) -> tuple[str, ...]:
+    optimizer = engine.basic_optimizer
+    return MUON_KINDS if isinstance(optimizer, Muon) and name in optimizer.matrices else ADAM_KINDS
+
+
+def matrix_shards(engine: DeepSpeedEngine, matrices: Mapping[str, int]) -> list[MatrixShard]:
+    """Return where the matrices lie that Muon updates, of which each is made of so many. Every rank must call this."""
+    parameters = {name: p for name, p in engine.module.named_parameters() if name in matrices}
+    fragments = {name: _fragment(engine, parameter) for name, parameter in parameters.items()}
+    of_ranks: list[dict[str, range]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, {name: fragment.elements for name, fragment in fragments.items()})
+    shards = []
+    for name, fragment in fragments.items():
+        rows, columns = _full_shape(parameters[name])
+        elements = tuple(of_rank[name] for of_rank in of_ranks)
+        shards.append(MatrixShard(name, (rows, columns), matrices[name], fragment.owner, fragment.offset, elements))
+    return shards
 
 
 def state_numels(engine: DeepSpeedEngine) -> dict[str, int]:
@@ -100,7 +120,7 @@ def state_elements(engine: DeepSpeedEngine) -> dict[str, range]:
     """Return which elements of each flattened tensor NAME/KIND lie in this rank's optimizer."""
     elements: dict[str, range] = {}
     for name, parameter in engine.module.named_parameters():
-        elements |= dict.fromkeys(state_keys(name), _fragment(engine, parameter).elements)
+        elements |= dict.fromkeys(state_keys(engine, name), _fragment(engine, parameter).elements)
     return elements
 
 
@@ -120,14 +140,14 @@ def gather_state(engine: DeepSpeedEngine, rank_of: Mapping[str, int]) -> dict[st
     for name, parameter in engine.module.named_parameters():
         own = rank_of[name] == dist.get_rank()
         fragment = _fragment(engine, parameter)
-        for key, kind in zip(state_keys(name), KINDS, strict=True) if own or partitioned else ():
+        for kind in _kinds(engine, name) if own or partitioned else ():
             full = torch.zeros(_full_shape(parameter).numel(), dtype=torch.float32, device=engine.device)
             full[fragment.elements.start : fragment.elements.stop] = _view(engine, fragment, kind)
             if partitioned:
                 # One rank has each element, the others zero bits: their sum as integers is exact, even for -0.0.
                 dist.reduce(full.view(torch.int32), dst=rank_of[name])
             if own:
-                gathered[key] = full.view(_full_shape(parameter)).cpu()
+                gathered[f"{name}/{kind}"] = full.view(_full_shape(parameter)).cpu()
     return gathered
 
 
@@ -147,8 +167,8 @@ def restore_state(engine: DeepSpeedEngine, fragments: Iterable[tuple[str, Tensor
     for key, elements in fragments:
         name, _, kind = key.rpartition("/")
         _view(engine, _fragment(engine, parameters[name]), kind).copy_(elements)
-    for owner in _owners(engine):
-        state = _adam_state(engine, owner)
+    for owner in _owners_of_adam(engine):
+        state = _state(engine, owner)
         step = state["step"]  # DeepSpeed's CPU Adam counts in an int, torch's in a tensor
         state["step"] = torch.full_like(step, optimizer_steps) if isinstance(step, Tensor) else optimizer_steps
     if isinstance(engine.basic_optimizer, DeepSpeedCPUAdam):
@@ -221,7 +241,7 @@ def share_weights(engine: DeepSpeedEngine) -> None:
 
 def optimizer_steps(engine: DeepSpeedEngine) -> int:
     """Return the number of updates that Adam has made."""
-    return int(_adam_state(engine, _owners(engine)[0])["step"])
+    return int(_state(engine, _owners_of_adam(engine)[0])["step"])
 
 
 def loss_scale(engine: DeepSpeedEngine) -> dict[str, float] | None:
@@ -269,12 +289,21 @@ def _fragment(engine: DeepSpeedEngine, parameter: Tensor) -> Fragment:
     if engine.zero_optimization():
         mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]  # deepspeed.utils.tensor_fragment
         if mapping is None:
-            return Fragment(range(0), _owners(engine)[0], 0)
+            return Fragment(range(0), _group_owner(engine, parameter), 0)
         (owner,) = engine.optimizer.param_groups[mapping.param_group_index]["params"]
         start, offset = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start
         return Fragment(range(start, start + mapping.lp_fragment_address.numel), owner, offset)
     master = next((master for weight, master in _master_copies(engine) if weight is parameter), parameter)
     return Fragment(range(numel), master, 0)
+
+
+def _group_owner(engine: DeepSpeedEngine, parameter: Tensor) -> Tensor:
+    """Return the tensor that this rank's optimizer has for a parameter's group, at ZeRO stages 1 and 2."""
+    optimizer: Any = engine.optimizer
+    groups = optimizer.bit16_groups if hasattr(optimizer, "bit16_groups") else optimizer.bf16_groups
+    index = next(index for index, group in enumerate(groups) if any(other is parameter for other in group))
+    owner: Tensor = optimizer.param_groups[index]["params"][0]
+    return owner
 
 
 def _stage3(engine: DeepSpeedEngine) -> Stage3Optimizer | None:
@@ -298,19 +327,25 @@ def _owners(engine: DeepSpeedEngine) -> list[Tensor]:
 
 def _view(engine: DeepSpeedEngine, fragment: Fragment, kind: str) -> Tensor:
     """Return a flat view of a fragment's elements in the engine, to read or to write."""
-    tensor: Tensor = fragment.owner.detach() if kind == "weight" else _adam_state(engine, fragment.owner)[kind]
+    tensor: Tensor = fragment.owner.detach() if kind == "weight" else _state(engine, fragment.owner)[kind]
     return tensor.view(-1)[fragment.offset : fragment.offset + len(fragment.elements)]
 
 
-def _adam_state(engine: DeepSpeedEngine, owner: Tensor) -> dict[str, Any]:
-    """Return Adam's state of a tensor; before its first step, created as that step would."""
-    adam = engine.basic_optimizer
-    state: dict[str, Any] = adam.state[owner]
-    if not state:
-        on_device = adam.defaults.get("fused", False)
-        in_torch = isinstance(adam, torch.optim.AdamW)
+def _owners_of_adam(engine: DeepSpeedEngine) -> list[Tensor]:
+    return [owner for owner in _owners(engine) if "step" in _state(engine, owner)]
+
+
+def _state(engine: DeepSpeedEngine, owner: Tensor) -> dict[str, Any]:
+    """Return the optimizer's state of a tensor; before its first step, created as that step would."""
+    optimizer = engine.basic_optimizer
+    state: dict[str, Any] = optimizer.state[owner]
+    if not state and isinstance(optimizer, Muon) and optimizer.holds_matrices(owner):
+        optimizer.momentum(owner)
+    elif not state:
+        on_device = optimizer.defaults.get("fused", False)
+        in_torch = isinstance(optimizer, torch.optim.AdamW)
         state["step"] = torch.zeros((), device=owner.device if on_device else "cpu") if in_torch else 0
-        for kind in KINDS[1:]:
+        for kind in ADAM_KINDS[1:]:
             state[kind] = torch.zeros_like(owner, requires_grad=False)
     return state
 

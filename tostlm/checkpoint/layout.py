@@ -6,8 +6,8 @@ A run's folder holds
     metrics.jsonl, tensorboard/
     checkpoints/latest                  the name of the newest checkpoint, for people and other tools
     checkpoints/step-00000100/
-        state/00000.safetensors         of each parameter NAME, in full and in fp32: NAME/weight, NAME/exp_avg and
-                                        NAME/exp_avg_sq
+        state/00000.safetensors         of each parameter NAME, in full and in fp32: NAME/weight, and NAME/exp_avg and
+                                        NAME/exp_avg_sq (AdamW) or NAME/momentum (Muon)
         weights.safetensors             the model in the dtype it trains in, where train.save_weights is on
         recurrent_state.safetensors     the recurrent state of each sequence, where data.stateful is on
         config.yaml                     the config of the run

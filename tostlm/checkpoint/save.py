@@ -129,12 +129,14 @@ class CheckpointSaver:
     ) -> dict[str, Content]:
         """Return the contents of the files that this rank writes, by path in the checkpoint."""
         rank, world_size = self._ranks.rank, self._ranks.world_size
-        sizes = {name: 4 * len(state_keys(name)) * numel for name, numel in state_numels(engine).items()}
+        sizes = {name: 4 * len(state_keys(engine, name)) * numel for name, numel in state_numels(engine).items()}
         assigned = assign_files(sizes, world_size)
         rank_of = {name: owner for owner, files_of in enumerate(assigned) for names in files_of for name in names}
         tensors = gather_state(engine, rank_of)
         files: dict[str, Content] = {
-            f"{STATE}/{number:05d}.safetensors": {key: tensors[key] for name in names for key in state_keys(name)}
+            f"{STATE}/{number:05d}.safetensors": {
+                key: tensors[key] for name in names for key in state_keys(engine, name)
+            }
             for number, names in enumerate(assigned[rank], start=sum(map(len, assigned[:rank])))
         }
         weights = gather_weights(engine) if self._config.train.save_weights else {}

@@ -12,6 +12,7 @@ from tostlm.config.files import (
 )
 from tostlm.config.sections import (
     BatchPlan,
+    MuonConfig,
     PositiveFloat,
     PositiveInt,
     RunConfig,
@@ -25,6 +26,7 @@ from tostlm.config.sections import (
 __all__ = [
     "FOLDER",
     "BatchPlan",
+    "MuonConfig",
     "PositiveFloat",
     "PositiveInt",
     "RunConfig",

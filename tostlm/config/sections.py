@@ -179,9 +179,21 @@ class TrainConfig(Section):
         return self
 
 
-class OptimizerConfig(Section):
-    """AdamW and its learning-rate schedule."""
+class MuonConfig(Section):
+    """Muon, for the matrices inside the blocks."""
 
+    momentum: Free[Share] = 0.95
+    newton_schulz_steps: Free[Annotated[int, pydantic.Field(ge=1, le=20)]] = 5
+    newton_schulz_dtype: Free[Literal["bf16", "fp32"]] = "bf16"
+    update_scale: Free[Literal["adamw_rms", "spectral"]] = "adamw_rms"
+    cautious_weight_decay: Free[bool] = False  # only where an update makes weights smaller too
+
+
+class OptimizerConfig(Section):
+    """AdamW, or Muon beside it, and the learning-rate schedule."""
+
+    name: Fixed[Literal["adamw", "muon"]] = "adamw"
+    muon: MuonConfig = MuonConfig()  # with name muon
     lr: Free[PositiveFloat]
     min_lr: Free[NonNegativeFloat]
     schedule: Free[Literal["cosine", "wsd"]] = "cosine"
@@ -193,6 +205,8 @@ class OptimizerConfig(Section):
 
     @pydantic.model_validator(mode="after")
     def _schedule_is_whole(self) -> OptimizerConfig:
+        if self.name != "muon" and self.muon != MuonConfig():
+            raise ValueError(f"the keys of optimizer.muon go with optimizer.name muon, and it is {self.name}")
         if (self.schedule == "wsd") != (self.decay_steps is not None):
             raise ValueError("decay_steps goes with schedule wsd: set both or neither")
         if self.min_lr > self.lr:
@@ -239,6 +253,12 @@ class RunConfig(Section):
         self._check_context_parallelism()
         self._check_stateful()
         check_deepspeed_block(self.deepspeed)
+        offload = self.deepspeed.get("zero_optimization", {}).get("offload_optimizer") or {}
+        if self.optimizer.name == "muon" and offload.get("device") == "cpu":
+            raise ValueError(
+                "deepspeed.zero_optimization.offload_optimizer does not go with optimizer.name muon, which needs whole "
+                "matrices where the model is; leave it out, or use adamw"
+            )
         return self
 
     def _check_divisibility(self) -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from tostlm.model.config import MixerOptions, ModelConfig
 from tostlm.model.mixers.base import MIXERS, MixerState
+from tostlm.model.parts.projections import FusedLinear
 from tostlm.model.positions import SequencePositions
 
 RMS_EPS = 1e-6
@@ -94,7 +95,7 @@ class MLP(nn.Module):
         super().__init__()
         self.config = config
         inside = config.mlp_channels
-        self.in_proj = nn.Linear(config.width, 2 * inside if config.mlp == "swiglu" else inside, bias=False)
+        self.in_proj = FusedLinear(config.width, inside, parts=2 if config.mlp == "swiglu" else 1)
         self.out_proj = nn.Linear(inside, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

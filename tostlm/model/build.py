@@ -6,7 +6,7 @@ Initialization and groups are the authors' recipe, which is nanoGPT's.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -33,22 +33,39 @@ def create_lm(config: ModelConfig, seed: int, partition: Callable[[nn.Module], N
     return lm
 
 
-def parameter_groups(lm: LM, weight_decay: float) -> list[dict[str, Any]]:
-    """Return torch's optimizer groups: "decay", and "no_decay" of norms, gains and what mixers exempt."""
+def parameter_groups(lm: LM, weight_decay: float, apart: Collection[str] = ()) -> list[dict[str, Any]]:
+    """Return torch's optimizer groups: "decay", and "no_decay" of norms, gains and what mixers exempt.
+
+    The parameters named in `apart` are in a third one, "matrices", which decays too.
+    """
     exempt = {
         id(parameter)
         for block in lm.blocks
         for name, parameter in block.mixer.named_parameters()
         if name in block.mixer.no_weight_decay
     }
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "matrices": []}
     # `lm` itself may be partitioned: its parameters then have lost their shapes.
-    for parameter, whole in zip(lm.parameters(), _meta_lm(lm.config).parameters(), strict=True):
-        groups[whole.dim() >= 2 and id(parameter) not in exempt].append(parameter)
+    for (name, parameter), whole in zip(lm.named_parameters(), _meta_lm(lm.config).parameters(), strict=True):
+        decays = whole.dim() >= 2 and id(parameter) not in exempt
+        groups["matrices" if name in apart else "decay" if decays else "no_decay"].append(parameter)
     return [
-        {"name": "decay", "params": groups[True], "weight_decay": weight_decay},
-        {"name": "no_decay", "params": groups[False], "weight_decay": 0.0},
+        {"name": name, "params": parameters, "weight_decay": 0.0 if name == "no_decay" else weight_decay}
+        for name, parameters in groups.items()
+        if parameters or name != "matrices"
     ]
+
+
+def hidden_matrices(config: ModelConfig) -> dict[str, int]:
+    """Return the names of the blocks' linear layers' matrices, and of how many equal ones each is made.
+
+    Projections to a number for each head are not among them.
+    """
+    return {
+        f"{name}.weight": getattr(layer, "parts", 1)
+        for name, layer in _meta_lm(config).named_modules()
+        if isinstance(layer, nn.Linear) and name != "head" and min(layer.weight.shape) > config.heads
+    }
 
 
 def count_parameters(config: ModelConfig) -> int:

@@ -23,11 +23,12 @@ from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from torch import Tensor, nn
 from torch.utils.cpp_extension import get_default_build_root
 
-from tostlm.checkpoint.deepspeed_state import DeepSpeedEngine, share_weights
-from tostlm.config import BatchPlan, RunConfig
+from tostlm.checkpoint.deepspeed_state import DeepSpeedEngine, matrix_shards, share_weights
+from tostlm.config import BatchPlan, MuonConfig, RunConfig
 from tostlm.errors import EXIT_LOST_RANK, EXIT_USER_ERROR, UserError, is_lost_peer, report
 from tostlm.launch import RankInfo
-from tostlm.model import IGNORE, LM, LMState, create_lm, largest_part_numel, parameter_groups
+from tostlm.model import IGNORE, LM, LMState, create_lm, hidden_matrices, largest_part_numel, parameter_groups
+from tostlm.optim import Muon, MuonRule
 from tostlm.train.batches import Batch, RecurrentState
 
 T = TypeVar("T")
@@ -78,11 +79,17 @@ def init_distributed(ranks: RankInfo) -> torch.device:
         torch.cuda.set_device(index)
         os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed selects its device by it
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").addFilter(_is_news)
     # Training never calls the shared-memory all-reduce that DeepSpeed would compile for a minute at the first start.
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=COLLECTIVE_TIMEOUT)
     return torch.device(deepspeed.get_accelerator().current_device_name())
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Return whether a message of DeepSpeed tells a user something: it warns of every optimizer but its own."""
+    return "untested optimizer" not in str(record.msg)
 
 
 def broadcast_from_rank0(function: Callable[[], T], ranks: RankInfo) -> T:
@@ -147,6 +154,8 @@ def deepspeed_dict(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": plan.micro_sequences,
         "gradient_accumulation_steps": plan.accumulation,
         "steps_per_print": config.deepspeed.get("steps_per_print", config.train.steps + 1),
+        # It knows AdamW, and not what is derived from it.
+        **({} if config.optimizer.name == "adamw" else {"zero_allow_untested_optimizer": True}),
     }
 
 
@@ -172,11 +181,14 @@ def start_engine(config: RunConfig, plan: BatchPlan, ranks: RankInfo) -> Trainin
             raise
         _reject(f"DeepSpeed rejects the deepspeed block: {_one_line(error)}", ranks)
     share_weights(engine)
+    if isinstance(optimizer, Muon):
+        optimizer.bind(matrix_shards(engine, hidden_matrices(config.model)))
     engine.guard = StepGuard(engine, optimizer)
     for state in optimizer.state.values():
         # At stage 0 in low precision DeepSpeed creates the optimizer's state by a step on zero gradients, which Adam's
         # bias correction would count.
-        state["step"].zero_()
+        if "step" in state:
+            state["step"].zero_()
     return engine
 
 
@@ -207,8 +219,11 @@ def prepare_blocks(lm: LM, config: RunConfig) -> None:
 
 def _create_optimizer(config: RunConfig, lm: LM, ranks: RankInfo) -> torch.optim.Optimizer:
     settings = config.optimizer
-    groups = parameter_groups(lm, settings.weight_decay)
     common: dict[str, Any] = {"lr": 0.0, "betas": settings.betas, "eps": settings.eps}  # each step sets the rate
+    if settings.name == "muon":
+        groups = parameter_groups(lm, settings.weight_decay, hidden_matrices(config.model))
+        return Muon(groups, _muon_rule(settings.muon), **common, fused=torch.cuda.is_available())
+    groups = parameter_groups(lm, settings.weight_decay)
     if _offload(config, "optimizer").get("device") != "cpu":
         return torch.optim.AdamW(groups, **common, fused=torch.cuda.is_available())
     if not ranks.local_rank and (lock := _build_lock()).exists():
@@ -219,6 +234,17 @@ def _create_optimizer(config: RunConfig, lm: LM, ranks: RankInfo) -> torch.optim
     except RuntimeError as error:  # DeepSpeed compiles it with g++ at the first start
         _reject(f"offload_optimizer needs DeepSpeed's CPU Adam, which cannot be built here: {_one_line(error)}", ranks)
     return optimizer
+
+
+def _muon_rule(settings: MuonConfig) -> MuonRule:
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.newton_schulz_dtype]
+    return MuonRule(
+        momentum=settings.momentum,
+        steps=settings.newton_schulz_steps,
+        dtype=dtype,
+        scale=settings.update_scale,
+        cautious=settings.cautious_weight_decay,
+    )
 
 
 def _build_lock() -> Path:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from tostlm.model.config import MAX_SIZE, MixerOptions, ModelConfig
@@ -18,7 +18,7 @@ from tostlm.model.parts.channel_decays import add_decaying_outer_products
 from tostlm.model.parts.gated_output import GatedOutput
 from tostlm.model.parts.low_rank import LowRank
 from tostlm.model.parts.matrix_state import outer_products_flops
-from tostlm.model.parts.projections import project_tokens
+from tostlm.model.parts.projections import FusedLinear, project_tokens
 from tostlm.model.parts.short_conv import ShortConv, check_taps, tail_bytes
 from tostlm.model.positions import SequencePositions
 from tostlm.shapes import Float
@@ -70,7 +70,7 @@ class GLA(Mixer):
     def __init__(self, config: ModelConfig, options: GLAOptions) -> None:
         super().__init__(config, options)
         C = config.width
-        self.in_proj = nn.Linear(C, 3 * C, bias=False)  # queries, keys, values
+        self.in_proj = FusedLinear(C, C, parts=3)  # queries, keys, values
         self.conv = ShortConv(3 * C, options.short_conv, silu=True) if options.short_conv else None
         self.decay = LowRank(C, options.gate_rank, inside=None, offset=True)
         self.output = GatedOutput(config, gated=True, silu=True)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from tostlm.model.config import MixerOptions, ModelConfig
 from tostlm.model.mixers.base import Mixer
-from tostlm.model.parts.projections import project_tokens, project_values
+from tostlm.model.parts.projections import FusedLinear, project_tokens, project_values
 from tostlm.model.parts.rotary import rotate
 from tostlm.model.parts.short_conv import ShortConv, check_taps, tail_bytes
 from tostlm.model.positions import SequencePositions
@@ -49,7 +49,7 @@ class Attention(Mixer):
         C, H = config.width, config.heads
         if options.rotary_base is not None and C // H % 2:
             raise ValueError(f"heads of {C // H} channels cannot have rotary positions; their number must be even")
-        self.in_proj = nn.Linear(C, 3 * C, bias=False)  # queries, keys, values
+        self.in_proj = FusedLinear(C, C, parts=3)  # queries, keys, values
         self.conv = ShortConv(3 * C, options.short_conv, silu=False) if options.short_conv else None
         self.qk_scale = nn.Parameter(torch.empty(H)) if options.qk_norm else None
         self.gate_proj = nn.Linear(C, C, bias=False) if options.gate == "output" else None

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from tostlm.model.config import ModelConfig
 from tostlm.model.parts.forgetting import Forgetting, ForgettingOptions, Kind
-from tostlm.model.parts.projections import project_tokens, project_values
+from tostlm.model.parts.projections import FusedLinear, project_tokens, project_values
 from tostlm.model.parts.short_conv import ShortConv, check_taps, tail_bytes
 from tostlm.model.positions import SequencePositions
 
@@ -53,7 +53,7 @@ class KeysQueriesValues(nn.Module):
         super().__init__()
         C, H = config.width, config.heads
         self.config = config
-        self.in_proj = nn.Linear(C, 3 * C, bias=False)
+        self.in_proj = FusedLinear(C, C, parts=3)
         self.conv = ShortConv(3 * C, options.short_conv, silu=True) if options.short_conv else None
         self.forgetting = Forgetting(options, C, H)
         self.write_proj = None if own_strengths else nn.Linear(C, H)

@@ -12,6 +12,14 @@ from tostlm.model.parts.short_conv import ShortConv, convolved
 from tostlm.model.positions import SequencePositions
 
 
+class FusedLinear(nn.Linear):
+    """Linear layers without biases of the same input in one: their matrices one below the other."""
+
+    def __init__(self, inputs: int, outputs: int, parts: int) -> None:
+        super().__init__(inputs, parts * outputs, bias=False)
+        self.parts = parts
+
+
 def project_tokens(
     in_proj: nn.Linear,
     conv: ShortConv | None,

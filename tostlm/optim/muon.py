@@ -1,0 +1,104 @@
+"""Muon for the matrices inside a model and AdamW for all else, on whatever shards of them a rank's optimizer holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tostlm.optim.orthogonalize import orthogonalize
+from tostlm.optim.shards import MatrixShard, gather_matrices, scatter_matrices
+
+MATRICES = "matrices"  # name of the parameter group that Muon updates
+MOMENTUM = "momentum"  # of the state of a tensor that holds matrices
+ADAMW_RMS = 0.2  # the root mean square of AdamW's usual update (arXiv 2502.16982)
+
+
+@dataclass(frozen=True)
+class MuonRule:
+    """How Muon updates matrices."""
+
+    momentum: float = 0.95
+    steps: int = 5  # of Newton-Schulz
+    dtype: torch.dtype = torch.float32  # of its products
+    scale: Literal["spectral", "adamw_rms"] = "adamw_rms"
+    cautious: bool = False  # whether weights decay only where the update makes them smaller too
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for the parameter groups of matrices, AdamW for the others.
+
+        m = momentum m + (1 - momentum) g        u = momentum m + (1 - momentum) g
+        W = (1 - lr weight_decay) W - lr scale orthogonalize(u)
+
+    `scale` is sqrt(max(1, rows / columns)) where it is `spectral`, and 0.2 sqrt(max(rows, columns)) where it is
+    `adamw_rms`, which makes an update as large as AdamW's usually is, so that one learning rate serves both.
+
+    Momentum and decay go element by element, so they need no whole matrix. For Newton-Schulz each matrix comes together
+    on one rank, which sends every rank its part of the update.
+
+    Sources: Keller Jordan's Muon (kellerjordan.github.io/posts/muon), with Nesterov's momentum; `adamw_rms`, Moonlight
+    (arXiv 2502.16982); `cautious`, cautious weight decay (arXiv 2510.12402).
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], rule: MuonRule, **adamw: Any) -> None:
+        super().__init__(groups, **adamw)
+        self._rule = rule
+        self.matrices: frozenset[str] = frozenset()  # their names
+        self._shards: dict[int, list[MatrixShard]] = {}  # by the identity of their owner
+
+    def bind(self, shards: Sequence[MatrixShard]) -> None:
+        """Say where the matrices lie, in the same order on every rank, once the optimizer has its final tensors."""
+        self.matrices = frozenset(shard.name for shard in shards)
+        for shard in shards:
+            self._shards.setdefault(id(shard.owner), []).append(shard)
+
+    def holds_matrices(self, owner: Tensor) -> bool:
+        """Return whether a tensor of the optimizer holds parts of matrices."""
+        return id(owner) in self._shards
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if group["name"] != MATRICES]
+        try:
+            super().step(closure)
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if group["name"] == MATRICES:
+                self._step_matrices(group)
+
+    def momentum(self, owner: Tensor) -> Tensor:
+        """Return the momentum of a tensor that holds matrices, laid out as it."""
+        momentum: Tensor = self.state[owner].setdefault(MOMENTUM, torch.zeros_like(owner, requires_grad=False))
+        return momentum
+
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        beta, lr, decay = self._rule.momentum, group["lr"], group["weight_decay"]
+        updates = {}
+        for owner in group["params"]:
+            if owner.grad is not None:
+                updates[owner] = owner.grad.lerp(self.momentum(owner).lerp_(owner.grad, 1 - beta), beta)
+        shards = [shard for owner in updates for shard in self._shards.get(id(owner), ())]
+        assert shards or not updates or not lr, "bind comes before the first update"
+        parts = [shard.part(updates[shard.owner]) for shard in shards]
+        wholes = gather_matrices(shards, parts)
+        for matrix, whole in wholes.items():
+            whole.copy_(self._update(shards[matrix], whole))
+        scatter_matrices(shards, wholes, parts)
+        for owner, update in updates.items():
+            kept = (owner * update > 0) if self._rule.cautious else 1.0
+            owner.sub_(lr * (update + decay * kept * owner))
+
+    def _update(self, shard: MatrixShard, u: Tensor) -> Tensor:
+        """Return the scaled update of a whole matrix, flat as `u` is."""
+        blocks = u.view(shard.blocks, -1, shard.shape[1])
+        rows, columns = blocks.shape[1:]
+        spectral = self._rule.scale == "spectral"
+        scale = math.sqrt(max(1, rows / columns)) if spectral else ADAMW_RMS * math.sqrt(max(rows, columns))
+        return scale * orthogonalize(blocks, self._rule.steps, self._rule.dtype).flatten()
