@@ -1,5 +1,7 @@
 """Muon against torch's own, and over ranks against one process."""
 
+from typing import Literal
+
 import pytest
 import torch
 
@@ -20,14 +22,14 @@ def test_singular_values_come_near_one(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(("scale", "theirs"), [("spectral", "original"), ("adamw_rms", "match_rms_adamw")])
-def test_equals_torchs_own(scale: str, theirs: str) -> None:
+def test_equals_torchs_own(scale: Literal["spectral", "adamw_rms"], theirs: str) -> None:
     torch.manual_seed(0)
     start = [torch.randn(6, 10), torch.randn(10, 6), torch.randn(5)]
     own = [x.clone().requires_grad_() for x in start]
     other = [x.clone().requires_grad_() for x in start]
     optimizer = Muon(
         [{"name": MATRICES, "params": own[:2], "weight_decay": 0.1}, {"name": "no_decay", "params": own[2:]}],
-        MuonRule(scale=scale, dtype=torch.bfloat16),
+        MuonRule(0.95, 5, "bf16", scale, cautious_weight_decay=False),
         lr=0.02,
         weight_decay=0.0,
     )

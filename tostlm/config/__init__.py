@@ -12,7 +12,6 @@ from tostlm.config.files import (
 )
 from tostlm.config.sections import (
     BatchPlan,
-    MuonConfig,
     PositiveFloat,
     PositiveInt,
     RunConfig,
@@ -26,7 +25,6 @@ from tostlm.config.sections import (
 __all__ = [
     "FOLDER",
     "BatchPlan",
-    "MuonConfig",
     "PositiveFloat",
     "PositiveInt",
     "RunConfig",

@@ -253,8 +253,7 @@ class RunConfig(Section):
         self._check_context_parallelism()
         self._check_stateful()
         check_deepspeed_block(self.deepspeed)
-        offload = self.deepspeed.get("zero_optimization", {}).get("offload_optimizer") or {}
-        if self.optimizer.name == "muon" and offload.get("device") == "cpu":
+        if self.optimizer.name == "muon" and self.optimizer_on_cpu:
             raise ValueError(
                 "deepspeed.zero_optimization.offload_optimizer does not go with optimizer.name muon, which needs whole "
                 "matrices where the model is; leave it out, or use adamw"
@@ -315,6 +314,12 @@ class RunConfig(Section):
     def zero_stage(self) -> int:
         """DeepSpeed's ZeRO stage, 0 to 3."""
         return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
+
+    @property
+    def optimizer_on_cpu(self) -> bool:
+        """Whether DeepSpeed offloads the optimizer."""
+        offload = self.deepspeed.get("zero_optimization", {}).get("offload_optimizer")
+        return isinstance(offload, dict) and offload.get("device") == "cpu"
 
     @property
     def precision(self) -> str:

@@ -64,7 +64,7 @@ def hidden_matrices(config: ModelConfig) -> dict[str, int]:
     return {
         f"{name}.weight": getattr(layer, "parts", 1)
         for name, layer in _meta_lm(config).named_modules()
-        if isinstance(layer, nn.Linear) and name != "head" and min(layer.weight.shape) > config.heads
+        if isinstance(layer, nn.Linear) and name.startswith("blocks.") and min(layer.weight.shape) > config.heads
     }
 
 

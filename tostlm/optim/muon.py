@@ -11,22 +11,25 @@ import torch
 from torch import Tensor
 
 from tostlm.optim.orthogonalize import orthogonalize
-from tostlm.optim.shards import MatrixShard, gather_matrices, scatter_matrices
+from tostlm.optim.shards import MatrixExchange, MatrixShard
 
 MATRICES = "matrices"  # name of the parameter group that Muon updates
 MOMENTUM = "momentum"  # of the state of a tensor that holds matrices
 ADAMW_RMS = 0.2  # the root mean square of AdamW's usual update (arXiv 2502.16982)
 
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
 @dataclass(frozen=True)
 class MuonRule:
     """How Muon updates matrices."""
 
-    momentum: float = 0.95
-    steps: int = 5  # of Newton-Schulz
-    dtype: torch.dtype = torch.float32  # of its products
-    scale: Literal["spectral", "adamw_rms"] = "adamw_rms"
-    cautious: bool = False  # whether weights decay only where the update makes them smaller too
+    momentum: float
+    newton_schulz_steps: int
+    newton_schulz_dtype: Literal["bf16", "fp32"]  # of its products
+    update_scale: Literal["adamw_rms", "spectral"]
+    cautious_weight_decay: bool  # whether weights decay only where the update makes them smaller too
 
 
 class Muon(torch.optim.AdamW):
@@ -35,14 +38,14 @@ class Muon(torch.optim.AdamW):
         m = momentum m + (1 - momentum) g        u = momentum m + (1 - momentum) g
         W = (1 - lr weight_decay) W - lr scale orthogonalize(u)
 
-    `scale` is sqrt(max(1, rows / columns)) where it is `spectral`, and 0.2 sqrt(max(rows, columns)) where it is
+    The scale is sqrt(max(1, rows / columns)) where it is `spectral`, and 0.2 sqrt(max(rows, columns)) where it is
     `adamw_rms`, which makes an update as large as AdamW's usually is, so that one learning rate serves both.
 
     Momentum and decay go element by element, so they need no whole matrix. For Newton-Schulz each matrix comes together
     on one rank, which sends every rank its part of the update.
 
     Sources: Keller Jordan's Muon (kellerjordan.github.io/posts/muon), with Nesterov's momentum; `adamw_rms`, Moonlight
-    (arXiv 2502.16982); `cautious`, cautious weight decay (arXiv 2510.12402).
+    (arXiv 2502.16982); cautious weight decay (arXiv 2510.12402).
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]], rule: MuonRule, **adamw: Any) -> None:
@@ -50,6 +53,7 @@ class Muon(torch.optim.AdamW):
         self._rule = rule
         self.matrices: frozenset[str] = frozenset()  # their names
         self._shards: dict[int, list[MatrixShard]] = {}  # by the identity of their owner
+        self._exchanges: dict[tuple[int, ...], MatrixExchange] = {}  # by those of the owners that are updated together
 
     def bind(self, shards: Sequence[MatrixShard]) -> None:
         """Say where the matrices lie, in the same order on every rank, once the optimizer has its final tensors."""
@@ -75,7 +79,10 @@ class Muon(torch.optim.AdamW):
 
     def momentum(self, owner: Tensor) -> Tensor:
         """Return the momentum of a tensor that holds matrices, laid out as it."""
-        momentum: Tensor = self.state[owner].setdefault(MOMENTUM, torch.zeros_like(owner, requires_grad=False))
+        state = self.state[owner]
+        if MOMENTUM not in state:
+            state[MOMENTUM] = torch.zeros_like(owner, requires_grad=False)
+        momentum: Tensor = state[MOMENTUM]
         return momentum
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
@@ -86,19 +93,22 @@ class Muon(torch.optim.AdamW):
                 updates[owner] = owner.grad.lerp(self.momentum(owner).lerp_(owner.grad, 1 - beta), beta)
         shards = [shard for owner in updates for shard in self._shards.get(id(owner), ())]
         assert shards or not updates or not lr, "bind comes before the first update"
-        parts = [shard.part(updates[shard.owner]) for shard in shards]
-        wholes = gather_matrices(shards, parts)
+        together = tuple(map(id, updates))
+        if together not in self._exchanges:
+            self._exchanges[together] = MatrixExchange(shards)
+        exchange, parts = self._exchanges[together], [shard.part(updates[shard.owner]) for shard in shards]
+        wholes = exchange.gather(parts)
         for matrix, whole in wholes.items():
             whole.copy_(self._update(shards[matrix], whole))
-        scatter_matrices(shards, wholes, parts)
+        exchange.scatter(wholes, parts)
         for owner, update in updates.items():
-            kept = (owner * update > 0) if self._rule.cautious else 1.0
+            kept = (owner * update > 0) if self._rule.cautious_weight_decay else 1.0
             owner.sub_(lr * (update + decay * kept * owner))
 
     def _update(self, shard: MatrixShard, u: Tensor) -> Tensor:
         """Return the scaled update of a whole matrix, flat as `u` is."""
         blocks = u.view(shard.blocks, -1, shard.shape[1])
-        rows, columns = blocks.shape[1:]
-        spectral = self._rule.scale == "spectral"
+        rule, (rows, columns) = self._rule, blocks.shape[1:]
+        spectral = rule.update_scale == "spectral"
         scale = math.sqrt(max(1, rows / columns)) if spectral else ADAMW_RMS * math.sqrt(max(rows, columns))
-        return scale * orthogonalize(blocks, self._rule.steps, self._rule.dtype).flatten()
+        return scale * orthogonalize(blocks, rule.newton_schulz_steps, DTYPES[rule.newton_schulz_dtype]).flatten()

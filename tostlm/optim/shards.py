@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,15 +30,6 @@ class MatrixShard(NamedTuple):
         return flat.view(-1)[self.offset : self.offset + len(self.elements[own_rank()])]
 
 
-class _Transfer(NamedTuple):
-    """Elements of a matrix that go from one rank to another."""
-
-    matrix: int
-    source: int
-    destination: int
-    elements: range
-
-
 def own_rank() -> int:
     """Return this process's rank; 0 where it is alone."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -57,68 +48,94 @@ def home_ranks(shards: Sequence[MatrixShard]) -> list[int]:
     return homes
 
 
-def gather_matrices(shards: Sequence[MatrixShard], parts: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Return the matrices whose home is this rank, whole and flat, by their places in `shards`. Every rank must call.
+class _Transfer(NamedTuple):
+    """Elements of a matrix that go from one rank to another."""
 
-    Args:
-        parts: of each matrix, this rank's elements.
-    """
-    homes, own = home_ranks(shards), own_rank()
-    transfers = [
-        _Transfer(matrix, source, home, elements)
-        for matrix, (shard, home) in enumerate(zip(shards, homes, strict=True))
-        for source, elements in enumerate(shard.elements)
-        if source != home and len(shard.elements[home]) < shard.numel
-    ]
-    wholes = {}
-    for matrix, (shard, home) in enumerate(zip(shards, homes, strict=True)):
-        if home == own:
-            wholes[matrix] = parts[matrix].new_empty(shard.numel)
-            _place(wholes[matrix], shard.elements[own], parts[matrix])
-    for transfer, received in _exchange(transfers, lambda transfer: parts[transfer.matrix], like=parts):
-        _place(wholes[transfer.matrix], transfer.elements, received)
-    return wholes
+    matrix: int  # its place among the shards
+    source: int
+    destination: int
+    elements: range
+
+    def of(self, wholes: Mapping[int, Tensor]) -> Tensor:
+        """Return a view of the elements in their matrix."""
+        return wholes[self.matrix][self.elements.start : self.elements.stop]
 
 
-def scatter_matrices(shards: Sequence[MatrixShard], wholes: dict[int, Tensor], parts: Sequence[Tensor]) -> None:
-    """Write into every rank's parts what their homes made of the matrices. Every rank must call this."""
-    own = own_rank()
-    transfers = [
-        _Transfer(matrix, home, destination, elements)
-        for matrix, (shard, home) in enumerate(zip(shards, home_ranks(shards), strict=True))
-        for destination, elements in enumerate(shard.elements)
-        if destination != home and elements
-    ]
-    for matrix, whole in wholes.items():
-        parts[matrix].copy_(_elements(whole, shards[matrix].elements[own]))
-    send = lambda transfer: _elements(wholes[transfer.matrix], transfer.elements)  # noqa: E731
-    for transfer, received in _exchange(transfers, send, like=parts):
-        parts[transfer.matrix].copy_(received)
+class MatrixExchange:
+    """The way of some matrices to their homes and back. Every rank must make it, and call it, alike."""
+
+    def __init__(self, shards: Sequence[MatrixShard]) -> None:
+        self._shards, homes = shards, home_ranks(shards)
+        parts = [
+            (matrix, rank, home, elements)
+            for matrix, (shard, home) in enumerate(zip(shards, homes, strict=True))
+            for rank, elements in enumerate(shard.elements)
+            if rank != home and elements
+        ]
+        self._own = [matrix for matrix, home in enumerate(homes) if home == own_rank()]
+        self._there = _AllToAll(
+            [
+                _Transfer(matrix, rank, home, elements)
+                for matrix, rank, home, elements in parts
+                if len(shards[matrix].elements[home]) < shards[matrix].numel
+            ]
+        )
+        self._back = _AllToAll([_Transfer(matrix, home, rank, elements) for matrix, rank, home, elements in parts])
+
+    def gather(self, parts: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Return the matrices whose home is this rank, whole and flat, by their places among the shards.
+
+        Args:
+            parts: of each matrix, this rank's elements.
+        """
+        wholes = {}
+        for matrix in self._own:
+            wholes[matrix] = parts[matrix].new_empty(self._shards[matrix].numel)
+            self._own_part(wholes, matrix).copy_(parts[matrix])
+        for transfer, received in self._there.run(lambda transfer: parts[transfer.matrix], like=parts):
+            transfer.of(wholes).copy_(received)
+        return wholes
+
+    def scatter(self, wholes: Mapping[int, Tensor], parts: Sequence[Tensor]) -> None:
+        """Write into every rank's parts what their homes made of the matrices."""
+        for matrix in wholes:
+            parts[matrix].copy_(self._own_part(wholes, matrix))
+        for transfer, received in self._back.run(lambda transfer: transfer.of(wholes), like=parts):
+            parts[transfer.matrix].copy_(received)
+
+    def _own_part(self, wholes: Mapping[int, Tensor], matrix: int) -> Tensor:
+        elements = self._shards[matrix].elements[own_rank()]
+        return wholes[matrix][elements.start : elements.stop]
 
 
-def _exchange(
-    transfers: Sequence[_Transfer], send: Callable[[_Transfer], Tensor], like: Sequence[Tensor]
-) -> list[tuple[_Transfer, Tensor]]:
-    """Return what comes to this rank of transfers that are the same on all ranks; `send` has what it gives."""
-    if not transfers:
-        return []
-    own, ranks = own_rank(), range(dist.get_world_size())
-    outgoing = [t for rank in ranks for t in transfers if (t.source, t.destination) == (own, rank)]
-    incoming = [t for rank in ranks for t in transfers if (t.source, t.destination) == (rank, own)]
-    sent = torch.cat([like[0].new_empty(0), *map(send, outgoing)])
-    received = sent.new_empty(sum(len(t.elements) for t in incoming))
-    dist.all_to_all_single(
-        received,
-        sent,
-        [sum(len(t.elements) for t in incoming if t.source == rank) for rank in ranks],
-        [sum(len(t.elements) for t in outgoing if t.destination == rank) for rank in ranks],
-    )
-    return list(zip(incoming, received.split([len(t.elements) for t in incoming]), strict=True))
+class _AllToAll:
+    """Transfers that are the same on all ranks, as one collective."""
+
+    def __init__(self, transfers: Sequence[_Transfer]) -> None:
+        own = own_rank()
+        self._empty = not transfers
+        self._outgoing = sorted((t for t in transfers if t.source == own), key=lambda t: t.destination)
+        self._incoming = sorted((t for t in transfers if t.destination == own), key=lambda t: t.source)
+
+    def run(self, send: Callable[[_Transfer], Tensor], like: Sequence[Tensor]) -> list[tuple[_Transfer, Tensor]]:
+        """Return what comes to this rank; `send` has what it gives, and `like` tensors as those that are sent."""
+        if self._empty:
+            return []
+        sent = torch.cat([like[0].new_empty(0), *map(send, self._outgoing)])
+        sizes = [len(t.elements) for t in self._incoming]
+        received = sent.new_empty(sum(sizes))
+        dist.all_to_all_single(
+            received,
+            sent,
+            _numels([(t.source, t) for t in self._incoming]),
+            _numels([(t.destination, t) for t in self._outgoing]),
+        )
+        return list(zip(self._incoming, received.split(sizes), strict=True))
 
 
-def _place(whole: Tensor, elements: range, values: Tensor) -> None:
-    _elements(whole, elements).copy_(values)
-
-
-def _elements(whole: Tensor, elements: range) -> Tensor:
-    return whole[elements.start : elements.stop]
+def _numels(transfers: Sequence[tuple[int, _Transfer]]) -> list[int]:
+    """Return the elements by rank."""
+    numels = [0] * dist.get_world_size()
+    for rank, transfer in transfers:
+        numels[rank] += len(transfer.elements)
+    return numels

@@ -15,7 +15,6 @@ from pydantic import NonNegativeInt
 
 from tostlm.config import (
     FOLDER,
-    PositiveFloat,
     PositiveInt,
     RunConfig,
     Strict,
@@ -25,7 +24,7 @@ from tostlm.config import (
 )
 from tostlm.errors import UserError
 from tostlm.model import count_body_parameters
-from tostlm.study.tasks import NOT_EMPTY, Task
+from tostlm.study.tasks import NOT_EMPTY, LearningRates, Task
 
 Keys = dict[str, Any]  # dotted keys of a run's config, and their values
 # Of an arm or a size, which is also that of a folder, beside the report's files.
@@ -41,15 +40,13 @@ class Arm(Strict):
     set: Keys = NOTHING  # its keys of the run's config
     seeds: Annotated[tuple[NonNegativeInt, ...], NOT_EMPTY] | None = None  # None: the study's
     steps: PositiveInt | None = None  # of its final runs; None: the base's
-    lrs: Annotated[tuple[PositiveFloat, ...], NOT_EMPTY] | None = (
-        None  # of its search, or its only one; None: the study's
-    )
+    lrs: LearningRates | None = None  # of its search, or its only one; None: the study's
 
 
 class Search(Strict):
     """The search for each arm's learning rate: short runs of one seed, of which the lowest validation loss counts."""
 
-    lrs: Annotated[tuple[PositiveFloat, ...], NOT_EMPTY]
+    lrs: LearningRates
     steps: PositiveInt
     seed: NonNegativeInt = 0
 

@@ -28,6 +28,7 @@ class Examples(NamedTuple):
 
 
 NOT_EMPTY = pydantic.Field(min_length=1)
+LearningRates = Annotated[tuple[PositiveFloat, ...], NOT_EMPTY]
 
 
 class Task(Strict):
@@ -39,7 +40,7 @@ class Task(Strict):
     vocab_size: Annotated[int, pydantic.Field(ge=2)] = 512  # different tokens; of n-grams, the states of a chain
     steps: PositiveInt = 2000  # at most: training ends once 99.9% are right
     batch_tokens: PositiveInt = 8192
-    lrs: Annotated[tuple[PositiveFloat, ...], NOT_EMPTY] = (1e-3, 3e-3, 1e-2)  # of which the best counts
+    lrs: LearningRates = (1e-3, 3e-3, 1e-2)  # of which the best counts
     lengths: Annotated[tuple[PositiveInt, ...], NOT_EMPTY] = (1, 4)  # tested, in multiples of `tokens`
 
     @pydantic.model_validator(mode="after")

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.cpp_extension import get_default_build_root
 
 from tostlm.checkpoint.deepspeed_state import DeepSpeedEngine, matrix_shards, share_weights
-from tostlm.config import BatchPlan, MuonConfig, RunConfig
+from tostlm.config import BatchPlan, RunConfig
 from tostlm.errors import EXIT_LOST_RANK, EXIT_USER_ERROR, UserError, is_lost_peer, report
 from tostlm.launch import RankInfo
 from tostlm.model import IGNORE, LM, LMState, create_lm, hidden_matrices, largest_part_numel, parameter_groups
@@ -222,9 +222,9 @@ def _create_optimizer(config: RunConfig, lm: LM, ranks: RankInfo) -> torch.optim
     common: dict[str, Any] = {"lr": 0.0, "betas": settings.betas, "eps": settings.eps}  # each step sets the rate
     if settings.name == "muon":
         groups = parameter_groups(lm, settings.weight_decay, hidden_matrices(config.model))
-        return Muon(groups, _muon_rule(settings.muon), **common, fused=torch.cuda.is_available())
+        return Muon(groups, MuonRule(**settings.muon.model_dump()), **common, fused=torch.cuda.is_available())
     groups = parameter_groups(lm, settings.weight_decay)
-    if _offload(config, "optimizer").get("device") != "cpu":
+    if not config.optimizer_on_cpu:
         return torch.optim.AdamW(groups, **common, fused=torch.cuda.is_available())
     if not ranks.local_rank and (lock := _build_lock()).exists():
         waits = "DeepSpeed's CPU Adam is being built by another process"
@@ -236,26 +236,10 @@ def _create_optimizer(config: RunConfig, lm: LM, ranks: RankInfo) -> torch.optim
     return optimizer
 
 
-def _muon_rule(settings: MuonConfig) -> MuonRule:
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.newton_schulz_dtype]
-    return MuonRule(
-        momentum=settings.momentum,
-        steps=settings.newton_schulz_steps,
-        dtype=dtype,
-        scale=settings.update_scale,
-        cautious=settings.cautious_weight_decay,
-    )
-
-
 def _build_lock() -> Path:
     """Return the file that torch makes while it compiles DeepSpeed's CPU Adam, and for which others wait for ever."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
     return Path(root, CPUAdamBuilder().name, "lock")
-
-
-def _offload(config: RunConfig, kind: str) -> dict[str, Any]:
-    block = config.deepspeed.get("zero_optimization", {}).get(f"offload_{kind}")
-    return block if isinstance(block, dict) else {}
 
 
 def _reject(message: str, ranks: RankInfo) -> NoReturn:
