@@ -31,7 +31,7 @@ def finish(study: Study, arm: str, seed: int, loss: float, lr: float | None = No
     validation = [[3, 1536, loss + 1], [6, 3072, loss]]
     result = Result(
         lr=config.optimizer.lr,
-        config=settings_of(study, cell, config),
+        settings=settings_of(study, cell, config),
         loss=loss,
         tokens=3072,
         flops_per_token=1e6,
@@ -96,6 +96,23 @@ def test_finished_runs_of_other_settings_are_not_mixed_in(run: Run) -> None:
         changed = study_of(run, search=None, set={key: value, "train.eval_every_steps": 3, "model.positions": None})
         with pytest.raises(UserError, match=r"cross/seed0 is finished with .* and the study now says"):
             require_same_settings(changed)
+
+
+def test_what_a_later_version_added_is_at_its_default_in_earlier_results(run: Run) -> None:
+    study = study_of(run, search=None)
+    finish(study, "cross", 0, 4.0)
+    file = study.study_dir / "cross/seed0" / RESULT
+    result = json.loads(file.read_text())
+    result["settings"]["config"] = result["settings"]["config"].replace("  name: adamw\n", "")
+    file.write_text(json.dumps(result))
+    require_same_settings(study)
+    muon = study_of(run, search=None, set={"optimizer.name": "muon", "train.eval_every_steps": 3})
+    with pytest.raises(UserError, match="cross/seed0 is finished with name: adamw, and the study now says name: muon"):
+        require_same_settings(muon)
+    result["settings"]["config"] = "optimiser: sgd\n"
+    file.write_text(json.dumps(result))
+    with pytest.raises(UserError, match="cross/seed0 is finished with optimiser: sgd, and the study now says"):
+        require_same_settings(study)
 
 
 def test_a_better_rate_found_later_is_not_mixed_in(run: Run) -> None:

@@ -7,6 +7,7 @@ from tostlm.config.files import (
     find_config,
     load_config,
     read_mapping,
+    restore_config,
     shipped_configs,
     validate_mapping,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "matmul_dtype",
     "nearest",
     "read_mapping",
+    "restore_config",
     "shipped_configs",
     "use_cpu_without_gpu",
     "validate_mapping",

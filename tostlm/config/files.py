@@ -20,6 +20,7 @@ from tostlm.errors import UserError
 from tostlm.model import MIXERS
 
 Validated = TypeVar("Validated", bound=pydantic.BaseModel)
+EXAMPLE = "`tostlm config show quickstart` prints one"
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: not UTF-8, or an impossible date
 
 
@@ -32,12 +33,23 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         UserError: the file, a key or a value is wrong.
     """
     path = find_config(path)
-    raw = read_mapping(path, "config", "`tostlm config show quickstart` prints one")
+    raw = read_mapping(path, "config", EXAMPLE)
     for override in overrides:
         _apply(raw, override)
     if "model" in raw:
         raw["model"] = expand_recipe(raw["model"], str(path))
     return validate_mapping(RunConfig, raw, str(path))
+
+
+def restore_config(text: str, name: str) -> RunConfig:
+    """Return what `dump_config` has written, of this version or an older one: keys that it had not yet are at defaults.
+
+    `name` is for the user: where the text stands.
+
+    Raises:
+        UserError: this version cannot read it.
+    """
+    return validate_mapping(RunConfig, _parse_mapping(text, "config", name, EXAMPLE), name)
 
 
 def read_mapping(path: Path, kind: str, example: str) -> dict[str, Any]:
@@ -47,13 +59,18 @@ def read_mapping(path: Path, kind: str, example: str) -> dict[str, Any]:
         UserError: it cannot be read, or holds something else.
     """
     try:
-        raw = yaml.load(path.read_text(), _Loader)
+        return _parse_mapping(path.read_bytes(), kind, str(path), example)
     except OSError as error:
         raise UserError(f"{kind} {path} cannot be read: {error.strerror}") from None
+
+
+def _parse_mapping(text: str | bytes, kind: str, name: str, example: str) -> dict[str, Any]:
+    try:
+        raw = yaml.load(text.decode() if isinstance(text, bytes) else text, _Loader)
     except NOT_YAML as error:
-        raise UserError(f"{kind} {path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{kind} {name} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{kind} {path} must be a mapping of keys; {example}")
+        raise UserError(f"{kind} {name} must be a mapping of keys; {example}")
     return raw
 
 

@@ -37,7 +37,7 @@ def measure(study: Study, cell: Cell, config: RunConfig) -> Result:
     context = config.data.context_tokens
     result = Result(
         lr=config.optimizer.lr,
-        config=settings_of(study, cell, config),
+        settings=settings_of(study, cell, config),
         loss=validation[-1][2],
         tokens=config.tokens,
         parameters=count_parameters(config.model),
@@ -72,7 +72,7 @@ def measure_task(study: Study, cell: Cell, config: RunConfig) -> Result:
     lr = max(found, key=merit)
     return Result(
         lr=lr,
-        config=settings_of(study, cell, config),
+        settings=settings_of(study, cell, config),
         loss=found[lr][first][1],
         body_parameters=count_body_parameters(config.model),
         state_bytes=state_bytes(config.model, task.tokens),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pydantic
 
-from tostlm.config import RunConfig, dump_config
+from tostlm.config import RunConfig, dump_config, restore_config
 from tostlm.data import read_manifest
 from tostlm.errors import UserError
 from tostlm.files import read_json_object, write_atomically
@@ -20,11 +20,27 @@ RESULT = "result.json"
 
 
 @dataclass(frozen=True)
+class Settings:
+    """All that determines a run."""
+
+    config: str  # as YAML
+    inputs: list[str]  # what the config does not say: the hashes of its data, or the task
+
+    def lines(self, name: str) -> list[str]:
+        """Return the settings line by line, with what a later tostlm added at the defaults; `name` is the run's."""
+        try:
+            config = dump_config(restore_config(self.config, name))
+        except UserError:  # of a version that had other keys
+            config = self.config
+        return [*config.splitlines(), *self.inputs]
+
+
+@dataclass(frozen=True)
 class Result:
     """Losses are in nats a token, of held-out text."""
 
     lr: float
-    config: str  # of the run, as YAML
+    settings: Settings
     loss: float | None  # at the end of training, on the run's own held-out split; None where training diverged
     tokens: int = 0  # trained on
     parameters: int = 0
@@ -44,11 +60,11 @@ class Result:
 RESULT_FIELDS = pydantic.TypeAdapter(Result)
 
 
-def settings_of(study: Study, cell: Cell, config: RunConfig) -> str:
-    """Return all that determines a run, as YAML."""
+def settings_of(study: Study, cell: Cell, config: RunConfig) -> Settings:
+    """Return all that determines a run."""
     if cell.kind == "task":
-        return dump_config(config) + f"task: {study.tasks[cell.task].model_dump_json()}\n"
-    return dump_config(config) + "".join(f"content_sha256: {_content_sha256(x)}\n" for x in config.data.folders)
+        return Settings(dump_config(config), [f"task: {study.tasks[cell.task].model_dump_json()}"])
+    return Settings(dump_config(config), [f"content_sha256: {_content_sha256(x)}" for x in config.data.folders])
 
 
 def evaluation_of(study: Study, cell: Cell) -> str:
@@ -99,7 +115,8 @@ def require_same_settings(study: Study) -> None:
         if result is None:
             continue
         now = settings_of(study, cell, cell_config(study, cell, None if cell.kind == "task" else result.lr))
-        for had, wants in zip_longest(result.config.splitlines(), now.splitlines(), fillvalue="nothing there"):
+        then, wanted = result.settings.lines(cell.name), now.lines(cell.name)
+        for had, wants in zip_longest(then, wanted, fillvalue="nothing there"):
             if had != wants:
                 raise _other_settings(study, cell, had.strip(), f"the study now says {wants.strip()}")
         best = best_lr(study, cell)
