@@ -65,7 +65,7 @@ def bench_mixers(
     blocks = create_lm(config, seed=0).to(device).blocks
     linear = nn.Linear(width, width, bias=False, device=device)
     read = torch.zeros(1, tokens, dtype=torch.long, device=device)
-    positions = SequencePositions.build(read, 0, None, None, any(b.mixer.needs_attention_mask for b in blocks))
+    positions = SequencePositions.build(read, 0, None, None, any(b.mixer.needs_spans for b in blocks))
     timed: dict[str, list[float]] = {name: [] for name in (LINEAR, *mixers)}
     for _ in range(repeats + 1):
         x = torch.randn(1, tokens, width, device=device, requires_grad=True)

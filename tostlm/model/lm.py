@@ -126,8 +126,8 @@ class LM(nn.Module):
                 f"{tuple(tokens.shape)}"
             )
         past, document_start = (state.tokens, state.document_start) if state else (0, None)
-        with_mask = any(block.mixer.needs_attention_mask for block in self.blocks)
-        positions = SequencePositions.build(tokens, past, document_start, document_start_mask, with_mask, group)
+        with_spans = any(block.mixer.needs_spans for block in self.blocks)
+        positions = SequencePositions.build(tokens, past, document_start, document_start_mask, with_spans, group)
         self._check_length(positions)
         x = self.embed(tokens)
         if self.positions is not None:

@@ -37,7 +37,7 @@ class Mixer(nn.Module):
         has_values: whether `model.value_residual` reaches it: it then has a method `values`, and `forward` takes
             `added_values` [B, T, C] as its fourth argument, which it adds to those.
         layer_scale: what LayerScale of its branch starts at where the model has LayerScale; None is the config's.
-        needs_attention_mask: whether `SequencePositions.attention_mask` is to be built.
+        needs_spans: whether `SequencePositions.spans` and `step_mask` are to be built.
         no_weight_decay: names of its own matrices that the optimizer must not decay.
     """
 
@@ -47,7 +47,7 @@ class Mixer(nn.Module):
     context_parallel: ClassVar[Literal["sequence", "heads"] | None] = None
     has_values: ClassVar[bool] = False
     layer_scale: ClassVar[float | None] = None
-    needs_attention_mask: ClassVar[bool] = False
+    needs_spans: ClassVar[bool] = False
     no_weight_decay: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls) -> None:

@@ -7,9 +7,9 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tostlm.model.parts.attention import Attention, AttentionOptions
+from tostlm.model.parts.causal_attention import attend_causal
 from tostlm.model.positions import SequencePositions
 from tostlm.parallel import heads_to_sequence, sequence_to_heads
 from tostlm.shapes import Float
@@ -40,7 +40,7 @@ class SoftmaxAttention(Attention):
     state_class = KVState
     constant_state = False
     context_parallel = "heads"
-    needs_attention_mask = True
+    needs_spans = True
 
     def forward(
         self,
@@ -54,9 +54,7 @@ class SoftmaxAttention(Attention):
             q, k, v = heads_to_sequence(torch.stack([q, k, v]), positions.group)
         if state is not None:
             k, v = torch.cat([state.keys, k], dim=2), torch.cat([state.values, v], dim=2)
-        mask = positions.attention_mask
-        is_causal = mask is None and q.shape[2] > 1  # a single token attends to all before it
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)  # [B, H, T, D]
+        y = attend_causal(q, k, v, positions.spans, positions.step_mask)  # [B, H, T, D]
         if positions.group is not None:
             y = sequence_to_heads(y, positions.group)
         return self.finish(y, x), KVState(k, v, tail)
