@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.model.common import SOFTMAX, TSSA
-from tostlm.model import ModelConfig, create_lm, parameter_groups
+from tostlm.model import GroupRule, ModelConfig, create_lm, parameter_groups
 from tostlm.model.mixers.tssa import TSSAOptions
 
 CONFIG = ModelConfig(depth=8, width=128, heads=4, vocab_size=2000, positions=256, layers=TSSA + SOFTMAX)
@@ -57,6 +57,29 @@ def test_what_decays() -> None:
     decayed_kinds = {names[p].removesuffix(".weight").rsplit(".", 1)[-1] for p in decayed["params"]}
     assert decayed_kinds == {"embed", "positions", "in_proj", "out_proj"}
     assert len(decayed["params"]) + len(kept["params"]) == len(names)
+
+
+def test_groups_of_chosen_parameters() -> None:
+    """The first rule that matches counts; what does not decay never does."""
+    lm = create_lm(CONFIG, 0)
+    names = {parameter: name for name, parameter in lm.named_parameters()}
+    rules = [GroupRule("embed", 0.1, 0.0), GroupRule(r"blocks\.[01]\.|embed", 2.0, None), GroupRule("temp$", 0.0, 0.3)]
+    groups = {group["name"]: group for group in parameter_groups(lm, 0.1, ["blocks.0.mlp.in_proj.weight"], rules)}
+    settings = {name: (group["kind"], group["lr_scale"], group["weight_decay"]) for name, group in groups.items()}
+    assert settings == {
+        "groups.0/decay": ("decay", 0.1, 0.0),
+        "groups.1/decay": ("decay", 2.0, 0.1),
+        "groups.1/no_decay": ("no_decay", 2.0, 0.0),
+        "groups.1/matrices": ("matrices", 2.0, 0.1),
+        "groups.2/no_decay": ("no_decay", 0.0, 0.0),
+        "decay": ("decay", 1.0, 0.1),
+        "no_decay": ("no_decay", 1.0, 0.0),
+    }
+    assert [names[p] for p in groups["groups.0/decay"]["params"]] == ["embed.weight"]
+    assert [names[p] for p in groups["groups.1/matrices"]["params"]] == ["blocks.0.mlp.in_proj.weight"]
+    assert all(names[p].startswith("blocks") for p in groups["groups.1/no_decay"]["params"])
+    assert all(names[p].endswith("temp") for p in groups["groups.2/no_decay"]["params"])
+    assert sum(len(group["params"]) for group in groups.values()) == len(names)
 
 
 @pytest.mark.parametrize(

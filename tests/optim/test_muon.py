@@ -28,7 +28,7 @@ def test_equals_torchs_own(scale: Literal["spectral", "adamw_rms"], theirs: str)
     own = [x.clone().requires_grad_() for x in start]
     other = [x.clone().requires_grad_() for x in start]
     optimizer = Muon(
-        [{"name": MATRICES, "params": own[:2], "weight_decay": 0.1}, {"name": "no_decay", "params": own[2:]}],
+        [{"kind": MATRICES, "params": own[:2], "weight_decay": 0.1}, {"kind": "no_decay", "params": own[2:]}],
         MuonRule(0.95, 5, "bf16", scale, cautious_weight_decay=False),
         lr=0.02,
         weight_decay=0.0,

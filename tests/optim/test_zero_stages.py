@@ -5,6 +5,7 @@ differences in a gradient, such as fp32 leaves, and no two trainings stay togeth
 """
 
 import math
+import re
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,13 @@ ARMS = {  # overrides of the config
         "model.mlp=swiglu",
         "optimizer.muon.update_scale=spectral",
         "optimizer.muon.cautious_weight_decay=true",
+        'optimizer.groups=[{match: embed, lr_scale: 0.1}, {match: "mlp|norm", weight_decay: 0.3, lr_scale: 2}]',
+    ],
+    "adamw, groups": [
+        "model.layers=[{mixer: tssa}]",
+        "optimizer.name=adamw",
+        "optimizer.muon.newton_schulz_dtype=bf16",
+        'optimizer.groups=[{match: embed, lr_scale: 0.1, weight_decay: 0}, {match: "0.*_proj", lr_scale: 0.5}]',
     ],
 }
 
@@ -65,8 +73,13 @@ class Equations:
 
     def update(self, name: str, g: Tensor, step: int) -> None:
         lr, settings, w = rate(step), self.config.optimizer, self.weights[name]
-        decay: Any = 0.0 if w.dim() < 2 or "conv" in name else settings.weight_decay
-        if name.endswith("_proj.weight") and min(w.shape) > self.config.model.heads:
+        decay: Any = settings.weight_decay
+        own = next((group for group in settings.groups if re.search(group.match, name)), None)
+        if own is not None:
+            lr, decay = lr * own.lr_scale, decay if own.weight_decay is None else own.weight_decay
+        decay = 0.0 if w.dim() < 2 or "conv" in name else decay
+        is_matrix = name.endswith("_proj.weight") and min(w.shape) > self.config.model.heads
+        if is_matrix and settings.name == "muon":
             beta = settings.muon.momentum
             m = self.moments[name] = beta * self.moments.get(name, 0.0) + (1 - beta) * g
             parts = ((1 - beta) * g + beta * m).chunk(self.parts.get(name, 1))
@@ -158,7 +171,7 @@ SLOW = [
 ]
 
 
-@pytest.mark.parametrize(("arm", "world_size", "steps"), [("softmax", 2, 8), *SLOW])
+@pytest.mark.parametrize(("arm", "world_size", "steps"), [("softmax", 2, 8), ("adamw, groups", 2, 8), *SLOW])
 def test_every_stage_makes_the_same_updates(data: Path, tmp_path: Path, arm: str, world_size: int, steps: int) -> None:
     stages = range(4)
     configs = [[*OPTIMIZER, *ARMS[arm], f"deepspeed.zero_optimization.stage={stage}"] for stage in stages]

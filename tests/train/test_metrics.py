@@ -42,7 +42,7 @@ def report(
     record: Metrics, step: int, loss: float = 2.0, grad_norm: float | None = 0.5, context: int = 64, skipped: int = 0
 ) -> None:
     state = TrainState(step=step, skipped_steps=skipped)
-    record.log(state, StepResult(loss, grad_norm, False, False, False), GROUPS, context, {"data": 0.25})
+    record.log(state, StepResult(loss, grad_norm, False, False, False), 1e-3, GROUPS, context, {"data": 0.25})
 
 
 def open_metrics(config: RunConfig, start_step: int = 0, ranks: RankInfo = ALONE) -> Metrics:
@@ -73,7 +73,7 @@ def test_what_a_step_is_worth(run: Run, capsys: pytest.CaptureFixture[str]) -> N
         "skipped_steps": 3,
     }
     assert line["perplexity"] == pytest.approx(math.exp(2.0))
-    assert (line["lr"], line["lr/decay"], line["lr/no_decay"]) == (2e-3, 1e-3, 2e-3)
+    assert (line["lr"], line["lr/decay"], line["lr/no_decay"]) == (1e-3, 1e-3, 2e-3)
     assert line["memory_bytes"] > 10_000_000
     phases = {key: value for key, value in line.items() if key.startswith("seconds/")}
     assert phases.keys() == {"seconds/forward", "seconds/save", "seconds/other"}
@@ -87,7 +87,7 @@ def test_what_a_step_is_worth(run: Run, capsys: pytest.CaptureFixture[str]) -> N
         assert step == 2, key
         assert value == pytest.approx(line[key]), key
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].startswith("step 2/6  loss 2.0000  lr 2.00e-03  grad 0.50  ")
+    assert printed[0].startswith("step 2/6  loss 2.0000  lr 1.00e-03  grad 0.50  ")
     assert printed[0].endswith(" tokens/s  skipped 3")
     assert printed[1].endswith(" tokens/s")
 
@@ -109,7 +109,7 @@ def test_mfu_is_of_the_operations_of_the_mixer(run: Run, mixer: str, monkeypatch
 def test_the_epochs_of_a_blend_go_by_name(run: Run) -> None:
     with open_metrics(run.config(), 0, ALONE) as record:
         result = StepResult(2.0, None, False, False, False)
-        record.log(TrainState(step=1), result, GROUPS, 64, {"web": 0.25, "books": 1.5})
+        record.log(TrainState(step=1), result, 1e-3, GROUPS, 64, {"web": 0.25, "books": 1.5})
     (line,) = lines(run)
     assert (line["epoch/web"], line["epoch/books"]) == (0.25, 1.5)
     assert "epoch" not in line

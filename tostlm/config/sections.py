@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -15,7 +16,7 @@ import torch
 
 from tostlm.config.deepspeed_block import check_deepspeed_block, weights_dtype
 from tostlm.errors import UserError
-from tostlm.model import MIXERS, ModelConfig, count_parameters
+from tostlm.model import MIXERS, GroupRule, ModelConfig, matching_rule, parameter_names
 
 T = TypeVar("T")
 
@@ -189,6 +190,23 @@ class MuonConfig(Section):
     cautious_weight_decay: Free[bool] = False  # only where an update makes weights smaller too
 
 
+class OptimizerGroup(Section):
+    """What is otherwise for the parameters in whose names `match` is found."""
+
+    match: Free[str]  # a regular expression
+    lr_scale: Free[NonNegativeFloat] = 1.0  # times lr and min_lr
+    weight_decay: Free[NonNegativeFloat | None] = None  # of those that decay; None is optimizer.weight_decay
+
+    @pydantic.field_validator("match")
+    @classmethod
+    def _is_a_pattern(cls, match: str) -> str:
+        try:
+            re.compile(match)
+        except re.error as error:
+            raise ValueError(f"{match!r} is no regular expression: {error}") from None
+        return match
+
+
 class OptimizerConfig(Section):
     """AdamW, or Muon beside it, and the learning-rate schedule."""
 
@@ -202,6 +220,12 @@ class OptimizerConfig(Section):
     betas: Free[tuple[Share, Share]] = (0.9, 0.95)
     eps: Free[PositiveFloat] = 1e-8
     weight_decay: Free[NonNegativeFloat]
+    groups: tuple[OptimizerGroup, ...] = ()  # of a parameter the first that matches counts
+
+    @property
+    def rules(self) -> list[GroupRule]:
+        """The groups' rules."""
+        return [GroupRule(**group.model_dump()) for group in self.groups]
 
     @pydantic.model_validator(mode="after")
     def _schedule_is_whole(self) -> OptimizerConfig:
@@ -248,7 +272,7 @@ class RunConfig(Section):
                 f"data.curriculum until_step {last_stage} must be below train.steps {self.train.steps}; "
                 "data.context_tokens takes over there"
             )
-        count_parameters(self.model)  # the layers' own ValueErrors
+        self._check_groups(parameter_names(self.model))  # the layers' own ValueErrors come first
         self._check_divisibility()
         self._check_context_parallelism()
         self._check_stateful()
@@ -259,6 +283,18 @@ class RunConfig(Section):
                 "matrices where the model is; leave it out, or use adamw"
             )
         return self
+
+    def _check_groups(self, names: list[str]) -> None:
+        rules = self.optimizer.rules
+        used = {matching_rule(name, rules) for name in names}
+        for place, rule in enumerate(rules):
+            if place not in used:
+                fits = any(re.search(rule.match, name) for name in names)
+                why = "every parameter of it is in a group before it" if fits else "no parameter's name has it"
+                raise ValueError(
+                    f"optimizer.groups match {rule.match!r} has no effect: {why}; names are {', '.join(names[:3])}, "
+                    f"..., {names[-1]}"
+                )
 
     def _check_divisibility(self) -> None:
         group = self.train.context_parallel_size

@@ -1,12 +1,15 @@
 """Language models: ToST, GPT-2 and hybrids, with a token mixer per layer."""
 
 from tostlm.model.build import (
+    GroupRule,
     count_body_parameters,
     count_parameters,
     create_lm,
     hidden_matrices,
     largest_part_numel,
+    matching_rule,
     parameter_groups,
+    parameter_names,
     state_bytes,
     training_flops_per_token,
 )
@@ -19,6 +22,7 @@ __all__ = [
     "IGNORE",
     "LM",
     "MIXERS",
+    "GroupRule",
     "LMState",
     "Mixer",
     "MixerOptions",
@@ -28,7 +32,9 @@ __all__ = [
     "create_lm",
     "hidden_matrices",
     "largest_part_numel",
+    "matching_rule",
     "parameter_groups",
+    "parameter_names",
     "perplexity",
     "state_bytes",
     "state_tensors",

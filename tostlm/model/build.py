@@ -6,8 +6,9 @@ Initialization and groups are the authors' recipe, which is nanoGPT's.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection
-from typing import Any
+import re
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -33,10 +34,24 @@ def create_lm(config: ModelConfig, seed: int, partition: Callable[[nn.Module], N
     return lm
 
 
-def parameter_groups(lm: LM, weight_decay: float, apart: Collection[str] = ()) -> list[dict[str, Any]]:
-    """Return torch's optimizer groups: "decay", and "no_decay" of norms, gains and what mixers exempt.
+class GroupRule(NamedTuple):
+    """What the optimizer does otherwise with the parameters in whose names a regular expression is found."""
 
-    The parameters named in `apart` are in a third one, "matrices", which decays too.
+    match: str
+    lr_scale: float  # times the learning rate
+    weight_decay: float | None  # of those of them that decay; None is that of all others
+
+
+KINDS = ("decay", "no_decay", "matrices")
+
+
+def parameter_groups(
+    lm: LM, weight_decay: float, apart: Collection[str] = (), rules: Sequence[GroupRule] = ()
+) -> list[dict[str, Any]]:
+    """Return torch's optimizer groups, each of one kind and under one rule, the first that matches, or none.
+
+    A group's `kind` is "decay", "no_decay" of norms, gains and what mixers exempt, or "matrices", which decay too, of
+    the parameters named in `apart`. Its learning rate is to be `lr_scale` times the run's.
     """
     exempt = {
         id(parameter)
@@ -44,16 +59,36 @@ def parameter_groups(lm: LM, weight_decay: float, apart: Collection[str] = ()) -
         for name, parameter in block.mixer.named_parameters()
         if name in block.mixer.no_weight_decay
     }
-    groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "matrices": []}
+    groups: dict[tuple[int, int], list[nn.Parameter]] = {}
     # `lm` itself may be partitioned: its parameters then have lost their shapes.
     for (name, parameter), whole in zip(lm.named_parameters(), _meta_lm(lm.config).parameters(), strict=True):
         decays = whole.dim() >= 2 and id(parameter) not in exempt
-        groups["matrices" if name in apart else "decay" if decays else "no_decay"].append(parameter)
-    return [
-        {"name": name, "params": parameters, "weight_decay": 0.0 if name == "no_decay" else weight_decay}
-        for name, parameters in groups.items()
-        if parameters or name != "matrices"
-    ]
+        kind = "matrices" if name in apart else "decay" if decays else "no_decay"
+        groups.setdefault((matching_rule(name, rules), KINDS.index(kind)), []).append(parameter)
+    found = []
+    for (place, number), members in sorted(groups.items(), key=lambda item: item[0]):
+        kind, rule = KINDS[number], rules[place] if place < len(rules) else None
+        decay = weight_decay if rule is None or rule.weight_decay is None else rule.weight_decay
+        found.append(
+            {
+                "name": kind if rule is None else f"groups.{place}/{kind}",
+                "kind": kind,
+                "params": members,
+                "weight_decay": 0.0 if kind == "no_decay" else decay,
+                "lr_scale": 1.0 if rule is None else rule.lr_scale,
+            }
+        )
+    return found
+
+
+def matching_rule(name: str, rules: Sequence[GroupRule]) -> int:
+    """Return the place of the first rule that fits a parameter's name; the number of rules if none does."""
+    return next((place for place, rule in enumerate(rules) if re.search(rule.match, name)), len(rules))
+
+
+def parameter_names(config: ModelConfig) -> list[str]:
+    """Return the names of a model's parameters."""
+    return [name for name, _ in _meta_lm(config).named_parameters()]
 
 
 def hidden_matrices(config: ModelConfig) -> dict[str, int]:

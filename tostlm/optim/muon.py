@@ -13,7 +13,7 @@ from torch import Tensor
 from tostlm.optim.orthogonalize import orthogonalize
 from tostlm.optim.shards import MatrixExchange, MatrixShard
 
-MATRICES = "matrices"  # name of the parameter group that Muon updates
+MATRICES = "matrices"  # kind of the parameter groups that Muon updates
 MOMENTUM = "momentum"  # of the state of a tensor that holds matrices
 ADAMW_RMS = 0.2  # the root mean square of AdamW's usual update (arXiv 2502.16982)
 
@@ -68,13 +68,13 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         groups = self.param_groups
-        self.param_groups = [group for group in groups if group["name"] != MATRICES]
+        self.param_groups = [group for group in groups if group["kind"] != MATRICES]
         try:
             super().step(closure)
         finally:
             self.param_groups = groups
         for group in groups:
-            if group["name"] == MATRICES:
+            if group["kind"] == MATRICES:
                 self._step_matrices(group)
 
     def momentum(self, owner: Tensor) -> Tensor:

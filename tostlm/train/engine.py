@@ -220,10 +220,10 @@ def prepare_blocks(lm: LM, config: RunConfig) -> None:
 def _create_optimizer(config: RunConfig, lm: LM, ranks: RankInfo) -> torch.optim.Optimizer:
     settings = config.optimizer
     common: dict[str, Any] = {"lr": 0.0, "betas": settings.betas, "eps": settings.eps}  # each step sets the rate
-    if settings.name == "muon":
-        groups = parameter_groups(lm, settings.weight_decay, hidden_matrices(config.model))
+    matrices = hidden_matrices(config.model) if settings.name == "muon" else ()
+    groups = parameter_groups(lm, settings.weight_decay, matrices, settings.rules)
+    if matrices:
         return Muon(groups, MuonRule(**settings.muon.model_dump()), **common, fused=torch.cuda.is_available())
-    groups = parameter_groups(lm, settings.weight_decay)
     if not config.optimizer_on_cpu:
         return torch.optim.AdamW(groups, **common, fused=torch.cuda.is_available())
     if not ranks.local_rank and (lock := _build_lock()).exists():
@@ -306,7 +306,7 @@ def train_step(
         timer: times the phases forward, backward and step.
     """
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
     losses = []
     for index, batch in enumerate(micro_batches):
         if index:

@@ -131,14 +131,15 @@ class Metrics:
         self,
         state: TrainState,
         result: StepResult,
+        lr: float,
         groups: Sequence[Mapping[str, Any]],
         context: int,
         epochs: Mapping[str, float],
     ) -> None:
         """Report a training step on sequences of `context` tokens, after which the run is in `state`.
 
-        `groups` are the optimizer's, with a name and a learning rate each; `epochs` is how often each data set has been
-        read so far, by its name.
+        `lr` is the schedule's; `groups` are the optimizer's, with a name and a learning rate each; `epochs` is how
+        often each data set has been read so far, by its name.
         """
         seconds, steps = self._timers.report(), state.step - self._reported_step
         self._reported_step = state.step
@@ -148,7 +149,7 @@ class Metrics:
         values = {
             "loss": result.loss,
             "perplexity": perplexity(result.loss),
-            "lr": max(group["lr"] for group in groups),
+            "lr": lr,
             **{f"lr/{group['name']}": group["lr"] for group in groups},
             **({} if result.grad_norm is None else {"grad_norm": result.grad_norm}),
             **{f"epoch/{name}" if len(epochs) > 1 else "epoch": value for name, value in epochs.items()},

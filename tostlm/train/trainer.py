@@ -149,7 +149,7 @@ def run_loop(
             if due(settings.log_every_steps):
                 context = micro_batches[0].inputs.shape[1] * settings.context_parallel_size
                 epochs = data.training.epochs(state.data_step)
-                metrics.log(state, result, engine.optimizer.param_groups, context, epochs)
+                metrics.log(state, result, lr, engine.optimizer.param_groups, context, epochs)
             if due(settings.statistics_every_steps):
                 metrics.statistics(state.step, layer_statistics(engine, micro_batches[0], timers))
             if due(settings.eval_every_steps):
