@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, Run, fail, succeed, tostlm
-from tostlm.config import RunConfig, batch_plan, dump_config, fixed_keys, load_config
+from tostlm.config import RunConfig, batch_plan, dump_config, fixed_values, load_config
 from tostlm.config.sections import OnResume, Section
 from tostlm.errors import UserError
 from tostlm.model import MIXERS, count_parameters
@@ -379,10 +379,15 @@ def test_every_key_says_whether_a_resumed_run_may_change_it() -> None:
 
 def test_the_keys_that_a_resumed_run_must_keep(run: Run) -> None:
     config = run.config(blend("{path: a, weight: 3}, {path: b, weight: 1}"), curriculum((2, 32)))
-    assert [key for key, _ in fixed_keys(config)] == [
-        *("seed", "model", "data.blend.0.weight", "data.blend.1.weight", "data.context_tokens"),
+    keys = list(fixed_values(config))
+    assert [key for key in keys if key.startswith("model.")] == [
+        f"model.{key.name}" for key in dataclasses.fields(config.model)
+    ]
+    assert [key for key in keys if not key.startswith("model.")] == [
+        *("seed", "data.blend.0.weight", "data.blend.1.weight", "data.context_tokens"),
         *("data.reset_at_documents", "data.within_documents", "data.stateful"),
         *("data.curriculum.0.until_step", "data.curriculum.0.context_tokens", "train.batch_tokens", "optimizer.name"),
+        "precision",
     ]
 
 

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from tostlm.checkpoint import state_files
 from tostlm.checkpoint.deepspeed_state import ADAM_KINDS, gather_state, restore_state, state_elements, state_numels
+from tostlm.checkpoint.folders import LATEST, PARTIAL
 from tostlm.checkpoint.layout import TrainState, checkpoint_folder, checkpoints, read_state, read_train_state
 from tostlm.checkpoint.load import latest_valid_checkpoint, resume
-from tostlm.checkpoint.save import LATEST, PARTIAL, CheckpointSaver
+from tostlm.checkpoint.save import CheckpointSaver
 from tostlm.config import RunConfig, batch_plan, load_config
 from tostlm.data import common_tokenizer
 from tostlm.launch import RankInfo, rank_from_environment

@@ -19,6 +19,7 @@ from tests.conftest import ROOT, Run, fail, succeed
 from tests.processes import on_ranks
 from tests.train.test_faults import harm
 from tests.warm import Program
+from tostlm.checkpoint.folders import expired_checkpoints, partial_folder, prune
 from tostlm.checkpoint.integrity import find_damage
 from tostlm.checkpoint.layout import (
     TrainState,
@@ -29,7 +30,6 @@ from tostlm.checkpoint.layout import (
     read_train_state,
 )
 from tostlm.checkpoint.load import latest_valid_checkpoint
-from tostlm.checkpoint.save import expired_checkpoints, partial_folder, prune
 from tostlm.checkpoint.state_files import FILE_BYTES, assign_files, write_file
 from tostlm.config import dump_config
 from tostlm.errors import UserError

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from tostlm.errors import UserError
 from tostlm.files import sha256_of
@@ -14,6 +14,13 @@ from tostlm.files import sha256_of
 CONFIG, TRAIN_STATE, COMPLETE = "config.yaml", "train_state.json", "COMPLETE"
 UNREADABLE = (ValueError, TypeError, LookupError, RecursionError)  # raised by what COMPLETE may hold instead
 HASH_THREADS = 4  # files that are hashed at a time
+
+
+class Checksum(TypedDict):
+    """What a file was when it was written."""
+
+    bytes: int
+    sha256: str
 
 
 def find_damage(checkpoint: Path, names: Iterable[str] | None = None) -> str | None:
@@ -45,16 +52,25 @@ def written_files(checkpoint: Path) -> list[str]:
     Raises:
         UserError: COMPLETE, which names them, is missing or damaged.
     """
+    return list(read_checksums(checkpoint))
+
+
+def read_checksums(checkpoint: Path) -> dict[str, Checksum]:
+    """Return the bytes and SHA-256 of every file that was written with a checkpoint, by path in it.
+
+    Raises:
+        UserError: COMPLETE, which has them, is missing or damaged.
+    """
     try:
-        return list(_checksums(checkpoint))
+        return _checksums(checkpoint)
     except (OSError, *UNREADABLE):
         raise UserError(
             f"checkpoint {checkpoint} has no readable {COMPLETE}; copy it again, whole, or use an older one"
         ) from None
 
 
-def _checksums(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    checksums: dict[str, dict[str, Any]] = json.loads((checkpoint / COMPLETE).read_text())
+def _checksums(checkpoint: Path) -> dict[str, Checksum]:
+    checksums: dict[str, Checksum] = json.loads((checkpoint / COMPLETE).read_text())
     if CONFIG not in checksums or TRAIN_STATE not in checksums:
         raise LookupError("files of every checkpoint are not named")
     return checksums

@@ -20,6 +20,7 @@ Nothing in it depends on the number of ranks or on the ZeRO stage that wrote it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -37,7 +38,7 @@ from torch import Tensor
 
 from tostlm.checkpoint.integrity import COMPLETE, CONFIG, TRAIN_STATE, find_damage, written_files
 from tostlm.config import RunConfig, load_config
-from tostlm.data import Tokenizer
+from tostlm.data import Tokenizer, read_manifest
 from tostlm.errors import UserError, error_summary
 from tostlm.model import LM
 
@@ -60,6 +61,7 @@ class TrainState(NamedTuple):
     world_size: int = 1  # like zero_stage, for information only
     zero_stage: int = 0
     data_sha256: str = ""  # of the content of the prepared folders
+    branched_from: str = ""  # the checkpoint of another run that this run began from, if any
 
     def to_json(self) -> str:
         """Return the state as a line of JSON."""
@@ -217,3 +219,9 @@ def _read_masters(checkpoint: Path, config: RunConfig, lm: LM) -> dict[str, Tens
     shapes = {f"{name}/weight": parameter.shape for name, parameter in lm.state_dict().items()}
     state = read_state(checkpoint, {key: range(shape.numel()) for key, shape in shapes.items()})
     return {key.removesuffix("/weight"): tensor.view(shapes[key]).to(dtype, copy=True) for key, tensor in state}
+
+
+def data_sha256(config: RunConfig) -> str:
+    """Return a hash of what the run's prepared folders hold."""
+    contents = [read_manifest(folder).content_sha256 for folder in config.data.folders]
+    return hashlib.sha256("".join(contents).encode()).hexdigest()

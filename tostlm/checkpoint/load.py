@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from tostlm.checkpoint.deepspeed_state import DeepSpeedEngine, restore_loss_scale, restore_state, state_elements
+from tostlm.checkpoint.folders import remove_unfinished
 from tostlm.checkpoint.integrity import COMPLETE, CONFIG, find_damage
 from tostlm.checkpoint.layout import (
     STATE,
     STEP,
     TrainState,
     checkpoint_folder,
+    data_sha256,
     read_state,
     read_train_state,
     step_of,
 )
 from tostlm.checkpoint.rollback import PASSED_OVER, apply_record, following_checkpoints
-from tostlm.checkpoint.save import data_sha256, remove_unfinished
-from tostlm.config import RunConfig, fixed_keys, load_config
+from tostlm.config import RunConfig, fixed_values, load_config
 from tostlm.data import Tokenizer
 from tostlm.errors import UserError, report
 
@@ -90,7 +89,7 @@ def check_resumable(config: RunConfig, tokenizer: Tokenizer, checkpoint: Path) -
     """
     folders = ", ".join(map(str, config.data.folders))
     advice = "choose another run_dir, or put the old value back"
-    saved, current = _fixed_on_resume(load_config(checkpoint / CONFIG)), _fixed_on_resume(config)
+    saved, current = fixed_values(load_config(checkpoint / CONFIG)), fixed_values(config)
     for key in {**saved, **current}:
         if (old := saved.get(key, "unset")) != (new := current.get(key, "unset")):
             raise UserError(f"checkpoint {checkpoint} has {key}={old}, this run {key}={new}; {advice}")
@@ -98,13 +97,6 @@ def check_resumable(config: RunConfig, tokenizer: Tokenizer, checkpoint: Path) -
         raise UserError(f"checkpoint {checkpoint} was trained with another tokenizer than {folders}; {advice}")
     if read_train_state(checkpoint).data_sha256 != data_sha256(config):
         raise UserError(f"checkpoint {checkpoint} was trained on other data than {folders} holds; {advice}")
-
-
-def _fixed_on_resume(config: RunConfig) -> dict[str, Any]:
-    """Return the values that a run must share with its checkpoint so that its losses continue, by config key."""
-    values = dict(fixed_keys(config))
-    model = {f"model.{key}": value for key, value in asdict(values.pop("model")).items()}
-    return {**model, **values, "precision": config.precision}
 
 
 def resume(engine: DeepSpeedEngine, checkpoint: Path) -> TrainState:

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tostlm.checkpoint.integrity import Checksum
+
 FILE_BYTES = 512 << 20  # about the size of a file in state/, unless one parameter is larger
 WRITE_BYTES = 64 << 20  # at once
 # safetensors' names: https://github.com/huggingface/safetensors#format
@@ -27,7 +29,6 @@ DTYPES = {
 }
 
 Content = bytes | Mapping[str, Tensor]  # of a file; tensors are on the host and written as safetensors
-Checksum = dict[str, int | str]  # bytes, sha256
 
 
 def assign_files(sizes: Mapping[str, int], world_size: int) -> list[list[list[str]]]:

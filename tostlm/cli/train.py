@@ -63,15 +63,32 @@ def config_show(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def train(config: ConfigFile, overrides: Overrides = None, nproc: Processes = None) -> None:
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nproc: Processes = None,
+    branch_from: Annotated[
+        Path | None,
+        typer.Option("--from", help="a checkpoint of another run that this one begins from: train.branch_from"),
+    ] = None,
+) -> None:
     """Train a run from its newest checkpoint, or from the start.
 
     Under torchrun or a Slurm step the ranks come from there; otherwise --nproc processes are started here.
     """
     from tostlm.config import batch_plan, load_config
 
-    run = load_config(config, overrides or [])
-    rank = _join_or_launch(["train", str(config), *(overrides or [])], nproc, lambda ranks: batch_plan(run, ranks))
+    keys = [*(overrides or []), *([f"train.branch_from={branch_from}"] if branch_from else [])]
+    run = load_config(config, keys)
+
+    def check(ranks: int) -> None:
+        batch_plan(run, ranks)
+        if run.train.branch_from is not None:
+            from tostlm.checkpoint.branch import require_origin
+
+            require_origin(run)
+
+    rank = _join_or_launch(["train", str(config), *keys], nproc, check)
     if rank.rank == 0:
         logging.basicConfig(stream=sys.stdout, format="%(message)s")
         logging.getLogger("tostlm").setLevel(logging.INFO)

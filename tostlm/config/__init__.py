@@ -19,7 +19,7 @@ from tostlm.config.sections import (
     Strict,
     TrainConfig,
     batch_plan,
-    fixed_keys,
+    fixed_values,
     matmul_dtype,
 )
 
@@ -34,7 +34,7 @@ __all__ = [
     "batch_plan",
     "dump_config",
     "find_config",
-    "fixed_keys",
+    "fixed_values",
     "load_config",
     "matmul_dtype",
     "nearest",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 from itertools import pairwise
 from pathlib import Path
@@ -47,7 +47,7 @@ class Section(Strict):
     """A part of a config. Every key is `Fixed`, `Free`, or a section of its own."""
 
 
-def fixed_keys(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _fixed_keys(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the dotted keys, and their values, that a resumed run must share with its checkpoint."""
     for name, field in type(section).model_fields.items():
         value, key = getattr(section, name), f"{prefix}{name}"
@@ -55,7 +55,7 @@ def fixed_keys(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield key, value
         elif OnResume.FREE not in field.metadata:
             for index, inner in [("", value)] if isinstance(value, Section) else enumerate(value):
-                yield from fixed_keys(inner, f"{key}.{index}." if index != "" else f"{key}.")
+                yield from _fixed_keys(inner, f"{key}.{index}." if index != "" else f"{key}.")
 
 
 Share = Annotated[float, pydantic.Field(ge=0, lt=1)]
@@ -145,6 +145,7 @@ class TrainConfig(Section):
     """How a run trains, what it reports, saves and survives. Batches are in tokens."""
 
     steps: Free[PositiveInt]
+    branch_from: Free[Path | None] = None  # a new run begins from this checkpoint of another, steps counted on
     batch_tokens: Fixed[PositiveInt]  # per step, over all ranks
     micro_batch_tokens: Free[PositiveInt]  # per forward and backward pass of one rank
     context_parallel_size: Free[PositiveInt] = 1  # neighbouring ranks that share each sequence
@@ -364,6 +365,13 @@ class RunConfig(Section):
         if weights == "fp32" and autocast.get("enabled"):
             return f"autocast {autocast.get('dtype', 'bfloat16')}"
         return weights
+
+
+def fixed_values(config: RunConfig) -> dict[str, Any]:
+    """Return the values that a run must share with its checkpoint so that its losses continue, by config key."""
+    values = dict(_fixed_keys(config))
+    model = {f"model.{key}": value for key, value in asdict(values.pop("model")).items()}
+    return {**model, **values, "precision": config.precision}
 
 
 def matmul_dtype(config: RunConfig) -> torch.dtype:

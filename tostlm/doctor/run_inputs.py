@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import tostlm
-from tostlm.checkpoint import checkpoints, read_train_state
+from tostlm.checkpoint import checkpoints, read_train_state, resolve
+from tostlm.checkpoint.branch import require_origin
 from tostlm.config import RunConfig, batch_plan, dump_config
 from tostlm.data import TRAIN, VALIDATION, Tokenizer, TokenSet, common_tokenizer, read_manifest, shard_files, verify
 from tostlm.doctor.findings import Finding, find_minority, format_quantity, format_ranks, unhealthy
@@ -254,12 +255,13 @@ def check_data(found: Mapping[int, PreparedData], hosts: Sequence[str]) -> Findi
 
 
 def check_resume(config: RunConfig) -> Finding:
-    """Check that the newest checkpoint in the run's folder, as rank 0 sees it, has the tokenizer of the data."""
-    found = checkpoints(config.run_dir)
-    if not found:
+    """Check that the checkpoint which the run starts from, as rank 0 sees it, has the tokenizer of the data."""
+    found, branch_from = checkpoints(config.run_dir), config.train.branch_from
+    if not found and branch_from is None:
         return Finding("resume", "ok", f"no checkpoint in {config.run_dir}: the run starts at step 0")
-    newest = found[-1]
     try:
+        require_origin(config)
+        newest = resolve(config.run_dir if branch_from is None or found else branch_from)
         step = read_train_state(newest).step
         theirs = Tokenizer.from_folder(newest).sha256
         ours = common_tokenizer(config.data.folders).sha256

@@ -11,7 +11,8 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from tostlm.checkpoint import CONFIG, TrainState, read_train_state
+from tostlm.checkpoint import CONFIG, TrainState, read_train_state, step_of
+from tostlm.checkpoint.branch import branch, require_same_origin
 from tostlm.checkpoint.layout import read_recurrent_state
 from tostlm.checkpoint.load import check_resumable, latest_valid_checkpoint, resume
 from tostlm.checkpoint.rollback import choose_checkpoint, record_rollback
@@ -90,7 +91,11 @@ def check_run(config: RunConfig, data: RunData) -> Path | None:
     clear_heartbeats(config)
     newest = latest_valid_checkpoint(config)
     if newest is not None:
+        require_same_origin(config, newest)
         check_resumable(config, data.tokenizer, newest)
+    elif config.train.branch_from is not None:
+        newest = branch(config, data.tokenizer)
+        print(f"{config.run_dir}: begins from {config.train.branch_from}, at step {step_of(newest)}")
     if config.data.verify_checksums:
         for folder in config.data.folders:
             verify_once(folder)

@@ -1,0 +1,103 @@
+"""Runs that begin from a checkpoint of another run."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Run, fail, succeed, tostlm
+from tostlm.checkpoint import checkpoint_folder, checkpoints, read_train_state
+from tostlm.data import PreparationSettings, Tokenizer, prepare
+from tostlm.doctor import run_inputs
+from tostlm.train.batches import open_data
+from tostlm.train.trainer import check_run
+
+WSD = ["optimizer.schedule=wsd", "optimizer.decay_steps=2", "train.steps=5"]
+
+
+@pytest.fixture(scope="module")
+def plateau(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that has a checkpoint of step 3, at a constant rate, and of step 6."""
+    run = Run(tmp_path_factory.mktemp("plateau"), data)
+    succeed(run.train("optimizer.schedule=wsd", "optimizer.decay_steps=2"))
+    return run
+
+
+def origin(plateau: Run) -> Path:
+    return checkpoint_folder(plateau.dir, 3)
+
+
+@pytest.mark.parametrize(("nproc", "stage"), [(1, 1), (2, 3)])
+def test_a_branch_is_the_run_that_had_gone_its_way_from_the_start(
+    plateau: Run, tmp_path: Path, data: Path, nproc: int, stage: int
+) -> None:
+    zero = f"deepspeed.zero_optimization.stage={stage}"
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "short").mkdir()
+    whole, short = Run(tmp_path / "whole", data), Run(tmp_path / "short", data)
+    succeed(whole.train(*WSD, zero, nproc=nproc))
+    said = succeed(short.train(*WSD, zero, "--from", str(origin(plateau)), nproc=nproc))
+    assert f"begins from {origin(plateau)}, at step 3" in said
+    expected = {step: loss for step, loss in whole.metrics("train").items() if step > 3}
+    assert short.metrics("train") == (expected if (nproc, stage) == (1, 1) else pytest.approx(expected, abs=1e-5))
+    assert [read_train_state(path).branched_from for path in checkpoints(short.dir)] == [str(origin(plateau))] * 2
+
+
+def test_it_goes_on_by_the_same_command_without_the_other_run(plateau: Run, run: Run, tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere" / "checkpoints" / "step-00000003"
+    shutil.copytree(origin(plateau), copy)
+    command = [*WSD, f"train.branch_from={copy.parent.parent}"]  # the folder of the run stands for its newest
+    succeed(run.train(*command))
+    losses = run.metrics("train")
+    shutil.rmtree(copy.parent.parent)
+    shutil.rmtree(checkpoints(run.dir)[-1])
+    succeed(run.train(*command))
+    assert run.metrics("train") == losses
+    assert "finished at step 5" in succeed(run.train(*WSD))  # which resumes without saying where it began
+    other = [*command[:-1], f"train.branch_from={origin(plateau)}"]
+    fail(run.train(*other), f"began from {copy}, not from train.branch_from {origin(plateau)}; choose another run_dir")
+
+
+def test_other_data_are_read_from_their_start(
+    plateau: Run, run: Run, corpus: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    prepare(PreparationSettings(sources=(str(corpus),), heldout_fraction=0.3), tokenizer, other)
+    for key, steps in ((f"data.path={other}", 0), ("train.batch_tokens=1024", 0), ("optimizer.lr=1e-3", 3)):
+        config = run.config(*WSD, key, f"train.branch_from={origin(plateau)}", f"run_dir={tmp_path / key[:5]}")
+        newest = check_run(config, open_data(config, 1))
+        assert newest is not None
+        state = read_train_state(newest)
+        assert (state.step, state.data_step) == (3, steps)
+        (tmp_path / key[:5] / ".lock").unlink()
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (["model.width=64"], "has model.width=32, this run model.width=64; a run that begins from it needs its"),
+        (["optimizer.name=muon"], "has optimizer.name=adamw, this run optimizer.name=muon"),
+        (["deepspeed.bf16.enabled=true"], "has precision=fp32, this run precision=bf16"),
+        (["train.steps=3"], "train.steps 3 is not above step 3 of"),
+        (["train.branch_from=nowhere"], "nowhere is neither a checkpoint nor the folder of a run"),
+    ],
+)
+def test_what_cannot_be_begun(plateau: Run, run: Run, keys: list[str], words: str) -> None:
+    """It is said before any rank starts; a doctor says it too."""
+    branch_from = f"train.branch_from={origin(plateau)}"
+    fail(run.train(*WSD, branch_from, *keys, nproc=2), words)
+    assert not run.dir.exists()
+    finding = run_inputs.check_resume(run.config(*WSD, branch_from, *keys))
+    assert finding.level == "FAIL" and words in finding.measured
+
+
+def test_a_run_is_no_branch_of_itself_or_of_what_is_damaged(plateau: Run, run: Run, tmp_path: Path) -> None:
+    fail(plateau.train(*WSD, "train.steps=9", "--from", str(origin(plateau))), "began anew, not from train.branch_from")
+    copy = tmp_path / "step-00000003"
+    shutil.copytree(origin(plateau), copy)
+    (copy / "weights.safetensors").write_bytes(b"")
+    fail(run.train(*WSD, "--from", str(copy)), f"checkpoint {copy} is damaged: weights.safetensors has 0 bytes, not")
+    fail(
+        tostlm("submit", "pretrain", str(run.file), *WSD, "train.branch_from=nowhere", "--dry-run"),
+        "nowhere is neither a checkpoint nor the folder of a run that saved one",
+    )

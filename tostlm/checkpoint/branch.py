@@ -1,0 +1,125 @@
+"""Runs that begin from a checkpoint of another run: its copy is the first checkpoint of theirs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from tostlm.checkpoint.folders import partial_folder, publish
+from tostlm.checkpoint.integrity import CONFIG, TRAIN_STATE, find_damage, read_checksums
+from tostlm.checkpoint.layout import (
+    RECURRENT_STATE,
+    TrainState,
+    checkpoint_folder,
+    checkpoints,
+    data_sha256,
+    read_train_state,
+    resolve,
+    run_folder,
+)
+from tostlm.checkpoint.state_files import write_file
+from tostlm.config import RunConfig, dump_config, fixed_values, load_config
+from tostlm.data import Tokenizer
+from tostlm.errors import UserError
+
+# What the branch must have in common with the other run, beside the tokenizer and the model: what its optimizer holds.
+KEPT = ("precision", "optimizer.name")
+
+
+def require_origin(config: RunConfig) -> None:
+    """Check that a run which has yet to begin can do so from `train.branch_from`, if any, as far as configs tell.
+
+    Raises:
+        UserError: there is no checkpoint, its step is past the run's last, or the model or the optimizer differ.
+    """
+    if config.train.branch_from is None or checkpoints(config.run_dir):
+        return
+    checkpoint = resolve(config.train.branch_from)
+    step = read_train_state(checkpoint).step
+    if step >= config.train.steps:
+        raise UserError(
+            f"train.steps {config.train.steps} is not above step {step} of {checkpoint}, from which the run begins: "
+            "steps are counted on; raise it"
+        )
+    if config.run_dir.resolve() == run_folder(checkpoint).resolve():
+        raise UserError(f"{checkpoint} is of run_dir itself; choose another run_dir, or leave out train.branch_from")
+    theirs, own = fixed_values(load_config(checkpoint / CONFIG)), fixed_values(config)
+    for key in {**theirs, **own}:
+        old, new = theirs.get(key, "unset"), own.get(key, "unset")
+        if (key in KEPT or key.startswith("model.")) and old != new:
+            raise UserError(f"{checkpoint} has {key}={old}, this run {key}={new}; a run that begins from it needs its")
+
+
+def branch(config: RunConfig, tokenizer: Tokenizer) -> Path:
+    """Make a copy of the checkpoint that `train.branch_from` names the first one of a new run, and return it.
+
+    Steps are counted on. Where data, batches and seed are those of the other run, the data are read on too, else from
+    their start. Files that stay as they are become links where both runs lie on one file system.
+
+    Raises:
+        UserError: it is damaged, does not fit, or cannot be copied.
+    """
+    assert config.train.branch_from is not None
+    require_origin(config)
+    origin = resolve(config.train.branch_from)
+    if (damage := find_damage(origin)) is not None:
+        raise UserError(f"checkpoint {origin} is damaged: {damage}; begin from another")
+    if Tokenizer.from_folder(origin).sha256 != tokenizer.sha256:
+        folders = ", ".join(map(str, config.data.folders))
+        raise UserError(f"checkpoint {origin} was trained with another tokenizer than {folders}; use its own")
+    state, data = read_train_state(origin), data_sha256(config)
+    goes_on = state.data_sha256 == data and fixed_values(load_config(origin / CONFIG)) == fixed_values(config)
+    state = state._replace(
+        data_step=state.data_step if goes_on else 0,
+        validation_loss=None,
+        skipped_steps=0,
+        rollbacks=0,
+        data_sha256=data,
+        branched_from=str(origin.resolve()),
+    )
+    try:
+        return _copy(origin, config, state, [] if goes_on else [RECURRENT_STATE])
+    except OSError as error:
+        raise UserError(f"{error.filename or config.run_dir} cannot be written: {error.strerror}") from None
+
+
+def _copy(origin: Path, config: RunConfig, state: TrainState, left_out: list[str]) -> Path:
+    folder = checkpoint_folder(config.run_dir, state.step)
+    partial = partial_folder(folder)
+    checksums = {name: each for name, each in read_checksums(origin).items() if name not in left_out}
+    own = {CONFIG: dump_config(config).encode(), TRAIN_STATE: state.to_json().encode()}
+    for name in checksums:
+        target = partial / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if name in own:
+            checksums[name] = write_file(target, own[name])
+        else:
+            _link_or_copy(origin / name, target)
+    publish(partial, folder, checksums)
+    return folder
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+
+
+def require_same_origin(config: RunConfig, newest: Path) -> None:
+    """Check that a run which has a checkpoint began where its config now says, if it says so.
+
+    Raises:
+        UserError: it began elsewhere.
+    """
+    if config.train.branch_from is None:
+        return
+    began, asked = read_train_state(newest).branched_from, config.train.branch_from.resolve()
+    # The folder of a run stood for its newest checkpoint then.
+    if asked not in (Path(began), run_folder(Path(began))):
+        where = f"began from {began}" if began else "began anew"
+        raise UserError(
+            f"{config.run_dir} {where}, not from train.branch_from {config.train.branch_from}; choose another run_dir, "
+            "or leave train.branch_from out to resume it"
+        )

@@ -1,0 +1,106 @@
+"""The folders of a run's checkpoints: which appear at once, which are kept, and how others are deleted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from tostlm.checkpoint.integrity import COMPLETE, Checksum
+from tostlm.checkpoint.layout import STATE, checkpoints, read_train_state, step_of
+from tostlm.checkpoint.state_files import write_file
+from tostlm.config import RunConfig
+from tostlm.errors import UserError, report
+from tostlm.files import sync_folder, write_atomically
+
+LATEST = "latest"
+PARTIAL, REMOVED = ".saving-", ".removing-"  # prefixes of a checkpoint's name before it is published, and when deleted
+
+
+def publish(partial: Path, folder: Path, checksums: Mapping[str, Checksum]) -> None:
+    """Rename a folder of written files to a checkpoint, which readers see completely or not at all, even after a crash.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    for done in partial.glob(".rank-*"):
+        done.unlink()
+    write_file(partial / COMPLETE, f"{json.dumps(checksums, indent=1)}\n".encode())
+    sync_folder(partial / STATE)
+    sync_folder(partial)
+    if folder.exists():  # of the same step, before a rollback
+        remove_checkpoint(folder)
+    partial.replace(folder)
+    sync_folder(folder.parent)
+    write_atomically(folder.parent / LATEST, f"{folder.name}\n")
+
+
+def prune(config: RunConfig) -> None:
+    """Delete the checkpoints that the config does not keep, and what an earlier deletion left.
+
+    What cannot be deleted is reported on stderr and tried again after the next save: it never ends a run.
+    """
+    folder = config.run_dir / "checkpoints"
+    try:
+        for leftover in folder.glob(f"{REMOVED}*"):
+            _delete(leftover)
+        for expired in expired_checkpoints(config, checkpoints(config.run_dir)):
+            remove_checkpoint(expired)
+    except OSError as error:
+        where = error.filename or folder
+        report(f"{where} cannot be deleted yet ({error.strerror or error}); the next save tries again")
+
+
+def expired_checkpoints(config: RunConfig, found: Sequence[Path]) -> list[Path]:
+    """Return which checkpoints, of those `found` oldest first, the config does not keep."""
+    train = config.train
+    if train.keep_last_checkpoints is None:
+        return []
+    kept = set(found[-train.keep_last_checkpoints :])
+    if train.keep_every_steps:
+        kept |= {folder for folder in found if step_of(folder) % train.keep_every_steps == 0}
+    if train.keep_best_checkpoint and (losses := _validation_losses(found)):
+        kept.add(min(losses, key=lambda folder: losses[folder]))  # of equals the oldest, nearest to its evaluation
+    return [folder for folder in found if folder not in kept]
+
+
+def _validation_losses(found: Sequence[Path]) -> dict[Path, float]:
+    """Return the validation loss of each checkpoint that has one; one that cannot be read has none."""
+    losses = {}
+    for folder in found:
+        with suppress(UserError):
+            if (loss := read_train_state(folder).validation_loss) is not None:
+                losses[folder] = loss
+    return losses
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint; it is renamed first, so that no reader finds it in part.
+
+    Raises:
+        OSError: it cannot be deleted.
+    """
+    hidden = folder.with_name(f"{REMOVED}{folder.name}")
+    folder.rename(hidden)
+    _delete(hidden)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:  # of a link, what it leads to is the user's
+        path.unlink()
+
+
+def remove_unfinished(run_dir: Path) -> None:
+    """Remove what an interrupted save or deletion has left."""
+    for prefix in (PARTIAL, REMOVED, f".{LATEST}.partial-"):
+        for leftover in (run_dir / "checkpoints").glob(f"{prefix}*"):
+            _delete(leftover)
+
+
+def partial_folder(folder: Path) -> Path:
+    """Return the folder that holds a checkpoint's files until it is published."""
+    return folder.with_name(f"{PARTIAL}{folder.name}")
