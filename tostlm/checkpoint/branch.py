@@ -7,9 +7,10 @@ import shutil
 from pathlib import Path
 
 from tostlm.checkpoint.folders import partial_folder, publish
-from tostlm.checkpoint.integrity import CONFIG, TRAIN_STATE, find_damage, read_checksums
+from tostlm.checkpoint.integrity import CONFIG, TRAIN_STATE, find_damage, read_checksums, written_files
 from tostlm.checkpoint.layout import (
     RECURRENT_STATE,
+    STATE,
     TrainState,
     checkpoint_folder,
     checkpoints,
@@ -36,6 +37,8 @@ def require_origin(config: RunConfig) -> None:
     if config.train.branch_from is None or checkpoints(config.run_dir):
         return
     checkpoint = resolve(config.train.branch_from)
+    if not any(name.startswith(f"{STATE}/") for name in written_files(checkpoint)):
+        raise UserError(f"{checkpoint} has weights alone, without the optimizer's state: no run can begin from it")
     step = read_train_state(checkpoint).step
     if step >= config.train.steps:
         raise UserError(

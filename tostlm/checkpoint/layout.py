@@ -40,7 +40,7 @@ from tostlm.checkpoint.integrity import COMPLETE, CONFIG, TRAIN_STATE, find_dama
 from tostlm.config import RunConfig, load_config
 from tostlm.data import Tokenizer, read_manifest
 from tostlm.errors import UserError, error_summary
-from tostlm.model import LM
+from tostlm.model import LM, ModelConfig
 
 STATE, WEIGHTS, RECURRENT_STATE = "state", "weights.safetensors", "recurrent_state.safetensors"
 Count = Annotated[int, pydantic.Field(strict=True, ge=0)]
@@ -203,7 +203,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
         lm = LM(config.model)
     source = checkpoint / (WEIGHTS if has_weights else STATE)
     try:
-        weights = _read_masters(checkpoint, config, lm) if source.is_dir() else safetensors.torch.load_file(source)
+        weights = _read_masters(checkpoint, config) if source.is_dir() else safetensors.torch.load_file(source)
         lm.load_state_dict(weights, assign=True)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise UserError(
@@ -213,12 +213,23 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
     return Checkpoint(checkpoint, lm, config, tokenizer, read_train_state(checkpoint))
 
 
-def _read_masters(checkpoint: Path, config: RunConfig, lm: LM) -> dict[str, Tensor]:
+def _read_masters(checkpoint: Path, config: RunConfig) -> dict[str, Tensor]:
     """Read the master weights, rounded to the dtype that the run trains in."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision, torch.float32)
-    shapes = {f"{name}/weight": parameter.shape for name, parameter in lm.state_dict().items()}
-    state = read_state(checkpoint, {key: range(shape.numel()) for key, shape in shapes.items()})
-    return {key.removesuffix("/weight"): tensor.view(shapes[key]).to(dtype, copy=True) for key, tensor in state}
+    shapes, dtype = weight_shapes(config.model), weights_dtype(config)
+    state = read_state(checkpoint, {f"{name}/weight": range(shape.numel()) for name, shape in shapes.items()})
+    found = ((key.removesuffix("/weight"), tensor) for key, tensor in state)
+    return {name: tensor.view(shapes[name]).to(dtype, copy=True) for name, tensor in found}
+
+
+def weight_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Return the shapes of a model's weights by name."""
+    with torch.device("meta"):
+        return {name: weight.shape for name, weight in LM(config).state_dict().items()}
+
+
+def weights_dtype(config: RunConfig) -> torch.dtype:
+    """Return the dtype that a run's weights are trained and saved in."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision, torch.float32)
 
 
 def data_sha256(config: RunConfig) -> str:

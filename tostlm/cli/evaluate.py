@@ -1,4 +1,4 @@
-"""Subcommands for checkpoints: eval perplexity, generate, convert."""
+"""Subcommands for checkpoints: eval perplexity, generate, checkpoint average, convert."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tostlm.cli.app import CheckpointPath, app, eval_app, parse_numbers
+from tostlm.cli.app import CheckpointPath, app, checkpoint_app, eval_app, parse_numbers
 from tostlm.errors import UserError
 
 
@@ -40,6 +40,20 @@ def generate(
     from tostlm.eval import generate_text
 
     print(generate_text(checkpoint, prompt, tokens, temperature, top_k, seed))
+
+
+@checkpoint_app.command("average")
+def checkpoint_average(
+    checkpoints: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT...", help="checkpoints or folders of runs")],
+    out: Annotated[Path, typer.Option(help="the folder to write")],
+    last: Annotated[int, typer.Option(min=1, help="how many of its newest the folder of a run stands for")] = 1,
+) -> None:
+    """Write the mean of the weights of several checkpoints of one model, to evaluate, generate from and convert."""
+    from tostlm.checkpoint.average import average, newest_checkpoints
+
+    sources = [found for path in checkpoints for found in newest_checkpoints(path, last)]
+    average(sources, out)
+    print(f"{out}: the mean of {', '.join(map(str, sources))}")
 
 
 @app.command()

@@ -1,0 +1,99 @@
+"""The mean of several checkpoints' weights, as a checkpoint to evaluate, generate from and convert."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from tostlm.checkpoint.integrity import COMPLETE, CONFIG, TRAIN_STATE, find_damage, written_files
+from tostlm.checkpoint.layout import (
+    RECURRENT_STATE,
+    STATE,
+    WEIGHTS,
+    checkpoints,
+    read_state,
+    read_train_state,
+    resolve,
+    weight_shapes,
+    weights_dtype,
+)
+from tostlm.checkpoint.state_files import Content, write_file
+from tostlm.config import RunConfig, load_config
+from tostlm.data import Tokenizer
+from tostlm.errors import UserError
+from tostlm.files import atomic_folder, require_writable
+
+SOURCES = "averaged.json"  # the paths of the checkpoints of which it is the mean
+
+
+def newest_checkpoints(path: Path, count: int) -> list[Path]:
+    """Return a checkpoint itself, or of a run's folder the newest `count`, oldest first.
+
+    Raises:
+        UserError: there are not as many.
+    """
+    if (path / TRAIN_STATE).is_file():
+        return [path]
+    found = checkpoints(path)[-count:]
+    if len(found) < count:
+        resolve(path)  # says so where there is none at all
+        raise UserError(f"{path} has {len(found)} checkpoints, not {count}; train.keep_last_checkpoints keeps more")
+    return found
+
+
+def average(sources: Sequence[Path], out: Path) -> None:
+    """Write the mean of checkpoints' weights, in the dtype that the run trains in, to a folder.
+
+    It has no optimizer's state: no run resumes or begins from it.
+
+    Raises:
+        UserError: one is damaged, they are of different models or tokenizers, fewer than two, or `out` exists.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists; remove it or choose another folder")
+    require_writable(out.parent)
+    if len({path.resolve() for path in sources}) < max(2, len(sources)):
+        raise UserError(f"a mean takes two checkpoints or more, each named once; {len(sources)} are named")
+    config, tokenizer = load_config(sources[-1] / CONFIG), Tokenizer.from_folder(sources[-1])
+    mean: dict[str, Tensor] = {}
+    for count, source in enumerate(sources, 1):
+        _require_alike(source, sources[-1], config, tokenizer)
+        for name, weight in _weights(source, config):
+            total = mean.setdefault(name, torch.zeros_like(weight, dtype=torch.float32))
+            total += (weight.float() - total) / count
+    newest = max(sources, key=lambda source: read_train_state(source).step)
+    files: dict[str, Content] = {
+        WEIGHTS: {name: weight.to(weights_dtype(config)) for name, weight in mean.items()},
+        SOURCES: json.dumps([str(source.resolve()) for source in sources], indent=1).encode(),
+        CONFIG: (newest / CONFIG).read_bytes(),
+        tokenizer.file_name: tokenizer.content,
+        TRAIN_STATE: read_train_state(newest)._replace(validation_loss=None).to_json().encode(),
+    }
+    with atomic_folder(out) as folder:
+        checksums = {name: write_file(folder / name, content) for name, content in files.items()}
+        write_file(folder / COMPLETE, f"{json.dumps(checksums, indent=1)}\n".encode())
+
+
+def _require_alike(source: Path, other: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
+    if (damage := find_damage(source, [n for n in written_files(source) if n != RECURRENT_STATE])) is not None:
+        raise UserError(f"checkpoint {source} is damaged: {damage}; leave it out")
+    if load_config(source / CONFIG).model != config.model:
+        raise UserError(f"{source} and {other} are of different models; their weights have no mean")
+    if Tokenizer.from_folder(source).sha256 != tokenizer.sha256:
+        raise UserError(f"{source} and {other} were trained with different tokenizers; their weights have no mean")
+
+
+def _weights(checkpoint: Path, config: RunConfig) -> Iterator[tuple[str, Tensor]]:
+    """Yield a checkpoint's weights: in fp32 where it has its optimizer's, else as it has them."""
+    if not any(name.startswith(f"{STATE}/") for name in written_files(checkpoint)):
+        yield from safetensors.torch.load_file(checkpoint / WEIGHTS).items()
+        return
+    shapes = weight_shapes(config.model)
+    for key, flat in read_state(checkpoint, {f"{name}/weight": range(s.numel()) for name, s in shapes.items()}):
+        name = key.removesuffix("/weight")
+        yield name, flat.view(shapes[name])
