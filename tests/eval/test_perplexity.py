@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from tests.conftest import Run, fail, succeed, tostlm
 from tostlm.checkpoint import load_checkpoint
-from tostlm.data import VALIDATION, TokenSet
+from tostlm.data import VALIDATION, TokenSet, choose_targets
 from tostlm.errors import UserError
-from tostlm.eval import choose_targets, report, score_contexts
+from tostlm.eval import report, score_contexts
 
 CONTEXTS = [16, 64, 512]
 

@@ -1,6 +1,7 @@
 """What several tests of training runs share."""
 
 import time
+from pathlib import Path
 
 from tests.conftest import Run
 from tostlm.checkpoint import checkpoints
@@ -30,3 +31,8 @@ def wait_for_a_checkpoint(run: Run) -> None:
     while not checkpoints(run.dir) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert checkpoints(run.dir)
+
+
+def blend(*sets: tuple[Path, float]) -> list[str]:
+    listed = ", ".join(f"{{path: {path}, weight: {weight}}}" for path, weight in sets)
+    return ["data.path=null", f"data.blend=[{listed}]"]

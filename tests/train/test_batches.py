@@ -13,24 +13,22 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import Run, fail, succeed
+from tests.train.run_helpers import blend
 from tostlm.checkpoint import checkpoints
+from tostlm.config import RunConfig
 from tostlm.data import VALIDATION, PreparationSettings, TokenSet, prepare, train_tokenizer
 from tostlm.errors import UserError
 from tostlm.launch import RankInfo
 from tostlm.model import IGNORE, create_lm
-from tostlm.train.batches import PREFETCHED_BATCHES, Batch, RankBatches, open_data, prefetch
+from tostlm.train.batches import PREFETCHED_BATCHES, Batch, RankBatches, RunData, open_data, prefetch
 from tostlm.train.engine import compute_loss
+from tostlm.train.validation import open_held_out
 
 CPU = torch.device("cpu")
 
 
 def prefetch_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
-
-
-def blend(*sets: tuple[Path, float]) -> list[str]:
-    listed = ", ".join(f"{{path: {path}, weight: {weight}}}" for path, weight in sets)
-    return ["data.path=null", f"data.blend=[{listed}]"]
 
 
 def numbered(step: int) -> Batch:
@@ -130,13 +128,20 @@ def scored_rows(batches: list[Batch]) -> list[bytes]:
     return rows
 
 
+def read_held_out(config: RunConfig, data: RunData, ranks: RankInfo) -> list[Batch]:
+    batches = RankBatches(data, ranks, CPU)
+    parts = open_held_out(config, data.validation, data.plan)
+    return [batch for part in parts for batch in batches.held_out(part.read, part.sequences, part.rows)]
+
+
 @pytest.mark.parametrize("sequences", [1, 5, 7, 8])
 def test_validation_reads_the_same_sequences_on_any_number_of_ranks(run: Run, sequences: int) -> None:
     expected = None
     for world_size in (1, 2, 4):
-        opened = open_data(run.config(f"train.eval_tokens={64 * sequences + 63}"), world_size)
+        config = run.config(f"train.eval_tokens={64 * sequences + 63}")
+        opened = open_data(config, world_size)
         ranks = [RankInfo(rank, rank, world_size) for rank in range(world_size)]
-        read = [list(RankBatches(opened, rank, CPU).validation()) for rank in ranks]
+        read = [read_held_out(config, opened, rank) for rank in ranks]
         assert len({len(batches) for batches in read}) == 1  # every rank makes equally many forward passes
         assert {batch.inputs.shape for batches in read for batch in batches} == {(2, 64)}
         rows = sorted(row for batches in read for row in scored_rows(batches))
@@ -149,8 +154,8 @@ def test_validation_text_has_the_longest_context_and_the_weights_of_the_blend(
     run: Run, data: Path, digits: Path
 ) -> None:
     stages = "data.curriculum=[{until_step: 2, context_tokens: 16}]"
-    opened = open_data(run.config(stages, *blend((data, 1), (digits, 1)), "train.eval_tokens=256"), 2)
-    batches = list(RankBatches(opened, RankInfo(0, 0, 1), CPU).validation())
+    config = run.config(stages, *blend((data, 1), (digits, 1)), "train.eval_tokens=256")
+    batches = read_held_out(config, open_data(config, 2), RankInfo(0, 0, 1))
     held = TokenSet(digits, VALIDATION)
     windows = {row.tobytes() for row in held.read(0, len(held) // 64 * 64).reshape(-1, 64)}
     assert sum(row in windows for row in scored_rows(batches)) == 2

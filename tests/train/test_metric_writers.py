@@ -52,7 +52,7 @@ def test_a_service_that_does_not_answer_is_logged(
         with caplog.at_level(logging.WARNING, "tostlm"):
             metric_writers.check_wandb(config)
             with Metrics(config, 0, RankInfo(0, 0, 1), PhaseTimers(torch.device("cpu"))) as metrics:
-                metrics.validation(1, 2.0)
+                metrics.validation(1, {"loss": 2.0})
     finally:
         wandb.teardown()
     assert run.metrics("validation") == {1: 2.0}

@@ -126,7 +126,7 @@ def test_no_mfu_without_a_known_peak_and_no_norm_where_none_is_made(run: Run) ->
 def test_what_is_no_number_is_null_and_on_no_board(run: Run) -> None:
     with open_metrics(run.config(), 0, ALONE) as record:
         report(record, 1, loss=math.nan, grad_norm=math.inf)
-        record.validation(1, 1e6)
+        record.validation(1, {"loss": 1e6, "perplexity": math.inf})
         record.event(1, "bad step", loss=-math.inf)
     train, validation, event = lines(run)
     assert [train[key] for key in ("loss", "perplexity", "grad_norm")] == [None] * 3
@@ -166,7 +166,7 @@ def test_the_bar_shows_the_losses_and_what_was_skipped(run: Run, monkeypatch: py
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
     with open_metrics(run.config(), 0, ALONE) as record:
-        record.validation(1, 3.5)
+        record.validation(1, {"loss": 3.5})
         report(record, 2, skipped=1)
     shown = terminal.getvalue().split("\r")[-2]
     assert "2/6" in shown
@@ -178,14 +178,14 @@ def test_a_resumed_record_forgets_what_came_after_its_checkpoint(run: Run) -> No
     written = [json.dumps({"kind": "train", "step": step}) for step in (1, 2, 3, 4)]
     (run.dir / "metrics.jsonl").write_text("\n".join(written) + '\n{"kind": "tr')
     with open_metrics(run.config(), 2, ALONE) as record:
-        record.validation(3, 1.5)
+        record.validation(3, {"loss": 1.5})
     assert [line["step"] for line in lines(run)] == [1, 2, 3]
 
 
 def test_other_ranks_are_mute(run: Run) -> None:
     with open_metrics(run.config(), 0, RankInfo(1, 1, 2)) as record:
         report(record, 1)
-        record.validation(1, 2.0)
+        record.validation(1, {"loss": 2.0})
         record.statistics(1, {"entropy/0": 0.5})
         record.event(1, "rollback")
         record.rewind(0)

@@ -37,6 +37,9 @@ PositiveFloat = Annotated[float, pydantic.Field(gt=0, le=1e30)]  # what fp32 hol
 NonNegativeFloat = Annotated[float, pydantic.Field(ge=0, le=1e30)]
 
 
+EvalContext = Annotated[int, pydantic.Field(ge=2, lt=1 << 63)]
+
+
 class Strict(pydantic.BaseModel):
     """Keys and values of a file: frozen, and an unknown key is an error."""
 
@@ -158,6 +161,7 @@ class TrainConfig(Section):
     wandb_project: Free[str | None] = None  # log to Weights & Biases, beside TensorBoard
     eval_every_steps: Free[PositiveInt] = 1000
     eval_tokens: Free[PositiveInt]  # held-out tokens per evaluation
+    eval_contexts: Free[tuple[EvalContext, ...]] = ()  # in tokens; the same held-out tokens are scored at each too
 
     save_every_steps: Free[PositiveInt] = 1000
     save_in_background: Free[bool] = True  # write checkpoints while training continues
@@ -275,6 +279,7 @@ class RunConfig(Section):
             )
         self._check_groups(parameter_names(self.model))  # the layers' own ValueErrors come first
         self._check_divisibility()
+        self._check_eval_contexts()
         self._check_context_parallelism()
         self._check_stateful()
         check_deepspeed_block(self.deepspeed)
@@ -315,6 +320,17 @@ class RunConfig(Section):
                         f"train.{key} {tokens}{over} does not divide into contexts of {context} tokens; "
                         f"try {_nearest_multiple(tokens, unit // math.gcd(unit, ranks))}"
                     )
+
+    def _check_eval_contexts(self) -> None:
+        positions, group = self.model.positions, self.train.context_parallel_size
+        for context in self.train.eval_contexts:
+            if positions is not None and context > positions:
+                raise ValueError(f"train.eval_contexts {context} is longer than model.positions {positions}")
+            if context % group:
+                raise ValueError(
+                    f"train.eval_contexts {context} does not split over train.context_parallel_size {group}; "
+                    f"try {_nearest_multiple(context, group)}"
+                )
 
     def _check_context_parallelism(self) -> None:
         heads, group = self.model.heads, self.train.context_parallel_size

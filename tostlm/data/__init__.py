@@ -1,6 +1,6 @@
 """Text to tokens to batches."""
 
-from tostlm.data.loading import ContextStage, Loader, NumpyBatch, TokenSet
+from tostlm.data.loading import ContextStage, Loader, NumpyBatch, Targets, TokenSet, choose_targets, evenly_spread
 from tostlm.data.preparation.merge import merge
 from tostlm.data.preparation.plan import PreparationSettings
 from tostlm.data.preparation.prepare import parse_task, prepare
@@ -30,10 +30,13 @@ __all__ = [
     "PreparationSettings",
     "Selection",
     "ShardStates",
+    "Targets",
     "TokenSet",
     "Tokenizer",
+    "choose_targets",
     "common_tokenizer",
     "documents",
+    "evenly_spread",
     "format_counts",
     "import_tokenizer",
     "import_tokens",

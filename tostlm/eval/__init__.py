@@ -1,13 +1,11 @@
 """Evaluation of trained models: perplexity by context, rare words read before, and generated text."""
 
 from tostlm.eval.generate import generate, generate_text
-from tostlm.eval.perplexity import Targets, choose_targets, score_contexts
+from tostlm.eval.perplexity import score_contexts
 from tostlm.eval.repetition import loss_by_repetition
 from tostlm.eval.report import evaluate_perplexity
 
 __all__ = [
-    "Targets",
-    "choose_targets",
     "evaluate_perplexity",
     "generate",
     "generate_text",

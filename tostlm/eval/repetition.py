@@ -13,8 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from tostlm.checkpoint import Checkpoint
-from tostlm.data import TokenSet
-from tostlm.eval.perplexity import evenly_spread
+from tostlm.data import TokenSet, evenly_spread
 
 RARE = 5  # times at most that a rare pair stands in the training text
 COUNTED_TOKENS = 50_000_000  # of the training text

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tostlm.checkpoint import load_checkpoint, run_folder
-from tostlm.data import VALIDATION, TokenSet
+from tostlm.data import VALIDATION, TokenSet, choose_targets
 from tostlm.device import best_device
 from tostlm.errors import UserError
-from tostlm.eval.perplexity import Score, choose_targets, score_contexts
+from tostlm.eval.perplexity import Score, score_contexts
 from tostlm.files import distinct_names, require_writable, write_atomically
 from tostlm.plots import new_figure, png_bytes, require_matplotlib
 

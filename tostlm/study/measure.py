@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 from tostlm.checkpoint import load_checkpoint
 from tostlm.config import RunConfig
-from tostlm.data import TRAIN, VALIDATION, TokenSet, read_manifest
+from tostlm.data import TRAIN, VALIDATION, Targets, TokenSet, choose_targets, read_manifest
 from tostlm.device import best_device
 from tostlm.errors import UserError
-from tostlm.eval import Targets, choose_targets, loss_by_repetition, score_contexts
+from tostlm.eval import loss_by_repetition, score_contexts
 from tostlm.files import read_json_lines
 from tostlm.model import count_body_parameters, count_parameters, state_bytes, training_flops_per_token
 from tostlm.study.plan import Cell, Study

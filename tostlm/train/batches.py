@@ -58,8 +58,7 @@ class RunData(NamedTuple):
 
     tokenizer: Tokenizer
     training: Loader
-    validation: Loader  # one sequence a step
-    validation_sequences: int  # read by each evaluation, whatever the number of ranks
+    validation: Loader  # of held-out sequences, one a step
     plan: BatchPlan
 
 
@@ -75,7 +74,7 @@ def open_data(config: RunConfig, world_size: int) -> RunData:
     stages = [ContextStage(step, context, config.train.batch_tokens // context) for step, context in config.data.stages]
     training = _open_loader(config, TRAIN, stages)
     validation = _open_loader(config, VALIDATION, [ContextStage(0, config.data.context_tokens, 1)])
-    return RunData(tokenizer, training, validation, validation.steps_within(config.train.eval_tokens), plan)
+    return RunData(tokenizer, training, validation, plan)
 
 
 def _open_loader(config: RunConfig, split: str, stages: list[ContextStage]) -> Loader:
@@ -87,7 +86,7 @@ def _open_loader(config: RunConfig, split: str, stages: list[ContextStage]) -> L
 
 
 class RankBatches:
-    """The training and validation batches of one rank, or of its context-parallel `group`, prefetched to its device."""
+    """The training and held-out batches of one rank, or of its context-parallel `group`, prefetched to its device."""
 
     def __init__(
         self, data: RunData, ranks: RankInfo, device: torch.device, group: dist.ProcessGroup | None = None
@@ -108,28 +107,27 @@ class RankBatches:
 
         return prefetch(read, range(first_step, sys.maxsize), self._device)
 
-    def validation(self) -> Generator[Batch]:
-        """Yield this rank's share of the validation sequences, as micro-batches.
+    def held_out(self, read: Callable[[int], NumpyBatch], sequences: int, rows: int) -> Generator[Batch]:
+        """Yield this rank's share of held-out sequences, as batches of `rows`; `read` returns one by its number.
 
-        The sequences are the same for any number of ranks, and every rank yields equally many batches, because the
-        ranks run a forward pass together at ZeRO stage 3. Where the sequences do not divide equally, batches are
-        filled up with sequences whose targets are all IGNORE.
+        They are the same for any number of ranks, and every rank yields equally many batches, because the ranks run a
+        forward pass together at ZeRO stage 3. Where the sequences do not divide equally, batches are filled up with
+        sequences whose targets are all IGNORE.
 
         Raises:
             UserError: a shard is damaged.
         """
-        sequences, rows = self._data.validation_sequences, self._data.plan.micro_sequences
 
-        def read(index: int) -> Batch:
+        def read_batch(index: int) -> Batch:
             first = (index * self._groups + self._group_index) * rows
-            read = [self._data.validation.batch(min(n, sequences - 1), 0, 1) for n in range(first, first + rows)]
-            inputs, targets, masks = zip(*read, strict=True)
+            found = [read(min(n, sequences - 1)) for n in range(first, first + rows)]
+            inputs, targets, masks = zip(*found, strict=True)
             mask = None if masks[0] is None else np.concatenate(masks)
             batch = NumpyBatch(np.concatenate(inputs), np.concatenate(targets), mask)
             batch.targets[max(0, sequences - first) :] = IGNORE
             return Batch.from_numpy(batch, self._group)
 
-        return prefetch(read, range(-(-sequences // (rows * self._groups))), self._device)
+        return prefetch(read_batch, range(-(-sequences // (rows * self._groups))), self._device)
 
 
 def prefetch(read: Callable[[int], Batch], steps: range, device: torch.device) -> Generator[Batch]:

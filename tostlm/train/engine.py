@@ -6,8 +6,8 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, closing, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
@@ -27,7 +27,7 @@ from tostlm.checkpoint.deepspeed_state import DeepSpeedEngine, matrix_shards, sh
 from tostlm.config import BatchPlan, RunConfig
 from tostlm.errors import EXIT_LOST_RANK, EXIT_USER_ERROR, UserError, is_lost_peer, report
 from tostlm.launch import RankInfo
-from tostlm.model import IGNORE, LM, LMState, create_lm, hidden_matrices, largest_part_numel, parameter_groups
+from tostlm.model import LM, LMState, create_lm, hidden_matrices, largest_part_numel, parameter_groups
 from tostlm.optim import Muon, MuonRule
 from tostlm.train.batches import Batch, RecurrentState
 
@@ -343,24 +343,3 @@ def _grad_norm_at_stage0(engine: TrainingEngine) -> Tensor | None:
     if engine.zero_optimization_stage() or engine.bfloat16_enabled() or engine.fp16_enabled():
         return None
     return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
-
-
-@torch.no_grad()
-def evaluate(engine: TrainingEngine, batches: Generator[Batch], timer: Timer) -> float:
-    """Return the mean loss in nats over the scored tokens of all ranks' batches. Every rank must call this.
-
-    Each token counts once, however the tokens are distributed over batches and ranks, so the mean does not depend on
-    the number of ranks beyond rounding. The ranks must have equally many batches.
-    """
-    engine.eval()
-    sums = []  # [summed loss, scored tokens] of each batch
-    with closing(batches):
-        for batch in batches:
-            with timer("eval"):
-                scored = (batch.targets != IGNORE).sum().double()
-                sums.append(torch.stack([compute_loss(engine, batch)[0] * scored, scored]))
-    engine.train()
-    total = torch.stack(sums).sum(0)
-    dist.all_reduce(total)
-    loss, tokens = total.tolist()
-    return float(loss / tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import resource
 import sys
 import time
@@ -26,6 +27,7 @@ from tostlm.train.batches import Batch
 from tostlm.train.engine import StepResult, Timer, TrainingEngine, compute_loss
 from tostlm.train.metric_writers import EVENT, MetricsWriter
 
+LOSS_AT = re.compile(r"loss_at_(\d+)")  # of a validation, at another context in tokens
 OTHER = "other"  # the time outside of all phases
 PHASES_BESIDE_TRAINING = ("eval", "save", "statistics")  # not counted in the throughput
 
@@ -179,10 +181,11 @@ class Metrics:
             throughput["mfu"] = tokens_per_second * flops / (peak * self._world_size)
         return throughput
 
-    def validation(self, step: int, loss: float) -> None:
-        """Report the loss in nats of an evaluation on validation text."""
-        values = {"loss": loss, "perplexity": perplexity(loss)}
-        self._report("validation", step, values, f"validation loss {loss:.4f}", validation=f"{loss:.4f}")
+    def validation(self, step: int, values: Mapping[str, float]) -> None:
+        """Report an evaluation on held-out text, as `validate` returns it."""
+        at = [(match[1], value) for name, value in values.items() if (match := LOSS_AT.fullmatch(name))]
+        line = "  ".join([f"validation loss {values['loss']:.4f}", *(f"at {n} {loss:.4f}" for n, loss in at)])
+        self._report("validation", step, values, line, validation=f"{values['loss']:.4f}")
 
     def statistics(self, step: int, values: Mapping[str, float]) -> None:
         """Report the statistics of the layers, from `layer_statistics`; nothing if there are none."""

@@ -28,7 +28,6 @@ from tostlm.train.engine import (
     TrainingEngine,
     broadcast_from_rank0,
     context_parallel_group,
-    evaluate,
     init_distributed,
     rank0_first,
     start_engine,
@@ -38,6 +37,7 @@ from tostlm.train.faults import SpikeDetector, StopRequest
 from tostlm.train.metric_writers import check_wandb
 from tostlm.train.metrics import Metrics, PhaseTimers, layer_statistics
 from tostlm.train.profiler import StepProfiler
+from tostlm.train.validation import open_held_out, validate
 from tostlm.train.watchdog import Watchdog, clear_heartbeats
 
 
@@ -120,6 +120,7 @@ def run_loop(
     recurrent_state = RecurrentState(config, data.plan.accumulation, ranks)
     recurrent_state.restore({} if newest is None else read_recurrent_state(newest), engine.module, device)
     rank_batches = RankBatches(data, ranks, device, context_parallel_group(settings.context_parallel_size))
+    held_out = open_held_out(config, data.validation, data.plan)
     spikes, stopping = SpikeDetector(settings, state.good_losses), False
 
     def due(every_steps: int | None) -> bool:
@@ -158,10 +159,10 @@ def run_loop(
             if due(settings.statistics_every_steps):
                 metrics.statistics(state.step, layer_statistics(engine, micro_batches[0], timers))
             if due(settings.eval_every_steps):
-                loss = evaluate(engine, rank_batches.validation(), timers)
-                state = state._replace(validation_loss=loss)
-                metrics.validation(state.step, loss)
-                if state.step == steps and not math.isfinite(loss):
+                found = validate(engine, held_out, rank_batches, data.tokenizer, timers)
+                state = state._replace(validation_loss=found["loss"])
+                metrics.validation(state.step, found)
+                if state.step == steps and not math.isfinite(found["loss"]):
                     saver.finish()
                     broadcast_from_rank0(partial(report_divergence, steps), ranks)
             if (due(settings.save_every_steps) or stopping) and (not result.bad or state.step == steps):

@@ -105,6 +105,10 @@ class Loader:
         epoch, index = divmod(index, counts[chosen])
         return chosen, permute(index, counts[chosen], f"{key}/{chosen}/{epoch}")
 
+    def set_name(self, sample: int) -> str:
+        """Return the name of the token set that a sample of the first stage is of."""
+        return self._names[self._locate(0, sample)[0]]
+
     def epochs(self, step: int) -> dict[str, float]:
         """Return how many times the windows of each set have been read after `step` steps, by the set's name."""
         totals = dict.fromkeys(self._names, 0.0)
