@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tests.conftest import Run
 from tests.processes import on_ranks
-from tostlm.checkpoint.deepspeed_state import _fragment, _full_shape, gather_weights
+from tostlm.checkpoint.deepspeed_state import fragment_of, full_shape, gather_weights
 from tostlm.config import RunConfig
 from tostlm.launch import RankInfo
 from tostlm.model import create_lm
@@ -119,8 +119,8 @@ class Recorder:
 
     def __init__(self, engine: TrainingEngine) -> None:
         self.engine, self.own, self.update = engine, dict[str, Tensor](), engine.guard._update
-        self.shapes = {name: _full_shape(parameter) for name, parameter in engine.module.named_parameters()}
-        self.fragments = {name: _fragment(engine, parameter) for name, parameter in engine.module.named_parameters()}
+        self.shapes = {name: full_shape(parameter) for name, parameter in engine.module.named_parameters()}
+        self.fragments = {name: fragment_of(engine, parameter) for name, parameter in engine.module.named_parameters()}
         engine.guard._update = self
 
     def __call__(self) -> None:

@@ -15,14 +15,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.conftest import Run, fail, succeed
 from tests.train.run_helpers import blend
 from tostlm.checkpoint import checkpoints
-from tostlm.config import RunConfig
 from tostlm.data import VALIDATION, PreparationSettings, TokenSet, prepare, train_tokenizer
 from tostlm.errors import UserError
 from tostlm.launch import RankInfo
 from tostlm.model import IGNORE, create_lm
 from tostlm.train.batches import PREFETCHED_BATCHES, Batch, RankBatches, RunData, open_data, prefetch
 from tostlm.train.engine import compute_loss
-from tostlm.train.validation import open_held_out
 
 CPU = torch.device("cpu")
 
@@ -128,10 +126,9 @@ def scored_rows(batches: list[Batch]) -> list[bytes]:
     return rows
 
 
-def read_held_out(config: RunConfig, data: RunData, ranks: RankInfo) -> list[Batch]:
+def read_held_out(data: RunData, ranks: RankInfo) -> list[Batch]:
     batches = RankBatches(data, ranks, CPU)
-    parts = open_held_out(config, data.validation, data.plan)
-    return [batch for part in parts for batch in batches.held_out(part.read, part.sequences, part.rows)]
+    return [batch for part in data.held_out for batch in batches.held_out(part)]
 
 
 @pytest.mark.parametrize("sequences", [1, 5, 7, 8])
@@ -141,7 +138,7 @@ def test_validation_reads_the_same_sequences_on_any_number_of_ranks(run: Run, se
         config = run.config(f"train.eval_tokens={64 * sequences + 63}")
         opened = open_data(config, world_size)
         ranks = [RankInfo(rank, rank, world_size) for rank in range(world_size)]
-        read = [read_held_out(config, opened, rank) for rank in ranks]
+        read = [read_held_out(opened, rank) for rank in ranks]
         assert len({len(batches) for batches in read}) == 1  # every rank makes equally many forward passes
         assert {batch.inputs.shape for batches in read for batch in batches} == {(2, 64)}
         rows = sorted(row for batches in read for row in scored_rows(batches))
@@ -155,7 +152,7 @@ def test_validation_text_has_the_longest_context_and_the_weights_of_the_blend(
 ) -> None:
     stages = "data.curriculum=[{until_step: 2, context_tokens: 16}]"
     config = run.config(stages, *blend((data, 1), (digits, 1)), "train.eval_tokens=256")
-    batches = read_held_out(config, open_data(config, 2), RankInfo(0, 0, 1))
+    batches = read_held_out(open_data(config, 2), RankInfo(0, 0, 1))
     held = TokenSet(digits, VALIDATION)
     windows = {row.tobytes() for row in held.read(0, len(held) // 64 * 64).reshape(-1, 64)}
     assert sum(row in windows for row in scored_rows(batches)) == 2

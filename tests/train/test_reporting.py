@@ -33,6 +33,9 @@ EVERYTHING = [
 ]
 
 
+OF_LAYERS = ("activation_rms", "gradient_norm", "update_ratio", "weight_rms")
+
+
 def lines(run: Run, kind: str) -> list[dict[str, Any]]:
     content = (run.dir / "metrics.jsonl").read_text().splitlines()
     return [line for line in map(json.loads, content) if line["kind"] == kind]
@@ -115,7 +118,10 @@ def test_the_statistics_are_the_operators(reported: Reported) -> None:
     lm(rows.inputs)
     halflives = torch.tensor([4.0, 64.0])
     line = lines(reported.run, "statistics")[-1]
-    assert line.keys() == {"kind", "step", "tokens", "time", "entropy/0", "gate/0", "entropy/2", "gate/2"}
+    of_mixers = {"entropy/0", "gate/0", "entropy/2", "gate/2"}
+    of_all = {f"{name}/{layer}" for name in OF_LAYERS for layer in range(3)}
+    beside = {f"{name}/{part}" for name in OF_LAYERS[1:] for part in ("embed", "norm")}
+    assert line.keys() == {"kind", "step", "tokens", "time", *of_mixers, *of_all, *beside}
     for layer, w in projected.items():
         stats = tssa_statistics(Inputs(w, lm.blocks[layer].mixer.temp, None, 2 ** (-1 / halflives)))
         assert line[f"entropy/{layer}"] == pytest.approx(float(stats.entropy), abs=1e-5)

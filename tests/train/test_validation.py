@@ -17,7 +17,7 @@ from tostlm.eval import score_contexts
 from tostlm.launch import RankInfo
 from tostlm.train.batches import Batch, RankBatches, open_data
 from tostlm.train.engine import compute_loss, context_parallel_group, start_engine
-from tostlm.train.validation import open_held_out, validate
+from tostlm.train.validation import validate
 
 CONTEXTS = (16, 32, 160)
 SETTINGS = [(0, 1), (3, 1), (3, 2)]  # ZeRO stage and context-parallel size
@@ -41,8 +41,7 @@ def evaluations(run: Run, sets: list[str], rank: int, world_size: int) -> dict[t
             data = open_data(config, world_size)
             engine = start_engine(config, data.plan, ranks)
             batches = RankBatches(data, ranks, torch.device("cpu"), group)
-            held_out = open_held_out(config, data.validation, data.plan)
-            numbers = validate(engine, held_out, batches, data.tokenizer, lambda name: nullcontext())
+            numbers = validate(engine, data.held_out, batches, data.tokenizer, lambda name: nullcontext())
             found[stage, size, sequences] = numbers
     return found
 
@@ -110,4 +109,4 @@ def test_the_folders_of_a_blend_have_numbers_of_their_own(run: Run, data: Path, 
     ],
 )
 def test_contexts_that_cannot_be_scored(run: Run, overrides: list[str], words: str) -> None:
-    fail(run.train(*overrides), words)
+    fail(run.train(*overrides, nproc=2), words)

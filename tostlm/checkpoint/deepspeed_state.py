@@ -100,12 +100,12 @@ def _kinds(engine: DeepSpeedEngine, name: str) -> tuple[str, ...]:
 def matrix_shards(engine: DeepSpeedEngine, matrices: Mapping[str, int]) -> list[MatrixShard]:
     """Return where the matrices lie that Muon updates, of which each is made of so many. Every rank must call this."""
     parameters = {name: p for name, p in engine.module.named_parameters() if name in matrices}
-    fragments = {name: _fragment(engine, parameter) for name, parameter in parameters.items()}
+    fragments = {name: fragment_of(engine, parameter) for name, parameter in parameters.items()}
     of_ranks: list[dict[str, range]] = [{}] * dist.get_world_size()
     dist.all_gather_object(of_ranks, {name: fragment.elements for name, fragment in fragments.items()})
     shards = []
     for name, fragment in fragments.items():
-        rows, columns = _full_shape(parameters[name])
+        rows, columns = full_shape(parameters[name])
         elements = tuple(of_rank[name] for of_rank in of_ranks)
         shards.append(MatrixShard(name, (rows, columns), matrices[name], fragment.owner, fragment.offset, elements))
     return shards
@@ -113,14 +113,14 @@ def matrix_shards(engine: DeepSpeedEngine, matrices: Mapping[str, int]) -> list[
 
 def state_numels(engine: DeepSpeedEngine) -> dict[str, int]:
     """Return the number of elements of each parameter by name, in the model's order."""
-    return {name: _full_shape(parameter).numel() for name, parameter in engine.module.named_parameters()}
+    return {name: full_shape(parameter).numel() for name, parameter in engine.module.named_parameters()}
 
 
 def state_elements(engine: DeepSpeedEngine) -> dict[str, range]:
     """Return which elements of each flattened tensor NAME/KIND lie in this rank's optimizer."""
     elements: dict[str, range] = {}
     for name, parameter in engine.module.named_parameters():
-        elements |= dict.fromkeys(state_keys(engine, name), _fragment(engine, parameter).elements)
+        elements |= dict.fromkeys(state_keys(engine, name), fragment_of(engine, parameter).elements)
     return elements
 
 
@@ -139,15 +139,15 @@ def gather_state(engine: DeepSpeedEngine, rank_of: Mapping[str, int]) -> dict[st
     partitioned = engine.zero_optimization()
     for name, parameter in engine.module.named_parameters():
         own = rank_of[name] == dist.get_rank()
-        fragment = _fragment(engine, parameter)
+        fragment = fragment_of(engine, parameter)
         for kind in _kinds(engine, name) if own or partitioned else ():
-            full = torch.zeros(_full_shape(parameter).numel(), dtype=torch.float32, device=engine.device)
+            full = torch.zeros(full_shape(parameter).numel(), dtype=torch.float32, device=engine.device)
             full[fragment.elements.start : fragment.elements.stop] = _view(engine, fragment, kind)
             if partitioned:
                 # One rank has each element, the others zero bits: their sum as integers is exact, even for -0.0.
                 dist.reduce(full.view(torch.int32), dst=rank_of[name])
             if own:
-                gathered[f"{name}/{kind}"] = full.view(_full_shape(parameter)).cpu()
+                gathered[f"{name}/{kind}"] = full.view(full_shape(parameter)).cpu()
     return gathered
 
 
@@ -166,7 +166,7 @@ def restore_state(engine: DeepSpeedEngine, fragments: Iterable[tuple[str, Tensor
         stage3.checkpoint_event_prologue()  # partitions the parameters that are kept whole; the epilogue gathers them
     for key, elements in fragments:
         name, _, kind = key.rpartition("/")
-        _view(engine, _fragment(engine, parameters[name]), kind).copy_(elements)
+        _view(engine, fragment_of(engine, parameters[name]), kind).copy_(elements)
     for owner in _owners_of_adam(engine):
         state = _state(engine, owner)
         step = state["step"]  # DeepSpeed's CPU Adam counts in an int, torch's in a tensor
@@ -207,7 +207,7 @@ def check_fragments(engine: DeepSpeedEngine) -> None:
     """
     misplaced = []
     for name, parameter in engine.module.named_parameters():
-        fragment = _fragment(engine, parameter)
+        fragment = fragment_of(engine, parameter)
         if _stage3(engine):
             own = parameter.ds_tensor.view(-1)[: len(fragment.elements)]  # type: ignore[attr-defined]
         else:
@@ -275,13 +275,15 @@ def gather_weights(engine: DeepSpeedEngine) -> dict[str, Tensor]:
     return weights
 
 
-def _full_shape(parameter: Tensor) -> torch.Size:
+def full_shape(parameter: Tensor) -> torch.Size:
+    """Return a parameter's shape, at ZeRO stage 3 too."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 empties parameters between uses
     return shape
 
 
-def _fragment(engine: DeepSpeedEngine, parameter: Tensor) -> Fragment:
-    numel = _full_shape(parameter).numel()
+def fragment_of(engine: DeepSpeedEngine, parameter: Tensor) -> Fragment:
+    """Return where this rank's part of a parameter lies in its optimizer."""
+    numel = full_shape(parameter).numel()
     if stage3 := _stage3(engine):
         group, offset, share = stage3.grad_position[stage3.get_param_id(parameter)]
         start = min(numel, share * dist.get_rank())  # the last shares are padded

@@ -156,7 +156,7 @@ class TrainConfig(Section):
     compile: Free[bool] = False  # torch.compile each block
 
     log_every_steps: Free[PositiveInt] = 10
-    statistics_every_steps: Free[PositiveInt | None] = None  # of the mixers, such as TSSA's membership entropy
+    statistics_every_steps: Free[PositiveInt | None] = None  # of layers: activations, gradients, updates, mixers' own
     profile_steps: Free[tuple[PositiveInt, PositiveInt] | None] = None  # first and last step of a profiler trace
     wandb_project: Free[str | None] = None  # log to Weights & Biases, beside TensorBoard
     eval_every_steps: Free[PositiveInt] = 1000

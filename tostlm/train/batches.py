@@ -21,6 +21,7 @@ from tostlm.config import BatchPlan, RunConfig, batch_plan
 from tostlm.data import TRAIN, VALIDATION, ContextStage, Loader, NumpyBatch, Tokenizer, TokenSet, common_tokenizer
 from tostlm.launch import RankInfo
 from tostlm.model import IGNORE, LM, LMState, state_tensors
+from tostlm.train.held_out import HeldOut, open_held_out
 
 PREFETCHED_BATCHES = 2
 
@@ -59,6 +60,7 @@ class RunData(NamedTuple):
     tokenizer: Tokenizer
     training: Loader
     validation: Loader  # of held-out sequences, one a step
+    held_out: list[HeldOut]  # what an evaluation reads of them, and at other contexts
     plan: BatchPlan
 
 
@@ -67,14 +69,14 @@ def open_data(config: RunConfig, world_size: int) -> RunData:
 
     Raises:
         UserError: the ranks cannot share the batch equally, a folder is damaged, the folders have different
-            tokenizers, or a split has no sequence of `data.context_tokens`.
+            tokenizers, or a split has no sequence of `data.context_tokens` or `train.eval_contexts`.
     """
     plan = batch_plan(config, world_size)
     tokenizer = common_tokenizer(config.data.folders, config.model.vocab_size)
     stages = [ContextStage(step, context, config.train.batch_tokens // context) for step, context in config.data.stages]
     training = _open_loader(config, TRAIN, stages)
     validation = _open_loader(config, VALIDATION, [ContextStage(0, config.data.context_tokens, 1)])
-    return RunData(tokenizer, training, validation, plan)
+    return RunData(tokenizer, training, validation, open_held_out(config, validation, plan), plan)
 
 
 def _open_loader(config: RunConfig, split: str, stages: list[ContextStage]) -> Loader:
@@ -107,8 +109,8 @@ class RankBatches:
 
         return prefetch(read, range(first_step, sys.maxsize), self._device)
 
-    def held_out(self, read: Callable[[int], NumpyBatch], sequences: int, rows: int) -> Generator[Batch]:
-        """Yield this rank's share of held-out sequences, as batches of `rows`; `read` returns one by its number.
+    def held_out(self, part: HeldOut) -> Generator[Batch]:
+        """Yield this rank's share of some held-out sequences, as batches of `part.rows`.
 
         They are the same for any number of ranks, and every rank yields equally many batches, because the ranks run a
         forward pass together at ZeRO stage 3. Where the sequences do not divide equally, batches are filled up with
@@ -118,16 +120,16 @@ class RankBatches:
             UserError: a shard is damaged.
         """
 
-        def read_batch(index: int) -> Batch:
-            first = (index * self._groups + self._group_index) * rows
-            found = [read(min(n, sequences - 1)) for n in range(first, first + rows)]
+        def read(index: int) -> Batch:
+            first = (index * self._groups + self._group_index) * part.rows
+            found = [part.read(min(n, part.sequences - 1)) for n in range(first, first + part.rows)]
             inputs, targets, masks = zip(*found, strict=True)
             mask = None if masks[0] is None else np.concatenate(masks)
             batch = NumpyBatch(np.concatenate(inputs), np.concatenate(targets), mask)
-            batch.targets[max(0, sequences - first) :] = IGNORE
+            batch.targets[max(0, part.sequences - first) :] = IGNORE
             return Batch.from_numpy(batch, self._group)
 
-        return prefetch(read_batch, range(-(-sequences // (rows * self._groups))), self._device)
+        return prefetch(read, range(-(-part.sequences // (part.rows * self._groups))), self._device)
 
 
 def prefetch(read: Callable[[int], Batch], steps: range, device: torch.device) -> Generator[Batch]:

@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
@@ -266,11 +266,15 @@ class StepGuard:
         self._engine, self._update = engine, optimizer.step
         self.skip = False  # skip the update of the current step
         self.skipped = False  # the last update was skipped
+        self.around_update: Callable[[], AbstractContextManager[None]] = nullcontext  # what measures it
         optimizer.step = self._step  # type: ignore[method-assign]
 
     def _step(self, *arguments: Any, **options: Any) -> Any:
         self.skipped = self.skip or not _is_finite(getattr(self._engine.optimizer, "_global_grad_norm", None))
-        return None if self.skipped else self._update(*arguments, **options)
+        if self.skipped:
+            return None
+        with self.around_update():
+            return self._update(*arguments, **options)
 
 
 def _is_finite(grad_norm: Tensor | float | None) -> bool:

@@ -10,11 +10,9 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.profiler import record_function
 from tqdm import tqdm
 
@@ -22,9 +20,8 @@ from tostlm.checkpoint import TrainState
 from tostlm.config import RunConfig
 from tostlm.device import best_device, peak_flops
 from tostlm.launch import RankInfo
-from tostlm.model import Mixer, perplexity, training_flops_per_token
-from tostlm.train.batches import Batch
-from tostlm.train.engine import StepResult, Timer, TrainingEngine, compute_loss
+from tostlm.model import perplexity, training_flops_per_token
+from tostlm.train.engine import StepResult
 from tostlm.train.metric_writers import EVENT, MetricsWriter
 
 LOSS_AT = re.compile(r"loss_at_(\d+)")  # of a validation, at another context in tokens
@@ -188,9 +185,8 @@ class Metrics:
         self._report("validation", step, values, line, validation=f"{values['loss']:.4f}")
 
     def statistics(self, step: int, values: Mapping[str, float]) -> None:
-        """Report the statistics of the layers, from `layer_statistics`; nothing if there are none."""
-        if values:
-            self._report("statistics", step, values)
+        """Report statistics of the layers, by name and layer."""
+        self._report("statistics", step, values)
 
     def event(self, step: int, name: str, **values: object) -> None:
         """Report that something happened after `step` steps. Events of steps that are rolled back stay in the file."""
@@ -227,31 +223,3 @@ def _peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-@torch.no_grad()
-def layer_statistics(engine: TrainingEngine, batch: Batch, timer: Timer) -> dict[str, float]:
-    """Return the statistics that the layers' mixers define, such as entropy/0 of layer 0, from one forward pass.
-
-    They are of this rank's tokens. Every rank must call this, because a forward pass needs all ranks at ZeRO stage 3.
-    """
-    found: dict[str, Tensor] = {}
-
-    def record(layer: int, mixer: Mixer, inputs: tuple[Any, ...], output: object) -> None:
-        found.update({f"{name}/{layer}": value for name, value in mixer.statistics(*inputs).items()})
-
-    hooks = [  # each must run before DeepSpeed's own, which releases the layer's parameters at stage 3
-        block.mixer.register_forward_hook(partial(record, layer), prepend=True)
-        for layer, block in enumerate(engine.module.blocks)
-        if type(block.mixer).statistics is not Mixer.statistics
-    ]
-    if not hooks:
-        return {}
-    with timer("statistics"):
-        engine.eval()
-        with torch.compiler.set_stance("force_eager"):  # compiled code does not call hooks
-            compute_loss(engine, batch._replace(targets=batch.targets[:, -1:]))  # the loss itself is not needed
-        engine.train()
-        for hook in hooks:
-            hook.remove()
-        return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))

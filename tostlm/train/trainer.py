@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -35,9 +35,10 @@ from tostlm.train.engine import (
 )
 from tostlm.train.faults import SpikeDetector, StopRequest
 from tostlm.train.metric_writers import check_wandb
-from tostlm.train.metrics import Metrics, PhaseTimers, layer_statistics
+from tostlm.train.metrics import Metrics, PhaseTimers
 from tostlm.train.profiler import StepProfiler
-from tostlm.train.validation import open_held_out, validate
+from tostlm.train.statistics import UpdateProbe, by_layer, layer_statistics
+from tostlm.train.validation import validate
 from tostlm.train.watchdog import Watchdog, clear_heartbeats
 
 
@@ -120,11 +121,14 @@ def run_loop(
     recurrent_state = RecurrentState(config, data.plan.accumulation, ranks)
     recurrent_state.restore({} if newest is None else read_recurrent_state(newest), engine.module, device)
     rank_batches = RankBatches(data, ranks, device, context_parallel_group(settings.context_parallel_size))
-    held_out = open_held_out(config, data.validation, data.plan)
+    probe = UpdateProbe(engine)
     spikes, stopping = SpikeDetector(settings, state.good_losses), False
 
+    def due_at(step: int, every_steps: int | None) -> bool:
+        return every_steps is not None and (step % every_steps == 0 or step == steps)
+
     def due(every_steps: int | None) -> bool:
-        return every_steps is not None and (state.step % every_steps == 0 or state.step == steps)
+        return due_at(state.step, every_steps)
 
     with (
         Metrics(config, state.step, ranks, timers) as metrics,
@@ -135,6 +139,8 @@ def run_loop(
         while state.step < steps and not stopping:
             with timers("data"):
                 micro_batches = next(batches).split(data.plan.accumulation)
+            measured = due_at(state.step + 1, settings.statistics_every_steps)
+            engine.guard.around_update = probe.start() if measured else nullcontext
             with profiler.step(state.step + 1):
                 lr = learning_rate(config, state.step)
                 result = train_step(engine, micro_batches, lr, spikes.is_bad, stop.requested, recurrent_state, timers)
@@ -157,9 +163,13 @@ def run_loop(
                 epochs = data.training.epochs(state.data_step)
                 metrics.log(state, result, lr, engine.optimizer.param_groups, context, epochs)
             if due(settings.statistics_every_steps):
-                metrics.statistics(state.step, layer_statistics(engine, micro_batches[0], timers))
+                movements = probe.movements()
+                of_layers = layer_statistics(engine, micro_batches[0], timers)
+                metrics.statistics(state.step, {**of_layers, **by_layer(movements)})
+                if suspects := probe.suspects(movements):
+                    metrics.event(state.step, "parameters", **suspects)
             if due(settings.eval_every_steps):
-                found = validate(engine, held_out, rank_batches, data.tokenizer, timers)
+                found = validate(engine, data.held_out, rank_batches, data.tokenizer, timers)
                 state = state._replace(validation_loss=found["loss"])
                 metrics.validation(state.step, found)
                 if state.step == steps and not math.isfinite(found["loss"]):
