@@ -21,13 +21,14 @@ from tostlm.checkpoint.layout import checkpoint_folder, load_checkpoint, read_re
 from tostlm.checkpoint.load import resume
 from tostlm.config import batch_plan, load_config
 from tostlm.launch import RankInfo
+from tostlm.optim import EMA
 from tostlm.train.engine import start_engine
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}  # of a loss
 OTHERS = VARIANTS.keys() - {"bf16"}
 ENGINES = [(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
 ENGINES += [(1, "bf16 with fp32 gradients"), *((stage, "fp16") for stage in (1, 2, 3))]
-ENGINES += [(stage, "fp32 and muon") for stage in (0, 1, 2, 3)]
+ENGINES += [(stage, "fp32, muon and ema") for stage in (0, 1, 2, 3)]
 MATRICES = "_proj.weight"  # how the names end that Muon updates
 
 
@@ -39,13 +40,21 @@ def options(stage: int, precision: str) -> list[str]:
         "fp32": [],
         "bf16": ["bf16.enabled=true"],
         "bf16 with fp32 gradients": ["bf16.enabled=true", "data_types.grad_accum_dtype=fp32"],
-        "fp32 and muon": [],
+        "fp32, muon and ema": [],
         "fp16": ["fp16.enabled=true", "fp16.initial_scale_power=20"],  # overflows once before KEPT_STEP
     }[precision]
     # Some of a model's parameters then stay whole, and some do not.
     threshold = ["zero_optimization.stage3_param_persistence_threshold=100"] if stage == 3 else []
-    muon = ["optimizer.name=muon", "optimizer.muon.newton_schulz_dtype=fp32"] if "muon" in precision else []
-    return [*muon, *(f"deepspeed.{key}" for key in [f"zero_optimization.stage={stage}", *keys, *threshold])]
+    others = ["optimizer.name=muon", "optimizer.muon.newton_schulz_dtype=fp32", "train.ema_decay=0.5"]
+    return [
+        *(others if "muon" in precision else ()),
+        *(f"deepspeed.{key}" for key in [f"zero_optimization.stage={stage}", *keys, *threshold]),
+    ]
+
+
+def kinds(precision: str, name: str) -> tuple[str, ...]:
+    own = MUON_KINDS if "muon" in precision and name.endswith(MATRICES) else ADAM_KINDS
+    return (*own, EMA) if "ema" in precision else own
 
 
 def other(stage: int, precision: str, shift: int) -> tuple[int, str]:
@@ -111,7 +120,7 @@ class TestEveryEngine:
         self, matrix: Matrix, number: int, world_size: int, shift: int
     ) -> None:
         expected, resumed = matrix.trained[number]["losses"], matrix.results(world_size, shift)[number]["losses"]
-        precision = ENGINES[number][1].partition(" ")[0]
+        precision = ENGINES[number][1].split()[0].strip(",")
         if precision == "fp16":  # whether a later gradient overflows hangs on how the ranks add up
             resumed = {KEPT_STEP + 1: resumed[KEPT_STEP + 1]}
         tolerance = TOLERANCE[precision]
@@ -136,14 +145,10 @@ class TestEveryEngine:
         stage, precision = ENGINES[number]
         folder = checkpoint_folder(matrix.folder / f"{stage} {precision}", KEPT_STEP)
         found, lm = tensors_of(matrix.folder / f"{stage} {precision}"), load_checkpoint(folder).lm
-        shapes = {
-            f"{name}/{kind}": p.shape
-            for name, p in lm.named_parameters()
-            for kind in (MUON_KINDS if "muon" in precision and name.endswith(MATRICES) else ADAM_KINDS)
-        }
+        shapes = {f"{name}/{kind}": p.shape for name, p in lm.named_parameters() for kind in kinds(precision, name)}
         assert {key: tensor.shape for key, tensor in found.items()} == shapes
         assert {tensor.dtype for tensor in found.values()} == {torch.float32}
-        dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(precision.split()[0], torch.bfloat16)
+        dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(precision.split()[0].strip(","), torch.bfloat16)
         for name, parameter in lm.named_parameters():
             assert parameter.dtype == dtype
             assert parameter.equal(found[f"{name}/weight"].to(dtype))

@@ -1,9 +1,9 @@
-"""The mean of several checkpoints' weights, as a checkpoint to evaluate, generate from and convert."""
+"""Averages of weights, as checkpoints to evaluate, generate from and convert: of checkpoints, or what one has."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -27,8 +27,9 @@ from tostlm.config import RunConfig, load_config
 from tostlm.data import Tokenizer
 from tostlm.errors import UserError
 from tostlm.files import atomic_folder, require_writable
+from tostlm.optim import EMA
 
-SOURCES = "averaged.json"  # the paths of the checkpoints of which it is the mean
+SOURCES = "averaged.json"  # the paths of the checkpoints that it is made of
 
 
 def newest_checkpoints(path: Path, count: int) -> list[Path]:
@@ -54,9 +55,7 @@ def average(sources: Sequence[Path], out: Path) -> None:
     Raises:
         UserError: one is damaged, they are of different models or tokenizers, fewer than two, or `out` exists.
     """
-    if out.exists():
-        raise UserError(f"{out} exists; remove it or choose another folder")
-    require_writable(out.parent)
+    _require_free(out)
     if len({path.resolve() for path in sources}) < max(2, len(sources)):
         raise UserError(f"a mean takes two checkpoints or more, each named once; {len(sources)} are named")
     config, tokenizer = load_config(sources[-1] / CONFIG), Tokenizer.from_folder(sources[-1])
@@ -67,16 +66,44 @@ def average(sources: Sequence[Path], out: Path) -> None:
             total = mean.setdefault(name, torch.zeros_like(weight, dtype=torch.float32))
             total += (weight.float() - total) / count
     newest = max(sources, key=lambda source: read_train_state(source).step)
+    _write(out, mean, newest, sources)
+
+
+def extract_ema(checkpoint: Path, out: Path) -> None:
+    """Write the moving average of the weights that a checkpoint has, in the dtype that the run trains in, to a folder.
+
+    As with `average`, no run resumes or begins from it.
+
+    Raises:
+        UserError: the checkpoint is damaged or has none, or `out` exists.
+    """
+    _require_free(out)
+    if (damage := find_damage(checkpoint)) is not None:
+        raise UserError(f"checkpoint {checkpoint} is damaged: {damage}; use an older one")
+    if not read_train_state(checkpoint).has_ema:
+        raise UserError(f"{checkpoint} has no moving average of the weights; train with train.ema_decay")
+    _write(out, dict(_stored(checkpoint, load_config(checkpoint / CONFIG), EMA)), checkpoint, [checkpoint])
+
+
+def _write(out: Path, weights: Mapping[str, Tensor], newest: Path, sources: Sequence[Path]) -> None:
+    """Write a checkpoint of weights alone, with the progress and the tokenizer of `newest`."""
+    dtype, tokenizer = weights_dtype(load_config(newest / CONFIG)), Tokenizer.from_folder(newest)
     files: dict[str, Content] = {
-        WEIGHTS: {name: weight.to(weights_dtype(config)) for name, weight in mean.items()},
+        WEIGHTS: {name: weight.to(dtype) for name, weight in weights.items()},
         SOURCES: json.dumps([str(source.resolve()) for source in sources], indent=1).encode(),
         CONFIG: (newest / CONFIG).read_bytes(),
         tokenizer.file_name: tokenizer.content,
-        TRAIN_STATE: read_train_state(newest)._replace(validation_loss=None).to_json().encode(),
+        TRAIN_STATE: read_train_state(newest)._replace(validation_loss=None, has_ema=False).to_json().encode(),
     }
     with atomic_folder(out) as folder:
         checksums = {name: write_file(folder / name, content) for name, content in files.items()}
         write_file(folder / COMPLETE, f"{json.dumps(checksums, indent=1)}\n".encode())
+
+
+def _require_free(out: Path) -> None:
+    if out.exists():
+        raise UserError(f"{out} exists; remove it or choose another folder")
+    require_writable(out.parent)
 
 
 def _require_alike(source: Path, other: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
@@ -93,7 +120,12 @@ def _weights(checkpoint: Path, config: RunConfig) -> Iterator[tuple[str, Tensor]
     if not any(name.startswith(f"{STATE}/") for name in written_files(checkpoint)):
         yield from safetensors.torch.load_file(checkpoint / WEIGHTS).items()
         return
+    yield from _stored(checkpoint, config, "weight")
+
+
+def _stored(checkpoint: Path, config: RunConfig, kind: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a kind that a checkpoint's state has of each parameter, by the parameter's name."""
     shapes = weight_shapes(config.model)
-    for key, flat in read_state(checkpoint, {f"{name}/weight": range(s.numel()) for name, s in shapes.items()}):
-        name = key.removesuffix("/weight")
+    for key, flat in read_state(checkpoint, {f"{name}/{kind}": range(s.numel()) for name, s in shapes.items()}):
+        name = key.removesuffix(f"/{kind}")
         yield name, flat.view(shapes[name])

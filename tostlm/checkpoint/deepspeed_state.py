@@ -10,8 +10,8 @@ at stage 3 alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol, cast
 
 import deepspeed
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tostlm.errors import EXIT_USER_ERROR, UserError
 from tostlm.model import LM
-from tostlm.optim import MOMENTUM, MatrixShard, Muon
+from tostlm.optim import EMA, MOMENTUM, MatrixShard, Muon, WeightAverage
 
 ADAM_KINDS, MUON_KINDS = ("weight", "exp_avg", "exp_avg_sq"), ("weight", MOMENTUM)
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # DeepSpeed's names
@@ -57,6 +57,7 @@ class DeepSpeedEngine(Protocol):
     module: LM
     optimizer: DeepSpeedOptimizer
     basic_optimizer: torch.optim.Optimizer  # AdamW or Muon itself, which `optimizer` wraps under ZeRO
+    weight_average: WeightAverage | None  # tostlm's own; None where the run has none
     torch_autocast_z0_gradscaler: torch.amp.GradScaler | None
     device: torch.device
     global_steps: int
@@ -94,7 +95,8 @@ def state_keys(engine: DeepSpeedEngine, name: str) -> list[str]:
 
 def _kinds(engine: DeepSpeedEngine, name: str) -> tuple[str, ...]:
     optimizer = engine.basic_optimizer
-    return MUON_KINDS if isinstance(optimizer, Muon) and name in optimizer.matrices else ADAM_KINDS
+    kinds = MUON_KINDS if isinstance(optimizer, Muon) and name in optimizer.matrices else ADAM_KINDS
+    return kinds if engine.weight_average is None else (*kinds, EMA)
 
 
 def matrix_shards(engine: DeepSpeedEngine, matrices: Mapping[str, int]) -> list[MatrixShard]:
@@ -162,27 +164,47 @@ def restore_state(engine: DeepSpeedEngine, fragments: Iterable[tuple[str, Tensor
         UserError: see `check_fragments`.
     """
     parameters = dict(engine.module.named_parameters())
-    if stage3 := _stage3(engine):
-        stage3.checkpoint_event_prologue()  # partitions the parameters that are kept whole; the epilogue gathers them
-    for key, elements in fragments:
-        name, _, kind = key.rpartition("/")
-        _view(engine, fragment_of(engine, parameters[name]), kind).copy_(elements)
+    with _rewritten_masters(engine):
+        for key, elements in fragments:
+            name, _, kind = key.rpartition("/")
+            _view(engine, fragment_of(engine, parameters[name]), kind).copy_(elements)
     for owner in _owners_of_adam(engine):
         state = _state(engine, owner)
         step = state["step"]  # DeepSpeed's CPU Adam counts in an int, torch's in a tensor
         state["step"] = torch.full_like(step, optimizer_steps) if isinstance(step, Tensor) else optimizer_steps
     if isinstance(engine.basic_optimizer, DeepSpeedCPUAdam):
         _repeat_bias_corrections(engine.basic_optimizer, optimizer_steps)
-    if stage3:
-        for group in range(len(stage3.fp16_groups)):
-            stage3._reassign_or_swap_out_partitioned_parameters(group)
-        stage3.checkpoint_event_epilogue()
-    elif engine.zero_optimization():
-        engine.optimizer.update_lp_params()
-    else:
-        for parameter, master in _master_copies(engine):
-            parameter.copy_(master)
     check_fragments(engine)
+
+
+@contextmanager
+def averaged_weights(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Let the model compute with the moving average of its weights. Every rank must call this."""
+    average = engine.weight_average
+    assert average is not None
+    with _rewritten_masters(engine):
+        average.exchange()
+    yield
+    with _rewritten_masters(engine):
+        average.exchange()
+
+
+@contextmanager
+def _rewritten_masters(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Let the model compute with what is written inside to the optimizer's master weights."""
+    if stage3 := _stage3(engine):
+        stage3.checkpoint_event_prologue()  # partitions the parameters that are kept whole; the epilogue gathers them
+    yield
+    with torch.no_grad():
+        if stage3:
+            for group in range(len(stage3.fp16_groups)):
+                stage3._reassign_or_swap_out_partitioned_parameters(group)
+            stage3.checkpoint_event_epilogue()
+        elif engine.zero_optimization():
+            engine.optimizer.update_lp_params()
+        else:
+            for parameter, master in _master_copies(engine):
+                parameter.copy_(master)
 
 
 def _repeat_bias_corrections(adam: DeepSpeedCPUAdam, steps: int) -> None:
@@ -234,7 +256,9 @@ def share_weights(engine: DeepSpeedEngine) -> None:
     DeepSpeed means to do so, but compares a device with its name, and keeps a copy.
     """
     stage3 = _stage3(engine)
-    for weights, masters in zip(stage3.fp16_partitioned_groups_flat, _owners(engine), strict=True) if stage3 else ():
+    for weights, masters in (
+        zip(stage3.fp16_partitioned_groups_flat, optimized_tensors(engine), strict=True) if stage3 else ()
+    ):
         if weights is not None and (weights.dtype, weights.device) == (masters.dtype, masters.device):
             masters.data = weights.data
 
@@ -320,8 +344,8 @@ def _master_copies(engine: DeepSpeedEngine) -> Iterable[tuple[Tensor, Tensor]]:
             yield from zip(*groups, strict=True)
 
 
-def _owners(engine: DeepSpeedEngine) -> list[Tensor]:
-    """Return the tensors that this rank's Adam updates."""
+def optimized_tensors(engine: DeepSpeedEngine) -> list[Tensor]:
+    """Return the tensors that this rank's optimizer updates."""
     if stage3 := _stage3(engine):
         return stage3.fp32_partitioned_groups_flat
     return [tensor for group in engine.optimizer.param_groups for tensor in group["params"]]
@@ -329,12 +353,16 @@ def _owners(engine: DeepSpeedEngine) -> list[Tensor]:
 
 def _view(engine: DeepSpeedEngine, fragment: Fragment, kind: str) -> Tensor:
     """Return a flat view of a fragment's elements in the engine, to read or to write."""
-    tensor: Tensor = fragment.owner.detach() if kind == "weight" else _state(engine, fragment.owner)[kind]
+    if kind == EMA:
+        assert engine.weight_average is not None
+        tensor = engine.weight_average.of(fragment.owner)
+    else:
+        tensor = fragment.owner.detach() if kind == "weight" else _state(engine, fragment.owner)[kind]
     return tensor.view(-1)[fragment.offset : fragment.offset + len(fragment.elements)]
 
 
 def _owners_of_adam(engine: DeepSpeedEngine) -> list[Tensor]:
-    return [owner for owner in _owners(engine) if "step" in _state(engine, owner)]
+    return [owner for owner in optimized_tensors(engine) if "step" in _state(engine, owner)]
 
 
 def _state(engine: DeepSpeedEngine, owner: Tensor) -> dict[str, Any]:

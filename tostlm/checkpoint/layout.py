@@ -7,7 +7,8 @@ A run's folder holds
     checkpoints/latest                  the name of the newest checkpoint, for people and other tools
     checkpoints/step-00000100/
         state/00000.safetensors         of each parameter NAME, in full and in fp32: NAME/weight, and NAME/exp_avg and
-                                        NAME/exp_avg_sq (AdamW) or NAME/momentum (Muon)
+                                        NAME/exp_avg_sq (AdamW) or NAME/momentum (Muon), and NAME/ema where
+                                        train.ema_decay is set
         weights.safetensors             the model in the dtype it trains in, where train.save_weights is on
         recurrent_state.safetensors     the recurrent state of each sequence, where data.stateful is on
         config.yaml                     the config of the run
@@ -61,6 +62,7 @@ class TrainState(NamedTuple):
     world_size: int = 1  # like zero_stage, for information only
     zero_stage: int = 0
     data_sha256: str = ""  # of the content of the prepared folders
+    has_ema: bool = False  # state/ has the moving average of the weights
     branched_from: str = ""  # the checkpoint of another run that this run began from, if any
 
     def to_json(self) -> str:

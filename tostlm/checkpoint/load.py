@@ -22,6 +22,7 @@ from tostlm.checkpoint.rollback import PASSED_OVER, apply_record, following_chec
 from tostlm.config import RunConfig, fixed_values, load_config
 from tostlm.data import Tokenizer
 from tostlm.errors import UserError, report
+from tostlm.optim import EMA
 
 DAMAGED = ".damaged"  # suffix of a quarantined checkpoint's name
 
@@ -110,7 +111,14 @@ def resume(engine: DeepSpeedEngine, checkpoint: Path) -> TrainState:
             f"this rank does not see {checkpoint}, which rank 0 does; run_dir must be on a shared file system"
         )
     train_state = apply_record(checkpoint.parent.parent, read_train_state(checkpoint))
-    restore_state(engine, read_state(checkpoint, state_elements(engine)), train_state.optimizer_steps)
+    elements, average = state_elements(engine), engine.weight_average
+    if not train_state.has_ema:
+        elements = {key: own for key, own in elements.items() if not key.endswith(f"/{EMA}")}
+    restore_state(engine, read_state(checkpoint, elements), train_state.optimizer_steps)
+    if average is not None and train_state.has_ema:
+        average.resume(train_state.optimizer_steps)
+    elif average is not None:
+        average.restart()
     restore_loss_scale(engine, train_state.loss_scale)
     engine.global_steps = train_state.step  # DeepSpeed's own monitors count by these
     engine.global_samples = train_state.step * engine.train_batch_size()

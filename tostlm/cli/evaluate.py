@@ -1,4 +1,4 @@
-"""Subcommands for checkpoints: eval perplexity, generate, checkpoint average, convert."""
+"""Subcommands for checkpoints: eval perplexity, generate, checkpoint average and ema, convert."""
 
 from __future__ import annotations
 
@@ -54,6 +54,20 @@ def checkpoint_average(
     sources = [found for path in checkpoints for found in newest_checkpoints(path, last)]
     average(sources, out)
     print(f"{out}: the mean of {', '.join(map(str, sources))}")
+
+
+@checkpoint_app.command("ema")
+def checkpoint_ema(
+    checkpoint: CheckpointPath,
+    out: Annotated[Path, typer.Option(help="the folder to write")],
+) -> None:
+    """Write the moving average of a checkpoint's weights (train.ema_decay), to evaluate, generate from and convert."""
+    from tostlm.checkpoint import resolve
+    from tostlm.checkpoint.average import extract_ema
+
+    found = resolve(checkpoint)
+    extract_ema(found, out)
+    print(f"{out}: the moving average that {found} has")
 
 
 @app.command()

@@ -155,6 +155,8 @@ class TrainConfig(Section):
     activation_checkpointing_every: Free[PositiveInt | None] = None  # recompute every n-th block in the backward pass
     compile: Free[bool] = False  # torch.compile each block
 
+    ema_decay: Free[Share | None] = None  # of a moving average of the weights, beside them; None for none
+
     log_every_steps: Free[PositiveInt] = 10
     statistics_every_steps: Free[PositiveInt | None] = None  # of layers: activations, gradients, updates, mixers' own
     profile_steps: Free[tuple[PositiveInt, PositiveInt] | None] = None  # first and last step of a profiler trace

@@ -71,13 +71,13 @@ def weight_bytes(config: RunConfig) -> int:
 
 
 def model_memory_bytes(config: RunConfig, world_size: int) -> float:
-    """Return what a model takes on each rank between steps: weights, gradients, AdamW's fp32 moments and weights.
+    """Return what a model takes on each rank between steps: weights, gradients, AdamW's fp32 moments, weights, average.
 
     ZeRO partitions the optimizer from stage 1 on, the gradients from 2 and the weights from 3 (Rajbhandari et al. 2020,
     arXiv 1910.02054). Activations come on top.
     """
     count, weights = total_parameters(config), weight_bytes(config)
-    optimizer = count * (8 if weights == 4 * count else 12)
+    optimizer = count * ((8 if weights == 4 * count else 12) + (0 if config.train.ema_decay is None else 4))
     first_stages = ((weights, 3), (weights, 2), (optimizer, 1))
     return sum(size / (world_size if config.zero_stage >= stage else 1) for size, stage in first_stages)
 
@@ -160,7 +160,8 @@ def measure_disk(config: RunConfig, rank_info: RankInfo) -> Disk:
 def checkpoint_bytes(config: RunConfig) -> int:
     """Return the bytes of one checkpoint: AdamW's state with its fp32 weights, and the file of weights alone."""
     weights = weight_bytes(config) if config.train.save_weights else 0
-    return OPTIMIZER_BYTES * total_parameters(config) + weights
+    average = 0 if config.train.ema_decay is None else 4
+    return (OPTIMIZER_BYTES + average) * total_parameters(config) + weights
 
 
 def checkpoints_to_come(config: RunConfig) -> int:

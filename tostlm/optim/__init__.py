@@ -2,5 +2,6 @@
 
 from tostlm.optim.muon import MATRICES, MOMENTUM, Muon, MuonRule
 from tostlm.optim.shards import MatrixShard
+from tostlm.optim.weight_average import EMA, WeightAverage
 
-__all__ = ["MATRICES", "MOMENTUM", "MatrixShard", "Muon", "MuonRule"]
+__all__ = ["EMA", "MATRICES", "MOMENTUM", "MatrixShard", "Muon", "MuonRule", "WeightAverage"]

@@ -23,12 +23,12 @@ from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from torch import Tensor, nn
 from torch.utils.cpp_extension import get_default_build_root
 
-from tostlm.checkpoint.deepspeed_state import DeepSpeedEngine, matrix_shards, share_weights
+from tostlm.checkpoint.deepspeed_state import DeepSpeedEngine, matrix_shards, optimized_tensors, share_weights
 from tostlm.config import BatchPlan, RunConfig
 from tostlm.errors import EXIT_LOST_RANK, EXIT_USER_ERROR, UserError, is_lost_peer, report
 from tostlm.launch import RankInfo
 from tostlm.model import LM, LMState, create_lm, hidden_matrices, largest_part_numel, parameter_groups
-from tostlm.optim import Muon, MuonRule
+from tostlm.optim import Muon, MuonRule, WeightAverage
 from tostlm.train.batches import Batch, RecurrentState
 
 T = TypeVar("T")
@@ -183,6 +183,8 @@ def start_engine(config: RunConfig, plan: BatchPlan, ranks: RankInfo) -> Trainin
     share_weights(engine)
     if isinstance(optimizer, Muon):
         optimizer.bind(matrix_shards(engine, hidden_matrices(config.model)))
+    decay = config.train.ema_decay
+    engine.weight_average = None if decay is None else WeightAverage(decay, optimized_tensors(engine))
     engine.guard = StepGuard(engine, optimizer)
     for state in optimizer.state.values():
         # At stage 0 in low precision DeepSpeed creates the optimizer's state by a step on zero gradients, which Adam's
@@ -263,7 +265,7 @@ class StepGuard:
     """
 
     def __init__(self, engine: TrainingEngine, optimizer: torch.optim.Optimizer) -> None:
-        self._engine, self._update = engine, optimizer.step
+        self._engine, self._optimizer, self._update = engine, optimizer, optimizer.step
         self.skip = False  # skip the update of the current step
         self.skipped = False  # the last update was skipped
         self.around_update: Callable[[], AbstractContextManager[None]] = nullcontext  # what measures it
@@ -274,7 +276,11 @@ class StepGuard:
         if self.skipped:
             return None
         with self.around_update():
-            return self._update(*arguments, **options)
+            result = self._update(*arguments, **options)
+        if self._engine.weight_average is not None:
+            owners = (owner for group in self._optimizer.param_groups for owner in group["params"])
+            self._engine.weight_average.update(owner for owner in owners if owner.grad is not None)
+        return result
 
 
 def _is_finite(grad_norm: Tensor | float | None) -> bool:

@@ -38,7 +38,7 @@ from tostlm.train.metric_writers import check_wandb
 from tostlm.train.metrics import Metrics, PhaseTimers
 from tostlm.train.profiler import StepProfiler
 from tostlm.train.statistics import UpdateProbe, by_layer, layer_statistics
-from tostlm.train.validation import validate
+from tostlm.train.validation import evaluate
 from tostlm.train.watchdog import Watchdog, clear_heartbeats
 
 
@@ -169,7 +169,7 @@ def run_loop(
                 if suspects := probe.suspects(movements):
                     metrics.event(state.step, "parameters", **suspects)
             if due(settings.eval_every_steps):
-                found = validate(engine, data.held_out, rank_batches, data.tokenizer, timers)
+                found = evaluate(engine, data.held_out, rank_batches, data.tokenizer, timers)
                 state = state._replace(validation_loss=found["loss"])
                 metrics.validation(state.step, found)
                 if state.step == steps and not math.isfinite(found["loss"]):

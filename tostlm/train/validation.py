@@ -11,8 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tostlm.checkpoint.deepspeed_state import averaged_weights
 from tostlm.data import Tokenizer
 from tostlm.model import IGNORE, perplexity
+from tostlm.optim import EMA
 from tostlm.train.batches import Batch, RankBatches
 from tostlm.train.engine import Timer, TrainingEngine, compute_loss
 from tostlm.train.held_out import HeldOut
@@ -29,6 +31,18 @@ class Scores(NamedTuple):
         """Return the mean loss in nats and the bits per byte, by names that `name` is put into."""
         bits = self.nats / math.log(2) / self.text_bytes if self.text_bytes else math.nan
         return {f"loss{name}": self.nats / self.tokens, f"bits_per_byte{name}": bits}
+
+
+def evaluate(
+    engine: TrainingEngine, held_out: Sequence[HeldOut], batches: RankBatches, tokenizer: Tokenizer, timer: Timer
+) -> dict[str, float]:
+    """Return what `validate` finds; the same of the moving average of the weights, where there is one, behind ema/."""
+    found = validate(engine, held_out, batches, tokenizer, timer)
+    if engine.weight_average is None:
+        return found
+    with averaged_weights(engine):
+        averaged = validate(engine, held_out, batches, tokenizer, timer)
+    return {**found, **{f"{EMA}/{name}": value for name, value in averaged.items()}}
 
 
 @torch.no_grad()
