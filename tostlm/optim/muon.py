@@ -58,6 +58,7 @@ class Muon(torch.optim.AdamW):
     def bind(self, shards: Sequence[MatrixShard]) -> None:
         """Say where the matrices lie, in the same order on every rank, once the optimizer has its final tensors."""
         self.matrices = frozenset(shard.name for shard in shards)
+        self._exchanges.clear()  # DeepSpeed may have made an update of nothing before
         for shard in shards:
             self._shards.setdefault(id(shard.owner), []).append(shard)
 
