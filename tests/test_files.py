@@ -10,7 +10,7 @@ import pytest
 from tests.warm import processes
 from tostlm.data import PreparationSettings, Tokenizer, merge, prepare
 from tostlm.data.preparation.plan import unit_folder
-from tostlm.files import atomic_folder, sync_tree, write_atomically
+from tostlm.files import atomic_folder, distinct_names, sync_tree, write_atomically
 
 
 def no_links(*_: object, **__: object) -> None:
@@ -84,3 +84,10 @@ def test_all_that_was_prepared_is_forced_to_the_disk(
     synced.clear()
     merge(out)
     assert inodes(out) <= synced
+
+
+def test_distinct_names_are_distinct() -> None:
+    paths = [Path(name) for name in ("a/x", "b/x", "x-1", "c/y.z", "x-0-0")]
+    found = distinct_names(paths)
+    assert len(set(found)) == len(paths)
+    assert found[2:] == ["x-1", "y", "x-0-0"] and all(name.startswith("x-") for name in found[:2])

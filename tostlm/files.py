@@ -178,5 +178,10 @@ _for_life = ExitStack()
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
     """Return the last parts of some paths without suffixes, numbered where two are the same."""
-    names = [path.stem for path in paths]
-    return [f"{name}-{index}" if names.count(name) > 1 else name for index, name in enumerate(names)]
+    names, found = [path.stem for path in paths], list[str]()
+    for index, name in enumerate(names):
+        own = name if names.count(name) == 1 else f"{name}-{index}"
+        while own in found or (own != name and own in names):
+            own += f"-{index}"
+        found.append(own)
+    return found

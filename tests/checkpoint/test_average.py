@@ -49,8 +49,11 @@ def test_a_mean_is_evaluated_converted_and_averaged_further(run: Run, tmp_path: 
 def test_what_has_no_mean(run: Run, trained: dict[str, Run], tmp_path: Path) -> None:
     first, *_, last = map(str, checkpoints(run.dir))
     out = ("--out", str(tmp_path / "mean"))
-    fail(tostlm("checkpoint", "average", first, *out), "a mean takes two checkpoints or more, each named once; 1 are")
-    fail(tostlm("checkpoint", "average", first, first, *out), "each named once; 2 are named")
+    fail(tostlm("checkpoint", "average", first, *out), f"a mean takes two checkpoints or more, and {first} is one")
+    (tmp_path / "same").symlink_to(first)
+    fail(tostlm("checkpoint", "average", last, first, str(tmp_path / "same"), *out), f"{first} is named twice")
+    among = ("--out", str(run.dir / "checkpoints" / "step-00000009"))
+    fail(tostlm("checkpoint", "average", first, last, *among), "is among the checkpoints of a run")
     fail(tostlm("checkpoint", "average", str(run.dir), "--last", "4", *out), "has 3 checkpoints, not 4")
     fail(tostlm("checkpoint", "average", first, str(tmp_path), *out), "is neither a checkpoint nor the folder of a run")
     fail(tostlm("checkpoint", "average", str(trained["softmax"].dir), last, *out), "are of different models")
@@ -59,4 +62,13 @@ def test_what_has_no_mean(run: Run, trained: dict[str, Run], tmp_path: Path) -> 
     next((copy / "state").glob("*")).write_bytes(b"")
     fail(tostlm("checkpoint", "average", str(copy), last, *out), "is damaged: 00000.safetensors has 0 bytes")
     fail(tostlm("checkpoint", "average", first, last, "--out", str(copy)), f"{copy} exists")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    fail(tostlm("checkpoint", "average", first, last, "--out", str(tmp_path / "dangling")), "dangling exists")
+    low = Run(tmp_path, run.config().data.folders[0])
+    succeed(low.train("deepspeed.bf16.enabled=true", "train.steps=2"))
+    fail(
+        tostlm("checkpoint", "average", first, str(low.dir), *out),
+        f"{first} is of precision fp32,",
+        "of bf16; take one",
+    )
     assert not (tmp_path / "mean").exists()

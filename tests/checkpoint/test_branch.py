@@ -1,14 +1,22 @@
 """Runs that begin from a checkpoint of another run."""
 
+import errno
+import hashlib
+import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Run, fail, succeed, tostlm
+from tests.conftest import ROOT, Run, fail, succeed, tostlm
 from tostlm.checkpoint import checkpoint_folder, checkpoints, read_train_state
+from tostlm.checkpoint.branch import branch, require_same_origin
+from tostlm.checkpoint.integrity import COMPLETE
+from tostlm.checkpoint.rollback import record_rollback
 from tostlm.data import PreparationSettings, Tokenizer, prepare
 from tostlm.doctor import run_inputs
+from tostlm.errors import UserError
 from tostlm.train.batches import open_data
 from tostlm.train.trainer import check_run
 
@@ -19,7 +27,7 @@ WSD = ["optimizer.schedule=wsd", "optimizer.decay_steps=2", "train.steps=5"]
 def plateau(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run that has a checkpoint of step 3, at a constant rate, and of step 6."""
     run = Run(tmp_path_factory.mktemp("plateau"), data)
-    succeed(run.train("optimizer.schedule=wsd", "optimizer.decay_steps=2"))
+    succeed(run.train("optimizer.schedule=wsd", "optimizer.decay_steps=2", "train.spike_zscore=9"))
     return run
 
 
@@ -58,18 +66,97 @@ def test_it_goes_on_by_the_same_command_without_the_other_run(plateau: Run, run:
     fail(run.train(*other), f"began from {copy}, not from train.branch_from {origin(plateau)}; choose another run_dir")
 
 
+@pytest.mark.parametrize("linked", ["run", "run/checkpoints", "run/checkpoints/step-00000003"])
+def test_links_are_no_other_run(plateau: Run, run: Run, tmp_path: Path, linked: str) -> None:
+    place = tmp_path / "elsewhere" / linked
+    place.parent.mkdir(parents=True)
+    place.symlink_to(plateau.dir.parent / linked)
+    named = tmp_path / "elsewhere" / "run/checkpoints/step-00000003"
+    config = run.config(*WSD, f"train.branch_from={named}")
+    newest = branch(config, Tokenizer.from_folder(named))
+    for asked in (named, named.parent.parent):
+        require_same_origin(run.config(f"train.branch_from={asked}"), newest)
+    with pytest.raises(UserError, match="choose another run_dir"):
+        require_same_origin(run.config(f"train.branch_from={tmp_path}"), newest)
+
+
+@pytest.mark.parametrize("name", ["2026", "null", "{", "'"])
+def test_a_folder_is_not_read_as_yaml(plateau: Run, run: Run, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).symlink_to(plateau.dir)
+    command = ["train", str(run.file), *WSD, "train.steps=7", "--from", name]
+    assert "begins from" in succeed(tostlm(*command, cwd=tmp_path, PYTHONPATH=str(ROOT)))
+
+
+def test_no_folder_at_all(run: Run) -> None:
+    fail(run.train("--from", ""), "--from is empty; name a checkpoint of another run, or leave it out")
+
+
+def test_a_run_that_rolled_back_is_followed(plateau: Run, run: Run, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """From where it goes on, and without the data that it left out."""
+    copy = tmp_path / "rolled"
+    shutil.copytree(plateau.dir, copy)
+    record_rollback(copy, read_train_state(origin(plateau))._replace(data_step=9, rollbacks=1))
+    for asked in (copy, checkpoint_folder(copy, 3)):
+        config = run.config(*WSD, f"train.branch_from={asked}", f"run_dir={run.dir}-{asked.name}")
+        state = read_train_state(branch(config, tokenizer))
+        assert (state.step, state.data_step, state.rollbacks) == (3, 9, 0)
+
+
+def test_a_copy_is_on_the_disk_before_it_counts(
+    plateau: Run, run: Run, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, fsync = [], os.fsync
+
+    def record(descriptor: int) -> None:
+        synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        fsync(descriptor)
+
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(errno.EXDEV, "another file system")
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(os, "link", refuse)
+    newest = branch(run.config(*WSD, f"train.branch_from={origin(plateau)}"), tokenizer)
+    files = {str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file()}
+    assert files == {path.split(".saving-step-00000003/")[-1] for path in synced if not Path(path).is_dir()} & files
+
+
+def test_a_full_disk_names_the_run(plateau: Run, run: Run, small_disk: Path, tokenizer: Tokenizer) -> None:
+    (small_disk / "fill").write_bytes(b"x" * 1_900_000)
+    config = run.config(*WSD, f"train.branch_from={origin(plateau)}", f"run_dir={small_disk}/run")
+    with pytest.raises(UserError, match=f"cannot be copied to {small_disk}/run: No space left on device"):
+        branch(config, tokenizer)
+    assert not list(small_disk.rglob(".saving-*"))
+
+
+def test_no_file_outside_of_a_checkpoint_is_its_own(
+    plateau: Run, run: Run, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    copy = tmp_path / "step-00000003"
+    shutil.copytree(origin(plateau), copy)
+    (tmp_path / "evil").write_bytes(b"")
+    checksums = json.loads((copy / COMPLETE).read_text())
+    empty = {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+    (copy / COMPLETE).write_text(json.dumps({**checksums, "../evil": empty}))
+    with pytest.raises(UserError, match="has no readable COMPLETE"):
+        branch(run.config(*WSD, f"train.branch_from={copy}"), tokenizer)
+
+
 def test_other_data_are_read_from_their_start(
     plateau: Run, run: Run, corpus: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
     prepare(PreparationSettings(sources=(str(corpus),), heldout_fraction=0.3), tokenizer, other)
-    for key, steps in ((f"data.path={other}", 0), ("train.batch_tokens=1024", 0), ("optimizer.lr=1e-3", 3)):
-        config = run.config(*WSD, key, f"train.branch_from={origin(plateau)}", f"run_dir={tmp_path / key[:5]}")
+    curriculum = "data.curriculum=[{until_step: 2, context_tokens: 32}]"  # whose stages go by steps
+    keys = {f"data.path={other}": 0, "train.batch_tokens=1024": 0, "optimizer.lr=1e-3": 3, curriculum: 3}
+    for key, steps in keys.items():
+        config = run.config(*WSD, key, f"train.branch_from={origin(plateau)}", f"run_dir={tmp_path / key[:8]}")
         newest = check_run(config, open_data(config, 1))
         assert newest is not None
         state = read_train_state(newest)
         assert (state.step, state.data_step) == (3, steps)
-        (tmp_path / key[:5] / ".lock").unlink()
+        assert bool(state.good_losses) == (key == "optimizer.lr=1e-3")
+        (tmp_path / key[:8] / ".lock").unlink()
 
 
 @pytest.mark.parametrize(
@@ -93,6 +180,8 @@ def test_what_cannot_be_begun(plateau: Run, run: Run, keys: list[str], words: st
 
 def test_a_run_is_no_branch_of_itself_or_of_what_is_damaged(plateau: Run, run: Run, tmp_path: Path) -> None:
     fail(plateau.train(*WSD, "train.steps=9", "--from", str(origin(plateau))), "began anew, not from train.branch_from")
+    inside = f"run_dir={plateau.dir}/checkpoints/decay"
+    fail(run.train(*WSD, inside, "--from", str(origin(plateau))), "or in it; choose another run_dir")
     copy = tmp_path / "step-00000003"
     shutil.copytree(origin(plateau), copy)
     (copy / "weights.safetensors").write_bytes(b"")

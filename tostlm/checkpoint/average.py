@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -56,12 +57,14 @@ def average(sources: Sequence[Path], out: Path) -> None:
         UserError: one is damaged, they are of different models or tokenizers, fewer than two, or `out` exists.
     """
     _require_free(out)
-    if len({path.resolve() for path in sources}) < max(2, len(sources)):
-        raise UserError(f"a mean takes two checkpoints or more, each named once; {len(sources)} are named")
-    config, tokenizer = load_config(sources[-1] / CONFIG), Tokenizer.from_folder(sources[-1])
+    for path in sources:
+        if [other.resolve() for other in sources].count(path.resolve()) > 1:
+            raise UserError(f"{path} is named twice; its weights would count double")
+    if len(sources) < 2:
+        raise UserError(f"a mean takes two checkpoints or more, and {', '.join(map(str, sources))} is one")
+    config = _require_alike(sources)
     mean: dict[str, Tensor] = {}
     for count, source in enumerate(sources, 1):
-        _require_alike(source, sources[-1], config, tokenizer)
         for name, weight in _weights(source, config):
             total = mean.setdefault(name, torch.zeros_like(weight, dtype=torch.float32))
             total += (weight.float() - total) / count
@@ -101,24 +104,39 @@ def _write(out: Path, weights: Mapping[str, Tensor], newest: Path, sources: Sequ
 
 
 def _require_free(out: Path) -> None:
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError(f"{out} exists; remove it or choose another folder")
+    beside = out.absolute().parent
+    if beside.name == "checkpoints" and (beside.parent / CONFIG).exists():
+        raise UserError(f"{out} is among the checkpoints of a run, which would take it for its own; write it elsewhere")
     require_writable(out.parent)
 
 
-def _require_alike(source: Path, other: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
-    if (damage := find_damage(source, [n for n in written_files(source) if n != RECURRENT_STATE])) is not None:
-        raise UserError(f"checkpoint {source} is damaged: {damage}; leave it out")
-    if load_config(source / CONFIG).model != config.model:
-        raise UserError(f"{source} and {other} are of different models; their weights have no mean")
-    if Tokenizer.from_folder(source).sha256 != tokenizer.sha256:
-        raise UserError(f"{source} and {other} were trained with different tokenizers; their weights have no mean")
+def _require_alike(sources: Sequence[Path]) -> RunConfig:
+    """Return the config of checkpoints that are whole and of one model, precision and tokenizer."""
+    for source in sources:
+        if (damage := find_damage(source, [n for n in written_files(source) if n != RECURRENT_STATE])) is not None:
+            raise UserError(f"checkpoint {source} is damaged: {damage}; leave it out")
+    first = sources[0]
+    config, tokenizer = load_config(first / CONFIG), Tokenizer.from_folder(first)
+    for source in sources:
+        other = load_config(source / CONFIG)
+        if other.model != config.model:
+            raise UserError(f"{first} and {source} are of different models; their weights have no mean")
+        if other.precision != config.precision:
+            raise UserError(f"{first} is of precision {config.precision}, {source} of {other.precision}; take one")
+        if Tokenizer.from_folder(source).sha256 != tokenizer.sha256:
+            raise UserError(f"{first} and {source} were trained with different tokenizers; their weights have no mean")
+    return config
 
 
 def _weights(checkpoint: Path, config: RunConfig) -> Iterator[tuple[str, Tensor]]:
     """Yield a checkpoint's weights: in fp32 where it has its optimizer's, else as it has them."""
     if not any(name.startswith(f"{STATE}/") for name in written_files(checkpoint)):
-        yield from safetensors.torch.load_file(checkpoint / WEIGHTS).items()
+        weights = safetensors.torch.load_file(checkpoint / WEIGHTS)
+        if weights.keys() != weight_shapes(config.model).keys():
+            raise UserError(f"checkpoint {checkpoint}: {WEIGHTS} has not the weights of its config; leave it out")
+        yield from weights.items()
         return
     yield from _stored(checkpoint, config, "weight")
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from tostlm.checkpoint.folders import partial_folder, publish
-from tostlm.checkpoint.integrity import CONFIG, TRAIN_STATE, find_damage, read_checksums, written_files
+from tostlm.checkpoint.integrity import COMPLETE, CONFIG, TRAIN_STATE, find_damage, read_checksums, written_files
 from tostlm.checkpoint.layout import (
     RECURRENT_STATE,
     STATE,
@@ -19,6 +19,7 @@ from tostlm.checkpoint.layout import (
     resolve,
     run_folder,
 )
+from tostlm.checkpoint.rollback import following_checkpoints, read_record
 from tostlm.checkpoint.state_files import write_file
 from tostlm.config import RunConfig, dump_config, fixed_values, load_config
 from tostlm.data import Tokenizer
@@ -32,11 +33,12 @@ def require_origin(config: RunConfig) -> None:
     """Check that a run which has yet to begin can do so from `train.branch_from`, if any, as far as configs tell.
 
     Raises:
-        UserError: there is no checkpoint, its step is past the run's last, or the model or the optimizer differ.
+        UserError: there is no checkpoint, its step is past the run's last, the model or the optimizer differ, or
+            `run_dir` is the other run's or among its checkpoints.
     """
     if config.train.branch_from is None or checkpoints(config.run_dir):
         return
-    checkpoint = resolve(config.train.branch_from)
+    checkpoint = _origin(config.train.branch_from)
     if not any(name.startswith(f"{STATE}/") for name in written_files(checkpoint)):
         raise UserError(f"{checkpoint} has weights alone, without the optimizer's state: no run can begin from it")
     step = read_train_state(checkpoint).step
@@ -45,8 +47,9 @@ def require_origin(config: RunConfig) -> None:
             f"train.steps {config.train.steps} is not above step {step} of {checkpoint}, from which the run begins: "
             "steps are counted on; raise it"
         )
-    if config.run_dir.resolve() == run_folder(checkpoint).resolve():
-        raise UserError(f"{checkpoint} is of run_dir itself; choose another run_dir, or leave out train.branch_from")
+    folder, run_dir = run_folder(checkpoint).resolve(), config.run_dir.resolve()
+    if run_dir == folder or run_dir.is_relative_to(folder / "checkpoints"):
+        raise UserError(f"run_dir {config.run_dir} is that of {checkpoint}, or in it; choose another run_dir")
     theirs, own = fixed_values(load_config(checkpoint / CONFIG)), fixed_values(config)
     for key in {**theirs, **own}:
         old, new = theirs.get(key, "unset"), own.get(key, "unset")
@@ -58,33 +61,48 @@ def branch(config: RunConfig, tokenizer: Tokenizer) -> Path:
     """Make a copy of the checkpoint that `train.branch_from` names the first one of a new run, and return it.
 
     Steps are counted on. Where data, batches and seed are those of the other run, the data are read on too, else from
-    their start. Files that stay as they are become links where both runs lie on one file system.
+    their start, but with a curriculum, whose stages go by steps. Files that stay as they are become links where both
+    runs lie on one file system.
 
     Raises:
         UserError: it is damaged, does not fit, or cannot be copied.
     """
     assert config.train.branch_from is not None
     require_origin(config)
-    origin = resolve(config.train.branch_from)
+    origin = _origin(config.train.branch_from)
     if (damage := find_damage(origin)) is not None:
         raise UserError(f"checkpoint {origin} is damaged: {damage}; begin from another")
     if Tokenizer.from_folder(origin).sha256 != tokenizer.sha256:
         folders = ", ".join(map(str, config.data.folders))
         raise UserError(f"checkpoint {origin} was trained with another tokenizer than {folders}; use its own")
-    state, data = read_train_state(origin), data_sha256(config)
+    state, data = _progress(origin), data_sha256(config)
     goes_on = state.data_sha256 == data and fixed_values(load_config(origin / CONFIG)) == fixed_values(config)
     state = state._replace(
-        data_step=state.data_step if goes_on else 0,
+        data_step=state.data_step if goes_on else state.step if config.data.curriculum else 0,
+        good_losses=state.good_losses if goes_on else (),
         validation_loss=None,
         skipped_steps=0,
         rollbacks=0,
         data_sha256=data,
-        branched_from=str(origin.resolve()),
+        branched_from=str(origin.absolute()),
     )
     try:
         return _copy(origin, config, state, [] if goes_on else [RECURRENT_STATE])
     except OSError as error:
-        raise UserError(f"{error.filename or config.run_dir} cannot be written: {error.strerror}") from None
+        shutil.rmtree(partial_folder(checkpoint_folder(config.run_dir, state.step)), ignore_errors=True)
+        raise UserError(f"checkpoint {origin} cannot be copied to {config.run_dir}: {error.strerror}") from None
+
+
+def _origin(path: Path) -> Path:
+    """Return a checkpoint itself, or of a run's folder the newest that the run itself would follow."""
+    following = [found for found in following_checkpoints(path) if (found / COMPLETE).is_file()]
+    return following[-1] if following else resolve(path)
+
+
+def _progress(origin: Path) -> TrainState:
+    """Return the progress of the other run, with the data that it left out in a rollback to this checkpoint."""
+    state, last = read_train_state(origin), read_record(run_folder(origin))
+    return state if last is None or last.step != state.step else state._replace(data_step=last.data_step)
 
 
 def _copy(origin: Path, config: RunConfig, state: TrainState, left_out: list[str]) -> Path:
@@ -108,6 +126,8 @@ def _link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # another file system, or one without links
         shutil.copyfile(source, target)
+        with target.open("rb+") as file:
+            os.fsync(file.fileno())
 
 
 def require_same_origin(config: RunConfig, newest: Path) -> None:
@@ -118,11 +138,12 @@ def require_same_origin(config: RunConfig, newest: Path) -> None:
     """
     if config.train.branch_from is None:
         return
-    began, asked = read_train_state(newest).branched_from, config.train.branch_from.resolve()
+    began, asked = read_train_state(newest).branched_from, config.train.branch_from
     # The folder of a run stood for its newest checkpoint then.
-    if asked not in (Path(began), run_folder(Path(began))):
+    places = [Path(began), run_folder(Path(began))] if began else []
+    if asked.absolute() not in places and asked.resolve() not in [place.resolve() for place in places]:
         where = f"began from {began}" if began else "began anew"
         raise UserError(
-            f"{config.run_dir} {where}, not from train.branch_from {config.train.branch_from}; choose another run_dir, "
-            "or leave train.branch_from out to resume it"
+            f"{config.run_dir} {where}, not from train.branch_from {asked}; choose another run_dir, or leave "
+            "train.branch_from out to resume it"
         )

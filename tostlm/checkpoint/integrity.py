@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TypedDict
 
 from tostlm.errors import UserError
@@ -73,6 +73,8 @@ def _checksums(checkpoint: Path) -> dict[str, Checksum]:
     checksums: dict[str, Checksum] = json.loads((checkpoint / COMPLETE).read_text())
     if CONFIG not in checksums or TRAIN_STATE not in checksums:
         raise LookupError("files of every checkpoint are not named")
+    if any(PurePath(name).is_absolute() or ".." in PurePath(name).parts for name in checksums):
+        raise LookupError("files outside of the checkpoint are named")
     return checksums
 
 

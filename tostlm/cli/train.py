@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -68,8 +69,12 @@ def train(
     overrides: Overrides = None,
     nproc: Processes = None,
     branch_from: Annotated[
-        Path | None,
-        typer.Option("--from", help="a checkpoint of another run that this one begins from: train.branch_from"),
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="CHECKPOINT",
+            help="a checkpoint of another run that this one begins from: train.branch_from",
+        ),
     ] = None,
 ) -> None:
     """Train a run from its newest checkpoint, or from the start.
@@ -78,7 +83,10 @@ def train(
     """
     from tostlm.config import batch_plan, load_config
 
-    keys = [*(overrides or []), *([f"train.branch_from={branch_from}"] if branch_from else [])]
+    if branch_from == "":
+        raise UserError("--from is empty; name a checkpoint of another run, or leave it out")
+    # As JSON, since a folder may be named as what YAML reads as something else.
+    keys = [*(overrides or []), *([] if branch_from is None else [f"train.branch_from={json.dumps(branch_from)}"])]
     run = load_config(config, keys)
 
     def check(ranks: int) -> None:

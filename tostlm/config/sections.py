@@ -209,9 +209,15 @@ class OptimizerGroup(Section):
     def _is_a_pattern(cls, match: str) -> str:
         try:
             re.compile(match)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"{match!r} is no regular expression: {error}") from None
         return match
+
+    @pydantic.model_validator(mode="after")
+    def _says_something(self) -> OptimizerGroup:
+        if self.lr_scale == 1 and self.weight_decay is None:
+            raise ValueError(f"match {self.match!r} has no effect: set lr_scale or weight_decay")
+        return self
 
 
 class OptimizerConfig(Section):
