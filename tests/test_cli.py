@@ -17,7 +17,7 @@ from tostlm.main import main
 
 SUBCOMMANDS = [
     *("quickstart", "config", "tokenizer", "prepare", "data", "doctor", "train", "eval", "generate", "bench"),
-    *("convert", "study", "submit"),
+    *("checkpoint", "convert", "study", "submit"),
 ]
 
 

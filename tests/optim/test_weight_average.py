@@ -29,6 +29,8 @@ VARIANTS = {
     "offload": [*zero_options(1), "deepspeed.zero_optimization.offload_optimizer.device=cpu"],
     "muon": [*zero_options(3), "optimizer.name=muon"],
 }
+FAST = ["stage 0", "bf16 2", "muon"]
+OTHERS = pytest.param([name for name in VARIANTS if name not in FAST], marks=pytest.mark.slow, id="others")
 
 
 def test_the_start_is_soon_forgotten() -> None:
@@ -48,11 +50,11 @@ def test_the_start_is_soon_forgotten() -> None:
     assert float(average.of(w)) == 1999 % 7
 
 
-def averages(run: Run, rank: int, world_size: int) -> dict[str, dict[str, Any]]:
+def averages(run: Run, variants: list[str], rank: int, world_size: int) -> dict[str, dict[str, Any]]:
     """Of each variant the fp32 weights before and after every step, the average, and what the model computes with."""
     ranks, found = RankInfo(rank, rank, world_size), {}
-    for name, keys in VARIANTS.items():
-        config = run.config(*keys, f"train.ema_decay={DECAY}")
+    for name in variants:
+        config = run.config(*VARIANTS[name], f"train.ema_decay={DECAY}")
         data = open_data(config, world_size)
         engine = start_engine(config, data.plan, ranks)
         state, masters = RecurrentState(config, data.plan.accumulation, ranks), []
@@ -72,8 +74,9 @@ def averages(run: Run, rank: int, world_size: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def test_the_average_at_every_stage(run: Run, tmp_path: Path) -> None:
-    for name, found in on_ranks(2, partial(averages, run), tmp_path)[0].items():
+@pytest.mark.parametrize("variants", [pytest.param(FAST, id="some"), OTHERS])
+def test_the_average_at_every_stage(run: Run, tmp_path: Path, variants: list[str]) -> None:
+    for name, found in on_ranks(2, partial(averages, run, variants), tmp_path)[0].items():
         masters, last = found["masters"], found["masters"][-1]
         for key in [key for key in last if key.endswith("/ema")]:
             parameter = key.removesuffix("/ema")
@@ -130,7 +133,7 @@ def test_a_resumed_run_has_the_same_average(averaged: Run, run: Run) -> None:
 
 
 def test_it_may_begin_and_end_when_a_run_resumes(averaged: Run, run: Run) -> None:
-    """From weights without an average it begins as they are."""
+    """From weights without an average it begins as they are, and goes on after any resume as it would have."""
     origin = str(checkpoints(averaged.dir)[0])
     succeed(run.train("train.steps=4", "--from", origin))
     extract = run.dir.parent / "none"
@@ -141,6 +144,10 @@ def test_it_may_begin_and_end_when_a_run_resumes(averaged: Run, run: Run) -> Non
     before = dict(read_state(one, {"embed.weight/weight": range(found["embed.weight/weight"].numel())}))
     expected = before["embed.weight/weight"] * 0.1 + found["embed.weight/weight"] * 0.9
     torch.testing.assert_close(found["embed.weight/ema"], expected)
+    succeed(run.train("train.steps=6", "train.ema_decay=0.5"))
+    again = state(run)
+    expected = found["embed.weight/ema"] * 2 / 11 + again["embed.weight/weight"] * 9 / 11  # its second update
+    torch.testing.assert_close(again["embed.weight/ema"], expected)
 
 
 def test_a_checkpoint_is_as_large_as_the_doctor_says(averaged: Run) -> None:

@@ -180,9 +180,7 @@ SLOW = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("arm", "world_size", "steps"), [("softmax", 2, 8), ("bf16", 2, 8), ("adamw, groups", 2, 8), *SLOW]
-)
+@pytest.mark.parametrize(("arm", "world_size", "steps"), [("softmax", 2, 8), ("bf16", 2, 8), *SLOW])
 def test_every_stage_makes_the_same_updates(data: Path, tmp_path: Path, arm: str, world_size: int, steps: int) -> None:
     stages = range(4)
     configs = [[*OPTIMIZER, *ARMS[arm], f"deepspeed.zero_optimization.stage={stage}"] for stage in stages]

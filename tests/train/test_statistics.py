@@ -26,11 +26,15 @@ VARIANTS = {
 }
 
 
-def movements(run: Run, rank: int, world_size: int) -> dict[str, tuple[Any, ...]]:
+FAST = ["stage 0", "stage 3", "muon"]
+OTHERS = ["stage 0", *(name for name in VARIANTS if name not in FAST)]
+
+
+def movements(run: Run, variants: list[str], rank: int, world_size: int) -> dict[str, tuple[Any, ...]]:
     """Of each variant what a second step did, as the probe has it and as the weights have it, and its clipped norm."""
     ranks, found = RankInfo(rank, rank, world_size), {}
-    for name, keys in VARIANTS.items():
-        config = run.config(*keys, CLIP)
+    for name in variants:
+        config = run.config(*VARIANTS[name], CLIP)
         data = open_data(config, world_size)
         engine = start_engine(config, data.plan, ranks)
         state, probe, weights = RecurrentState(config, data.plan.accumulation, ranks), UpdateProbe(engine), []
@@ -47,8 +51,9 @@ def movements(run: Run, rank: int, world_size: int) -> dict[str, tuple[Any, ...]
     return found
 
 
-def test_the_norms_of_an_update_at_every_stage(run: Run, tmp_path: Path) -> None:
-    of_ranks = on_ranks(2, partial(movements, run), tmp_path)
+@pytest.mark.parametrize("variants", [FAST, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["some", "others"])
+def test_the_norms_of_an_update_at_every_stage(run: Run, tmp_path: Path, variants: list[str]) -> None:
+    of_ranks = on_ranks(2, partial(movements, run, variants), tmp_path)
     for name, (measured, weights, norm) in of_ranks[0].items():
         assert measured == of_ranks[1][name][0]
         assert measured.keys() == weights[0].keys()

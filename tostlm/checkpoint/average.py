@@ -83,7 +83,7 @@ def extract_ema(checkpoint: Path, out: Path) -> None:
     _require_free(out)
     if (damage := find_damage(checkpoint)) is not None:
         raise UserError(f"checkpoint {checkpoint} is damaged: {damage}; use an older one")
-    if not read_train_state(checkpoint).has_ema:
+    if read_train_state(checkpoint).ema_updates is None:
         raise UserError(f"{checkpoint} has no moving average of the weights; train with train.ema_decay")
     _write(out, dict(_stored(checkpoint, load_config(checkpoint / CONFIG), EMA)), checkpoint, [checkpoint])
 
@@ -96,7 +96,7 @@ def _write(out: Path, weights: Mapping[str, Tensor], newest: Path, sources: Sequ
         SOURCES: json.dumps([str(source.resolve()) for source in sources], indent=1).encode(),
         CONFIG: (newest / CONFIG).read_bytes(),
         tokenizer.file_name: tokenizer.content,
-        TRAIN_STATE: read_train_state(newest)._replace(validation_loss=None, has_ema=False).to_json().encode(),
+        TRAIN_STATE: read_train_state(newest)._replace(validation_loss=None, ema_updates=None).to_json().encode(),
     }
     with atomic_folder(out) as folder:
         checksums = {name: write_file(folder / name, content) for name, content in files.items()}

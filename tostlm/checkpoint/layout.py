@@ -62,7 +62,7 @@ class TrainState(NamedTuple):
     world_size: int = 1  # like zero_stage, for information only
     zero_stage: int = 0
     data_sha256: str = ""  # of the content of the prepared folders
-    has_ema: bool = False  # state/ has the moving average of the weights
+    ema_updates: Count | None = None  # of the moving average of the weights that state/ has; None where it has none
     branched_from: str = ""  # the checkpoint of another run that this run began from, if any
 
     def to_json(self) -> str:

@@ -112,11 +112,11 @@ def resume(engine: DeepSpeedEngine, checkpoint: Path) -> TrainState:
         )
     train_state = apply_record(checkpoint.parent.parent, read_train_state(checkpoint))
     elements, average = state_elements(engine), engine.weight_average
-    if not train_state.has_ema:
+    if train_state.ema_updates is None:
         elements = {key: own for key, own in elements.items() if not key.endswith(f"/{EMA}")}
     restore_state(engine, read_state(checkpoint, elements), train_state.optimizer_steps)
-    if average is not None and train_state.has_ema:
-        average.resume(train_state.optimizer_steps)
+    if average is not None and train_state.ema_updates is not None:
+        average.updates = train_state.ema_updates
     elif average is not None:
         average.restart()
     restore_loss_scale(engine, train_state.loss_scale)

@@ -148,7 +148,7 @@ class CheckpointSaver:
             world_size=world_size,
             zero_stage=self._config.zero_stage,
             data_sha256=self._data_sha256,
-            has_ema=engine.weight_average is not None,
+            ema_updates=None if engine.weight_average is None else engine.weight_average.updates,
         )
         files[CONFIG] = dump_config(self._config).encode()
         files[self._tokenizer.file_name] = self._tokenizer.content

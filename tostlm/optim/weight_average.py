@@ -39,10 +39,15 @@ class WeightAverage:
         """Let the averages be the tensors themselves, as before the first update."""
         for key, owner in self._owners.items():
             self._averages[key].copy_(owner.detach())
-        self.resume(0)
+        self.updates = 0
 
-    def resume(self, updates: int) -> None:
-        """Go on after so many updates, with averages that were written by `of`."""
+    @property
+    def updates(self) -> int:
+        """How many updates the averages are of; to be set where they were written by `of`."""
+        return max(self._updates.values())
+
+    @updates.setter
+    def updates(self, updates: int) -> None:
         self._updates = dict.fromkeys(self._updates, updates)
 
     @torch.no_grad()
