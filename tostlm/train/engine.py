@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.cpp_extension import get_default_build_root
 
 from tostlm.checkpoint.deepspeed_state import DeepSpeedEngine, matrix_shards, optimized_tensors, share_weights
+from tostlm.checkpoint.layout import weights_dtype
 from tostlm.config import BatchPlan, RunConfig
 from tostlm.errors import EXIT_LOST_RANK, EXIT_USER_ERROR, UserError, is_lost_peer, report
 from tostlm.launch import RankInfo
@@ -205,7 +206,7 @@ def _create_lm(config: RunConfig, settings: dict[str, Any]) -> LM:
             zero_param_parallel_group=deepspeed.utils.groups._get_zero_param_intra_parallel_group(),
         )
 
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision, torch.float32)
+    dtype = weights_dtype(config)
     lm = create_lm(config.model, config.seed, partition if config.zero_stage == 3 else None)
     prepare_blocks(lm, config)
     return lm

@@ -91,20 +91,20 @@ class UpdateProbe:
     def _measuring(self) -> Iterator[None]:
         # ZeRO may update group by group, of which it then gives the optimizer one at a time.
         groups = self._optimizer.param_groups
-        owners = {id(owner) for group in groups for owner in group["params"] if owner.grad is not None}
-        updated = {name: fragment for name, fragment in self._fragments.items() if id(fragment.owner) in owners}
+        grads = {id(owner): owner.grad for group in groups for owner in group["params"] if owner.grad is not None}
+        updated = {name: fragment for name, fragment in self._fragments.items() if id(fragment.owner) in grads}
         before = {id(fragment.owner): fragment.owner.detach().clone() for fragment in updated.values()}
-        gradients = {name: self._square(name, fragment.owner.grad) for name, fragment in updated.items()}
+        gradients = {name: self._square(name, grads[id(each.owner)]) for name, each in updated.items()}
         yield
         self._updated = True
         for name, fragment in updated.items():
             change = self._square(name, fragment.owner.detach(), before[id(fragment.owner)])
             self._squares[name] = torch.stack([gradients[name], change])
 
-    def _square(self, name: str, tensor: Tensor | None, origin: Tensor | None = None) -> Tensor:
+    def _square(self, name: str, tensor: Tensor, origin: Tensor | None = None) -> Tensor:
         """Return the squared norm of a parameter's part of a tensor laid out as its owner, less that of `origin`."""
         fragment = self._fragments[name]
-        if tensor is None or not self._counts:
+        if not self._counts:
             return torch.zeros((), dtype=torch.float64, device=self._device)
         own = slice(fragment.offset, fragment.offset + len(fragment.elements))
         part = tensor.reshape(-1)[own].float()
