@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from tostlm.checkpoint.integrity import COMPLETE, CONFIG, TRAIN_STATE, find_damage, written_files
+from tostlm.checkpoint.integrity import CONFIG, TRAIN_STATE, find_damage, written_files
 from tostlm.checkpoint.layout import (
     RECURRENT_STATE,
     STATE,
@@ -20,14 +20,14 @@ from tostlm.checkpoint.layout import (
     read_state,
     read_train_state,
     resolve,
-    weight_shapes,
     weights_dtype,
 )
-from tostlm.checkpoint.state_files import Content, write_file
+from tostlm.checkpoint.state_files import Content, write_checksums, write_file
 from tostlm.config import RunConfig, load_config
 from tostlm.data import Tokenizer
 from tostlm.errors import UserError
 from tostlm.files import atomic_folder, require_writable
+from tostlm.model import weight_shapes
 from tostlm.optim import EMA
 
 SOURCES = "averaged.json"  # the paths of the checkpoints that it is made of
@@ -100,7 +100,7 @@ def _write(out: Path, weights: Mapping[str, Tensor], newest: Path, sources: Sequ
     }
     with atomic_folder(out) as folder:
         checksums = {name: write_file(folder / name, content) for name, content in files.items()}
-        write_file(folder / COMPLETE, f"{json.dumps(checksums, indent=1)}\n".encode())
+        write_checksums(folder, checksums)
 
 
 def _require_free(out: Path) -> None:

@@ -29,16 +29,19 @@ from tostlm.errors import UserError
 KEPT = ("precision", "optimizer.name")
 
 
-def require_origin(config: RunConfig) -> None:
-    """Check that a run which has yet to begin can do so from `train.branch_from`, if any, as far as configs tell.
+def find_origin(config: RunConfig) -> Path | None:
+    """Return the checkpoint that a run which has yet to begin does so from, as far as configs tell; None if from none.
+
+    That is `train.branch_from` itself, or of a run's folder the newest checkpoint that the run itself would follow.
 
     Raises:
         UserError: there is no checkpoint, its step is past the run's last, the model or the optimizer differ, or
             `run_dir` is the other run's or among its checkpoints.
     """
     if config.train.branch_from is None or checkpoints(config.run_dir):
-        return
-    checkpoint = _origin(config.train.branch_from)
+        return None
+    following = [path for path in following_checkpoints(config.train.branch_from) if (path / COMPLETE).is_file()]
+    checkpoint = following[-1] if following else resolve(config.train.branch_from)
     if not any(name.startswith(f"{STATE}/") for name in written_files(checkpoint)):
         raise UserError(f"{checkpoint} has weights alone, without the optimizer's state: no run can begin from it")
     step = read_train_state(checkpoint).step
@@ -55,6 +58,7 @@ def require_origin(config: RunConfig) -> None:
         old, new = theirs.get(key, "unset"), own.get(key, "unset")
         if (key in KEPT or key.startswith("model.")) and old != new:
             raise UserError(f"{checkpoint} has {key}={old}, this run {key}={new}; a run that begins from it needs its")
+    return checkpoint
 
 
 def branch(config: RunConfig, tokenizer: Tokenizer) -> Path:
@@ -67,9 +71,8 @@ def branch(config: RunConfig, tokenizer: Tokenizer) -> Path:
     Raises:
         UserError: it is damaged, does not fit, or cannot be copied.
     """
-    assert config.train.branch_from is not None
-    require_origin(config)
-    origin = _origin(config.train.branch_from)
+    origin = find_origin(config)
+    assert origin is not None
     if (damage := find_damage(origin)) is not None:
         raise UserError(f"checkpoint {origin} is damaged: {damage}; begin from another")
     if Tokenizer.from_folder(origin).sha256 != tokenizer.sha256:
@@ -91,12 +94,6 @@ def branch(config: RunConfig, tokenizer: Tokenizer) -> Path:
     except OSError as error:
         shutil.rmtree(partial_folder(checkpoint_folder(config.run_dir, state.step)), ignore_errors=True)
         raise UserError(f"checkpoint {origin} cannot be copied to {config.run_dir}: {error.strerror}") from None
-
-
-def _origin(path: Path) -> Path:
-    """Return a checkpoint itself, or of a run's folder the newest that the run itself would follow."""
-    following = [found for found in following_checkpoints(path) if (found / COMPLETE).is_file()]
-    return following[-1] if following else resolve(path)
 
 
 def _progress(origin: Path) -> TrainState:

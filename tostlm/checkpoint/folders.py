@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from tostlm.checkpoint.integrity import COMPLETE, Checksum
+from tostlm.checkpoint.integrity import Checksum
 from tostlm.checkpoint.layout import STATE, checkpoints, read_train_state, step_of
-from tostlm.checkpoint.state_files import write_file
+from tostlm.checkpoint.state_files import write_checksums
 from tostlm.config import RunConfig
 from tostlm.errors import UserError, report
 from tostlm.files import sync_folder, write_atomically
@@ -27,7 +26,7 @@ def publish(partial: Path, folder: Path, checksums: Mapping[str, Checksum]) -> N
     """
     for done in partial.glob(".rank-*"):
         done.unlink()
-    write_file(partial / COMPLETE, f"{json.dumps(checksums, indent=1)}\n".encode())
+    write_checksums(partial, checksums)
     sync_folder(partial / STATE)
     sync_folder(partial)
     if folder.exists():  # of the same step, before a rollback

@@ -41,7 +41,7 @@ from tostlm.checkpoint.integrity import COMPLETE, CONFIG, TRAIN_STATE, find_dama
 from tostlm.config import RunConfig, load_config
 from tostlm.data import Tokenizer, read_manifest
 from tostlm.errors import UserError, error_summary
-from tostlm.model import LM, ModelConfig
+from tostlm.model import LM, weight_shapes
 
 STATE, WEIGHTS, RECURRENT_STATE = "state", "weights.safetensors", "recurrent_state.safetensors"
 Count = Annotated[int, pydantic.Field(strict=True, ge=0)]
@@ -221,12 +221,6 @@ def _read_masters(checkpoint: Path, config: RunConfig) -> dict[str, Tensor]:
     state = read_state(checkpoint, {f"{name}/weight": range(shape.numel()) for name, shape in shapes.items()})
     found = ((key.removesuffix("/weight"), tensor) for key, tensor in state)
     return {name: tensor.view(shapes[name]).to(dtype, copy=True) for name, tensor in found}
-
-
-def weight_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """Return the shapes of a model's weights by name."""
-    with torch.device("meta"):
-        return {name: weight.shape for name, weight in LM(config).state_dict().items()}
 
 
 def weights_dtype(config: RunConfig) -> torch.dtype:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tostlm.checkpoint.integrity import Checksum
+from tostlm.checkpoint.integrity import COMPLETE, Checksum
 
 FILE_BYTES = 512 << 20  # about the size of a file in state/, unless one parameter is larger
 WRITE_BYTES = 64 << 20  # at once
@@ -67,6 +67,15 @@ def write_file(path: Path, content: Content, on_progress: Callable[[], object] =
         os.fsync(file.fileno())
         on_progress()
     return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def write_checksums(checkpoint: Path, checksums: Mapping[str, Checksum]) -> None:
+    """Write the file that makes a folder a whole checkpoint: which files it has, and what is in them.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_file(checkpoint / COMPLETE, f"{json.dumps(checksums, indent=1)}\n".encode())
 
 
 def _safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:

@@ -92,9 +92,9 @@ def train(
     def check(ranks: int) -> None:
         batch_plan(run, ranks)
         if run.train.branch_from is not None:
-            from tostlm.checkpoint.branch import require_origin
+            from tostlm.checkpoint.branch import find_origin
 
-            require_origin(run)
+            find_origin(run)
 
     rank = _join_or_launch(["train", str(config), *keys], nproc, check)
     if rank.rank == 0:

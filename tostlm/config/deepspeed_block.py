@@ -189,7 +189,7 @@ def _require_same_types(read: pydantic.BaseModel, values: Mapping[str, Any], whe
             raise ValueError(f"{where}.{key}={value!r} must be a number; write one, or leave it out")
 
 
-def weights_dtype(block: Mapping[str, Any]) -> str:
+def weights_precision(block: Mapping[str, Any]) -> str:
     """Return the dtype of the weights that a model computes with: fp32, bf16 or fp16."""
     return next((dtype for dtype in ("bf16", "fp16") if block.get(dtype, {}).get("enabled")), "fp32")
 
@@ -206,7 +206,7 @@ def _check_together(block: Mapping[str, Any]) -> None:
                 f"deepspeed.{key}={block[key]} does not go with ZeRO stage {stage}; leave it out, or set "
                 "deepspeed.zero_optimization.reduce_scatter to false"
             )
-    own = weights_dtype(block)
+    own = weights_precision(block)
     summed = block.get("data_types", {}).get("grad_accum_dtype") or own
     if stage == 0 and summed != own:
         raise ValueError(

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union
 import pydantic
 import torch
 
-from tostlm.config.deepspeed_block import check_deepspeed_block, weights_dtype
+from tostlm.config.deepspeed_block import check_deepspeed_block, weights_precision
 from tostlm.errors import UserError
 from tostlm.model import MIXERS, GroupRule, ModelConfig, matching_rule, parameter_names
 
@@ -385,7 +385,7 @@ class RunConfig(Section):
     @property
     def precision(self) -> str:
         """How matrices are multiplied: fp32, bf16 or fp16 weights, or "autocast DTYPE" with fp32 weights."""
-        weights, autocast = weights_dtype(self.deepspeed), self.deepspeed.get("torch_autocast", {})
+        weights, autocast = weights_precision(self.deepspeed), self.deepspeed.get("torch_autocast", {})
         if weights == "fp32" and autocast.get("enabled"):
             return f"autocast {autocast.get('dtype', 'bfloat16')}"
         return weights

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import tostlm
 from tostlm.checkpoint import checkpoints, read_train_state, resolve
-from tostlm.checkpoint.branch import require_origin
+from tostlm.checkpoint.branch import find_origin
 from tostlm.config import RunConfig, batch_plan, dump_config
 from tostlm.data import TRAIN, VALIDATION, Tokenizer, TokenSet, common_tokenizer, read_manifest, shard_files, verify
 from tostlm.doctor.findings import Finding, find_minority, format_quantity, format_ranks, unhealthy
@@ -257,12 +257,10 @@ def check_data(found: Mapping[int, PreparedData], hosts: Sequence[str]) -> Findi
 
 def check_resume(config: RunConfig) -> Finding:
     """Check that the checkpoint which the run starts from, as rank 0 sees it, has the tokenizer of the data."""
-    found, branch_from = checkpoints(config.run_dir), config.train.branch_from
-    if not found and branch_from is None:
+    if not checkpoints(config.run_dir) and config.train.branch_from is None:
         return Finding("resume", "ok", f"no checkpoint in {config.run_dir}: the run starts at step 0")
     try:
-        require_origin(config)
-        newest = resolve(config.run_dir if branch_from is None or found else branch_from)
+        newest = find_origin(config) or resolve(config.run_dir)
         step = read_train_state(newest).step
         theirs = Tokenizer.from_folder(newest).sha256
         ours = common_tokenizer(config.data.folders).sha256

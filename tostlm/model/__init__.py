@@ -12,6 +12,7 @@ from tostlm.model.build import (
     parameter_names,
     state_bytes,
     training_flops_per_token,
+    weight_shapes,
 )
 from tostlm.model.config import MixerOptions, ModelConfig
 from tostlm.model.lm import LM, LMState, state_tensors
@@ -39,4 +40,5 @@ __all__ = [
     "state_bytes",
     "state_tensors",
     "training_flops_per_token",
+    "weight_shapes",
 ]

@@ -91,6 +91,11 @@ def parameter_names(config: ModelConfig) -> list[str]:
     return [name for name, _ in _meta_lm(config).named_parameters()]
 
 
+def weight_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Return the shapes of a model's weights by name."""
+    return {name: weight.shape for name, weight in _meta_lm(config).named_parameters()}
+
+
 def hidden_matrices(config: ModelConfig) -> dict[str, int]:
     """Return the names of the blocks' linear layers' matrices, and of how many equal ones each is made.
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import tostlm
 from tostlm.checkpoint import resolve, run_folder
-from tostlm.checkpoint.branch import require_origin
+from tostlm.checkpoint.branch import find_origin
 from tostlm.config import RunConfig, batch_plan, dump_config, load_config
 from tostlm.data import common_tokenizer
 from tostlm.doctor import model_memory_bytes
@@ -101,7 +101,7 @@ def _check_run(config: RunConfig, resources: Resources, memory_gib: float | None
                 f"{memory_gib:g}; raise deepspeed.zero_optimization.stage, ask for more GPUs or offload the optimizer"
             )
     common_tokenizer(config.data.folders, config.model.vocab_size)
-    require_origin(config)
+    find_origin(config)
 
 
 def _gpu_memory_gib(site: Path | None) -> float | None:

@@ -279,9 +279,14 @@ class StepGuard:
         with self.around_update():
             result = self._update(*arguments, **options)
         if self._engine.weight_average is not None:
-            owners = (owner for group in self._optimizer.param_groups for owner in group["params"])
-            self._engine.weight_average.update(owner for owner in owners if owner.grad is not None)
+            self._engine.weight_average.update(gradients(self._optimizer))
         return result
+
+
+def gradients(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
+    """Return the gradients of the tensors that an update changes; ZeRO may set those of one group at a time."""
+    owners = (owner for group in optimizer.param_groups for owner in group["params"])
+    return {owner: owner.grad for owner in owners if owner.grad is not None}
 
 
 def _is_finite(grad_norm: Tensor | float | None) -> bool:

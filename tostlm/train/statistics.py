@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tostlm.checkpoint.deepspeed_state import fragment_of, full_shape
 from tostlm.model import Mixer
 from tostlm.train.batches import Batch
-from tostlm.train.engine import Timer, TrainingEngine, compute_loss
+from tostlm.train.engine import Timer, TrainingEngine, compute_loss, gradients
 
 GROWTH = 10.0  # of a parameter since the last look, beyond which it is named
 NAMED = 8  # parameters that an event names
@@ -89,17 +89,15 @@ class UpdateProbe:
 
     @contextmanager
     def _measuring(self) -> Iterator[None]:
-        # ZeRO may update group by group, of which it then gives the optimizer one at a time.
-        groups = self._optimizer.param_groups
-        grads = {id(owner): owner.grad for group in groups for owner in group["params"] if owner.grad is not None}
-        updated = {name: fragment for name, fragment in self._fragments.items() if id(fragment.owner) in grads}
-        before = {id(fragment.owner): fragment.owner.detach().clone() for fragment in updated.values()}
-        gradients = {name: self._square(name, grads[id(each.owner)]) for name, each in updated.items()}
+        grads = gradients(self._optimizer)
+        updated = {name: fragment for name, fragment in self._fragments.items() if fragment.owner in grads}
+        before = {fragment.owner: fragment.owner.detach().clone() for fragment in updated.values()}
+        squares = {name: self._square(name, grads[each.owner]) for name, each in updated.items()}
         yield
         self._updated = True
         for name, fragment in updated.items():
-            change = self._square(name, fragment.owner.detach(), before[id(fragment.owner)])
-            self._squares[name] = torch.stack([gradients[name], change])
+            change = self._square(name, fragment.owner.detach(), before[fragment.owner])
+            self._squares[name] = torch.stack([squares[name], change])
 
     def _square(self, name: str, tensor: Tensor, origin: Tensor | None = None) -> Tensor:
         """Return the squared norm of a parameter's part of a tensor laid out as its owner, less that of `origin`."""
