@@ -292,6 +292,14 @@ def test_mistakes(run: Run, override: str, words: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_heads_are_split_where_there_are_some(run: Run) -> None:
+    split = ("optimizer.name=muon", "optimizer.muon.split_heads=true")
+    run.config(*split)
+    for override in ("model.layers=[{mixer: conv}]", "model.heads=1"):
+        with pytest.raises(UserError, match="split_heads has no effect: with model.heads"):
+            run.config(*split, override)
+
+
 def test_muon_is_not_offloaded(run: Run) -> None:
     assert run.config("optimizer.name=muon", "optimizer.muon.momentum=0.9").optimizer.muon.momentum == 0.9
     with pytest.raises(UserError, match=r"offload_optimizer does not go with optimizer\.name muon"):

@@ -21,7 +21,7 @@ from tostlm.checkpoint.layout import checkpoint_folder, load_checkpoint, read_re
 from tostlm.checkpoint.load import resume
 from tostlm.config import batch_plan, load_config
 from tostlm.launch import RankInfo
-from tostlm.optim import EMA
+from tostlm.optim import EMA, ROW_SQUARES
 from tostlm.train.engine import start_engine
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}  # of a loss
@@ -45,7 +45,8 @@ def options(stage: int, precision: str) -> list[str]:
     }[precision]
     # Some of a model's parameters then stay whole, and some do not.
     threshold = ["zero_optimization.stage3_param_persistence_threshold=100"] if stage == 3 else []
-    others = ["optimizer.name=muon", "optimizer.muon.newton_schulz_dtype=fp32", "train.ema_decay=0.5"]
+    muon = ("name=muon", "muon.newton_schulz_dtype=fp32", "muon.normuon_beta2=0.9", "muon.split_heads=true")
+    others = [*(f"optimizer.{key}" for key in muon), "train.ema_decay=0.5"]
     return [
         *(others if "muon" in precision else ()),
         *(f"deepspeed.{key}" for key in [f"zero_optimization.stage={stage}", *keys, *threshold]),
@@ -53,7 +54,7 @@ def options(stage: int, precision: str) -> list[str]:
 
 
 def kinds(precision: str, name: str) -> tuple[str, ...]:
-    own = MUON_KINDS if "muon" in precision and name.endswith(MATRICES) else ADAM_KINDS
+    own = (*MUON_KINDS, ROW_SQUARES) if "muon" in precision and name.endswith(MATRICES) else ADAM_KINDS
     return (*own, EMA) if "ema" in precision else own
 
 
@@ -145,7 +146,11 @@ class TestEveryEngine:
         stage, precision = ENGINES[number]
         folder = checkpoint_folder(matrix.folder / f"{stage} {precision}", KEPT_STEP)
         found, lm = tensors_of(matrix.folder / f"{stage} {precision}"), load_checkpoint(folder).lm
-        shapes = {f"{name}/{kind}": p.shape for name, p in lm.named_parameters() for kind in kinds(precision, name)}
+        shapes = {
+            f"{name}/{kind}": p.shape[:1] if kind == ROW_SQUARES else p.shape
+            for name, p in lm.named_parameters()
+            for kind in kinds(precision, name)
+        }
         assert {key: tensor.shape for key, tensor in found.items()} == shapes
         assert {tensor.dtype for tensor in found.values()} == {torch.float32}
         dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(precision.split()[0].strip(","), torch.bfloat16)

@@ -28,8 +28,8 @@ def test_equals_torchs_own(scale: Literal["spectral", "adamw_rms"], theirs: str)
     own = [x.clone().requires_grad_() for x in start]
     other = [x.clone().requires_grad_() for x in start]
     optimizer = Muon(
-        [{"kind": MATRICES, "params": own[:2], "weight_decay": 0.1}, {"kind": "no_decay", "params": own[2:]}],
-        MuonRule(0.95, 5, "bf16", scale, cautious_weight_decay=False),
+        [{"kind": MATRICES[0], "params": own[:2], "weight_decay": 0.1}, {"kind": "no_decay", "params": own[2:]}],
+        MuonRule(0.95, 5, "bf16", scale, cautious_weight_decay=False, normuon_beta2=None),
         lr=0.02,
         weight_decay=0.0,
     )

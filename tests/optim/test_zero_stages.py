@@ -43,6 +43,12 @@ ARMS = {  # overrides of the config
         "optimizer.muon.cautious_weight_decay=true",
         'optimizer.groups=[{match: embed, lr_scale: 0.1}, {match: "mlp|norm", weight_decay: 0.3, lr_scale: 2}]',
     ],
+    "heads, normuon": [
+        "model.layers=[{mixer: softmax}, {mixer: rwkv7}]",
+        "model.positions=null",
+        "optimizer.muon.split_heads=true",
+        "optimizer.muon.normuon_beta2=0.9",
+    ],
     "bf16": ["model.layers=[{mixer: softmax}, {mixer: tssa_delta}]", "model.positions=null", BF16],
     "adamw, groups": [
         "model.layers=[{mixer: tssa}]",
@@ -68,12 +74,24 @@ class Equations:
         lm = create_lm(config.model, config.seed)
         lm = lm.bfloat16() if config.precision == "bf16" else lm  # of which DeepSpeed makes its fp32 weights
         self.weights = {n: p.detach() for n, p in lm.double().named_parameters()}
+        self.exempt = {
+            f"blocks.{layer}.mixer.{name}"
+            for layer, block in enumerate(lm.blocks)
+            for name in block.mixer.no_weight_decay
+        }
+        self.row_squares = dict[str, Tensor]()
         self.parts = {  # of matrices that are made of several
             **{name: 3 for name in self.weights if "memory.in_proj" in name},
             **{name: 2 for name in self.weights if "mlp.in_proj" in name and config.model.mlp == "swiglu"},
         }
         if config.model.layer_plan[0].mixer == "softmax":
             self.parts["blocks.0.mixer.in_proj.weight"] = 3
+        if config.optimizer.muon.split_heads:
+            heads = [f"blocks.1.mixer.{name}_proj.weight" for name in "rkv"]
+            self.parts = {
+                "blocks.0.mixer.in_proj.weight": 3 * config.model.heads,
+                **dict.fromkeys(heads, config.model.heads),
+            }
 
     def update(self, name: str, g: Tensor, step: int) -> None:
         lr, settings, w = rate(step), self.config.optimizer, self.weights[name]
@@ -81,13 +99,19 @@ class Equations:
         own = next((group for group in settings.groups if re.search(group.match, name)), None)
         if own is not None:
             lr, decay = lr * own.lr_scale, decay if own.weight_decay is None else own.weight_decay
-        decay = 0.0 if w.dim() < 2 or "conv" in name else decay
-        is_matrix = name.endswith("_proj.weight") and min(w.shape) > self.config.model.heads
+        decay = 0.0 if w.dim() < 2 or name in self.exempt else decay
+        is_matrix = re.search(r"(_proj|down|up)\.weight$", name) and min(w.shape) > self.config.model.heads
         if is_matrix and settings.name == "muon":
             beta = settings.muon.momentum
             m = self.moments[name] = beta * self.moments.get(name, 0.0) + (1 - beta) * g
             parts = ((1 - beta) * g + beta * m).chunk(self.parts.get(name, 1))
-            change = torch.cat([orthogonal(part, settings.muon.update_scale) for part in parts])
+            change = torch.cat([orthogonal(part) for part in parts])
+            if (beta2 := settings.muon.normuon_beta2) is not None:
+                v = beta2 * self.row_squares.get(name, 0.0) + (1 - beta2) * change.square().mean(1, keepdim=True)
+                self.row_squares[name] = v
+                rows = zip(change.chunk(len(parts)), (change / (v.sqrt() + 1e-8)).chunk(len(parts)), strict=True)
+                change = torch.cat([even * before.norm() / (even.norm() or 1.0) for before, even in rows])
+            change = change * size(parts[0], settings.muon.update_scale)
             if settings.muon.cautious_weight_decay:
                 decay = decay * (w * change > 0)
         else:
@@ -98,12 +122,17 @@ class Equations:
         self.weights[name] = w - lr * decay * w - lr * change
 
 
-def orthogonal(x: Tensor, scale: str) -> Tensor:
-    (rows, columns), a, b, c = x.shape, 3.4445, -4.7750, 2.0315
-    x = x / x.norm()
+def size(x: Tensor, scale: str) -> float:
+    rows, columns = x.shape
+    return math.sqrt(max(1, rows / columns)) if scale == "spectral" else 0.2 * math.sqrt(max(rows, columns))
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = x / (x.norm() or 1.0)
     for _ in range(5):
         x = a * x + b * x @ x.T @ x + c * x @ x.T @ x @ x.T @ x
-    return x * (math.sqrt(max(1, rows / columns)) if scale == "spectral" else 0.2 * math.sqrt(max(rows, columns)))
+    return x
 
 
 def clipped_gradients(config: RunConfig) -> dict[str, Tensor]:
@@ -170,7 +199,7 @@ def masters(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+    return float((found - expected).norm() / (expected.norm() or 1.0))
 
 
 SLOW = [
@@ -180,7 +209,7 @@ SLOW = [
 ]
 
 
-@pytest.mark.parametrize(("arm", "world_size", "steps"), [("softmax", 2, 8), ("bf16", 2, 8), *SLOW])
+@pytest.mark.parametrize(("arm", "world_size", "steps"), [("heads, normuon", 2, 8), ("bf16", 2, 8), *SLOW])
 def test_every_stage_makes_the_same_updates(data: Path, tmp_path: Path, arm: str, world_size: int, steps: int) -> None:
     stages = range(4)
     configs = [[*OPTIMIZER, *ARMS[arm], f"deepspeed.zero_optimization.stage={stage}"] for stage in stages]

@@ -26,7 +26,7 @@ from tostlm.data import Tokenizer
 from tostlm.errors import UserError
 
 # What the branch must have in common with the other run, beside the tokenizer and the model: what its optimizer holds.
-KEPT = ("precision", "optimizer.name")
+KEPT = ("precision", "optimizer.name", "optimizer.muon.normuon_beta2")
 
 
 def find_origin(config: RunConfig) -> Path | None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tostlm.errors import EXIT_USER_ERROR, UserError
 from tostlm.model import LM
-from tostlm.optim import EMA, MOMENTUM, MatrixShard, Muon, WeightAverage
+from tostlm.optim import EMA, MOMENTUM, ROW_SQUARES, MatrixShard, Muon, WeightAverage
 
 ADAM_KINDS, MUON_KINDS = ("weight", "exp_avg", "exp_avg_sq"), ("weight", MOMENTUM)
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # DeepSpeed's names
@@ -95,8 +95,10 @@ def state_keys(engine: DeepSpeedEngine, name: str) -> list[str]:
 
 def _kinds(engine: DeepSpeedEngine, name: str) -> tuple[str, ...]:
     optimizer = engine.basic_optimizer
-    kinds = MUON_KINDS if isinstance(optimizer, Muon) and name in optimizer.matrices else ADAM_KINDS
-    return kinds if engine.weight_average is None else (*kinds, EMA)
+    is_matrix = isinstance(optimizer, Muon) and name in optimizer.matrices
+    rows = (ROW_SQUARES,) if isinstance(optimizer, Muon) and name in optimizer.row_squares else ()
+    average = () if engine.weight_average is None else (EMA,)
+    return (*(MUON_KINDS if is_matrix else ADAM_KINDS), *rows, *average)
 
 
 def matrix_shards(engine: DeepSpeedEngine, matrices: Mapping[str, int]) -> list[MatrixShard]:
@@ -122,7 +124,9 @@ def state_elements(engine: DeepSpeedEngine) -> dict[str, range]:
     """Return which elements of each flattened tensor NAME/KIND lie in this rank's optimizer."""
     elements: dict[str, range] = {}
     for name, parameter in engine.module.named_parameters():
-        elements |= dict.fromkeys(state_keys(engine, name), fragment_of(engine, parameter).elements)
+        own = fragment_of(engine, parameter).elements
+        rows = range(full_shape(parameter)[0])
+        elements |= {f"{name}/{kind}": rows if kind == ROW_SQUARES else own for kind in _kinds(engine, name)}
     return elements
 
 
@@ -143,8 +147,12 @@ def gather_state(engine: DeepSpeedEngine, rank_of: Mapping[str, int]) -> dict[st
         own = rank_of[name] == dist.get_rank()
         fragment = fragment_of(engine, parameter)
         for kind in _kinds(engine, name) if own or partitioned else ():
+            if kind == ROW_SQUARES:  # which every rank has whole
+                if own:
+                    gathered[f"{name}/{kind}"] = _view(engine, name, fragment, kind).to("cpu", copy=True)
+                continue
             full = torch.zeros(full_shape(parameter).numel(), dtype=torch.float32, device=engine.device)
-            full[fragment.elements.start : fragment.elements.stop] = _view(engine, fragment, kind)
+            full[fragment.elements.start : fragment.elements.stop] = _view(engine, name, fragment, kind)
             if partitioned:
                 # One rank has each element, the others zero bits: their sum as integers is exact, even for -0.0.
                 dist.reduce(full.view(torch.int32), dst=rank_of[name])
@@ -167,7 +175,7 @@ def restore_state(engine: DeepSpeedEngine, fragments: Iterable[tuple[str, Tensor
     with _rewritten_masters(engine):
         for key, elements in fragments:
             name, _, kind = key.rpartition("/")
-            _view(engine, fragment_of(engine, parameters[name]), kind).copy_(elements)
+            _view(engine, name, fragment_of(engine, parameters[name]), kind).copy_(elements)
     for owner in _owners_of_adam(engine):
         state = _state(engine, owner)
         step = state["step"]  # DeepSpeed's CPU Adam counts in an int, torch's in a tensor
@@ -234,7 +242,7 @@ def check_fragments(engine: DeepSpeedEngine) -> None:
             own = parameter.ds_tensor.view(-1)[: len(fragment.elements)]  # type: ignore[attr-defined]
         else:
             own = parameter.view(-1)[fragment.elements.start : fragment.elements.stop]
-        if not torch.equal(_view(engine, fragment, "weight").to(own), own):
+        if not torch.equal(_view(engine, name, fragment, "weight").to(own), own):
             misplaced.append(name)
     everywhere = torch.tensor(len(misplaced), device=engine.device)
     if dist.get_world_size() > 1:
@@ -351,8 +359,11 @@ def optimized_tensors(engine: DeepSpeedEngine) -> list[Tensor]:
     return [tensor for group in engine.optimizer.param_groups for tensor in group["params"]]
 
 
-def _view(engine: DeepSpeedEngine, fragment: Fragment, kind: str) -> Tensor:
-    """Return a flat view of a fragment's elements in the engine, to read or to write."""
+def _view(engine: DeepSpeedEngine, name: str, fragment: Fragment, kind: str) -> Tensor:
+    """Return a flat view of a fragment's elements in the engine, to read or to write; of a state of rows, all."""
+    if kind == ROW_SQUARES:
+        rows: Tensor = cast(Muon, engine.basic_optimizer).row_squares[name]
+        return rows
     if kind == EMA:
         assert engine.weight_average is not None
         tensor = engine.weight_average.of(fragment.owner)

@@ -16,7 +16,7 @@ import torch
 
 from tostlm.config.deepspeed_block import check_deepspeed_block, weights_precision
 from tostlm.errors import UserError
-from tostlm.model import MIXERS, GroupRule, ModelConfig, matching_rule, parameter_names
+from tostlm.model import MIXERS, GroupRule, ModelConfig, hidden_matrices, matching_rule, parameter_names
 
 T = TypeVar("T")
 
@@ -195,6 +195,8 @@ class MuonConfig(Section):
     newton_schulz_dtype: Free[Literal["bf16", "fp32"]] = "bf16"
     update_scale: Free[Literal["adamw_rms", "spectral"]] = "adamw_rms"
     cautious_weight_decay: Free[bool] = False  # only where an update makes weights smaller too
+    split_heads: Free[bool] = False  # queries, keys and values are a matrix for each head
+    normuon_beta2: Fixed[Share | None] = None  # of the mean squares by which the rows of an update are divided
 
 
 class OptimizerGroup(Section):
@@ -291,6 +293,11 @@ class RunConfig(Section):
         self._check_context_parallelism()
         self._check_stateful()
         check_deepspeed_block(self.deepspeed)
+        if self.optimizer.muon.split_heads and hidden_matrices(self.model) == hidden_matrices(self.model, True):
+            raise ValueError(
+                f"optimizer.muon.split_heads has no effect: with model.heads {self.model.heads} no projection of these "
+                "layers is divided among heads; leave it out"
+            )
         if self.optimizer.name == "muon" and self.optimizer_on_cpu:
             raise ValueError(
                 "deepspeed.zero_optimization.offload_optimizer does not go with optimizer.name muon, which needs whole "

@@ -42,7 +42,7 @@ class GroupRule(NamedTuple):
     weight_decay: float | None  # of those of them that decay; None is that of all others
 
 
-KINDS = ("decay", "no_decay", "matrices")
+KINDS = ("decay", "no_decay", "matrices", "matrices_no_decay")
 
 
 def parameter_groups(
@@ -50,8 +50,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return torch's optimizer groups, each of one kind and under one rule, the first that matches, or none.
 
-    A group's `kind` is "decay", "no_decay" of norms, gains and what mixers exempt, or "matrices", which decay too, of
-    the parameters named in `apart`. Its learning rate is to be `lr_scale` times the run's.
+    A group's `kind` is "decay", or "no_decay" of norms, gains and what mixers exempt; of the parameters named in
+    `apart`, "matrices" or "matrices_no_decay". Its learning rate is to be `lr_scale` times the run's.
     """
     exempt = {
         id(parameter)
@@ -63,7 +63,7 @@ def parameter_groups(
     # `lm` itself may be partitioned: its parameters then have lost their shapes.
     for (name, parameter), whole in zip(lm.named_parameters(), _meta_lm(lm.config).parameters(), strict=True):
         decays = whole.dim() >= 2 and id(parameter) not in exempt
-        kind = "matrices" if name in apart else "decay" if decays else "no_decay"
+        kind = KINDS[2 * (name in apart) + (not decays)]
         groups.setdefault((matching_rule(name, rules), KINDS.index(kind)), []).append(parameter)
     found = []
     for (place, number), members in sorted(groups.items(), key=lambda item: item[0]):
@@ -74,7 +74,7 @@ def parameter_groups(
                 "name": kind if rule is None else f"groups.{place}/{kind}",
                 "kind": kind,
                 "params": members,
-                "weight_decay": 0.0 if kind == "no_decay" else decay,
+                "weight_decay": 0.0 if kind.endswith("no_decay") else decay,
                 "lr_scale": 1.0 if rule is None else rule.lr_scale,
             }
         )
@@ -96,13 +96,14 @@ def weight_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     return {name: weight.shape for name, weight in _meta_lm(config).named_parameters()}
 
 
-def hidden_matrices(config: ModelConfig) -> dict[str, int]:
+def hidden_matrices(config: ModelConfig, split_heads: bool = False) -> dict[str, int]:
     """Return the names of the blocks' linear layers' matrices, and of how many equal ones each is made.
 
-    Projections to a number for each head are not among them.
+    Projections to a number for each head are not among them. With `split_heads` those to the heads' queries, keys,
+    values and the like have a matrix for each head.
     """
     return {
-        f"{name}.weight": getattr(layer, "parts", 1)
+        f"{name}.weight": getattr(layer, "parts", 1) * (getattr(layer, "heads", 1) if split_heads else 1)
         for name, layer in _meta_lm(config).named_modules()
         if isinstance(layer, nn.Linear) and name.startswith("blocks.") and min(layer.weight.shape) > config.heads
     }

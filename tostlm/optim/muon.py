@@ -13,8 +13,10 @@ from torch import Tensor
 from tostlm.optim.orthogonalize import orthogonalize
 from tostlm.optim.shards import MatrixExchange, MatrixShard
 
-MATRICES = "matrices"  # kind of the parameter groups that Muon updates
+MATRICES = ("matrices", "matrices_no_decay")  # kinds of the parameter groups that Muon updates
 MOMENTUM = "momentum"  # of the state of a tensor that holds matrices
+ROW_SQUARES = "row_squares"  # a matrix's state under NorMuon
+EPS = 1e-8  # beside the root mean squares of rows
 ADAMW_RMS = 0.2  # the root mean square of AdamW's usual update (arXiv 2502.16982)
 
 
@@ -30,6 +32,7 @@ class MuonRule:
     newton_schulz_dtype: Literal["bf16", "fp32"]  # of its products
     update_scale: Literal["adamw_rms", "spectral"]
     cautious_weight_decay: bool  # whether weights decay only where the update makes them smaller too
+    normuon_beta2: float | None  # of the mean squares by which the rows of an update are divided; None for none
 
 
 class Muon(torch.optim.AdamW):
@@ -44,14 +47,18 @@ class Muon(torch.optim.AdamW):
     Momentum and decay go element by element, so they need no whole matrix. For Newton-Schulz each matrix comes together
     on one rank, which sends every rank its part of the update.
 
+    With `normuon_beta2`, each row of O = orthogonalize(u) is divided by the root of a moving average of its mean
+    squares, v = beta2 v + (1 - beta2) mean(O^2), and the whole brought back to the norm of O.
+
     Sources: Keller Jordan's Muon (kellerjordan.github.io/posts/muon), with Nesterov's momentum; `adamw_rms`, Moonlight
-    (arXiv 2502.16982); cautious weight decay (arXiv 2510.12402).
+    (arXiv 2502.16982); cautious weight decay (arXiv 2510.12402); NorMuon (arXiv 2510.05491).
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]], rule: MuonRule, **adamw: Any) -> None:
         super().__init__(groups, **adamw)
         self._rule = rule
         self.matrices: frozenset[str] = frozenset()  # their names
+        self.row_squares: dict[str, Tensor] = {}  # of each matrix, [rows], the same on all ranks; {} without NorMuon
         self._shards: dict[int, list[MatrixShard]] = {}  # by the identity of their owner
         self._exchanges: dict[tuple[int, ...], MatrixExchange] = {}  # by those of the owners that are updated together
 
@@ -61,6 +68,8 @@ class Muon(torch.optim.AdamW):
         self._exchanges.clear()  # DeepSpeed may have made an update of nothing before
         for shard in shards:
             self._shards.setdefault(id(shard.owner), []).append(shard)
+            if self._rule.normuon_beta2 is not None:
+                self.row_squares[shard.name] = shard.owner.detach().new_zeros(shard.shape[0])
 
     def holds_matrices(self, owner: Tensor) -> bool:
         """Return whether a tensor of the optimizer holds parts of matrices."""
@@ -69,13 +78,13 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         groups = self.param_groups
-        self.param_groups = [group for group in groups if group["kind"] != MATRICES]
+        self.param_groups = [group for group in groups if group["kind"] not in MATRICES]
         try:
             super().step(closure)
         finally:
             self.param_groups = groups
         for group in groups:
-            if group["kind"] == MATRICES:
+            if group["kind"] in MATRICES:
                 self._step_matrices(group)
 
     def momentum(self, owner: Tensor) -> Tensor:
@@ -102,6 +111,8 @@ class Muon(torch.optim.AdamW):
         for matrix, whole in wholes.items():
             whole.copy_(self._update(shards[matrix], whole))
         exchange.scatter(wholes, parts)
+        if self.row_squares:
+            exchange.share([self.row_squares[shard.name] for shard in shards])
         for owner, update in updates.items():
             kept = (owner * update > 0) if self._rule.cautious_weight_decay else 1.0
             owner.sub_(lr * (update + decay * kept * owner))
@@ -112,4 +123,15 @@ class Muon(torch.optim.AdamW):
         rule, (rows, columns) = self._rule, blocks.shape[1:]
         spectral = rule.update_scale == "spectral"
         scale = math.sqrt(max(1, rows / columns)) if spectral else ADAMW_RMS * math.sqrt(max(rows, columns))
-        return scale * orthogonalize(blocks, rule.newton_schulz_steps, DTYPES[rule.newton_schulz_dtype]).flatten()
+        update = orthogonalize(blocks, rule.newton_schulz_steps, DTYPES[rule.newton_schulz_dtype])
+        if rule.normuon_beta2 is not None:
+            mean_squares = update.square().mean(-1, keepdim=True)
+            squares = self.row_squares[shard.name].view_as(mean_squares).lerp_(mean_squares, 1 - rule.normuon_beta2)
+            even = update / (squares.sqrt() + EPS)
+            update = even * (_norms(update) / _norms(even).clamp_min(EPS))
+        return scale * update.flatten()
+
+
+def _norms(matrices: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
+    return norms

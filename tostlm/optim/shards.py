@@ -103,6 +103,16 @@ class MatrixExchange:
         for transfer, received in self._back.run(lambda transfer: transfer.of(wholes), like=parts):
             parts[transfer.matrix].copy_(received)
 
+    def share(self, states: Sequence[Tensor]) -> None:
+        """Write into every rank's states, one for each matrix and not negative, what they are at the matrix's home."""
+        if not states or not dist.is_initialized():
+            return
+        own = set(self._own)
+        everything = torch.cat([s if matrix in own else torch.zeros_like(s) for matrix, s in enumerate(states)])
+        dist.all_reduce(everything)
+        for state, shared in zip(states, everything.split([len(s) for s in states]), strict=True):
+            state.copy_(shared)
+
     def _own_part(self, wholes: Mapping[int, Tensor], matrix: int) -> Tensor:
         elements = self._shards[matrix].elements[own_rank()]
         return wholes[matrix][elements.start : elements.stop]

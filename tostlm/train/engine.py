@@ -183,7 +183,7 @@ def start_engine(config: RunConfig, plan: BatchPlan, ranks: RankInfo) -> Trainin
         _reject(f"DeepSpeed rejects the deepspeed block: {_one_line(error)}", ranks)
     share_weights(engine)
     if isinstance(optimizer, Muon):
-        optimizer.bind(matrix_shards(engine, hidden_matrices(config.model)))
+        optimizer.bind(matrix_shards(engine, hidden_matrices(config.model, config.optimizer.muon.split_heads)))
     decay = config.train.ema_decay
     engine.weight_average = None if decay is None else WeightAverage(decay, optimized_tensors(engine))
     engine.guard = StepGuard(engine, optimizer)
@@ -226,7 +226,8 @@ def _create_optimizer(config: RunConfig, lm: LM, ranks: RankInfo) -> torch.optim
     matrices = hidden_matrices(config.model) if settings.name == "muon" else ()
     groups = parameter_groups(lm, settings.weight_decay, matrices, settings.rules)
     if matrices:
-        return Muon(groups, MuonRule(**settings.muon.model_dump()), **common, fused=torch.cuda.is_available())
+        rule = MuonRule(**settings.muon.model_dump(exclude={"split_heads"}))
+        return Muon(groups, rule, **common, fused=torch.cuda.is_available())
     if not config.optimizer_on_cpu:
         return torch.optim.AdamW(groups, **common, fused=torch.cuda.is_available())
     if not ranks.local_rank and (lock := _build_lock()).exists():

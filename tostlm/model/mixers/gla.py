@@ -70,7 +70,7 @@ class GLA(Mixer):
     def __init__(self, config: ModelConfig, options: GLAOptions) -> None:
         super().__init__(config, options)
         C = config.width
-        self.in_proj = FusedLinear(C, C, parts=3)  # queries, keys, values
+        self.in_proj = FusedLinear(C, C, parts=3, heads=config.heads)  # queries, keys, values
         self.conv = ShortConv(3 * C, options.short_conv, silu=True) if options.short_conv else None
         self.decay = LowRank(C, options.gate_rank, inside=None, offset=True)
         self.output = GatedOutput(config, gated=True, silu=True)

@@ -19,6 +19,7 @@ from tostlm.model.parts.channel_decays import generalized_delta_rule
 from tostlm.model.parts.low_rank import LowRank
 from tostlm.model.parts.matrix_state import CHUNK
 from tostlm.model.parts.neighbours import predecessors
+from tostlm.model.parts.projections import FusedLinear
 from tostlm.model.positions import SequencePositions
 from tostlm.shapes import Float
 
@@ -94,9 +95,9 @@ class RWKV7(Mixer):
         super().__init__(config, options)
         C = config.width
         self.shift = nn.Parameter(torch.empty(SHIFTED, C))
-        self.r_proj = nn.Linear(C, C, bias=False)
-        self.k_proj = nn.Linear(C, C, bias=False)
-        self.v_proj = nn.Linear(C, C, bias=False)
+        self.r_proj = FusedLinear(C, C, heads=config.heads)
+        self.k_proj = FusedLinear(C, C, heads=config.heads)
+        self.v_proj = FusedLinear(C, C, heads=config.heads)
         self.decay = LowRank(C, options.decay_rank or _rank(2.5, C), inside=torch.tanh, offset=True)
         self.rate = LowRank(C, options.rate_rank or _rank(2.5, C), inside=None, offset=True)
         self.gate = LowRank(C, options.gate_rank or _rank(5.0, C), inside=torch.sigmoid, offset=False)

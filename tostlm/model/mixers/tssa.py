@@ -17,6 +17,7 @@ from tostlm.model.mixers.base import Mixer
 from tostlm.model.parts.forgetting import Forgetting, ForgettingOptions
 from tostlm.model.parts.matrix_state import ChunkDecays
 from tostlm.model.parts.membership import scale_free_logits
+from tostlm.model.parts.projections import FusedLinear
 from tostlm.model.parts.running_sums import running_sums
 from tostlm.model.parts.short_conv import ShortConv, check_taps, convolved, tail_bytes
 from tostlm.model.positions import SequencePositions
@@ -79,8 +80,8 @@ class TSSA(Mixer):
     def __init__(self, config: ModelConfig, options: TSSAOptions) -> None:
         super().__init__(config, options)
         C, H = config.width, config.heads
-        self.in_proj = nn.Linear(C, C, bias=False)
-        self.query_proj = nn.Linear(C, C, bias=False) if options.query == "own" else None
+        self.in_proj = FusedLinear(C, C, heads=H)
+        self.query_proj = FusedLinear(C, C, heads=H) if options.query == "own" else None
         self.conv = ShortConv(C, options.short_conv, silu=False) if options.short_conv else None
         self.forgetting = Forgetting(options, C, H)
         self.norm = nn.Parameter(torch.empty(C)) if options.gate == "output" else None

@@ -49,7 +49,7 @@ class Attention(Mixer):
         C, H = config.width, config.heads
         if options.rotary_base is not None and C // H % 2:
             raise ValueError(f"heads of {C // H} channels cannot have rotary positions; their number must be even")
-        self.in_proj = FusedLinear(C, C, parts=3)  # queries, keys, values
+        self.in_proj = FusedLinear(C, C, parts=3, heads=H)  # queries, keys, values
         self.conv = ShortConv(3 * C, options.short_conv, silu=False) if options.short_conv else None
         self.qk_scale = nn.Parameter(torch.empty(H)) if options.qk_norm else None
         self.gate_proj = nn.Linear(C, C, bias=False) if options.gate == "output" else None

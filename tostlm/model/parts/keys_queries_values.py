@@ -53,7 +53,7 @@ class KeysQueriesValues(nn.Module):
         super().__init__()
         C, H = config.width, config.heads
         self.config = config
-        self.in_proj = FusedLinear(C, C, parts=3)
+        self.in_proj = FusedLinear(C, C, parts=3, heads=H)
         self.conv = ShortConv(3 * C, options.short_conv, silu=True) if options.short_conv else None
         self.forgetting = Forgetting(options, C, H)
         self.write_proj = None if own_strengths else nn.Linear(C, H)

@@ -13,11 +13,14 @@ from tostlm.model.positions import SequencePositions
 
 
 class FusedLinear(nn.Linear):
-    """Linear layers without biases of the same input in one: their matrices one below the other."""
+    """Linear layers without biases of the same input in one: their matrices one below the other.
 
-    def __init__(self, inputs: int, outputs: int, parts: int) -> None:
+    There are `parts` of them, of `outputs` channels each, which in turn are divided among `heads`.
+    """
+
+    def __init__(self, inputs: int, outputs: int, parts: int = 1, heads: int = 1) -> None:
         super().__init__(inputs, parts * outputs, bias=False)
-        self.parts = parts
+        self.parts, self.heads = parts, heads
 
 
 def project_tokens(
