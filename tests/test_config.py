@@ -278,6 +278,14 @@ def test_overrides_make_missing_parents(run: Run) -> None:
         (curriculum((0, 32)), "data.curriculum.0.until_step=0: input should be greater than or equal to 1"),
         (curriculum((2, 128)), "curriculum context_tokens 128 is longer than data.context_tokens 64, the longest"),
         (curriculum((6, 32)), "data.curriculum until_step 6 must be below train.steps 6"),
+        (
+            "data.curriculum=[{until_step: 2, batch_tokens: 96}]",
+            "curriculum batch_tokens 96 does not divide into contexts",
+        ),
+        (
+            "data.curriculum=[{until_step: 2}]",
+            "the stage until_step 2 has no effect: set context_tokens or batch_tokens",
+        ),
         (curriculum((2, 48)), "train.batch_tokens 512 does not divide into contexts of 48 tokens; try 576"),
         ("data.curriculum=[{until: 2}]", "data.curriculum.0.until is an unknown key; the nearest is"),
         ("steps", "override 'steps' is not KEY=VALUE"),
@@ -296,7 +304,7 @@ def test_heads_are_split_where_there_are_some(run: Run) -> None:
     split = ("optimizer.name=muon", "optimizer.muon.split_heads=true")
     run.config(*split)
     for override in ("model.layers=[{mixer: conv}]", "model.heads=1"):
-        with pytest.raises(UserError, match="split_heads has no effect: with model.heads"):
+        with pytest.raises(UserError, match=r"split_heads has no effect: with model\.heads"):
             run.config(*split, override)
 
 
@@ -340,15 +348,24 @@ def test_not_a_config(tmp_path: Path, content: str | None, words: str) -> None:
 def test_the_sets_and_stages_of_a_run(run: Run, data: Path) -> None:
     one = run.config()
     assert one.data.sets == ((data, 1.0),)
-    assert one.data.stages == ((0, 64),)
+    assert one.stages == ((0, 64, 512),)
     sets = "{path: a, weight: 3}, {path: b/c, weight: 0.5}"
-    several = run.config(blend(sets), curriculum((1, 16), (4, 32)))
+    batches = (
+        "data.curriculum=[{until_step: 1, context_tokens: 16, batch_tokens: 256}, {until_step: 4, batch_tokens: 128}]"
+    )
+    several = run.config(blend(sets), batches)
     assert several.data.sets == ((Path("a"), 3.0), (Path("b/c"), 0.5))
-    assert several.data.stages == ((0, 16), (1, 32), (4, 64))
+    assert several.stages == ((0, 16, 256), (1, 64, 128), (4, 64, 512))
+    assert [several.tokens_after(step) for step in (0, 1, 3, 6)] == [0, 256, 512, 1664]
+    assert several.tokens == 1664
 
 
 def test_batches_are_shared_out(run: Run) -> None:
     assert batch_plan(run.config(), 2) == (8, 2, 2)
+    assert batch_plan(run.config("data.curriculum=[{until_step: 2, batch_tokens: 1024}]"), 2) == (16, 2, 4)
+    small = run.config("data.curriculum=[{until_step: 2, batch_tokens: 128}]")
+    with pytest.raises(UserError, match=r"curriculum batch_tokens 128 does not divide into 2 .*; try batch_tokens=256"):
+        batch_plan(small, 2)
     with pytest.raises(UserError, match=r"512 does not divide into 3 ranks x train.micro_batch_tokens 128; try .*=384"):
         batch_plan(run.config(), 3)
 
@@ -399,7 +416,8 @@ def test_the_keys_that_a_resumed_run_must_keep(run: Run) -> None:
     assert [key for key in keys if not key.startswith("model.")] == [
         *("seed", "data.blend.0.weight", "data.blend.1.weight", "data.context_tokens"),
         *("data.reset_at_documents", "data.within_documents", "data.stateful"),
-        *("data.curriculum.0.until_step", "data.curriculum.0.context_tokens", "train.batch_tokens", "optimizer.name"),
+        *("data.curriculum.0.until_step", "data.curriculum.0.context_tokens"),
+        *("data.curriculum.0.batch_tokens", "train.batch_tokens", "optimizer.name", "optimizer.muon.normuon_beta2"),
         "precision",
     ]
 

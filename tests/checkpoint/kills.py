@@ -153,7 +153,7 @@ def kill_at_every_point(file: str, rank: int, world_size: int) -> dict[str, int]
         for point in (f"before {name}", f"after {name}"):
             save(point)
             step = newest[point] = check_newest(config)
-            assert resume(engine, checkpoint_folder(config.run_dir, step)).step == step
+            assert resume(engine, config, checkpoint_folder(config.run_dir, step)).step == step
             resumed, expected = (
                 gather_state(engine, dict.fromkeys(state_numels(engine), 0)),
                 expected_state(config, step),
@@ -166,7 +166,7 @@ def save_for_ever(config: RunConfig, ranks: RankInfo, start: int) -> None:
     init_distributed(ranks)
     engine = create_engine(config, ranks)
     if start:
-        assert resume(engine, checkpoint_folder(config.run_dir, start)).step == start
+        assert resume(engine, config, checkpoint_folder(config.run_dir, start)).step == start
     with create_saver(config, ranks) as saver:
         for step in range(start + 1, sys.maxsize):
             set_state(engine, expected_state(config, step), step)

@@ -184,7 +184,7 @@ def resume_counting_bytes(file: str, checkpoint: Path, rank: int, world_size: in
     for stage in range(4):
         config, CountingSlice.total = load_config(Path(file), options(stage, "fp32")), 0
         engine = start_engine(config, batch_plan(config, world_size), RankInfo(rank, rank, world_size))
-        resume(engine, checkpoint)
+        resume(engine, config, checkpoint)
         found.append(CountingSlice.total)
         engine.destroy()
     return found

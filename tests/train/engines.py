@@ -17,7 +17,7 @@ from tostlm.checkpoint.load import resume
 from tostlm.checkpoint.save import CheckpointSaver
 from tostlm.config import RunConfig, load_config
 from tostlm.launch import RankInfo
-from tostlm.train.batches import RankBatches, RecurrentState, RunData, open_data
+from tostlm.train.batches import RankBatches, RecurrentState, RunData, micro_batches, open_data
 from tostlm.train.engine import StepResult, TrainingEngine, start_engine, train_step
 from tostlm.train.trainer import learning_rate
 
@@ -56,7 +56,7 @@ def run_job(job: Job, ranks: RankInfo) -> dict[str, Any]:
     with CheckpointSaver(config, data.tokenizer, ranks, lambda progress: None) as saver:
         if job.origin:
             checkpoint = checkpoint_folder(Path(job.origin), KEPT_STEP)
-            state = resume(engine, checkpoint)
+            state = resume(engine, config, checkpoint)
             recurrent_state.restore(read_recurrent_state(checkpoint), engine.module, torch.device("cpu"))
             facts = state_facts(engine)
             saver.save(engine, state, recurrent_state.gather())
@@ -81,11 +81,9 @@ def train_steps(
     """Train from step `first` to step `last`, and yield the result of each step."""
     with closing(RankBatches(data, ranks, torch.device("cpu")).training(first)) as batches:
         for step in range(first, last):
-            micro_batches = next(batches).split(data.plan.accumulation)
+            parts = micro_batches(next(batches), config)
             lr = learning_rate(config, step)
-            yield train_step(
-                engine, micro_batches, lr, lambda loss: False, False, recurrent_state, lambda name: nullcontext()
-            )
+            yield train_step(engine, parts, lr, lambda loss: False, False, recurrent_state, lambda name: nullcontext())
 
 
 def state_facts(engine: TrainingEngine) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from tostlm.bench.report import report
 from tostlm.data import (
     TRAIN,
-    ContextStage,
+    BatchStage,
     Loader,
     PreparationSettings,
     Tokenizer,
@@ -120,7 +120,7 @@ def _load(folder: Path, context: int) -> float:
     tokens = TokenSet(folder, TRAIN)
     context = min(context, len(tokens) - 1)
     sequences = max(1, LOADED_TOKENS // context // 8)
-    loader = Loader([(tokens, 1.0)], [ContextStage(0, context, sequences)], seed=0, eos_id=tokens.manifest.eos_id)
+    loader = Loader([(tokens, 1.0)], [BatchStage(0, context, sequences)], seed=0, eos_id=tokens.manifest.eos_id)
     start = time.perf_counter()
     for step in range(8):
         loader.batch(step, 0, 1)

@@ -100,7 +100,7 @@ def check_resumable(config: RunConfig, tokenizer: Tokenizer, checkpoint: Path) -
         raise UserError(f"checkpoint {checkpoint} was trained on other data than {folders} holds; {advice}")
 
 
-def resume(engine: DeepSpeedEngine, checkpoint: Path) -> TrainState:
+def resume(engine: DeepSpeedEngine, config: RunConfig, checkpoint: Path) -> TrainState:
     """Load a checkpoint of any ranks and ZeRO stage, and return the run's progress. Every rank must call this.
 
     Raises:
@@ -121,5 +121,6 @@ def resume(engine: DeepSpeedEngine, checkpoint: Path) -> TrainState:
         average.restart()
     restore_loss_scale(engine, train_state.loss_scale)
     engine.global_steps = train_state.step  # DeepSpeed's own monitors count by these
-    engine.global_samples = train_state.step * engine.train_batch_size()
+    sequences = config.tokens_after(train_state.step) // config.data.context_tokens
+    engine.global_samples = sequences * config.train.context_parallel_size  # as `deepspeed_dict` has it
     return train_state

@@ -58,7 +58,9 @@ def config_show(config: ConfigFile, overrides: Overrides = None) -> None:
     print(f"# parameters       {count_parameters(run.model):,} without position embeddings")
     context = run.data.context_tokens
     print(f"# state            {state_bytes(run.model, context):,} bytes a sequence of {context:,} tokens")
-    print(f"# tokens per step  {run.train.batch_tokens:,}")
+    ends = [*(f" to step {stage.first_step:,}" for stage in run.stages[1:]), ""]
+    batches = (f"{stage.batch_tokens:,}{end}" for stage, end in zip(run.stages, ends, strict=True))
+    print(f"# tokens per step  {', '.join(batches)}")
     print(f"# steps            {run.train.steps:,}")
     print(f"# total tokens     {run.tokens:,}")
 

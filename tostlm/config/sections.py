@@ -85,10 +85,27 @@ class BlendedSet(Section):
 
 
 class CurriculumStage(Section):
-    """An earlier stage of a curriculum of context lengths."""
+    """An earlier stage of a run, of shorter contexts or other batches."""
 
     until_step: Fixed[PositiveInt]  # the next stage starts after this step
-    context_tokens: Fixed[PositiveInt]
+    context_tokens: Fixed[PositiveInt | None] = None  # None is data.context_tokens
+    batch_tokens: Fixed[PositiveInt | None] = None  # None is train.batch_tokens
+
+    @pydantic.model_validator(mode="after")
+    def _says_something(self) -> CurriculumStage:
+        if self.context_tokens is None and self.batch_tokens is None:
+            raise ValueError(
+                f"the stage until_step {self.until_step} has no effect: set context_tokens or batch_tokens"
+            )
+        return self
+
+
+class Stage(NamedTuple):
+    """What batches are from a step on."""
+
+    first_step: int
+    context_tokens: int  # of a sequence
+    batch_tokens: int  # of a step, over all ranks
 
 
 class DataConfig(Section):
@@ -100,7 +117,7 @@ class DataConfig(Section):
     reset_at_documents: Fixed[bool] = False  # no influence across the documents of a sequence
     within_documents: Fixed[bool] = False  # each sequence from one document, of documents that are long enough
     stateful: Fixed[bool] = False  # sequences continue from step to step, and the model's state with them
-    curriculum: tuple[CurriculumStage, ...] = ()  # stages of shorter contexts before context_tokens
+    curriculum: tuple[CurriculumStage, ...] = ()  # earlier stages, of shorter contexts or other batches
     verify_checksums: Free[bool] = True  # of the shards, before training
 
     @property
@@ -112,13 +129,6 @@ class DataConfig(Section):
     def folders(self) -> list[Path]:
         """Every prepared folder."""
         return [folder for folder, _ in self.sets]
-
-    @property
-    def stages(self) -> tuple[tuple[int, int], ...]:
-        """First step and context length in tokens of every stage, in order."""
-        first_steps = (0, *(stage.until_step for stage in self.curriculum))
-        contexts = (*(stage.context_tokens for stage in self.curriculum), self.context_tokens)
-        return tuple(zip(first_steps, contexts, strict=True))
 
     @pydantic.model_validator(mode="after")
     def _path_or_blend(self) -> DataConfig:
@@ -132,11 +142,13 @@ class DataConfig(Section):
 
     @pydantic.model_validator(mode="after")
     def _stages_in_order(self) -> DataConfig:
-        for (before, _), (step, _) in pairwise(self.stages):
-            if step <= before:
-                raise ValueError(f"curriculum until_step {step} must be above the {before} before it")
+        for before, stage in pairwise(self.curriculum):
+            if stage.until_step <= before.until_step:
+                raise ValueError(
+                    f"curriculum until_step {stage.until_step} must be above the {before.until_step} before it"
+                )
         for stage in self.curriculum:
-            if stage.context_tokens > self.context_tokens:
+            if (stage.context_tokens or 0) > self.context_tokens:
                 raise ValueError(
                     f"curriculum context_tokens {stage.context_tokens} is longer than data.context_tokens "
                     f"{self.context_tokens}, the longest; raise that"
@@ -281,11 +293,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"optimizer.warmup_steps {self.optimizer.warmup_steps} is above train.steps {self.train.steps}"
             )
-        last_stage = self.data.stages[-1][0]
+        last_stage = self.stages[-1].first_step
         if last_stage >= self.train.steps:
             raise ValueError(
                 f"data.curriculum until_step {last_stage} must be below train.steps {self.train.steps}; "
-                "data.context_tokens takes over there"
+                "data.context_tokens and train.batch_tokens take over there"
             )
         self._check_groups(parameter_names(self.model))  # the layers' own ValueErrors come first
         self._check_divisibility()
@@ -319,22 +331,22 @@ class RunConfig(Section):
 
     def _check_divisibility(self) -> None:
         group = self.train.context_parallel_size
-        for _, context in self.data.stages:
+        for _, context, _ in self.stages:
             if context % group:
                 raise ValueError(
                     f"a context of {context} tokens does not split over train.context_parallel_size {group}; "
                     f"try {_nearest_multiple(context, group)}"
                 )
-        unit = math.lcm(*(context for _, context in self.data.stages))
-        for key, ranks in (("batch_tokens", 1), ("micro_batch_tokens", group)):
-            tokens = getattr(self.train, key)
-            for _, context in self.data.stages:
-                if tokens * ranks % context:
-                    over = f" over {ranks} ranks" if ranks > 1 else ""
-                    raise ValueError(
-                        f"train.{key} {tokens}{over} does not divide into contexts of {context} tokens; "
-                        f"try {_nearest_multiple(tokens, unit // math.gcd(unit, ranks))}"
-                    )
+        unit, micro = math.lcm(*(stage.context_tokens for stage in self.stages)), self.train.micro_batch_tokens
+        sizes = [(key, stage.batch_tokens, 1, stage.context_tokens) for key, stage in self.named_stages]
+        sizes += [("train.micro_batch_tokens", micro, group, stage.context_tokens) for stage in self.stages]
+        for key, tokens, ranks, context in sizes:
+            if tokens * ranks % context:
+                over = f" over {ranks} ranks" if ranks > 1 else ""
+                raise ValueError(
+                    f"{key} {tokens}{over} does not divide into contexts of {context} tokens; "
+                    f"try {_nearest_multiple(tokens, unit // math.gcd(unit, ranks))}"
+                )
 
     def _check_eval_contexts(self) -> None:
         positions, group = self.model.positions, self.train.context_parallel_size
@@ -374,9 +386,32 @@ class RunConfig(Section):
             )
 
     @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of the run, in order."""
+        return tuple(stage for _, stage in self.named_stages)
+
+    @property
+    def named_stages(self) -> tuple[tuple[str, Stage], ...]:
+        """The stages of the run, in order, each with the key that has its batch."""
+        context, batch, own = self.data.context_tokens, self.train.batch_tokens, self.data.curriculum
+        first_steps = (0, *(stage.until_step for stage in own))
+        stages = [(s.context_tokens or context, s.batch_tokens or batch) for s in own] + [(context, batch)]
+        keys = ["train.batch_tokens" if s.batch_tokens is None else "curriculum batch_tokens" for s in own]
+        found = (Stage(step, *sizes) for step, sizes in zip(first_steps, stages, strict=True))
+        return tuple(zip([*keys, "train.batch_tokens"], found, strict=True))
+
+    def tokens_after(self, step: int) -> int:
+        """Return the training tokens of the first `step` steps."""
+        ends = [*(stage.first_step for stage in self.stages[1:]), step]
+        return sum(
+            max(0, min(step, end) - stage.first_step) * stage.batch_tokens
+            for stage, end in zip(self.stages, ends, strict=True)
+        )
+
+    @property
     def tokens(self) -> int:
         """Training tokens of the whole run."""
-        return self.train.steps * self.train.batch_tokens
+        return self.tokens_after(self.train.steps)
 
     @property
     def zero_stage(self) -> int:
@@ -416,9 +451,9 @@ def matmul_dtype(config: RunConfig) -> torch.dtype:
 class BatchPlan(NamedTuple):
     """How the tokens of a step are divided, in sequences of `data.context_tokens`."""
 
-    sequences: int  # per step, over all ranks
+    sequences: int  # of the largest step, over all ranks
     micro_sequences: int  # per forward and backward pass of one context-parallel group
-    accumulation: int  # gradient accumulation steps: passes of one rank per step
+    accumulation: int  # gradient accumulation steps: passes of one rank in the largest step
 
 
 def batch_plan(config: RunConfig, world_size: int) -> BatchPlan:
@@ -434,18 +469,15 @@ def batch_plan(config: RunConfig, world_size: int) -> BatchPlan:
             "start a multiple of it"
         )
     per_pass = world_size * train.micro_batch_tokens
-    if train.batch_tokens % per_pass:
-        raise UserError(
-            f"train.batch_tokens {train.batch_tokens} does not divide into {world_size} ranks x "
-            f"train.micro_batch_tokens {train.micro_batch_tokens}; "
-            f"try train.batch_tokens={_nearest_multiple(train.batch_tokens, per_pass)}"
-        )
-    context = config.data.context_tokens
-    return BatchPlan(
-        train.batch_tokens // context,
-        train.micro_batch_tokens * group // context,
-        train.batch_tokens // per_pass,
-    )
+    for key, stage in config.named_stages:
+        if stage.batch_tokens % per_pass:
+            raise UserError(
+                f"{key} {stage.batch_tokens} does not divide into {world_size} ranks x "
+                f"train.micro_batch_tokens {train.micro_batch_tokens}; "
+                f"try {key.split()[-1]}={_nearest_multiple(stage.batch_tokens, per_pass)}"
+            )
+    context, largest = config.data.context_tokens, max(stage.batch_tokens for stage in config.stages)
+    return BatchPlan(largest // context, train.micro_batch_tokens * group // context, largest // per_pass)
 
 
 def _nearest_multiple(value: int, unit: int) -> int:

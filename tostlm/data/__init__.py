@@ -1,6 +1,6 @@
 """Text to tokens to batches."""
 
-from tostlm.data.loading import ContextStage, Loader, NumpyBatch, Targets, TokenSet, choose_targets, evenly_spread
+from tostlm.data.loading import BatchStage, Loader, NumpyBatch, Targets, TokenSet, choose_targets, evenly_spread
 from tostlm.data.preparation.merge import merge
 from tostlm.data.preparation.plan import PreparationSettings
 from tostlm.data.preparation.prepare import parse_task, prepare
@@ -23,7 +23,7 @@ __all__ = [
     "MANIFEST",
     "TRAIN",
     "VALIDATION",
-    "ContextStage",
+    "BatchStage",
     "Loader",
     "Manifest",
     "NumpyBatch",

@@ -63,13 +63,13 @@ def _progress(run_dir: Path) -> dict[str, str]:
     saved = {"checkpoint": str(found[-1])} if found else {}
     if report is None or not (run_dir / CONFIG).exists():
         return {"step": "none yet", **saved}
-    train = load_config(run_dir / CONFIG).train
+    config = load_config(run_dir / CONFIG)
     step, speed = report["step"], report.get("tokens_per_second")
-    text = f"{step:,} of {train.steps:,}"
+    text = f"{step:,} of {config.train.steps:,}"
     if speed:
         text += f", {speed:,.0f} tokens/s"
-        if step < train.steps:
-            text += f", {_format_duration((train.steps - step) * train.batch_tokens / speed)} to go"
+        if step < config.train.steps:
+            text += f", {_format_duration((config.tokens - config.tokens_after(step)) / speed)} to go"
     return {"step": f"{text}, logged {_format_duration(time.time() - report['time'])} ago", **saved}
 
 

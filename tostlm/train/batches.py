@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tostlm.config import BatchPlan, RunConfig, batch_plan
-from tostlm.data import TRAIN, VALIDATION, ContextStage, Loader, NumpyBatch, Tokenizer, TokenSet, common_tokenizer
+from tostlm.data import TRAIN, VALIDATION, BatchStage, Loader, NumpyBatch, Tokenizer, TokenSet, common_tokenizer
 from tostlm.launch import RankInfo
 from tostlm.model import IGNORE, LM, LMState, state_tensors
 from tostlm.train.held_out import HeldOut, open_held_out
@@ -54,6 +54,11 @@ class Batch(NamedTuple):
         return [Batch(*part, self.group) for part in zip(inputs, targets, masks, strict=True)]
 
 
+def micro_batches(batch: Batch, config: RunConfig) -> list[Batch]:
+    """Return the parts of a rank's batch that it passes through the model one by one, as many as the step needs."""
+    return batch.split(batch.inputs.numel() // config.train.micro_batch_tokens)
+
+
 class RunData(NamedTuple):
     """Everything a run reads, opened once, and how its ranks share a batch."""
 
@@ -73,13 +78,13 @@ def open_data(config: RunConfig, world_size: int) -> RunData:
     """
     plan = batch_plan(config, world_size)
     tokenizer = common_tokenizer(config.data.folders, config.model.vocab_size)
-    stages = [ContextStage(step, context, config.train.batch_tokens // context) for step, context in config.data.stages]
+    stages = [BatchStage(step, context, tokens // context) for step, context, tokens in config.stages]
     training = _open_loader(config, TRAIN, stages)
-    validation = _open_loader(config, VALIDATION, [ContextStage(0, config.data.context_tokens, 1)])
+    validation = _open_loader(config, VALIDATION, [BatchStage(0, config.data.context_tokens, 1)])
     return RunData(tokenizer, training, validation, open_held_out(config, validation, plan), plan)
 
 
-def _open_loader(config: RunConfig, split: str, stages: list[ContextStage]) -> Loader:
+def _open_loader(config: RunConfig, split: str, stages: list[BatchStage]) -> Loader:
     data = config.data
     sets = [(TokenSet(folder, split), weight) for folder, weight in data.sets]
     eos_id = sets[0][0].manifest.eos_id if data.reset_at_documents else None

@@ -325,10 +325,12 @@ def train_step(
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     losses = []
+    accumulate(engine, len(micro_batches))
     for index, batch in enumerate(micro_batches):
         if index:
             with timer("backward"):
                 engine.step()  # DeepSpeed counts the micro-batch before; it updates at the last one alone
+        engine.set_gradient_accumulation_boundary(index + 1 == len(micro_batches))
         with timer("forward"):
             loss, state = compute_loss(engine, batch, recurrent_state.states[index])
         recurrent_state.store(index, state)
@@ -353,6 +355,12 @@ def train_step(
     if skipped:
         recurrent_state.reset()
     return StepResult(mean_loss, norm, bad or (skipped and not engine.fp16_enabled()), skipped, stops > 0)
+
+
+def accumulate(engine: DeepSpeedEngine, passes: int) -> None:
+    """Let the next update be of the mean of so many gradients."""
+    if engine.gradient_accumulation_steps() != passes:
+        engine.set_train_batch_size(passes * engine.train_micro_batch_size_per_gpu() * dist.get_world_size())
 
 
 def _grad_norm_at_stage0(engine: TrainingEngine) -> Tensor | None:

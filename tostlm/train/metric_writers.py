@@ -33,7 +33,7 @@ class MetricsWriter:
     """
 
     def __init__(self, config: RunConfig, step: int) -> None:
-        self._run_dir, self._batch_tokens = config.run_dir, config.train.batch_tokens
+        self._run_dir, self._config = config.run_dir, config
         self._wandb = WandbRun(config)
         threading.excepthook = _excepthook
         self._open(step)
@@ -69,7 +69,7 @@ class MetricsWriter:
         Raises:
             OSError: with the file's name, if it cannot be written.
         """
-        header = {"kind": kind, "step": step, "tokens": step * self._batch_tokens, "time": time.time()}
+        header = {"kind": kind, "step": step, "tokens": self._config.tokens_after(step), "time": time.time()}
         finite = {name: x for name, x in values.items() if not isinstance(x, float) or math.isfinite(x)}
         with _named(self._path):
             self._file.write(json.dumps({**header, **dict.fromkeys(values), **finite}, allow_nan=False) + "\n")

@@ -141,6 +141,7 @@ class Metrics:
         often each data set has been read so far, by its name.
         """
         seconds, steps = self._timers.report(), state.step - self._reported_step
+        tokens = self._config.tokens_after(state.step) - self._config.tokens_after(self._reported_step)
         self._reported_step = state.step
         if self._writer is None:
             return
@@ -152,9 +153,9 @@ class Metrics:
             **{f"lr/{group['name']}": group["lr"] for group in groups},
             **({} if result.grad_norm is None else {"grad_norm": result.grad_norm}),
             **{f"epoch/{name}" if len(epochs) > 1 else "epoch": value for name, value in epochs.items()},
-            "tokens": state.step * self._config.train.batch_tokens,
+            "tokens": self._config.tokens_after(state.step),
             "skipped_steps": skipped,
-            **self._throughput(steps, seconds, context),
+            **self._throughput(tokens, seconds, context),
             **{f"seconds/{phase}": each / steps for phase, each in seconds.items()},
             "memory_bytes": _peak_memory_bytes(),
         }
@@ -165,10 +166,10 @@ class Metrics:
         bar = {"loss": f"{result.loss:.4f}", **({"skipped": str(skipped)} if skipped else {})}
         self._report("train", state.step, values, line, **bar)
 
-    def _throughput(self, steps: int, seconds: Mapping[str, float], context: int) -> dict[str, float]:
-        """Return the throughput of training, without the time of evaluations, saves and statistics."""
+    def _throughput(self, tokens: int, seconds: Mapping[str, float], context: int) -> dict[str, float]:
+        """Return the throughput on so many tokens, without the time of evaluations, saves and statistics."""
         training = sum(each for phase, each in seconds.items() if phase not in PHASES_BESIDE_TRAINING)
-        tokens_per_second = steps * self._config.train.batch_tokens / training
+        tokens_per_second = tokens / training
         throughput = {
             "tokens_per_second": tokens_per_second,
             "tokens_per_second_per_device": tokens_per_second / self._world_size,

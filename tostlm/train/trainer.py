@@ -23,7 +23,7 @@ from tostlm.device import best_device, device_name, supports_matmul
 from tostlm.errors import EXIT_REQUEUE, UserError
 from tostlm.files import lock_for_life, require_writable, write_atomically
 from tostlm.launch import RankInfo
-from tostlm.train.batches import RankBatches, RecurrentState, RunData, open_data
+from tostlm.train.batches import RankBatches, RecurrentState, RunData, micro_batches, open_data
 from tostlm.train.engine import (
     TrainingEngine,
     broadcast_from_rank0,
@@ -117,7 +117,7 @@ def run_loop(
     settings, steps = config.train, config.train.steps
     timers = PhaseTimers(device, on_phase=lambda phase: watchdog.record_phase(state.step, phase))
     engine = start_engine(config, data.plan, ranks)
-    state = TrainState() if newest is None else resume(engine, newest)
+    state = TrainState() if newest is None else resume(engine, config, newest)
     recurrent_state = RecurrentState(config, data.plan.accumulation, ranks)
     recurrent_state.restore({} if newest is None else read_recurrent_state(newest), engine.module, device)
     rank_batches = RankBatches(data, ranks, device, context_parallel_group(settings.context_parallel_size))
@@ -138,12 +138,12 @@ def run_loop(
     ):
         while state.step < steps and not stopping:
             with timers("data"):
-                micro_batches = next(batches).split(data.plan.accumulation)
+                parts = micro_batches(next(batches), config)
             measured = due_at(state.step + 1, settings.statistics_every_steps)
             engine.guard.around_update = probe.start() if measured else nullcontext
             with profiler.step(state.step + 1):
                 lr = learning_rate(config, state.step)
-                result = train_step(engine, micro_batches, lr, spikes.is_bad, stop.requested, recurrent_state, timers)
+                result = train_step(engine, parts, lr, spikes.is_bad, stop.requested, recurrent_state, timers)
             # After a bad step there is nothing good to save: a request to stop is honoured at the next good one.
             state, stopping = state.advance(result.skipped), result.stop and not result.bad
 
@@ -159,12 +159,12 @@ def run_loop(
             if result.bad and spikes.rollbacks_in_a_row and state.step < steps:
                 continue  # nothing is reported or saved until the rollback has helped
             if due(settings.log_every_steps):
-                context = micro_batches[0].inputs.shape[1] * settings.context_parallel_size
+                context = parts[0].inputs.shape[1] * settings.context_parallel_size
                 epochs = data.training.epochs(state.data_step)
                 metrics.log(state, result, lr, engine.optimizer.param_groups, context, epochs)
             if due(settings.statistics_every_steps):
                 movements = probe.movements()
-                of_layers = layer_statistics(engine, micro_batches[0], timers)
+                of_layers = layer_statistics(engine, parts[0], timers)
                 metrics.statistics(state.step, {**of_layers, **by_layer(movements)})
                 if suspects := probe.suspects(movements):
                     metrics.event(state.step, "parameters", **suspects)
@@ -194,7 +194,7 @@ def roll_back(
         UserError: on rank 0, if the run has rolled back too often or has no checkpoint.
     """
     checkpoint = broadcast_from_rank0(lambda: choose_checkpoint(config, state, failed), ranks)
-    saved = resume(engine, checkpoint)
+    saved = resume(engine, config, checkpoint)
     state = saved._replace(data_step=state.data_step, skipped_steps=state.skipped_steps, rollbacks=state.rollbacks + 1)
     broadcast_from_rank0(lambda: record_rollback(config.run_dir, state), ranks)
     return state

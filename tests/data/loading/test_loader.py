@@ -12,7 +12,7 @@ import pytest
 
 from tostlm.data import (
     TRAIN,
-    ContextStage,
+    BatchStage,
     Loader,
     PreparationSettings,
     TokenSet,
@@ -32,7 +32,7 @@ def tokens(data: Path) -> TokenSet:
 
 
 def make_loader(tokens: TokenSet, sequences: int, seed: int = 0, context: int = CONTEXT, **options: Any) -> Loader:
-    return Loader([(tokens, 1.0)], [ContextStage(0, context, sequences)], seed, **options)
+    return Loader([(tokens, 1.0)], [BatchStage(0, context, sequences)], seed, **options)
 
 
 def sort_rows(rows: np.ndarray) -> np.ndarray:
@@ -104,7 +104,7 @@ def test_stateful_rows_continue_where_they_ended(tokens: TokenSet) -> None:
 
 def test_stateful_rows_are_divided_between_sets_by_weight(tokens: TokenSet, digits: Path) -> None:
     sets = [(tokens, 2.9), (TokenSet(digits, TRAIN), 1.1)]
-    stages = [ContextStage(0, CONTEXT, 8)]
+    stages = [BatchStage(0, CONTEXT, 8)]
     inputs = Loader(sets, stages, 0, eos_id=tokens.manifest.eos_id, stateful=True).batch(0, 0, 1).inputs
     speeches = tokens.read(0, len(tokens) // CONTEXT * CONTEXT).reshape(-1, CONTEXT)
     known = {row.tobytes() for row in speeches}
@@ -118,7 +118,7 @@ def test_a_set_shorter_than_one_window_is_refused(tokens: TokenSet) -> None:
         make_loader(tokens, 1, context=10_000_000)
 
 
-STAGES = [ContextStage(0, 16, 32), ContextStage(10, 32, 16), ContextStage(30, CONTEXT, 8)]
+STAGES = [BatchStage(0, 16, 32), BatchStage(10, 32, 16), BatchStage(30, CONTEXT, 8)]
 
 
 def test_a_stage_starts_at_its_first_step(tokens: TokenSet) -> None:
@@ -127,12 +127,25 @@ def test_a_stage_starts_at_its_first_step(tokens: TokenSet) -> None:
     assert shapes == {0: (32, 16), 9: (32, 16), 10: (16, 32), 29: (16, 32), 30: (8, 64), 10**8: (8, 64)}
 
 
-def test_every_stage_has_its_own_permutation(tokens: TokenSet) -> None:
+def test_every_context_has_its_own_permutation(tokens: TokenSet) -> None:
     count = (len(tokens) - 1) // 32
-    loader = Loader([(tokens, 1.0)], [ContextStage(0, 32, 1), ContextStage(7, 32, 1)], seed=0)
-    rows = np.concatenate([loader.batch(step, 0, 1).inputs for step in range(7, 7 + count)])
+    stages = [BatchStage(0, 32, 1), BatchStage(7, 16, 1), BatchStage(8, 32, 1)]
+    loader = Loader([(tokens, 1.0)], stages, seed=0)
+    rows = np.concatenate([loader.batch(step, 0, 1).inputs for step in range(8, 8 + count)])
     assert np.array_equal(sort_rows(rows), sort_rows(tokens.read(0, count * 32).reshape(-1, 32)))
     assert not np.array_equal(rows[:7], np.concatenate([loader.batch(step, 0, 1).inputs for step in range(7)]))
+
+
+def test_batches_of_other_sizes_read_on_in_one_order(tokens: TokenSet, digits: Path) -> None:
+    sets = [(tokens, 0.7), (TokenSet(digits, TRAIN), 0.3)]
+    growing = [BatchStage(0, 16, 4), BatchStage(5, 32, 1), BatchStage(8, 32, 2), BatchStage(11, 32, 4)]
+    loaders = Loader(sets, growing, seed=0), Loader(sets, [BatchStage(0, 16, 4), BatchStage(5, 32, 1)], seed=0)
+    found, one_by_one = (
+        np.concatenate([loader.batch(step, 0, 1).inputs for step in range(5, steps)])
+        for loader, steps in zip(loaders, (15, 5 + 3 + 6 + 16), strict=True)
+    )
+    assert np.array_equal(found, one_by_one)
+    assert loaders[0].epochs(15) == loaders[1].epochs(5 + 3 + 6 + 16)
 
 
 def test_epochs_are_summed_over_stages(tokens: TokenSet) -> None:
@@ -144,7 +157,7 @@ def test_epochs_are_summed_over_stages(tokens: TokenSet) -> None:
 
 
 def test_a_stage_reads_only_documents_as_long_as_its_context(tokens: TokenSet) -> None:
-    loader = Loader([(tokens, 1.0)], [ContextStage(0, 64, 8), ContextStage(5, 2500, 1)], seed=0, within_documents=True)
+    loader = Loader([(tokens, 1.0)], [BatchStage(0, 64, 8), BatchStage(5, 2500, 1)], seed=0, within_documents=True)
     windows = Windows(tokens, 2500, within_documents=True)
     expected = np.stack([windows[number][:-1] for number in range(len(windows))])
     rows = np.concatenate([loader.batch(step, 0, 1).inputs for step in range(5, 5 + len(windows))])
@@ -160,7 +173,7 @@ def digit_tokens(digits: Path) -> TokenSet:
 def test_a_blend_has_exactly_its_weights_in_every_cycle(
     tokens: TokenSet, digit_tokens: TokenSet, world_size: int
 ) -> None:
-    loader = Loader([(tokens, 0.7), (digit_tokens, 0.3)], [ContextStage(0, CONTEXT, 20)], seed=1)
+    loader = Loader([(tokens, 0.7), (digit_tokens, 0.3)], [BatchStage(0, CONTEXT, 20)], seed=1)
     known = {row.tobytes() for row in digit_tokens.read(0, len(digit_tokens) // 64 * 64).reshape(-1, 64)}
     for step in range(5):  # a step holds two cycles
         rows = np.concatenate([loader.batch(step, rank, world_size).inputs for rank in range(world_size)])
@@ -169,7 +182,7 @@ def test_a_blend_has_exactly_its_weights_in_every_cycle(
 
 def test_every_set_of_a_blend_has_its_own_epochs(tokens: TokenSet, digit_tokens: TokenSet) -> None:
     count = (len(digit_tokens) - 1) // CONTEXT
-    loader = Loader([(tokens, 1), (digit_tokens, 2)], [ContextStage(0, CONTEXT, 3)], seed=1)
+    loader = Loader([(tokens, 1), (digit_tokens, 2)], [BatchStage(0, CONTEXT, 3)], seed=1)
     ours = {row.tobytes() for row in tokens.read(0, len(tokens) // 64 * 64).reshape(-1, 64)}
     rows = [row.tobytes() for step in range(count) for row in loader.batch(step, 0, 1).inputs]
     first, both = (Counter(row for row in part if row not in ours) for part in (rows[: count // 2 * 3], rows))
@@ -183,7 +196,7 @@ def test_every_set_of_a_blend_has_its_own_epochs(tokens: TokenSet, digit_tokens:
 
 def test_steps_within_reads_no_set_twice(tokens: TokenSet, digit_tokens: TokenSet) -> None:
     count = (len(digit_tokens) - 1) // CONTEXT
-    loader = Loader([(tokens, 1), (digit_tokens, 1)], [ContextStage(0, CONTEXT, 4)], seed=0)
+    loader = Loader([(tokens, 1), (digit_tokens, 1)], [BatchStage(0, CONTEXT, 4)], seed=0)
     assert loader.steps_within(16 * CONTEXT) == 4
     assert loader.steps_within(1) == 1
     assert loader.steps_within(10**12) == min(count, (len(tokens) - 1) // CONTEXT) * 2 // 4
@@ -191,7 +204,7 @@ def test_steps_within_reads_no_set_twice(tokens: TokenSet, digit_tokens: TokenSe
 
 def test_a_weight_too_small_to_be_sampled_is_refused(tokens: TokenSet, digit_tokens: TokenSet) -> None:
     with pytest.raises(UserError, match=r"the weight 1e-09 of .*digits is less than one sample in 1000000; raise it"):
-        Loader([(tokens, 1.0), (digit_tokens, 1e-9)], [ContextStage(0, CONTEXT, 1)], seed=0)
+        Loader([(tokens, 1.0), (digit_tokens, 1e-9)], [BatchStage(0, CONTEXT, 1)], seed=0)
 
 
 def test_folders_with_different_tokenizers_are_refused(
@@ -230,7 +243,7 @@ class ComputedTokens(TokenSet):
 
 @pytest.fixture(scope="module")
 def huge_loader() -> Loader:
-    return Loader([(ComputedTokens("web"), 1.0)], [ContextStage(0, LONG, SEQUENCES)], seed=11)
+    return Loader([(ComputedTokens("web"), 1.0)], [BatchStage(0, LONG, SEQUENCES)], seed=11)
 
 
 def windows_of_step(loader: Loader, step: int, world_size: int) -> list[int]:
@@ -271,7 +284,7 @@ def test_starting_at_a_late_step_takes_no_time_and_no_memory(within_documents: b
     """Also with a blend and a curriculum."""
     tracemalloc.start()
     sets = [(ComputedTokens("web"), 0.7), (ComputedTokens("books"), 1 / 3)]
-    stages = [ContextStage(0, 256, 4 * SEQUENCES), ContextStage(10**6, LONG, SEQUENCES)]
+    stages = [BatchStage(0, 256, 4 * SEQUENCES), BatchStage(10**6, LONG, SEQUENCES)]
     loader = Loader(sets, stages, seed=0, within_documents=within_documents)
     seconds = []
     for step in (0, 10**6, 10**8):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -19,8 +20,8 @@ from tostlm.errors import UserError
 from tostlm.files import distinct_names
 
 
-class ContextStage(NamedTuple):
-    """The shape of a batch from step `first_step` on."""
+class BatchStage(NamedTuple):
+    """The shape of a batch from step `first_step` on. Stages of one context in a row read on in one order."""
 
     first_step: int
     context: int  # tokens of a window
@@ -56,7 +57,7 @@ class Loader:
     def __init__(
         self,
         sets: Sequence[tuple[TokenSet, float]],
-        stages: Sequence[ContextStage],
+        stages: Sequence[BatchStage],
         seed: int,
         *,
         eos_id: int | None = None,
@@ -75,6 +76,7 @@ class Loader:
             context: [Windows(tokens, context, within_documents) for tokens, _ in sets]
             for context in {stage.context for stage in stages}
         }
+        self._orders = _orders(stages)
         self._names = distinct_names([tokens.folder for tokens, _ in sets])
 
     def batch(self, step: int, rank: int, world_size: int) -> NumpyBatch:
@@ -86,7 +88,8 @@ class Loader:
         number = bisect_right(self._stages, step, key=lambda stage: stage.first_step) - 1
         stage = self._stages[number]
         count = stage.sequences // world_size
-        first = (step - stage.first_step) * stage.sequences + rank * count
+        before = self._orders[number].first_sample + (step - stage.first_step) * stage.sequences
+        first = before + rank * count
         located = [self._locate(number, sample) for sample in range(first, first + count)]
         rows = np.stack([self._windows[stage.context][chosen][window] for chosen, window in located])
         inputs = rows[:, :-1]
@@ -100,7 +103,7 @@ class Loader:
         counts = [len(windows) for windows in self._windows[self._stages[stage].context]]
         if self._stateful:
             return self._blend.locate_in_rows(sample, counts)
-        key = f"{self._seed}/{stage}"
+        key = f"{self._seed}/{self._orders[stage].number}"
         chosen, index = self._blend.locate(sample, key)
         epoch, index = divmod(index, counts[chosen])
         return chosen, permute(index, counts[chosen], f"{key}/{chosen}/{epoch}")
@@ -125,3 +128,19 @@ class Loader:
         counts = zip(self._blend.counts, self._windows[stage.context], strict=True)
         one_epoch = min(len(windows) * self._blend.length // count for count, windows in counts)
         return max(1, min(tokens // stage.context, one_epoch) // stage.sequences)
+
+
+class _Order(NamedTuple):
+    """Where a stage's samples are taken from: which of the orders of all samples, and from where in it on."""
+
+    number: int
+    first_sample: int
+
+
+def _orders(stages: Sequence[BatchStage]) -> list[_Order]:
+    orders = [_Order(0, 0)]
+    for number, (before, stage) in enumerate(pairwise(stages), 1):
+        goes_on = before.context == stage.context
+        read = orders[-1].first_sample + (stage.first_step - before.first_step) * before.sequences
+        orders.append(_Order(orders[-1].number, read) if goes_on else _Order(number, 0))
+    return orders
