@@ -37,6 +37,12 @@ def test_every_size_runs_every_arm(run: Run) -> None:
     assert cell_config(study, Cell("final", "large", "cross", 0, None), None).model.depth == 3
 
 
+def test_a_search_may_be_all_that_is_asked(run: Run) -> None:
+    study = study_of(run, seeds=[], evaluation=None, sizes={"small": {"model.depth": 1}})
+    rates = ("search-lr0.001", "search-lr0.01")
+    assert [cell.name for cell in cells(study)] == [f"small/{arm}/{r}" for arm in ("softmax", "cross") for r in rates]
+
+
 def test_arms_are_as_large_as_the_reference(run: Run) -> None:
     arms = {"softmax": SOFTMAX, "cross": CROSS, "swiglu": {"set": {**CROSS["set"], "model.mlp": "swiglu"}}}
     study = study_of(run, arms=arms)
@@ -80,7 +86,7 @@ def test_arms_are_as_large_as_the_reference(run: Run) -> None:
             },
             "has 64 positions, and a task 128 tokens",
         ),
-        ({"seeds": [], "evaluation": None}, "neither seeds nor tasks"),
+        ({"seeds": [], "evaluation": None, "search": None}, "neither seeds, tasks nor search"),
         ({"sizes": {}}, "sizes={}"),
         ({"arms": {"": SOFTMAX}, "reference": ""}, "'' must be letters"),
         ({"seeds": [1, 1]}, "2 runs would be in the folder softmax/seed1"),

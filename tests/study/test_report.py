@@ -86,6 +86,11 @@ def test_the_best_rate_is_that_of_the_lowest_loss(run: Run) -> None:
         assert read_result(study, cell) is not None
     assert best_lr(study, final) == 1e-3
     write_report(study)
+    report = (study.study_dir / "report.md").read_text()
+    assert report.startswith("Losses after 4 steps at each learning rate searched")
+    assert "| learning rate | 0.001 | 0.01 |" in report
+    assert "| cross | **5.000** | diverged |" in report
+    assert (study.study_dir / "loss-by-lr.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_finished_runs_of_other_settings_are_not_mixed_in(run: Run) -> None:

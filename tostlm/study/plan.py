@@ -70,7 +70,7 @@ class Study(Strict):
     arms: dict[str, Arm]
     reference: str  # the arm that others are compared with
     match_parameters: bool = True  # make every arm as large as the reference, by the width of its MLP
-    seeds: tuple[NonNegativeInt, ...] = ()  # none where the tasks are all that is asked
+    seeds: tuple[NonNegativeInt, ...] = ()  # none where the tasks or the search are all that is asked
     search: Search | None = None  # None: all arms train at the base's rate, or their own
     evaluation: Evaluation | None = None  # goes with seeds
     tasks: dict[str, Task] = NOTHING  # synthetic ones, for which every arm is trained anew
@@ -92,8 +92,8 @@ class Study(Strict):
                 raise ValueError("seeds go with evaluation: {contexts: [...]}, which their runs are measured by")
             if self.search is None and arm.lrs is not None:
                 raise ValueError("lrs of an arm go with search; set its optimizer.lr without one")
-        if not self.tasks and not any(arm.seeds or self.seeds for arm in self.arms.values()):
-            raise ValueError("nothing to run: it has neither seeds nor tasks")
+        if self.search is None and not self.tasks and not any(arm.seeds or self.seeds for arm in self.arms.values()):
+            raise ValueError("nothing to run: it has neither seeds, tasks nor search")
         return self
 
     @property
@@ -145,7 +145,7 @@ def load_study(path: Path) -> Study:
 
 def cells(study: Study) -> Iterator[Cell]:
     """Yield the runs in the order in which they are started: every arm's search and first seed, then further seeds."""
-    for round_ in range(max(len(arm.seeds or study.seeds) for arm in study.arms.values())):
+    for round_ in range(max(1, *(len(arm.seeds or study.seeds) for arm in study.arms.values()))):
         for size in study.sizes:
             for name, arm in study.arms.items():
                 seeds = arm.seeds or study.seeds

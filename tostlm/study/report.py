@@ -37,6 +37,18 @@ class Row(NamedTuple):
         return _label(self.arm, self.size)
 
 
+class Search(NamedTuple):
+    """The finished runs of the search for an arm's learning rate at a size."""
+
+    label: str
+    losses: dict[float, float | None]  # by learning rate; None where training diverged
+
+    @property
+    def best(self) -> float | None:
+        """The learning rate of the lowest loss; None if all diverged."""
+        return min(((loss, lr) for lr, loss in self.losses.items() if loss is not None), default=(0.0, None))[1]
+
+
 class Mean(NamedTuple):
     """A mean over seeds, and half its confidence interval of 95%; None of a single seed."""
 
@@ -64,13 +76,16 @@ def _t_95(freedom: int) -> float:
 
 def write_report(study: Study) -> None:
     """Write report.md, report.json and the plots into the study's folder, of what is finished so far."""
-    rows = list(_rows(study))
+    rows, searches = list(_rows(study)), list(_searches(study))
     write_atomically(study.study_dir / "report.json", json.dumps(_as_json(study, rows), indent=1) + "\n")
-    write_atomically(study.study_dir / "report.md", markdown(study, rows))
-    if not rows:
-        return
-    for name, draw in PLOTS.items():
-        write_atomically(study.study_dir / f"{name}.png", draw(rows))
+    write_atomically(study.study_dir / "report.md", _markdown(study, rows, searches))
+    plots = {name: [(row.label, curve(row)) for row in rows] for name, (_, curve) in PLOTS.items()}
+    labels = {name: label for name, (label, _) in PLOTS.items()}
+    plots[BY_LR] = [(search.label, _by_lr(search)) for search in searches]
+    labels[BY_LR] = "learning rate"
+    for name, curves in plots.items():
+        if curves:
+            write_atomically(study.study_dir / f"{name}.png", _plot(labels[name], curves))
 
 
 def _rows(study: Study) -> Iterator[Row]:
@@ -82,7 +97,16 @@ def _rows(study: Study) -> Iterator[Row]:
                 yield Row(size, arm, results)
 
 
-def markdown(study: Study, rows: Sequence[Row]) -> str:
+def _searches(study: Study) -> Iterator[Search]:
+    for size in study.sizes:
+        for arm in study.arms:
+            mine = [cell for cell in cells(study) if (cell.kind, cell.size, cell.arm) == ("search", size, arm)]
+            found = {cell.lr: result.loss for cell in mine if (result := read_result(study, cell)) and cell.lr}
+            if found:
+                yield Search(_label(arm, size), found)
+
+
+def _markdown(study: Study, rows: Sequence[Row], searches: Sequence[Search]) -> str:
     """Return the tables of a report."""
     head = ["model", "body parameters", "tokens", "learning rate", "loss", f"minus {study.reference}"]
     head += [f"{context:,}" for context in study.contexts] + ["state bytes", "tokens/s", "largest gradient"]
@@ -92,7 +116,26 @@ def markdown(study: Study, rows: Sequence[Row]) -> str:
     )
     if distances:
         lines += ["", *_table(["rare pairs, read last … tokens before", *distances], _repetitions(rows, distances))]
-    return "\n".join([*([*_notes(study, rows), "", *lines] if rows else []), *_tasks(study)]) + "\n"
+    parts = [[*_notes(study, rows), "", *lines] if rows else [], _search_table(study, searches), _tasks(study)]
+    return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
+
+
+def _search_table(study: Study, searches: Sequence[Search]) -> list[str]:
+    """Return the table of searched learning rates: a row an arm and size, a column a rate."""
+    if not searches or study.search is None:
+        return []
+    rates = sorted({lr for search in searches for lr in search.losses})
+    rows = [[search.label, *(_loss_at(search, lr) for lr in rates)] for search in searches]
+    about = f"Losses after {study.search.steps:,} steps at each learning rate searched, the best in bold:"
+    return [about, "", *_table(["learning rate", *(f"{lr:g}" for lr in rates)], rows)]
+
+
+def _loss_at(search: Search, lr: float) -> str:
+    if lr not in search.losses:
+        return ""
+    loss = search.losses[lr]
+    text = "diverged" if loss is None else f"{loss:.3f}"
+    return f"**{text}**" if lr == search.best else text
 
 
 def _repetitions(rows: Sequence[Row], distances: Sequence[str]) -> Iterator[list[str]]:
@@ -113,7 +156,7 @@ def _tasks(study: Study) -> list[str]:
             if any(found):
                 rows.append([_label(arm, size), *found])
     head = ["task, tokens", *(f"{name}, {tokens:,}" for name, tokens in columns)]
-    return ["", "Right answers in percent, and for n-grams nats above the best possible:", "", *_table(head, rows)]
+    return ["Right answers in percent, and for n-grams nats above the best possible:", "", *_table(head, rows)]
 
 
 def _answer(study: Study, cell: Cell, tokens: int) -> str:
@@ -190,16 +233,18 @@ def _as_json(study: Study, rows: Sequence[Row]) -> dict[str, object]:
     return {"reference": study.reference, "search": searched, "final": final, "tasks": tasks}
 
 
-def _plot(xlabel: str, curve: Callable[[Row], Sequence[tuple[float, Mean]]], rows: Sequence[Row]) -> bytes:
-    """Return a plot of losses, one line a row, with bands where there are several seeds."""
+Curve = Sequence[tuple[float, Mean]]
+
+
+def _plot(xlabel: str, curves: Sequence[tuple[str, Curve]]) -> bytes:
+    """Return a plot of losses, a line for each label and curve, with bands where there are several seeds."""
     figure = new_figure(8, 5)
     axes = figure.subplots()
-    for row in rows:
-        points = curve(row)
+    for label, points in curves:
         if not points:
             continue
         x, means = [point[0] for point in points], [point[1] for point in points]
-        (line,) = axes.plot(x, [mean.value for mean in means], marker=".", label=row.label)
+        (line,) = axes.plot(x, [mean.value for mean in means], marker=".", label=label)
         if all(mean.half is not None for mean in means):
             low, high = zip(*((m.value - (m.half or 0), m.value + (m.half or 0)) for m in means), strict=True)
             axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15)
@@ -210,23 +255,28 @@ def _plot(xlabel: str, curve: Callable[[Row], Sequence[tuple[float, Mean]]], row
     return png_bytes(figure)
 
 
-def _by_context(row: Row) -> list[tuple[float, Mean]]:
+def _by_lr(search: Search) -> Curve:
+    return [(lr, Mean(loss, None)) for lr, loss in sorted(search.losses.items()) if loss is not None]
+
+
+def _by_context(row: Row) -> Curve:
     contexts = [int(context) for context in row.first.contexts]
     return [(n, Mean.of([result.contexts[str(n)] for result in row.results.values()])) for n in contexts]
 
 
-def _by_tokens(row: Row) -> list[tuple[float, Mean]]:
+def _by_tokens(row: Row) -> Curve:
     steps = [entry[1] for entry in row.first.validation]
     curves = [[entry[2] for entry in result.validation] for result in row.results.values()]
     return [(n, Mean.of(values)) for n, *values in zip(steps, *curves, strict=False)]
 
 
-def _by_flops(row: Row) -> list[tuple[float, Mean]]:
+def _by_flops(row: Row) -> Curve:
     return [(tokens * row.first.flops_per_token, mean) for tokens, mean in _by_tokens(row)]
 
 
-PLOTS: dict[str, Callable[[Sequence[Row]], bytes]] = {
-    "loss-by-context": lambda rows: _plot("context, tokens", _by_context, rows),
-    "loss-by-tokens": lambda rows: _plot("tokens of training", _by_tokens, rows),
-    "loss-by-flops": lambda rows: _plot("floating-point operations of training", _by_flops, rows),
+BY_LR = "loss-by-lr"
+PLOTS: dict[str, tuple[str, Callable[[Row], Curve]]] = {  # of final runs, with what is on their x axes
+    "loss-by-context": ("context, tokens", _by_context),
+    "loss-by-tokens": ("tokens of training", _by_tokens),
+    "loss-by-flops": ("floating-point operations of training", _by_flops),
 }
