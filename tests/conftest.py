@@ -22,7 +22,14 @@ ROOT = Path(__file__).parent.parent
 VOCAB = 512
 FORGETTING = {"forgetting": "ladder", "halflife_tokens": [4, 64]}
 LONGEST = ["test_triton.py", "test_readme.py", "test_jobs.py", "test_submit.py", "test_watchdog.py", "test_backends.py"]
-LONGEST += ["test_hub.py", "test_extending.py", "test_deepspeed_state.py", "test_trainer.py", "test_zero_options.py"]
+LONGEST += [
+    "test_golden_curves.py",
+    "test_hub.py",
+    "test_extending.py",
+    "test_deepspeed_state.py",
+    "test_trainer.py",
+    "test_zero_options.py",
+]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
