@@ -20,6 +20,7 @@ from tostlm.checkpoint.deepspeed_state import ADAM_KINDS, MUON_KINDS
 from tostlm.checkpoint.layout import checkpoint_folder, load_checkpoint, read_recurrent_state, read_train_state
 from tostlm.checkpoint.load import resume
 from tostlm.config import batch_plan, load_config
+from tostlm.doctor.run_inputs import checkpoint_bytes
 from tostlm.launch import RankInfo
 from tostlm.optim import EMA, ROW_SQUARES
 from tostlm.train.engine import start_engine
@@ -153,6 +154,8 @@ class TestEveryEngine:
         }
         assert {key: tensor.shape for key, tensor in found.items()} == shapes
         assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+        taken = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+        assert 1 <= taken / checkpoint_bytes(load_config(folder / "config.yaml")) < 1.1  # their headers
         dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(precision.split()[0].strip(","), torch.bfloat16)
         for name, parameter in lm.named_parameters():
             assert parameter.dtype == dtype

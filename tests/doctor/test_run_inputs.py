@@ -40,6 +40,9 @@ def test_a_sample_stays_within_its_budget() -> None:
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_fails(run: Run) -> None:
+    found = run_inputs.measure_data(run.config("train.eval_contexts=[50000]"), RANK)
+    finding = run_inputs.check_data({0: found}, ["a"])
+    assert finding.level == "FAIL" and "longer than 50000 tokens" in finding.measured
     found = run_inputs.measure_data(run.config("model.vocab_size=300"), RANK)
     finding = run_inputs.check_data({0: found}, ["a"])
     assert finding.level == "FAIL"

@@ -61,6 +61,7 @@ def test_a_range_of_nodes_has_no_tasks_option(run: Run) -> None:
         (["--nodes", "x"], ["--nodes x must be a number, or the fewest and the most"]),
         (["--nodes", "4-2"], ["--nodes 4-2 must be"]),
         (["data.path=nowhere"], ["nowhere holds no prepared data"]),
+        (["train.eval_contexts=[50000]"], ["train.eval_contexts: no held-out document", "longer than 50000 tokens"]),
         (["model.widht=3"], ["model.widht"]),
         (["--chain", "2", "--until-done"], ["give one"]),
         (["--sweep", "seed"], ["--sweep seed must be a key and its values"]),

@@ -19,16 +19,16 @@ import tostlm
 from tostlm.checkpoint import checkpoints, read_train_state, resolve
 from tostlm.checkpoint.branch import find_origin
 from tostlm.config import RunConfig, batch_plan, dump_config
-from tostlm.data import TRAIN, VALIDATION, Tokenizer, TokenSet, common_tokenizer, read_manifest, shard_files, verify
+from tostlm.data import Tokenizer, common_tokenizer, read_manifest, shard_files, verify
 from tostlm.doctor.findings import Finding, find_minority, format_quantity, format_ranks, unhealthy
 from tostlm.doctor.hardware import Device
 from tostlm.errors import UserError
 from tostlm.files import require_writable, write_atomically
 from tostlm.launch import RankInfo
-from tostlm.model import count_parameters
+from tostlm.model import count_parameters, hidden_matrices, weight_shapes
+from tostlm.train.batches import open_data
 
 PACKAGES = ("torch", "deepspeed", "tostlm")
-OPTIMIZER_BYTES = 12  # per parameter in a checkpoint: AdamW's two moments and the weights, in fp32
 PROBE_BYTES = 1 << 26  # written to measure a disk
 MARKER = ".doctor"
 SAMPLE_BYTES = 1 << 28  # of shards, checksummed on each host; at least one file of each folder
@@ -70,14 +70,25 @@ def weight_bytes(config: RunConfig) -> int:
     return total_parameters(config) * (2 if config.precision in ("bf16", "fp16") else 4)
 
 
+def optimizer_bytes(config: RunConfig) -> int:
+    """Return the bytes of the optimizer's moments and of the weights' average, all in fp32, over all ranks.
+
+    AdamW has two moments of each parameter, Muon one of each matrix.
+    """
+    shapes = weight_shapes(config.model)
+    matrices = hidden_matrices(config.model) if config.optimizer.name == "muon" else ()
+    kept = 2 + (config.train.ema_decay is not None)
+    return 4 * (kept * total_parameters(config) - sum(shapes[name].numel() for name in matrices))
+
+
 def model_memory_bytes(config: RunConfig, world_size: int) -> float:
-    """Return what a model takes on each rank between steps: weights, gradients, AdamW's fp32 moments, weights, average.
+    """Return what a model takes on each rank between steps: weights, gradients, fp32 moments, weights and average.
 
     ZeRO partitions the optimizer from stage 1 on, the gradients from 2 and the weights from 3 (Rajbhandari et al. 2020,
     arXiv 1910.02054). Activations come on top.
     """
     count, weights = total_parameters(config), weight_bytes(config)
-    optimizer = count * ((8 if weights == 4 * count else 12) + (0 if config.train.ema_decay is None else 4))
+    optimizer = optimizer_bytes(config) + (0 if weights == 4 * count else 4 * count)
     first_stages = ((weights, 3), (weights, 2), (optimizer, 1))
     return sum(size / (world_size if config.zero_stage >= stage else 1) for size, stage in first_stages)
 
@@ -158,10 +169,9 @@ def measure_disk(config: RunConfig, rank_info: RankInfo) -> Disk:
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """Return the bytes of one checkpoint: AdamW's state with its fp32 weights, and the file of weights alone."""
+    """Return the bytes of one checkpoint: the optimizer's state, fp32 weights, and the file of weights alone."""
     weights = weight_bytes(config) if config.train.save_weights else 0
-    average = 0 if config.train.ema_decay is None else 4
-    return (OPTIMIZER_BYTES + average) * total_parameters(config) + weights
+    return optimizer_bytes(config) + 4 * total_parameters(config) + weights
 
 
 def checkpoints_to_come(config: RunConfig) -> int:
@@ -212,12 +222,10 @@ def measure_data(config: RunConfig, rank_info: RankInfo) -> PreparedData:
     """Read every manifest and checksum a sample of the files. One rank of each host calls this, for its own sample."""
     folders = config.data.folders
     try:
-        common_tokenizer(folders, config.model.vocab_size)
+        _open_data(config, rank_info.world_size)
         contents = " ".join(read_manifest(folder).content_sha256[:12] for folder in folders)
         checked, total = 0, 0
         for folder in folders:
-            for split in (TRAIN, VALIDATION):
-                TokenSet(folder, split)
             sizes = {name: (folder / name).stat().st_size for name in shard_files(read_manifest(folder))}
             chosen = _choose_sample(sizes, SAMPLE_BYTES // len(folders), rank_info.rank)
             checked += sum(sizes[name] for name in verify(folder, chosen))
@@ -227,6 +235,19 @@ def measure_data(config: RunConfig, rank_info: RankInfo) -> PreparedData:
     except OSError as error:
         return PreparedData(error=f"{error.filename} cannot be read: {error.strerror}")
     return PreparedData(contents, checked, total)
+
+
+def _open_data(config: RunConfig, world_size: int) -> None:
+    """Open the data as training does; ranks that do not share its batch, which `check_config` names, open them alone.
+
+    Raises:
+        UserError: the data are not what the config asks for.
+    """
+    try:
+        batch_plan(config, world_size)
+    except UserError:
+        world_size = config.train.context_parallel_size
+    open_data(config, world_size)
 
 
 def _choose_sample(sizes: dict[str, int], budget: int, seed: int) -> list[str]:

@@ -18,7 +18,6 @@ import tostlm
 from tostlm.checkpoint import resolve, run_folder
 from tostlm.checkpoint.branch import find_origin
 from tostlm.config import RunConfig, batch_plan, dump_config, load_config
-from tostlm.data import common_tokenizer
 from tostlm.doctor import model_memory_bytes
 from tostlm.errors import UserError
 from tostlm.files import locked, require_writable, write_atomically
@@ -27,6 +26,7 @@ from tostlm.slurm.history import CODE, CONFIG, SCRIPT, SITE, SUBMITTED, JobHisto
 from tostlm.slurm.restart_policy import OnStop, RestartPolicy
 from tostlm.slurm.script import Resources, batch_script
 from tostlm.study import load_study
+from tostlm.train.batches import open_data
 
 GIB = 1 << 30
 TASK_COMMANDS = {
@@ -100,7 +100,7 @@ def _check_run(config: RunConfig, resources: Resources, memory_gib: float | None
                 f"model and optimizer take {need:.3g} GiB per rank on {world_size} ranks, above TOSTLM_GPU_MEMORY_GIB="
                 f"{memory_gib:g}; raise deepspeed.zero_optimization.stage, ask for more GPUs or offload the optimizer"
             )
-    common_tokenizer(config.data.folders, config.model.vocab_size)
+    open_data(config, world_size)
     find_origin(config)
 
 

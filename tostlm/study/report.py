@@ -37,7 +37,7 @@ class Row(NamedTuple):
         return _label(self.arm, self.size)
 
 
-class Search(NamedTuple):
+class LrSearch(NamedTuple):
     """The finished runs of the search for an arm's learning rate at a size."""
 
     label: str
@@ -97,16 +97,16 @@ def _rows(study: Study) -> Iterator[Row]:
                 yield Row(size, arm, results)
 
 
-def _searches(study: Study) -> Iterator[Search]:
+def _searches(study: Study) -> Iterator[LrSearch]:
     for size in study.sizes:
         for arm in study.arms:
             mine = [cell for cell in cells(study) if (cell.kind, cell.size, cell.arm) == ("search", size, arm)]
             found = {cell.lr: result.loss for cell in mine if (result := read_result(study, cell)) and cell.lr}
             if found:
-                yield Search(_label(arm, size), found)
+                yield LrSearch(_label(arm, size), found)
 
 
-def _markdown(study: Study, rows: Sequence[Row], searches: Sequence[Search]) -> str:
+def _markdown(study: Study, rows: Sequence[Row], searches: Sequence[LrSearch]) -> str:
     """Return the tables of a report."""
     head = ["model", "body parameters", "tokens", "learning rate", "loss", f"minus {study.reference}"]
     head += [f"{context:,}" for context in study.contexts] + ["state bytes", "tokens/s", "largest gradient"]
@@ -120,7 +120,7 @@ def _markdown(study: Study, rows: Sequence[Row], searches: Sequence[Search]) -> 
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
 
-def _search_table(study: Study, searches: Sequence[Search]) -> list[str]:
+def _search_table(study: Study, searches: Sequence[LrSearch]) -> list[str]:
     """Return the table of searched learning rates: a row an arm and size, a column a rate."""
     if not searches or study.search is None:
         return []
@@ -130,7 +130,7 @@ def _search_table(study: Study, searches: Sequence[Search]) -> list[str]:
     return [about, "", *_table(["learning rate", *(f"{lr:g}" for lr in rates)], rows)]
 
 
-def _loss_at(search: Search, lr: float) -> str:
+def _loss_at(search: LrSearch, lr: float) -> str:
     if lr not in search.losses:
         return ""
     loss = search.losses[lr]
@@ -255,7 +255,7 @@ def _plot(xlabel: str, curves: Sequence[tuple[str, Curve]]) -> bytes:
     return png_bytes(figure)
 
 
-def _by_lr(search: Search) -> Curve:
+def _by_lr(search: LrSearch) -> Curve:
     return [(lr, Mean(loss, None)) for lr, loss in sorted(search.losses.items()) if loss is not None]
 
 
