@@ -145,6 +145,10 @@ def test_overrides_make_missing_parents(run: Run) -> None:
         ("model.heads=3", "model: width 32 does not divide into 3 heads"),
         ("train.batch_tokens=1000", "train.batch_tokens 1000 does not divide into contexts of 64 tokens; try 1024"),
         ("optimizer.schedule=wsd", "decay_steps goes with schedule wsd"),
+        (
+            "optimizer={schedule: wsd, decay_steps: 5, warmup_steps: 2, lr: 1e-3, min_lr: 0, weight_decay: 0}",
+            "optimizer.decay_steps 5 begin after step 1, within optimizer.warmup_steps 2",
+        ),
         ("optimizer.min_lr=1", "min_lr 1.0 is above lr"),
         ("optimizer.name=moun", "optimizer.name='moun'"),
         ("optimizer.muon.momentum=0.9", "the keys of optimizer.muon go with optimizer.name muon, and it is adamw"),

@@ -165,7 +165,7 @@ def test_other_data_are_read_from_their_start(
         (["model.width=64"], "has model.width=32, this run model.width=64; a run that begins from it needs its"),
         (["optimizer.name=muon"], "has optimizer.name=adamw, this run optimizer.name=muon"),
         (["deepspeed.bf16.enabled=true"], "has precision=fp32, this run precision=bf16"),
-        (["train.steps=3"], "train.steps 3 is not above step 3 of"),
+        (["train.steps=3", "optimizer.decay_steps=1"], "train.steps 3 is not above step 3 of"),
         (["train.branch_from=nowhere"], "nowhere is neither a checkpoint nor the folder of a run"),
     ],
 )

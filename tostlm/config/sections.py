@@ -293,6 +293,12 @@ class RunConfig(Section):
             raise ValueError(
                 f"optimizer.warmup_steps {self.optimizer.warmup_steps} is above train.steps {self.train.steps}"
             )
+        decay_start = self.train.steps - (self.optimizer.decay_steps or 0)
+        if decay_start < self.optimizer.warmup_steps:
+            raise ValueError(
+                f"optimizer.decay_steps {self.optimizer.decay_steps} begin after step {decay_start}, within "
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps}; shorten one of them, or train.steps is too few"
+            )
         last_stage = self.stages[-1].first_step
         if last_stage >= self.train.steps:
             raise ValueError(

@@ -207,6 +207,8 @@ def _load(study: Study, size: str, arm: str, run_dir: Path, lr: float | None, ce
             steps = own
         changes["train.steps"] = steps
         changes["optimizer.warmup_steps"] = round(base.optimizer.warmup_steps * steps / base.train.steps)
+        if base.optimizer.decay_steps is not None:
+            changes["optimizer.decay_steps"] = max(1, base.optimizer.decay_steps * steps // base.train.steps)
     if lr is not None:
         changes |= {"optimizer.lr": lr, "optimizer.min_lr": base.optimizer.min_lr * lr / base.optimizer.lr}
     return _load_base(study, size, arm, {**keys, **changes}) if changes else base
