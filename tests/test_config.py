@@ -25,12 +25,17 @@ SIZES = {  # millions of parameters without position embeddings
     "gpt2-base": 124,
     "gpt2-medium": 354,
     "gpt2-large": 772,
+    "gpt2-authors-base": 124,
+    "gpt2-authors-medium": 354,
+    "gpt2-authors-large": 772,
     **dict.fromkeys(("tost-long-base", "tost-hybrid-base"), 124.4),
     **dict.fromkeys(("tost-long-medium", "tost-hybrid-medium"), 354.6),
     **dict.fromkeys(("tost-long-large", "tost-hybrid-large"), 774.5),
     "quickstart": 1.32,
-    "quickstart-gpt2": 1.31,
+    "quickstart-gpt2": 1.32,
 }
+
+TINY = "depth: 1, width: 8, heads: 1, vocab_size: 512, positions: null, layers: [{mixer: conv}]"
 
 
 def blend(sets: str) -> str:
@@ -51,9 +56,13 @@ def test_every_config_builds(path: Path) -> None:
 
 @pytest.mark.parametrize("size", ["base", "medium", "large"])
 def test_the_authors_recipe(size: str) -> None:
-    tost, gpt2 = (load_config(ROOT / "configs" / f"{kind}-{size}.yaml") for kind in ("tost", "gpt2"))
-    assert tost.train == gpt2.train
-    assert tost.optimizer == gpt2.optimizer
+    tost, theirs, gpt2 = (
+        load_config(ROOT / "configs" / f"{kind}-{size}.yaml") for kind in ("tost", "gpt2-authors", "gpt2")
+    )
+    assert tost.train == theirs.train == gpt2.train
+    assert tost.optimizer == theirs.optimizer == gpt2.optimizer
+    assert dataclasses.replace(theirs.model, layers=tost.model.layers) == tost.model
+    assert (gpt2.model.bias, gpt2.model.layer_scale) == (True, None)
     assert (tost.train.batch_tokens, tost.train.steps, tost.tokens) == (491_520, 600_000, 294_912_000_000)
     optimizer = tost.optimizer
     assert (optimizer.lr, optimizer.min_lr, optimizer.warmup_steps, optimizer.betas) == (6e-4, 6e-5, 2000, (0.9, 0.95))
@@ -142,6 +151,8 @@ def test_overrides_make_missing_parents(run: Run) -> None:
         ),
         ("model.layers.0.halflife_tokens=[0,5]", "model.layers.0: halflife_tokens [0.0, 5.0] must be positive"),
         ("model.layers.1.mixer=tssa", "override 'model.layers.1.mixer=tssa': 1 must be an index of a list of 1"),
+        (f"model={{bias: true, norm: rmsnorm, {TINY}}}", "bias true goes with norm layernorm; rmsnorm has none"),
+        (f"model={{bias: true, {TINY}}}", "model.bias: conv layers have no biases; set it to false"),
         ("model.heads=3", "model: width 32 does not divide into 3 heads"),
         ("train.batch_tokens=1000", "train.batch_tokens 1000 does not divide into contexts of 64 tokens; try 1024"),
         ("optimizer.schedule=wsd", "decay_steps goes with schedule wsd"),

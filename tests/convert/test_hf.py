@@ -208,6 +208,7 @@ def test_every_parameter_of_gpt2_is_carried_over(trained: dict[str, Run], export
     ("switches", "kind"),
     [
         ({"mlp": "relu2", "mlp_width": 80, "layer_scale": None, "output_init": "zero"}, "GPT2LMHeadModel"),
+        ({"bias": True}, "GPT2LMHeadModel"),
         ({"norm": "rmsnorm"}, "TostForCausalLM"),
         ({"embed_norm": True}, "TostForCausalLM"),
         ({"tie_embeddings": False, "z_loss": 1e-4}, "GPT2LMHeadModel"),

@@ -105,6 +105,7 @@ SHAPES = {
     "softmax, modern": _shape(
         layers=(SoftmaxOptions(rotary_base=100.0, qk_norm=True, short_conv=3, gate="output"),),
     ),
+    "biases": _shape(depth=3, positions=64, layers=(*TSSA, *SOFTMAX, SegmentOptions(segment_tokens=5)), bias=True),
     "hybrid": _shape(depth=3, positions=64, layers=SOFTMAX + TSSA, value_residual=True, embed_skip=True),
 }
 shapes = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)

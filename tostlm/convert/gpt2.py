@@ -27,7 +27,8 @@ def is_gpt2(lm: LM) -> bool:
 def to_gpt2(lm: LM, eos_id: int) -> GPT2LMHeadModel:
     """Return a GPT2LMHeadModel that computes the same logits, in fp32.
 
-    LayerScale is folded into the output projections, which bf16 would round; biases are zero.
+    LayerScale is folded into the output projections, which bf16 would round; biases that the model does not have are
+    zero.
     """
     lm = copy.deepcopy(lm).float()
     config = GPT2Config(
@@ -47,7 +48,7 @@ def to_gpt2(lm: LM, eos_id: int) -> GPT2LMHeadModel:
     )
     model = GPT2LMHeadModel(config)
     assert lm.positions is not None
-    weights = {"wte.weight": lm.embed.weight, "wpe.weight": lm.positions.weight, "ln_f.weight": lm.norm.weight}
+    weights = {"wte.weight": lm.embed.weight, "wpe.weight": lm.positions.weight, **_named("ln_f", lm.norm)}
     for layer, block in enumerate(lm.blocks):
         weights |= {f"h.{layer}.{name}": value for name, value in _block(block).items()}
     state = {name: torch.zeros_like(value) for name, value in model.transformer.state_dict().items()}
@@ -61,16 +62,16 @@ def _block(block: Block) -> dict[str, Tensor]:
     mixer = block.mixer
     assert isinstance(mixer, SoftmaxAttention)
     return {
-        "ln_1.weight": block.norm_mixer.weight,
-        "attn.c_attn.weight": _conv1d(mixer.in_proj),
-        "attn.c_proj.weight": _conv1d(mixer.out_proj, block.scale_mixer),
-        "ln_2.weight": block.norm_mlp.weight,
-        "mlp.c_fc.weight": _conv1d(block.mlp.in_proj),
-        "mlp.c_proj.weight": _conv1d(block.mlp.out_proj, block.scale_mlp),
+        **_named("ln_1", block.norm_mixer),
+        **_named("attn.c_attn", mixer.in_proj),
+        **_named("attn.c_proj", mixer.out_proj, block.scale_mixer),
+        **_named("ln_2", block.norm_mlp),
+        **_named("mlp.c_fc", block.mlp.in_proj),
+        **_named("mlp.c_proj", block.mlp.out_proj, block.scale_mlp),
     }
 
 
-def _conv1d(linear: nn.Linear, scale: Tensor | None = None) -> Tensor:
-    """Return a linear layer's weight as GPT-2 stores it, [in, out], with its output scaled."""
-    weight = linear.weight if scale is None else scale[:, None] * linear.weight
-    return weight.t()
+def _named(name: str, module: nn.Module, scale: Tensor | None = None) -> dict[str, Tensor]:
+    """Return the tensors of a norm or linear layer as GPT-2 has them, matrices as [in, out], with its output scaled."""
+    tensors = {f"{name}.{key}": tensor.t() for key, tensor in module.named_parameters()}
+    return {key: tensor if scale is None else scale * tensor for key, tensor in tensors.items()}

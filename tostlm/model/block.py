@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tostlm.model.config import MixerOptions, ModelConfig
 from tostlm.model.mixers.base import MIXERS, MixerState
-from tostlm.model.parts.projections import FusedLinear
+from tostlm.model.parts.projections import FusedLinear, reset_linear
 from tostlm.model.positions import SequencePositions
 
 RMS_EPS = 1e-6
@@ -37,6 +37,8 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, options: MixerOptions, layer: int) -> None:
         super().__init__()
         self.config = config
+        if config.bias and not MIXERS[options.mixer].has_biases:
+            raise ValueError(f"model.bias: {options.mixer} layers have no biases; set it to false")
         later, takes_values = layer > 0, MIXERS[options.mixer].has_values
         if config.value_residual and not later and not takes_values:
             raise ValueError(f"model.value_residual: the first layer's mixer, {options.mixer}, has no values")
@@ -76,7 +78,7 @@ class Block(nn.Module):
         if self.values_gain is not None:
             self.values_gain.fill_(self.VALUES_GAIN)
         for norm in (self.norm_mixer, self.norm_mlp):
-            norm.weight.fill_(1.0)
+            reset_norm(norm)
         for scale, start in ((self.scale_mixer, self.mixer.layer_scale), (self.scale_mlp, None)):
             if scale is not None:
                 assert self.config.layer_scale is not None
@@ -95,8 +97,8 @@ class MLP(nn.Module):
         super().__init__()
         self.config = config
         inside = config.mlp_channels
-        self.in_proj = FusedLinear(config.width, inside, parts=2 if config.mlp == "swiglu" else 1)
-        self.out_proj = nn.Linear(inside, config.width, bias=False)
+        self.in_proj = FusedLinear(config.width, inside, parts=2 if config.mlp == "swiglu" else 1, bias=config.bias)
+        self.out_proj = nn.Linear(inside, config.width, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.in_proj(x)
@@ -111,8 +113,8 @@ class MLP(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Initialize the parameters in place."""
-        self.in_proj.weight.normal_(0, self.config.init_std, generator=generator)
-        self.out_proj.weight.normal_(0, self.config.residual_init_std, generator=generator)
+        reset_linear(self.in_proj, self.config.init_std, generator)
+        reset_linear(self.out_proj, self.config.residual_init_std, generator)
 
     def flops_per_token(self) -> float:
         """Return the floating-point operations of the forward pass per token."""
@@ -120,10 +122,16 @@ class MLP(nn.Module):
 
 
 def create_norm(config: ModelConfig) -> nn.LayerNorm | nn.RMSNorm:
-    """Return a norm over the channels as the config has it, without a bias."""
+    """Return a norm over the channels as the config has it."""
     if config.norm == "layernorm":
-        return nn.LayerNorm(config.width, bias=False)
+        return nn.LayerNorm(config.width, bias=config.bias)
     return nn.RMSNorm(config.width, eps=RMS_EPS)
+
+
+def reset_norm(norm: nn.Module) -> None:
+    """Initialize a norm in place."""
+    for name, parameter in norm.named_parameters():
+        parameter.fill_(1.0 if name == "weight" else 0.0)
 
 
 def _gain(config: ModelConfig) -> nn.Parameter | None:

@@ -37,7 +37,8 @@ class ModelConfig:
     positions: int | None  # rows of the position table and of TSSA's bias, the longest context; None is unbounded
     layers: tuple[MixerOptions, ...]  # the layer plan: of each block's mixer, repeated until `depth` blocks have one
     layer_scale: float | None = 1e-5  # initial gain of every residual branch (LayerScale); None leaves the gain out
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # before every branch and at the end, without biases
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # before every branch and at the end
+    bias: bool = False  # biases of LayerNorms, of the MLP and of the mixers' projections in and out, as GPT-2 has
     embed_norm: bool = False  # also after the embedding
     mlp: Literal["gelu", "relu2", "swiglu"] = "gelu"  # what is between the MLP's matrices; relu2 is ReLU squared
     mlp_width: int | None = None  # channels there; None is what makes the MLP 8 width^2 parameters
@@ -60,6 +61,8 @@ class ModelConfig:
             raise ValueError(f"logit_softcap {self.logit_softcap} must be positive; null leaves the logits as they are")
         if self.z_loss < 0:
             raise ValueError(f"z_loss {self.z_loss} must be 0 or more")
+        if self.bias and self.norm != "layernorm":
+            raise ValueError(f"bias true goes with norm layernorm; {self.norm} has none")
         if not self.layers:
             raise ValueError("layers is empty; name at least one mixer, as in layers: [{mixer: tssa}]")
 

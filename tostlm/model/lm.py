@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tostlm.model.block import Block, Bottom, create_norm
+from tostlm.model.block import Block, Bottom, create_norm, reset_norm
 from tostlm.model.config import ModelConfig
 from tostlm.model.loss import mean_cross_entropy, softcapped
 from tostlm.model.mixers.base import MixerState
@@ -178,7 +178,7 @@ class LM(nn.Module):
         if isinstance(part, Block):
             part.reset_parameters(generator)
         elif part in (self.norm, self.embed_norm):
-            part.weight.fill_(1.0)
+            reset_norm(part)
         elif part is self.head:
             part.weight.zero_()
         else:

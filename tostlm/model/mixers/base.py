@@ -36,6 +36,7 @@ class Mixer(nn.Module):
             the state of those. None: they cannot.
         has_values: whether `model.value_residual` reaches it: it then has a method `values`, and `forward` takes
             `added_values` [B, T, C] as its fourth argument, which it adds to those.
+        has_biases: whether its projections in and out have biases with `model.bias`, which it needs to be used with.
         layer_scale: what LayerScale of its branch starts at where the model has LayerScale; None is the config's.
         needs_spans: whether `SequencePositions.spans` and `step_mask` are to be built.
         no_weight_decay: names of its own matrices that the optimizer must not decay.
@@ -46,6 +47,7 @@ class Mixer(nn.Module):
     constant_state: ClassVar[bool]
     context_parallel: ClassVar[Literal["sequence", "heads"] | None] = None
     has_values: ClassVar[bool] = False
+    has_biases: ClassVar[bool] = False
     layer_scale: ClassVar[float | None] = None
     needs_spans: ClassVar[bool] = False
     no_weight_decay: ClassVar[frozenset[str]] = frozenset()

@@ -17,7 +17,7 @@ from tostlm.model.mixers.base import Mixer
 from tostlm.model.parts.forgetting import Forgetting, ForgettingOptions
 from tostlm.model.parts.matrix_state import ChunkDecays
 from tostlm.model.parts.membership import scale_free_logits
-from tostlm.model.parts.projections import FusedLinear
+from tostlm.model.parts.projections import FusedLinear, reset_linear
 from tostlm.model.parts.running_sums import running_sums
 from tostlm.model.parts.short_conv import ShortConv, check_taps, convolved, tail_bytes
 from tostlm.model.positions import SequencePositions
@@ -75,18 +75,19 @@ class TSSA(Mixer):
     state_class = TSSAState
     constant_state = True
     context_parallel = "sequence"
+    has_biases = True
     no_weight_decay = frozenset({"bias", "conv.weight"})
 
     def __init__(self, config: ModelConfig, options: TSSAOptions) -> None:
         super().__init__(config, options)
         C, H = config.width, config.heads
-        self.in_proj = FusedLinear(C, C, heads=H)
+        self.in_proj = FusedLinear(C, C, heads=H, bias=config.bias)
         self.query_proj = FusedLinear(C, C, heads=H) if options.query == "own" else None
         self.conv = ShortConv(C, options.short_conv, silu=False) if options.short_conv else None
         self.forgetting = Forgetting(options, C, H)
         self.norm = nn.Parameter(torch.empty(C)) if options.gate == "output" else None
         self.gate_proj = nn.Linear(C, C, bias=False) if options.gate == "output" else None
-        self.out_proj = nn.Linear(C, C, bias=False)
+        self.out_proj = nn.Linear(C, C, bias=config.bias)
         self.temp = nn.Parameter(torch.empty(H))
         self.bias = nn.Parameter(torch.empty(config.positions, H)) if config.positions else None
 
@@ -151,8 +152,8 @@ class TSSA(Mixer):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
         std = self.config.init_std
-        self.in_proj.weight.normal_(0, std, generator=generator)
-        self.out_proj.weight.normal_(0, self.config.residual_init_std, generator=generator)
+        reset_linear(self.in_proj, std, generator)
+        reset_linear(self.out_proj, self.config.residual_init_std, generator)
         self.temp.fill_(1.0)
         if self.bias is not None:
             self.bias.zero_()

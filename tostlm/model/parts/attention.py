@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from tostlm.model.config import MixerOptions, ModelConfig
 from tostlm.model.mixers.base import Mixer
-from tostlm.model.parts.projections import FusedLinear, project_tokens, project_values
+from tostlm.model.parts.projections import FusedLinear, project_tokens, project_values, reset_linear
 from tostlm.model.parts.rotary import rotate
 from tostlm.model.parts.short_conv import ShortConv, check_taps, tail_bytes
 from tostlm.model.positions import SequencePositions
@@ -42,6 +42,7 @@ class Attention(Mixer):
 
     options: AttentionOptions
     has_values = True
+    has_biases = True
     no_weight_decay = frozenset({"conv.weight"})
 
     def __init__(self, config: ModelConfig, options: AttentionOptions) -> None:
@@ -49,11 +50,11 @@ class Attention(Mixer):
         C, H = config.width, config.heads
         if options.rotary_base is not None and C // H % 2:
             raise ValueError(f"heads of {C // H} channels cannot have rotary positions; their number must be even")
-        self.in_proj = FusedLinear(C, C, parts=3, heads=H)  # queries, keys, values
+        self.in_proj = FusedLinear(C, C, parts=3, heads=H, bias=config.bias)  # queries, keys, values
         self.conv = ShortConv(3 * C, options.short_conv, silu=False) if options.short_conv else None
         self.qk_scale = nn.Parameter(torch.empty(H)) if options.qk_norm else None
         self.gate_proj = nn.Linear(C, C, bias=False) if options.gate == "output" else None
-        self.out_proj = nn.Linear(C, C, bias=False)
+        self.out_proj = nn.Linear(C, C, bias=config.bias)
 
     def values(self, x: Tensor) -> Tensor:
         return project_values(self.in_proj, x)
@@ -88,8 +89,8 @@ class Attention(Mixer):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
-        self.in_proj.weight.normal_(0, self.config.init_std, generator=generator)
-        self.out_proj.weight.normal_(0, self.config.residual_init_std, generator=generator)
+        reset_linear(self.in_proj, self.config.init_std, generator)
+        reset_linear(self.out_proj, self.config.residual_init_std, generator)
         if self.conv is not None:
             self.conv.reset_parameters(generator)
         if self.qk_scale is not None:

@@ -5,6 +5,7 @@ Shapes: B sequences, T tokens, C channels.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,14 +14,21 @@ from tostlm.model.positions import SequencePositions
 
 
 class FusedLinear(nn.Linear):
-    """Linear layers without biases of the same input in one: their matrices one below the other.
+    """Linear layers of the same input in one: their matrices one below the other.
 
     There are `parts` of them, of `outputs` channels each, which in turn are divided among `heads`.
     """
 
-    def __init__(self, inputs: int, outputs: int, parts: int = 1, heads: int = 1) -> None:
-        super().__init__(inputs, parts * outputs, bias=False)
+    def __init__(self, inputs: int, outputs: int, parts: int = 1, heads: int = 1, bias: bool = False) -> None:
+        super().__init__(inputs, parts * outputs, bias=bias)
         self.parts, self.heads = parts, heads
+
+
+def reset_linear(linear: nn.Linear, std: float, generator: torch.Generator) -> None:
+    """Initialize a linear layer in place: its matrix normally distributed, its bias, if it has one, zero."""
+    linear.weight.normal_(0, std, generator=generator)
+    if linear.bias is not None:
+        linear.bias.zero_()
 
 
 def project_tokens(
