@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from tostlm.errors import UserError
+
 # Dense bf16 operations a second, from the vendors' data sheets.
 PEAK_FLOPS = {
     "A100": 312e12,
@@ -18,9 +20,35 @@ PEAK_FLOPS = {
 }
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def best_device() -> torch.device:
     """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def parse_device(name: str | None) -> torch.device:
+    """Return the device that a user names, or `best_device` for None.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if name is None:
+        return best_device()
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"there is no device {name} here; use cpu, or leave it out for {best_device()}") from None
+    return device
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """Return the dtype of a name, fp32, bf16 or fp16; raise a UserError for others."""
+    if name not in DTYPES:
+        raise UserError(f"dtype {name} is not known; it is one of {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def device_name(device: torch.device) -> str:

@@ -11,7 +11,7 @@ from tostlm.checkpoint import checkpoint_folder, load_checkpoint
 from tostlm.config import find_config, load_config
 from tostlm.convert import export_hf, sample
 from tostlm.data import MANIFEST, PreparationSettings, Tokenizer, documents, prepare, train_tokenizer
-from tostlm.eval import evaluate_perplexity
+from tostlm.eval import EvalSettings, evaluate_perplexity
 from tostlm.files import write_atomically
 from tostlm.launch import run_local
 
@@ -50,7 +50,7 @@ def quickstart(configs: Path | None, processes: int) -> None:
         table.append(f"{name:<24}{took:>8}  {output}")
 
     def measure_perplexity() -> None:
-        text = evaluate_perplexity([tost.run_dir, gpt2.run_dir], CONTEXTS, None, windows=24, out=root)
+        text = evaluate_perplexity([tost.run_dir, gpt2.run_dir], [], EvalSettings(CONTEXTS, windows=24), out=root)
         write_atomically(perplexity, text)
 
     def measure_throughput() -> None:

@@ -16,9 +16,11 @@ from tests.conftest import Run, fail, succeed, tostlm
 from tostlm.checkpoint import load_checkpoint
 from tostlm.data import VALIDATION, TokenSet, choose_targets
 from tostlm.errors import UserError
-from tostlm.eval import report, score_contexts
+from tostlm.eval import EvalSettings, report, score_contexts
+from tostlm.eval.losses import token_losses
 
 CONTEXTS = [16, 64, 512]
+SETTINGS = EvalSettings([32], windows=2)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,8 @@ def test_the_subcommand(trained: dict[str, Run], tmp_path: Path) -> None:
     assert "beyond its positions" in printed
     assert "run-1 has 64 learned positions and reads no further" in printed
     report = json.loads((tmp_path / "out" / "perplexity.json").read_text())
-    assert report["targets"] == 56
+    assert report["protocol"] == "same-targets"
+    assert {score["tokens"] for model in report["models"] for score in model["scores"]} == {56}
     assert [[score["context"] for score in model["scores"]] for model in report["models"]] == [CONTEXTS, [16, 64]]
     with (tmp_path / "out" / "perplexity.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -100,6 +103,9 @@ def test_mistakes(trained: dict[str, Run], tmp_path: Path) -> None:
     fail(tostlm("eval", "perplexity", tssa, "--contexts", "16,x"), "--contexts '16,x' must be whole numbers")
     fail(tostlm("eval", "perplexity", softmax, "--contexts", "128,256"), "has 64 positions, fewer than the shortest")
     fail(tostlm("eval", "perplexity", tssa, "--out", "/proc/no"), "cannot write in /proc/no")
+    fail(tostlm("eval", "perplexity", tssa, "--protocol", "best"), "--protocol best is not known; it is one of same-t")
+    fail(tostlm("eval", "perplexity", tssa, "--device", "tpu"), "there is no device tpu here; use cpu")
+    fail(tostlm("eval", "perplexity", tssa, "--dtype", "fp8"), "dtype fp8 is not known; it is one of fp32, bf16, fp16")
     cut = Path(shutil.copytree(load_checkpoint(trained["tssa"].dir).path, tmp_path / "cut"))
     content = (cut / "weights.safetensors").read_bytes()
     (cut / "weights.safetensors").write_bytes(content[:-2] + bytes([content[-2] ^ 1, content[-1]]))
@@ -124,6 +130,36 @@ def test_a_moved_run_reports_where_it_is(trained: dict[str, Run], tmp_path: Path
     assert (moved / "perplexity.png").exists()
 
 
+def test_as_many_windows_as_a_small_error_takes(trained: dict[str, Run], tokens: TokenSet, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(trained["tssa"].dir)
+    report.evaluate_perplexity([trained["tssa"].dir], [], EvalSettings([64], dtype=torch.bfloat16), tmp_path)
+    found = json.loads((tmp_path / "perplexity.json").read_text())
+    ((score,),) = [model["scores"] for model in found["models"]]
+    assert found["dtype"] == "bfloat16"
+    assert score["low"] < score["nats"] < score["high"]
+    ends = choose_targets(tokens, [64], score["tokens"] // 32).ends
+    rows = torch.stack([torch.from_numpy(tokens.read(end - 65, end)) for end in ends])
+    means = token_losses(checkpoint.lm, rows, 32).mean(1)
+    assert float(means.std()) / len(means) ** 0.5 == pytest.approx(0.01, rel=0.3)
+
+
+def test_several_sets_and_what_contexts_are_worth(trained: dict[str, Run], data: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(data, tmp_path / "copy"))
+    sets = [argument for folder in (data, copy) for argument in ("--data", str(folder))]
+    tssa, out = str(trained["tssa"].dir), tmp_path / "out"
+    printed = succeed(
+        tostlm("eval", "perplexity", tssa, *sets, "--contexts", "16,1k", "--windows", "9", "--out", str(out))
+    )
+    assert printed.count("same-targets: 72 tokens of") == 2
+    found = json.loads((out / "perplexity.json").read_text())["models"]
+    assert [model["data"] for model in found] == [str(data), str(copy)]
+    assert found[0]["scores"] == found[1]["scores"]
+    short, long = found[0]["scores"]
+    assert long["context"] == 1024 and short["gain"] is None
+    assert long["gain"]["value"] == pytest.approx(short["nats"] - long["nats"])
+    assert f"1,024: {long['gain']['value']:+.4f} ±" in printed
+
+
 def test_another_tokenizer(trained: dict[str, Run], corpus: Path, speeches: list[str], tmp_path: Path) -> None:
     from tostlm.data import PreparationSettings, prepare, train_tokenizer
 
@@ -140,6 +176,6 @@ def test_without_matplotlib_nothing_is_scored(
     trained: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(report, "score_contexts", None)
+    monkeypatch.setattr(report, "measure", None)
     with pytest.raises(UserError, match=r"pip install 'tostlm\[eval\]'"):
-        report.evaluate_perplexity([trained["tssa"].dir], [32], None, 2, tmp_path)
+        report.evaluate_perplexity([trained["tssa"].dir], [], SETTINGS, tmp_path)

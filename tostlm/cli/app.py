@@ -40,6 +40,8 @@ app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 app.add_typer(submit_app, name="submit")
 
+UNITS = {"": 1, "k": 1 << 10, "M": 1 << 20}
+
 ConfigFile = Annotated[
     Path,
     typer.Argument(
@@ -67,11 +69,14 @@ def parse_arguments(command: str, arguments: list[str]) -> dict[str, Any]:
 
 
 def parse_numbers(text: str, option: str) -> list[int]:
-    """Return the distinct whole numbers above 1 of a comma-separated list, ascending; a UserError names `option`."""
+    """Return the distinct whole numbers above 1 of a comma-separated list, ascending; a UserError names `option`.
+
+    A number may end in k or M, for 1,024 or 1,048,576 times as many.
+    """
     try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
+        numbers = [int(part.rstrip("kM")) * UNITS[part[len(part.rstrip("kM")) :]] for part in text.split(",")]
+    except (ValueError, KeyError):
         numbers = []
     if not numbers or min(numbers) < 2:
-        raise UserError(f"{option} {text!r} must be whole numbers above 1 with commas between, as in 128,256,512")
+        raise UserError(f"{option} {text!r} must be whole numbers above 1 with commas between, as in 128,512,4k,1M")
     return sorted(set(numbers))

@@ -16,15 +16,36 @@ def eval_perplexity(
     checkpoints: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT...", help="checkpoints or folders of runs")],
     contexts: Annotated[str, typer.Option(help="context lengths in tokens, with commas between")] = "128,256,512,1024",
     data: Annotated[
-        Path | None, typer.Option(help="prepared data; default: the first checkpoint's, of a blend the first folder")
+        list[Path] | None,
+        typer.Option(help="prepared data, once or more; default: the first checkpoint's, of a blend the first folder"),
     ] = None,
-    windows: Annotated[int, typer.Option(min=1, help="windows scored at each context")] = 64,
+    protocol: Annotated[
+        str, typer.Option(help="same-targets, windows or stream: which tokens are scored (docs/evaluation.md)")
+    ] = "same-targets",
+    windows: Annotated[
+        int | None,
+        typer.Option(min=1, help="windows scored at each context; default: enough for an error of 1%, or all"),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="folder for .json, .csv, .png; default: the first run's")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: the GPU if there is one")] = None,
+    dtype: Annotated[str | None, typer.Option(help="of the weights: fp32, bf16 or fp16; default: as saved")] = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="tokens that a forward pass reads")] = 8192,
 ) -> None:
     """Measure perplexity on held-out documents at growing contexts; the same tokens are scored at every one."""
-    from tostlm.eval import evaluate_perplexity
+    from tostlm.device import parse_device, parse_dtype
+    from tostlm.eval import PROTOCOLS, EvalSettings, evaluate_perplexity
 
-    print(evaluate_perplexity(checkpoints, parse_numbers(contexts, "--contexts"), data, windows, out))
+    if protocol not in PROTOCOLS:
+        raise UserError(f"--protocol {protocol} is not known; it is one of {', '.join(PROTOCOLS)}")
+    settings = EvalSettings(
+        parse_numbers(contexts, "--contexts"),
+        protocol,
+        windows,
+        parse_device(device),
+        None if dtype is None else parse_dtype(dtype),
+        batch_tokens,
+    )
+    print(evaluate_perplexity(checkpoints, data or [], settings, out))
 
 
 @app.command()

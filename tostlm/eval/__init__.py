@@ -2,10 +2,13 @@
 
 from tostlm.eval.generate import generate, generate_text
 from tostlm.eval.perplexity import score_contexts
+from tostlm.eval.protocols import PROTOCOLS
 from tostlm.eval.repetition import loss_by_repetition
-from tostlm.eval.report import evaluate_perplexity
+from tostlm.eval.report import EvalSettings, evaluate_perplexity
 
 __all__ = [
+    "PROTOCOLS",
+    "EvalSettings",
     "evaluate_perplexity",
     "generate",
     "generate_text",

@@ -1,9 +1,10 @@
-"""Perplexity at growing context lengths, on the same target tokens at every one."""
+"""How well a model predicts held-out tokens at each context: losses summed by document, and what follows of them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -12,18 +13,163 @@ import torch
 from tostlm.checkpoint import Checkpoint
 from tostlm.data import Targets, TokenSet
 from tostlm.errors import UserError
+from tostlm.eval.bootstrap import Interval, ratio_interval
+from tostlm.eval.losses import PASS_TOKENS, token_losses
+from tostlm.eval.protocols import Passage, before_targets, context_of, within
 from tostlm.model import perplexity
 
-PASS_TOKENS = 8192  # tokens that one forward pass reads
+
+class Totals(NamedTuple):
+    """Sums over the tokens that are scored at one context, by held-out document: float64 [documents] each."""
+
+    nats: np.ndarray
+    tokens: np.ndarray
+    text_bytes: np.ndarray
+    words: np.ndarray  # that begin there; white space is between them
+
+    @classmethod
+    def zeros(cls, documents: int) -> Totals:
+        """Return the sums over no tokens."""
+        return cls(*(np.zeros(documents) for _ in cls._fields))
+
+    def add(self, document: int, nats: float, tokens: int, text_bytes: int, words: int) -> None:
+        """Add some tokens of a document."""
+        for sums, value in zip(self, (nats, tokens, text_bytes, words), strict=True):
+            sums[document] += value
 
 
 class Score(NamedTuple):
-    """How well a model predicts the targets from `context` tokens before them."""
+    """How well a model predicts tokens from up to `context` tokens before them."""
 
     context: int
-    nats: float  # mean over the targets
+    nats: float  # mean over the tokens
+    low: float | None  # the bounds of its confidence interval of 95% over documents; None of a single document
+    high: float | None
     bits_per_byte: float
     perplexity: float
+    word_perplexity: float | None  # None where no word begins
+    tokens: int
+    documents: int
+
+    @classmethod
+    def of(cls, context: int, totals: Totals) -> Score:
+        """Return the score that sums over some tokens give."""
+        nats, words = float(totals.nats.sum()), float(totals.words.sum())
+        mean, low, high = ratio_interval(totals.nats, totals.tokens)
+        return cls(
+            context,
+            mean,
+            low,
+            high,
+            bits_per_byte=nats / math.log(2) / float(totals.text_bytes.sum()),
+            perplexity=perplexity(mean),
+            word_perplexity=perplexity(nats / words) if words else None,
+            tokens=int(totals.tokens.sum()),
+            documents=int((totals.tokens > 0).sum()),
+        )
+
+
+def gain(before: Totals, after: Totals) -> Interval:
+    """Return by how many nats a token the same tokens are predicted better at one context than at another before it."""
+    return ratio_interval(before.nats - after.nats, after.tokens)
+
+
+def measure(
+    checkpoint: Checkpoint,
+    tokens: TokenSet,
+    passages: Iterable[Passage],
+    pass_tokens: int = PASS_TOKENS,
+    on_progress: Callable[[int], object] = lambda read: None,
+) -> Iterator[tuple[int, Totals]]:
+    """Yield contexts and the sums over the tokens scored there, each once all its passages are read.
+
+    Passages of the same contexts come one after another.
+    `on_progress` is called with the number of tokens that were read.
+
+    Raises:
+        UserError: the tokens were made with another tokenizer than the model's, or a loss is not finite.
+    """
+    require_same_tokenizer(checkpoint, tokens)
+    ends = tokens.document_bounds[:, 1]
+    for contexts, together in groupby(passages, key=lambda passage: passage.contexts):
+        found = [Totals.zeros(len(ends)) for _ in contexts]
+        for batch in _batches(together, pass_tokens):
+            for passage, row, losses in _losses(checkpoint, tokens, batch, pass_tokens):
+                document = int(np.searchsorted(ends, passage.end - passage.scored, side="right"))
+                _add(found, document, passage, row, losses, checkpoint)
+            on_progress(sum(passage.end - passage.start - 1 for passage in batch))
+        yield from zip(contexts, found, strict=True)
+
+
+def spread(checkpoint: Checkpoint, tokens: TokenSet, passages: Sequence[Passage], pass_tokens: int) -> float:
+    """Return the standard deviation over passages of their mean loss, in nats a token; 0 of a single one."""
+    batches = _batches(passages, pass_tokens)
+    means = [nats.mean() for batch in batches for _, _, nats in _losses(checkpoint, tokens, batch, pass_tokens)]
+    return float(np.std(means, ddof=1)) if len(means) > 1 else 0.0
+
+
+def require_same_tokenizer(checkpoint: Checkpoint, tokens: TokenSet) -> None:
+    """Raise a UserError where tokens were not made by a model's tokenizer."""
+    if tokens.manifest.tokenizer_sha256 != checkpoint.tokenizer.sha256:
+        raise UserError(
+            f"{tokens.folder} was prepared with another tokenizer than the one {checkpoint.path} was trained with; "
+            f"prepare the text again with {checkpoint.path / checkpoint.tokenizer.file_name}"
+        )
+
+
+def _batches(passages: Iterable[Passage], pass_tokens: int) -> Iterator[list[Passage]]:
+    """Yield passages of one shape together, as many as one pass reads."""
+    for (length, _), alike in groupby(passages, key=lambda p: (p.end - p.start, p.scored)):
+        batch: list[Passage] = []
+        for passage in alike:
+            batch.append(passage)
+            if (len(batch) + 1) * length > pass_tokens:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+
+def _losses(
+    checkpoint: Checkpoint, tokens: TokenSet, batch: Sequence[Passage], pass_tokens: int
+) -> Iterator[tuple[Passage, np.ndarray, np.ndarray]]:
+    """Yield passages, the tokens that they read and the nats of those that are scored."""
+    rows = np.stack([tokens.read(passage.start, passage.end) for passage in batch])
+    device = checkpoint.lm.embed.weight.device
+    losses = token_losses(checkpoint.lm, torch.from_numpy(rows).to(device), batch[0].scored, pass_tokens)
+    found = losses.double().cpu().numpy()
+    for passage, row, nats in zip(batch, rows, found, strict=True):
+        if not np.isfinite(nats).all():
+            place = passage.end - passage.scored + int(np.flatnonzero(~np.isfinite(nats))[0])
+            raise UserError(
+                f"{checkpoint.path}: the loss of token {place} of {tokens} is not finite, read from token "
+                f"{passage.start} on; the model has diverged, or needs a wider dtype"
+            )
+        yield passage, row, nats
+
+
+def _add(
+    found: Sequence[Totals],
+    document: int,
+    passage: Passage,
+    row: np.ndarray,
+    nats: np.ndarray,
+    checkpoint: Checkpoint,
+) -> None:
+    """Add the scored tokens of a passage to the sums at the contexts that they count for."""
+    places, first = context_of(passage), len(row) - passage.scored
+    edges = [0, *(np.flatnonzero(np.diff(places)) + 1).tolist(), len(places)]
+    for start, end in pairwise(edges):
+        scored = row[first + start : first + end]
+        text_bytes = int(checkpoint.tokenizer.token_bytes[scored].sum())
+        words = _words_begun(checkpoint, row[max(0, first + start - 1) : first + end])
+        found[places[start]].add(document, float(nats[start:end].sum()), end - start, text_bytes, words)
+
+
+def _words_begun(checkpoint: Checkpoint, ids: np.ndarray) -> int:
+    """Return how many words begin after the first of some tokens."""
+    decode = checkpoint.tokenizer.decode
+    return len(decode(ids.tolist()).split()) - len(decode(ids[:1].tolist()).split())
 
 
 def score_contexts(
@@ -32,37 +178,8 @@ def score_contexts(
     """Yield the model's score on the same targets at each context, shortest first, up to the model's positions.
 
     Raises:
-        UserError: the tokens were made with another tokenizer than the model's.
+        UserError: as `measure` does.
     """
-    if tokens.manifest.tokenizer_sha256 != checkpoint.tokenizer.sha256:
-        raise UserError(
-            f"{tokens.folder} was prepared with another tokenizer than the one {checkpoint.path} was trained with; "
-            f"prepare the text again with {checkpoint.path / checkpoint.tokenizer.file_name}"
-        )
-    limit = checkpoint.config.model.positions
-    scored = np.concatenate([tokens.read(end - targets.span, end) for end in targets.ends])
-    text_bytes = int(checkpoint.tokenizer.token_bytes[scored].sum())
-    count = len(scored)
-    for context in sorted(contexts):
-        if limit is not None and context > limit:
-            return
-        nats = _total_nats(checkpoint, tokens, targets, context)
-        yield Score(context, nats / count, nats / math.log(2) / text_bytes, perplexity(nats / count))
-
-
-@torch.no_grad()
-def _total_nats(checkpoint: Checkpoint, tokens: TokenSet, targets: Targets, context: int) -> float:
-    total = 0.0
-    device = checkpoint.lm.embed.weight.device
-    batch = max(1, PASS_TOKENS // context)
-    for first in range(0, len(targets.ends), batch):
-        rows = [tokens.read(end - context - 1, end) for end in targets.ends[first : first + batch]]
-        window = torch.from_numpy(np.stack(rows)).to(device)  # [batch, context + 1]
-        first_target = context + 1 - targets.span
-        state = None
-        for piece in torch.split(window[:, : first_target - 1], PASS_TOKENS, dim=1):
-            _, state = checkpoint.lm.hidden(piece, state)
-        scored = window[:, first_target:]
-        loss, _ = checkpoint.lm(window[:, first_target - 1 : -1], state, scored)
-        total += float(loss) * scored.numel()
-    return total
+    readable = within(contexts, checkpoint.config.model.positions)
+    for context, totals in measure(checkpoint, tokens, before_targets(targets, readable)):
+        yield Score.of(context, totals)

@@ -10,15 +10,14 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from tostlm.checkpoint import Checkpoint
 from tostlm.data import TokenSet, evenly_spread
+from tostlm.eval.losses import token_losses
 
 RARE = 5  # times at most that a rare pair stands in the training text
 COUNTED_TOKENS = 50_000_000  # of the training text
 DISTANCES = (0, 64, 1024, 8192)  # tokens, the bounds of what is reported together
-ROW_CHUNK = 1024  # tokens whose logits are held at a time
 
 
 def loss_by_repetition(
@@ -70,12 +69,7 @@ def _distances(pairs: np.ndarray) -> np.ndarray:
     return distances
 
 
-@torch.no_grad()
 def _losses(checkpoint: Checkpoint, row: np.ndarray) -> np.ndarray:
     """Return the loss in nats of each token of a row [T + 1] but the first, read from the row's start."""
-    lm = checkpoint.lm
-    read = torch.from_numpy(row)[None].to(lm.embed.weight.device)
-    x, _ = lm.hidden(read[:, :-1])
-    pieces = zip(x[0].split(ROW_CHUNK), read[0, 1:].split(ROW_CHUNK), strict=True)
-    losses = [F.cross_entropy(lm.logits(part).float(), targets, reduction="none") for part, targets in pieces]
-    return torch.cat(losses).cpu().numpy()
+    read = torch.from_numpy(row)[None].to(checkpoint.lm.embed.weight.device)
+    return token_losses(checkpoint.lm, read, len(row) - 1)[0].cpu().numpy()
