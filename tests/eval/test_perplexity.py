@@ -7,17 +7,20 @@ import math
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from tests.conftest import Run, fail, succeed, tostlm
-from tostlm.checkpoint import load_checkpoint
+from tostlm.checkpoint import Checkpoint, load_checkpoint
 from tostlm.data import VALIDATION, TokenSet, choose_targets
 from tostlm.errors import UserError
-from tostlm.eval import EvalSettings, report, score_contexts
+from tostlm.eval import PROTOCOLS, EvalSettings, evaluate, score_contexts
+from tostlm.eval.finished import FILE
 from tostlm.eval.losses import token_losses
+from tostlm.eval.perplexity import measure
 
 CONTEXTS = [16, 64, 512]
 SETTINGS = EvalSettings([32], windows=2)
@@ -132,7 +135,7 @@ def test_a_moved_run_reports_where_it_is(trained: dict[str, Run], tmp_path: Path
 
 def test_as_many_windows_as_a_small_error_takes(trained: dict[str, Run], tokens: TokenSet, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(trained["tssa"].dir)
-    report.evaluate_perplexity([trained["tssa"].dir], [], EvalSettings([64], dtype=torch.bfloat16), tmp_path)
+    evaluate.evaluate_perplexity([trained["tssa"].dir], [], EvalSettings([64], dtype=torch.bfloat16), tmp_path)
     found = json.loads((tmp_path / "perplexity.json").read_text())
     ((score,),) = [model["scores"] for model in found["models"]]
     assert found["dtype"] == "bfloat16"
@@ -160,6 +163,50 @@ def test_several_sets_and_what_contexts_are_worth(trained: dict[str, Run], data:
     assert f"1,024: {long['gain']['value']:+.4f} ±" in printed
 
 
+def test_processes_share_the_text(trained: dict[str, Run], tmp_path: Path) -> None:
+    command = ["eval", "perplexity", str(trained["tssa"].dir), "--contexts", "16,512", "--windows", "11"]
+    for protocol in PROTOCOLS:
+        found = []
+        for processes in (1, 2, 3):
+            out = tmp_path / f"{protocol}-{processes}"
+            succeed(tostlm(*command, "--protocol", protocol, "--out", str(out), "--nproc", str(processes)))
+            found.append(json.loads((out / "perplexity.json").read_text())["models"][0]["scores"])
+        for scores in found[1:]:
+            for one, several in zip(found[0], scores, strict=True):
+                assert several["nats"] == pytest.approx(one["nats"], abs=1e-9)
+                assert (several["tokens"], several["documents"]) == (one["tokens"], one["documents"])
+    fail(tostlm(*command, "--data", "nowhere", "--nproc", "2"), "nowhere holds no prepared data")
+
+
+def test_what_is_finished_is_not_measured_again(
+    trained: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, path = EvalSettings([16, 32, 64], windows=3), trained["tssa"].dir
+    asked: list[int] = []
+
+    def count(checkpoint: Checkpoint, tokens: TokenSet, contexts: list[int], *rest: Any, **options: Any) -> Any:
+        asked.append(*contexts)
+        if asked == [16, 32]:
+            raise KeyboardInterrupt
+        return measure(checkpoint, tokens, contexts, *rest, **options)
+
+    expected = evaluate.evaluate_perplexity([path], [], settings, tmp_path / "other")
+    monkeypatch.setattr(evaluate, "measure", count)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate_perplexity([path], [], settings, tmp_path)
+    assert (tmp_path / FILE).exists()
+    found = evaluate.evaluate_perplexity([path], [], settings, tmp_path)
+    assert asked == [16, 32, 32, 64]
+    assert found.replace(str(tmp_path), "") == expected.replace(str(tmp_path / "other"), "")
+    assert not (tmp_path / FILE).exists()
+
+    asked.clear()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate_perplexity([path], [], settings, tmp_path)
+    evaluate.evaluate_perplexity([path], [], settings._replace(windows=4), tmp_path)  # another command
+    assert asked == [16, 32, 16, 32, 64]
+
+
 def test_another_tokenizer(trained: dict[str, Run], corpus: Path, speeches: list[str], tmp_path: Path) -> None:
     from tostlm.data import PreparationSettings, prepare, train_tokenizer
 
@@ -176,6 +223,6 @@ def test_without_matplotlib_nothing_is_scored(
     trained: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(report, "measure", None)
+    monkeypatch.setattr(evaluate, "measure", None)
     with pytest.raises(UserError, match=r"pip install 'tostlm\[eval\]'"):
-        report.evaluate_perplexity([trained["tssa"].dir], [], SETTINGS, tmp_path)
+        evaluate.evaluate_perplexity([trained["tssa"].dir], [], SETTINGS, tmp_path)

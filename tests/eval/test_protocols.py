@@ -40,8 +40,9 @@ def test_losses_do_not_depend_on_how_they_are_read(checkpoint: Checkpoint, pass_
 
 
 def test_windows_are_the_whole_text_once(checkpoint: Checkpoint, tokens: TokenSet) -> None:
-    found = dict(measure(checkpoint, tokens, windows(tokens, [48, 16], None), pass_tokens=100))
-    assert list(found) == [16, 48]
+    found = {}
+    for context in (16, 48):
+        (found[context],) = measure(checkpoint, tokens, [context], windows(tokens, [context], None), pass_tokens=100)
     text = torch.from_numpy(tokens.read(0, len(tokens)))
     for context, totals in found.items():
         starts = range(0, len(text) - 1, context)
@@ -52,9 +53,10 @@ def test_windows_are_the_whole_text_once(checkpoint: Checkpoint, tokens: TokenSe
 
 def test_a_stream_scores_each_token_at_the_number_before_it(checkpoint: Checkpoint, tokens: TokenSet) -> None:
     limit = checkpoint.config.model.positions
-    found = dict(measure(checkpoint, tokens, stream(tokens, [10, 40, 600], 3, limit), pass_tokens=64))
     contexts = [10, 40] + [600] * (limit is None)
-    assert list(found) == contexts
+    passages = list(stream(tokens, [10, 40, 600], 3, limit))
+    assert {passage.contexts for passage in passages} == {tuple(contexts)}
+    found = dict(zip(contexts, measure(checkpoint, tokens, contexts, passages, pass_tokens=64), strict=True))
     bounds = tokens.document_bounds
     chosen = [0, round((len(bounds) - 1) / 2), len(bounds) - 1]
     by_context = dict.fromkeys(contexts, 0.0)
@@ -72,8 +74,8 @@ def test_a_stream_scores_each_token_at_the_number_before_it(checkpoint: Checkpoi
 def test_words_and_bytes(checkpoint: Checkpoint, tokens: TokenSet) -> None:
     """Over whole documents there are as many words as white space divides the text into."""
     whole = max(int(stop - first) for first, stop in tokens.document_bounds)
-    passages = stream(tokens, [min(whole, checkpoint.config.model.positions or whole)], 2)
-    ((_, totals),) = measure(checkpoint, tokens, passages)
+    context = min(whole, checkpoint.config.model.positions or whole)
+    (totals,) = measure(checkpoint, tokens, [context], stream(tokens, [context], 2))
     words = text_bytes = 0
     for document in totals.tokens.nonzero()[0]:
         first, _ = tokens.document_bounds[document].tolist()
@@ -103,7 +105,7 @@ def test_a_loss_that_is_no_number_is_named(trained: dict[str, Run], tokens: Toke
     with pytest.raises(
         UserError, match=r"the loss of token 1 of the heldout split of .* is not finite, read from token 0"
     ):
-        list(measure(checkpoint, tokens, windows(tokens, [16], 2)))
+        measure(checkpoint, tokens, [16], windows(tokens, [16], 2))
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

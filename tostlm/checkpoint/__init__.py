@@ -1,6 +1,6 @@
 """Checkpoints: what they hold, saving and loading them."""
 
-from tostlm.checkpoint.integrity import CONFIG
+from tostlm.checkpoint.integrity import COMPLETE, CONFIG
 from tostlm.checkpoint.layout import (
     Checkpoint,
     TrainState,
@@ -14,6 +14,7 @@ from tostlm.checkpoint.layout import (
 )
 
 __all__ = [
+    "COMPLETE",
     "CONFIG",
     "Checkpoint",
     "TrainState",

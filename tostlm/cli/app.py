@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tostlm.errors import UserError
+
+if TYPE_CHECKING:
+    from tostlm.launch import RankInfo
 
 HELP = """Pretrain language models whose token mixer is linear in the context.
 
@@ -80,3 +85,32 @@ def parse_numbers(text: str, option: str) -> list[int]:
     if not numbers or min(numbers) < 2:
         raise UserError(f"{option} {text!r} must be whole numbers above 1 with commas between, as in 128,512,4k,1M")
     return sorted(set(numbers))
+
+
+def join_or_launch(
+    arguments: list[str], nproc: int | None, check: Callable[[int], object] = lambda ranks: None
+) -> RankInfo:
+    """Return the rank that a launcher gave this process; without a launcher, start the ranks here and exit with them.
+
+    Args:
+        arguments: the command line of each rank that is started here.
+        check: called with the number of ranks before they are started.
+
+    Raises:
+        UserError: both a launcher and --nproc say how many ranks there are.
+    """
+    from tostlm.launch import export_rendezvous, rank_from_environment, run_local
+
+    rank = rank_from_environment(os.environ)
+    if rank is None:
+        import torch
+
+        processes = nproc or torch.cuda.device_count() or 1
+        check(processes)
+        raise typer.Exit(run_local(arguments, processes))
+    if nproc is not None:
+        raise UserError(
+            f"--nproc {nproc} is for machines without a launcher; here one has started {rank.world_size} ranks"
+        )
+    export_rendezvous(rank)
+    return rank

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tostlm.cli.app import CheckpointPath, app, checkpoint_app, eval_app, parse_numbers
+from tostlm.cli.app import CheckpointPath, app, checkpoint_app, eval_app, join_or_launch, parse_numbers
 from tostlm.errors import UserError
 
 
@@ -30,10 +31,18 @@ def eval_perplexity(
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: the GPU if there is one")] = None,
     dtype: Annotated[str | None, typer.Option(help="of the weights: fp32, bf16 or fp16; default: as saved")] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="tokens that a forward pass reads")] = 8192,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="processes on this machine that share the text; default: one")
+    ] = None,
 ) -> None:
-    """Measure perplexity on held-out documents at growing contexts; the same tokens are scored at every one."""
+    """Measure perplexity on held-out documents at growing contexts; the same tokens are scored at every one.
+
+    Under torchrun or in a Slurm step of several tasks, these share the text. The same command continues what was
+    interrupted.
+    """
     from tostlm.device import parse_device, parse_dtype
-    from tostlm.eval import PROTOCOLS, EvalSettings, evaluate_perplexity
+    from tostlm.eval import ALONE, PROTOCOLS, EvalSettings, evaluate_perplexity
+    from tostlm.launch import rank_from_environment
 
     if protocol not in PROTOCOLS:
         raise UserError(f"--protocol {protocol} is not known; it is one of {', '.join(PROTOCOLS)}")
@@ -45,7 +54,22 @@ def eval_perplexity(
         None if dtype is None else parse_dtype(dtype),
         batch_tokens,
     )
-    print(evaluate_perplexity(checkpoints, data or [], settings, out))
+    options = {
+        "contexts": contexts,
+        "protocol": protocol,
+        "windows": windows,
+        "out": out,
+        "device": device,
+        "dtype": dtype,
+        "batch-tokens": batch_tokens,
+    }
+    arguments = ["eval", "perplexity", *map(str, checkpoints)]
+    arguments += [part for folder in data or [] for part in ("--data", str(folder))]
+    arguments += [part for key, value in options.items() if value is not None for part in (f"--{key}", str(value))]
+    ranks = ALONE if nproc is None and rank_from_environment(os.environ) is None else join_or_launch(arguments, nproc)
+    text = evaluate_perplexity(checkpoints, data or [], settings, out, ranks)
+    if not ranks.rank:
+        print(text)
 
 
 @app.command()

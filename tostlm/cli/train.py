@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from tostlm.cli.app import ConfigFile, Overrides, app, config_app
+from tostlm.cli.app import ConfigFile, Overrides, app, config_app, join_or_launch
 from tostlm.errors import UserError
-
-if TYPE_CHECKING:
-    from tostlm.launch import RankInfo
 
 Processes = Annotated[int | None, typer.Option(min=1, help="processes on this machine; default: one per GPU, or one")]
 
@@ -98,7 +93,7 @@ def train(
 
             find_origin(run)
 
-    rank = _join_or_launch(["train", str(config), *keys], nproc, check)
+    rank = join_or_launch(["train", str(config), *keys], nproc, check)
     if rank.rank == 0:
         logging.basicConfig(stream=sys.stdout, format="%(message)s")
         logging.getLogger("tostlm").setLevel(logging.INFO)
@@ -125,36 +120,7 @@ def doctor(
 
     run = load_config(config, overrides or [])
     options = ["--timeout-seconds", str(timeout_seconds), *(["--out", str(out)] if out else [])]
-    rank = _join_or_launch(["doctor", str(config), *(overrides or []), *options], nproc)
+    rank = join_or_launch(["doctor", str(config), *(overrides or []), *options], nproc)
     from tostlm.doctor import run_doctor
 
     run_doctor(run, rank, timeout_seconds, out)
-
-
-def _join_or_launch(
-    arguments: list[str], nproc: int | None, check: Callable[[int], object] = lambda ranks: None
-) -> RankInfo:
-    """Return the rank that a launcher gave this process; without a launcher, start the ranks here and exit with them.
-
-    Args:
-        arguments: the command line of each rank that is started here.
-        check: called with the number of ranks before they are started.
-
-    Raises:
-        UserError: both a launcher and --nproc say how many ranks there are.
-    """
-    from tostlm.launch import export_rendezvous, rank_from_environment, run_local
-
-    rank = rank_from_environment(os.environ)
-    if rank is None:
-        import torch
-
-        processes = nproc or torch.cuda.device_count() or 1
-        check(processes)
-        raise typer.Exit(run_local(arguments, processes))
-    if nproc is not None:
-        raise UserError(
-            f"--nproc {nproc} is for machines without a launcher; here one has started {rank.world_size} ranks"
-        )
-    export_rendezvous(rank)
-    return rank

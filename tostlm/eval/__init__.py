@@ -1,12 +1,13 @@
 """Evaluation of trained models: perplexity by context, rare words read before, and generated text."""
 
+from tostlm.eval.evaluate import ALONE, EvalSettings, evaluate_perplexity
 from tostlm.eval.generate import generate, generate_text
 from tostlm.eval.perplexity import score_contexts
 from tostlm.eval.protocols import PROTOCOLS
 from tostlm.eval.repetition import loss_by_repetition
-from tostlm.eval.report import EvalSettings, evaluate_perplexity
 
 __all__ = [
+    "ALONE",
     "PROTOCOLS",
     "EvalSettings",
     "evaluate_perplexity",

@@ -77,13 +77,13 @@ def gain(before: Totals, after: Totals) -> Interval:
 def measure(
     checkpoint: Checkpoint,
     tokens: TokenSet,
+    contexts: Sequence[int],
     passages: Iterable[Passage],
     pass_tokens: int = PASS_TOKENS,
     on_progress: Callable[[int], object] = lambda read: None,
-) -> Iterator[tuple[int, Totals]]:
-    """Yield contexts and the sums over the tokens scored there, each once all its passages are read.
+) -> list[Totals]:
+    """Return the sums over the tokens that passages, all of these contexts, score at each.
 
-    Passages of the same contexts come one after another.
     `on_progress` is called with the number of tokens that were read.
 
     Raises:
@@ -91,14 +91,13 @@ def measure(
     """
     require_same_tokenizer(checkpoint, tokens)
     ends = tokens.document_bounds[:, 1]
-    for contexts, together in groupby(passages, key=lambda passage: passage.contexts):
-        found = [Totals.zeros(len(ends)) for _ in contexts]
-        for batch in _batches(together, pass_tokens):
-            for passage, row, losses in _losses(checkpoint, tokens, batch, pass_tokens):
-                document = int(np.searchsorted(ends, passage.end - passage.scored, side="right"))
-                _add(found, document, passage, row, losses, checkpoint)
-            on_progress(sum(passage.end - passage.start - 1 for passage in batch))
-        yield from zip(contexts, found, strict=True)
+    found = [Totals.zeros(len(ends)) for _ in contexts]
+    for batch in _batches(passages, pass_tokens):
+        for passage, row, losses in _losses(checkpoint, tokens, batch, pass_tokens):
+            document = int(np.searchsorted(ends, passage.end - passage.scored, side="right"))
+            _add(found, document, passage, row, losses, checkpoint)
+        on_progress(sum(passage.end - passage.start - 1 for passage in batch))
+    return found
 
 
 def spread(checkpoint: Checkpoint, tokens: TokenSet, passages: Sequence[Passage], pass_tokens: int) -> float:
@@ -180,6 +179,6 @@ def score_contexts(
     Raises:
         UserError: as `measure` does.
     """
-    readable = within(contexts, checkpoint.config.model.positions)
-    for context, totals in measure(checkpoint, tokens, before_targets(targets, readable)):
+    for context in within(contexts, checkpoint.config.model.positions):
+        (totals,) = measure(checkpoint, tokens, [context], before_targets(targets, [context]))
         yield Score.of(context, totals)
