@@ -14,10 +14,10 @@ import torch
 from torch.nn import functional as F
 
 from tests.conftest import Run, fail, succeed, tostlm
-from tostlm.checkpoint import Checkpoint, load_checkpoint
-from tostlm.data import VALIDATION, TokenSet, choose_targets
+from tostlm.checkpoint import load_checkpoint
+from tostlm.data import VALIDATION, PreparationSettings, TokenSet, choose_targets, prepare, train_tokenizer
 from tostlm.errors import UserError
-from tostlm.eval import PROTOCOLS, EvalSettings, evaluate, score_contexts
+from tostlm.eval import PROTOCOLS, EvalSettings, TostModel, evaluate, score_contexts
 from tostlm.eval.finished import FILE
 from tostlm.eval.losses import token_losses
 from tostlm.eval.perplexity import measure
@@ -47,7 +47,7 @@ def test_targets_have_the_longest_context_in_their_document(tokens: TokenSet) ->
 def test_scores_are_what_a_plain_loop_finds(trained: dict[str, Run], tokens: TokenSet) -> None:
     checkpoint = load_checkpoint(trained["tssa"].dir)
     targets = choose_targets(tokens, CONTEXTS, windows=5)
-    scores = list(score_contexts(checkpoint, tokens, targets, CONTEXTS))
+    scores = list(score_contexts(TostModel(checkpoint), tokens, targets, CONTEXTS))
     assert [score.context for score in scores] == CONTEXTS
     for score in scores:
         nats, scored = 0.0, []
@@ -64,7 +64,7 @@ def test_scores_are_what_a_plain_loop_finds(trained: dict[str, Run], tokens: Tok
 
 def test_gpt2_stops_at_its_positions(trained: dict[str, Run], tokens: TokenSet) -> None:
     targets = choose_targets(tokens, CONTEXTS, windows=5)
-    scores = score_contexts(load_checkpoint(trained["softmax"].dir), tokens, targets, CONTEXTS)
+    scores = score_contexts(TostModel(load_checkpoint(trained["softmax"].dir)), tokens, targets, CONTEXTS)
     assert [score.context for score in scores] == [16, 64]
 
 
@@ -184,11 +184,11 @@ def test_what_is_finished_is_not_measured_again(
     settings, path = EvalSettings([16, 32, 64], windows=3), trained["tssa"].dir
     asked: list[int] = []
 
-    def count(checkpoint: Checkpoint, tokens: TokenSet, contexts: list[int], *rest: Any, **options: Any) -> Any:
+    def count(model: TostModel, tokens: TokenSet, contexts: list[int], *rest: Any, **options: Any) -> Any:
         asked.append(*contexts)
         if asked == [16, 32]:
             raise KeyboardInterrupt
-        return measure(checkpoint, tokens, contexts, *rest, **options)
+        return measure(model, tokens, contexts, *rest, **options)
 
     expected = evaluate.evaluate_perplexity([path], [], settings, tmp_path / "other")
     monkeypatch.setattr(evaluate, "measure", count)
@@ -207,16 +207,17 @@ def test_what_is_finished_is_not_measured_again(
     assert asked == [16, 32, 16, 32, 64]
 
 
-def test_another_tokenizer(trained: dict[str, Run], corpus: Path, speeches: list[str], tmp_path: Path) -> None:
-    from tostlm.data import PreparationSettings, prepare, train_tokenizer
-
+def test_data_of_another_tokenizer_is_the_same_text(
+    trained: dict[str, Run], data: Path, corpus: Path, speeches: list[str], tmp_path: Path
+) -> None:
     other = train_tokenizer(speeches, 500, tmp_path / "other.model")
     prepare(PreparationSettings(sources=(str(corpus),), heldout_fraction=0.2), other, tmp_path / "other")
-    run = str(trained["tssa"].dir)
-    fail(
-        tostlm("eval", "perplexity", run, "--data", str(tmp_path / "other"), "--out", str(tmp_path / "out")),
-        "was prepared with another tokenizer",
-    )
+    settings = EvalSettings([64, 512], "stream", windows=5)
+    evaluate.evaluate_perplexity([trained["tssa"].dir], [data, tmp_path / "other"], settings, tmp_path)
+    own, others = (model["scores"] for model in json.loads((tmp_path / "perplexity.json").read_text())["models"])
+    for one, two in zip(own, others, strict=True):
+        assert two["nats"] == pytest.approx(one["nats"], abs=1e-6)
+        assert {key: two[key] for key in ("tokens", "documents")} == {key: one[key] for key in ("tokens", "documents")}
 
 
 def test_without_matplotlib_nothing_is_scored(

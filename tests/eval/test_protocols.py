@@ -11,6 +11,7 @@ from tests.conftest import Run
 from tostlm.checkpoint import Checkpoint, load_checkpoint
 from tostlm.data import VALIDATION, TokenSet
 from tostlm.errors import UserError
+from tostlm.eval import TostModel
 from tostlm.eval.losses import token_losses
 from tostlm.eval.perplexity import Score, Totals, gain, measure
 from tostlm.eval.protocols import PROTOCOLS, stream, windows
@@ -26,6 +27,11 @@ def checkpoint(trained: dict[str, Run], request: pytest.FixtureRequest) -> Check
     return load_checkpoint(trained[request.param].dir)
 
 
+@pytest.fixture(scope="module")
+def model(checkpoint: Checkpoint) -> TostModel:
+    return TostModel(checkpoint)
+
+
 def nats(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
     logits, _ = checkpoint.lm(ids[None, :-1])
     return F.cross_entropy(logits[0], ids[1:], reduction="none").double()
@@ -39,10 +45,10 @@ def test_losses_do_not_depend_on_how_they_are_read(checkpoint: Checkpoint, pass_
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_windows_are_the_whole_text_once(checkpoint: Checkpoint, tokens: TokenSet) -> None:
+def test_windows_are_the_whole_text_once(checkpoint: Checkpoint, model: TostModel, tokens: TokenSet) -> None:
     found = {}
     for context in (16, 48):
-        (found[context],) = measure(checkpoint, tokens, [context], windows(tokens, [context], None), pass_tokens=100)
+        (found[context],) = measure(model, tokens, [context], windows(tokens, tokens, [context], None), pass_tokens=100)
     text = torch.from_numpy(tokens.read(0, len(tokens)))
     for context, totals in found.items():
         starts = range(0, len(text) - 1, context)
@@ -51,12 +57,14 @@ def test_windows_are_the_whole_text_once(checkpoint: Checkpoint, tokens: TokenSe
         assert totals.tokens.sum() == len(text) - 1
 
 
-def test_a_stream_scores_each_token_at_the_number_before_it(checkpoint: Checkpoint, tokens: TokenSet) -> None:
+def test_a_stream_scores_each_token_at_the_number_before_it(
+    checkpoint: Checkpoint, model: TostModel, tokens: TokenSet
+) -> None:
     limit = checkpoint.config.model.positions
     contexts = [10, 40] + [600] * (limit is None)
-    passages = list(stream(tokens, [10, 40, 600], 3, limit))
+    passages = list(stream(tokens, tokens, [10, 40, 600], 3, limit))
     assert {passage.contexts for passage in passages} == {tuple(contexts)}
-    found = dict(zip(contexts, measure(checkpoint, tokens, contexts, passages, pass_tokens=64), strict=True))
+    found = dict(zip(contexts, measure(model, tokens, contexts, passages, pass_tokens=64), strict=True))
     bounds = tokens.document_bounds
     chosen = [0, round((len(bounds) - 1) / 2), len(bounds) - 1]
     by_context = dict.fromkeys(contexts, 0.0)
@@ -71,11 +79,11 @@ def test_a_stream_scores_each_token_at_the_number_before_it(checkpoint: Checkpoi
         assert list(totals.tokens.nonzero()[0]) == chosen
 
 
-def test_words_and_bytes(checkpoint: Checkpoint, tokens: TokenSet) -> None:
+def test_words_and_bytes(checkpoint: Checkpoint, model: TostModel, tokens: TokenSet) -> None:
     """Over whole documents there are as many words as white space divides the text into."""
     whole = max(int(stop - first) for first, stop in tokens.document_bounds)
     context = min(whole, checkpoint.config.model.positions or whole)
-    (totals,) = measure(checkpoint, tokens, [context], stream(tokens, [context], 2))
+    (totals,) = measure(model, tokens, [context], stream(tokens, tokens, [context], 2))
     words = text_bytes = 0
     for document in totals.tokens.nonzero()[0]:
         first, _ = tokens.document_bounds[document].tolist()
@@ -105,13 +113,13 @@ def test_a_loss_that_is_no_number_is_named(trained: dict[str, Run], tokens: Toke
     with pytest.raises(
         UserError, match=r"the loss of token 1 of the heldout split of .* is not finite, read from token 0"
     ):
-        measure(checkpoint, tokens, [16], windows(tokens, [16], 2))
+        measure(TostModel(checkpoint), tokens, [16], windows(tokens, tokens, [16], 2))
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_contexts_that_no_document_has(tokens: TokenSet, protocol: str) -> None:
     if protocol == "stream":  # which scores what there is
-        assert list(PROTOCOLS[protocol](tokens, [10**7], 1, None))
+        assert list(PROTOCOLS[protocol](tokens, tokens, [10**7], 1, None))
         return
     with pytest.raises(UserError, match=r"10000000 tokens|no window of 10000000"):
-        list(PROTOCOLS[protocol](tokens, [10**7], 1, None))
+        list(PROTOCOLS[protocol](tokens, tokens, [10**7], 1, None))

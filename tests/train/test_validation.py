@@ -13,7 +13,7 @@ from tests.processes import on_ranks
 from tests.train.run_helpers import blend, zero_options
 from tostlm.checkpoint import load_checkpoint
 from tostlm.data import VALIDATION, TokenSet, choose_targets
-from tostlm.eval import score_contexts
+from tostlm.eval import TostModel, score_contexts
 from tostlm.launch import RankInfo
 from tostlm.train.batches import Batch, RankBatches, open_data
 from tostlm.train.engine import compute_loss, context_parallel_group, start_engine
@@ -65,7 +65,7 @@ def test_training_reports_what_an_evaluation_of_its_checkpoint_finds(run: Run, d
     said = succeed(run.train(*keys(5), "train.eval_every_steps=3", "train.save_weights=false"))
     checkpoint, tokens = load_checkpoint(run.dir), TokenSet(data, VALIDATION)
     targets = choose_targets(tokens, CONTEXTS, 64 * 5 // max(CONTEXTS))
-    for score in score_contexts(checkpoint, tokens, targets, CONTEXTS):
+    for score in score_contexts(TostModel(checkpoint), tokens, targets, CONTEXTS):
         loss, bits = (f"{name}_at_{score.context}" for name in ("loss", "bits_per_byte"))
         assert run.metrics("validation", loss)[6] == pytest.approx(score.nats, abs=1e-5)
         assert run.metrics("validation", bits)[6] == pytest.approx(score.bits_per_byte, abs=1e-5)

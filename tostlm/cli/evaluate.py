@@ -14,7 +14,10 @@ from tostlm.errors import UserError
 
 @eval_app.command("perplexity")
 def eval_perplexity(
-    checkpoints: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT...", help="checkpoints or folders of runs")],
+    models: Annotated[
+        list[Path],
+        typer.Argument(metavar="MODEL...", help="checkpoints, folders of runs, or Hugging Face folders"),
+    ],
     contexts: Annotated[str, typer.Option(help="context lengths in tokens, with commas between")] = "128,256,512,1024",
     data: Annotated[
         list[Path] | None,
@@ -31,6 +34,9 @@ def eval_perplexity(
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: the GPU if there is one")] = None,
     dtype: Annotated[str | None, typer.Option(help="of the weights: fp32, bf16 or fp16; default: as saved")] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="tokens that a forward pass reads")] = 8192,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run the code that a Hugging Face folder brings")
+    ] = False,
     nproc: Annotated[
         int | None, typer.Option(min=1, help="processes on this machine that share the text; default: one")
     ] = None,
@@ -51,6 +57,7 @@ def eval_perplexity(
         protocol,
         windows,
         parse_device(device),
+        trust_remote_code,
         None if dtype is None else parse_dtype(dtype),
         batch_tokens,
     )
@@ -63,11 +70,12 @@ def eval_perplexity(
         "dtype": dtype,
         "batch-tokens": batch_tokens,
     }
-    arguments = ["eval", "perplexity", *map(str, checkpoints)]
+    arguments = ["eval", "perplexity", *map(str, models)]
+    arguments += ["--trust-remote-code"] * trust_remote_code
     arguments += [part for folder in data or [] for part in ("--data", str(folder))]
     arguments += [part for key, value in options.items() if value is not None for part in (f"--{key}", str(value))]
     ranks = ALONE if nproc is None and rank_from_environment(os.environ) is None else join_or_launch(arguments, nproc)
-    text = evaluate_perplexity(checkpoints, data or [], settings, out, ranks)
+    text = evaluate_perplexity(models, data or [], settings, out, ranks)
     if not ranks.rank:
         print(text)
 

@@ -1,4 +1,4 @@
-"""Checkpoints for other software. `transformers` is imported here alone."""
+"""Checkpoints for other software."""
 
 from tostlm.convert.hf import export_hf, sample
 

@@ -2,6 +2,7 @@
 
 from tostlm.eval.evaluate import ALONE, EvalSettings, evaluate_perplexity
 from tostlm.eval.generate import generate, generate_text
+from tostlm.eval.models import TostModel
 from tostlm.eval.perplexity import score_contexts
 from tostlm.eval.protocols import PROTOCOLS
 from tostlm.eval.repetition import loss_by_repetition
@@ -10,6 +11,7 @@ __all__ = [
     "ALONE",
     "PROTOCOLS",
     "EvalSettings",
+    "TostModel",
     "evaluate_perplexity",
     "generate",
     "generate_text",

@@ -13,17 +13,18 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from tostlm.checkpoint import COMPLETE, Checkpoint, load_checkpoint, run_folder
 from tostlm.data import VALIDATION, TokenSet
 from tostlm.device import best_device
 from tostlm.errors import UserError
 from tostlm.eval.finished import Finished
 from tostlm.eval.losses import PASS_TOKENS
-from tostlm.eval.perplexity import Score, Totals, gain, measure, require_same_tokenizer, spread
+from tostlm.eval.models import ScoredModel, TostModel, open_model
+from tostlm.eval.perplexity import Score, Totals, gain, measure, spread
 from tostlm.eval.protocols import PROTOCOLS, same_targets
 from tostlm.eval.ranks import add_up, broadcast, join, together
 from tostlm.eval.report import ModelScores, report_table, write_report
-from tostlm.files import distinct_names, require_writable, sha256_of
+from tostlm.eval.text import text_of
+from tostlm.files import distinct_names, require_writable
 from tostlm.launch import RankInfo
 from tostlm.plots import require_matplotlib
 
@@ -39,6 +40,7 @@ class EvalSettings(NamedTuple):
     protocol: str = "same-targets"  # one of PROTOCOLS
     windows: int | None = None  # scored at each context, or documents of a stream; None for enough, or for all
     device: torch.device | None = None  # None is `best_device`
+    trust_code: bool = False  # run the code that a Hugging Face folder brings
     dtype: torch.dtype | None = None  # of the weights; None is the checkpoint's
     pass_tokens: int = PASS_TOKENS  # that one forward pass reads
 
@@ -64,70 +66,69 @@ def evaluate_perplexity(
         UserError: a checkpoint, the data and the contexts do not fit each other, or matplotlib is missing.
     """
     join(ranks)
-    checkpoints, sets, out = together(ranks, lambda: _open(paths, data, settings, out, ranks))
-    finished = Finished(None if ranks.rank else out, _command(checkpoints, sets, settings))
-    names = distinct_names([run_folder(checkpoint.path) for checkpoint in checkpoints])
+    models, sets, out = together(ranks, lambda: _open(paths, data, settings, out, ranks))
+    finished = Finished(None if ranks.rank else out, _command(models, sets, settings))
+    names = distinct_names([model.folder for model in models])
     found = []
     for tokens in sets:
-        windows = together(ranks, partial(_windows, checkpoints[0], tokens, settings))
-        for name, checkpoint in zip(names, checkpoints, strict=True):
-            totals = _totals(name, checkpoint, tokens, settings._replace(windows=windows), ranks, finished)
-            found.append(_scores(name, checkpoint, tokens, settings.protocol, totals))
+        windows = together(ranks, partial(_windows, models[0], tokens, settings))
+        for name, model in zip(names, models, strict=True):
+            totals = _totals(name, model, tokens, settings._replace(windows=windows), ranks, finished)
+            found.append(_scores(name, model, tokens, settings.protocol, totals))
     if ranks.rank:
         return ""
     write_report(found, settings.protocol, settings.dtype, out)
     finished.forget()
-    by_set = [[model for model in found if model.data == str(tokens.folder)] for tokens in sets]
-    tables = [report_table(models, settings.contexts, settings.protocol) for models in by_set]
+    by_set = [[scores for scores in found if scores.data == str(tokens.folder)] for tokens in sets]
+    tables = [report_table(scores, settings.contexts, settings.protocol) for scores in by_set]
     return "\n\n".join(tables) + f"\nwritten to {out}/perplexity.json, .csv and .png"
 
 
 def _open(
     paths: Sequence[Path], data: Sequence[Path], settings: EvalSettings, out: Path | None, ranks: RankInfo
-) -> tuple[list[Checkpoint], list[TokenSet], Path]:
-    """Return the checkpoints, the sets and the folder of the report, which all fit each other."""
+) -> tuple[list[ScoredModel], list[TokenSet], Path]:
+    """Return the models, the sets and the folder of the report, which all fit each other."""
     require_matplotlib()
     device, shortest = settings.device or best_device(ranks.local_rank), min(settings.contexts)
-    checkpoints = [load_checkpoint(path, device) for path in paths]
-    sets = [TokenSet(f, VALIDATION) for f in data or [checkpoints[0].config.data.sets[0][0]]]
-    for checkpoint in checkpoints:
-        positions = checkpoint.config.model.positions
-        if positions is not None and positions < shortest:
+    models = [open_model(path, device, settings.dtype, settings.trust_code) for path in paths]
+    own = [model.data for model in models if isinstance(model, TostModel)]
+    if not data and not own:
+        raise UserError("no checkpoint says what text to score; name a prepared folder with --data")
+    sets = [TokenSet(folder, VALIDATION) for folder in data or own[:1]]
+    for model in models:
+        if model.positions is not None and model.positions < shortest:
             least = f"the shortest of --contexts, {shortest}"
-            raise UserError(f"{checkpoint.path} has {positions} positions, fewer than {least}")
-        for tokens in sets:
-            require_same_tokenizer(checkpoint, tokens)
-        if settings.dtype is not None:
-            checkpoint.lm.to(settings.dtype)
-    out = out or run_folder(checkpoints[0].path)
+            raise UserError(f"{model.path} has {model.positions} positions, fewer than {least}")
+    out = out or models[0].folder
     if not ranks.rank:
         require_writable(out)
-    return checkpoints, sets, out
+    return models, sets, out
 
 
-def _windows(checkpoint: Checkpoint, tokens: TokenSet, settings: EvalSettings) -> int | None:
+def _windows(model: ScoredModel, tokens: TokenSet, settings: EvalSettings) -> int | None:
     """Return how many windows are scored: of the same targets, where none are asked for, enough for a small error."""
     if settings.windows is not None or settings.protocol != "same-targets":
         return settings.windows
-    some = same_targets(tokens, settings.contexts, FEWEST_WINDOWS)
+    text = text_of(tokens, model.tokenizer)
+    some = same_targets(tokens, text, settings.contexts, FEWEST_WINDOWS)
     shortest = [passage for passage in some if passage.contexts == (min(settings.contexts),)]
-    needed = (spread(checkpoint, tokens, shortest, settings.pass_tokens) / ENOUGH) ** 2
+    needed = (spread(model, text, shortest, settings.pass_tokens) / ENOUGH) ** 2
     return max(FEWEST_WINDOWS, math.ceil(needed))
 
 
-def _command(checkpoints: Sequence[Checkpoint], sets: Sequence[TokenSet], settings: EvalSettings) -> str:
+def _command(models: Sequence[ScoredModel], sets: Sequence[TokenSet], settings: EvalSettings) -> str:
     """Return all that determines what an evaluation measures."""
-    contents = [sha256_of(checkpoint.path / COMPLETE) for checkpoint in checkpoints]
+    contents = [model.content for model in models]
     texts = [tokens.manifest.content_sha256 for tokens in sets]
     return json.dumps([contents, texts, settings.contexts, settings.protocol, settings.windows, str(settings.dtype)])
 
 
 def _totals(
-    name: str, checkpoint: Checkpoint, tokens: TokenSet, settings: EvalSettings, ranks: RankInfo, finished: Finished
+    name: str, model: ScoredModel, tokens: TokenSet, settings: EvalSettings, ranks: RankInfo, finished: Finished
 ) -> dict[int, Totals]:
     """Return the sums at each context that the model can read and some token is scored at."""
-    positions = checkpoint.config.model.positions
-    passages = list(PROTOCOLS[settings.protocol](tokens, settings.contexts, settings.windows, positions))
+    text, protocol = text_of(tokens, model.tokenizer), PROTOCOLS[settings.protocol]
+    passages = list(protocol(tokens, text, settings.contexts, settings.windows, model.positions))
     totals: dict[int, Totals] = {}
     read = sum(passage.end - passage.start - 1 for passage in passages)
     # `disable=None` shows the bar on a terminal only.
@@ -137,12 +138,10 @@ def _totals(
             bar.update(own * ranks.world_size)
 
         for contexts, group in groupby(passages, key=lambda passage: passage.contexts):
-            key = f"{checkpoint.path} {tokens.folder} {contexts}"
+            key = f"{model.path} {tokens.folder} {contexts}"
             sums = broadcast(ranks, finished.get(key, len(tokens.document_bounds)))
             if sums is None:
-                own = partial(
-                    measure, checkpoint, tokens, contexts, pass_tokens=settings.pass_tokens, on_progress=progress
-                )
+                own = partial(measure, model, text, contexts, pass_tokens=settings.pass_tokens, on_progress=progress)
                 sums = add_up(ranks, list(group), own)
                 finished.put(key, sums)
             totals |= {context: found for context, found in zip(contexts, sums, strict=True) if found.tokens.any()}
@@ -150,10 +149,9 @@ def _totals(
 
 
 def _scores(
-    name: str, checkpoint: Checkpoint, tokens: TokenSet, protocol: str, totals: Mapping[int, Totals]
+    name: str, model: ScoredModel, tokens: TokenSet, protocol: str, totals: Mapping[int, Totals]
 ) -> ModelScores:
     scores = [Score.of(context, sums) for context, sums in totals.items()]
     pairs = pairwise(totals.items()) if protocol == "same-targets" else ()
     gains = [(context, gain(before, after)) for (_, before), (context, after) in pairs]
-    step, positions = checkpoint.train_state.step, checkpoint.config.model.positions
-    return ModelScores(name, str(checkpoint.path), step, positions, str(tokens.folder), scores, gains)
+    return ModelScores(name, str(model.path), model.step, model.positions, str(tokens.folder), scores, gains)

@@ -10,12 +10,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from tostlm.checkpoint import Checkpoint
 from tostlm.data import Targets, TokenSet
 from tostlm.errors import UserError
 from tostlm.eval.bootstrap import Interval, ratio_interval
-from tostlm.eval.losses import PASS_TOKENS, token_losses
+from tostlm.eval.losses import PASS_TOKENS
+from tostlm.eval.models import ScoredModel
 from tostlm.eval.protocols import Passage, before_targets, context_of, within
+from tostlm.eval.text import HeldOutText
 from tostlm.model import perplexity
 
 
@@ -75,8 +76,8 @@ def gain(before: Totals, after: Totals) -> Interval:
 
 
 def measure(
-    checkpoint: Checkpoint,
-    tokens: TokenSet,
+    model: ScoredModel,
+    text: HeldOutText,
     contexts: Sequence[int],
     passages: Iterable[Passage],
     pass_tokens: int = PASS_TOKENS,
@@ -87,33 +88,23 @@ def measure(
     `on_progress` is called with the number of tokens that were read.
 
     Raises:
-        UserError: the tokens were made with another tokenizer than the model's, or a loss is not finite.
+        UserError: a loss is not finite.
     """
-    require_same_tokenizer(checkpoint, tokens)
-    ends = tokens.document_bounds[:, 1]
+    ends = text.document_bounds[:, 1]
     found = [Totals.zeros(len(ends)) for _ in contexts]
     for batch in _batches(passages, pass_tokens):
-        for passage, row, losses in _losses(checkpoint, tokens, batch, pass_tokens):
+        for passage, row, losses in _losses(model, text, batch, pass_tokens):
             document = int(np.searchsorted(ends, passage.end - passage.scored, side="right"))
-            _add(found, document, passage, row, losses, checkpoint)
+            _add(found, document, passage, row, losses, model)
         on_progress(sum(passage.end - passage.start - 1 for passage in batch))
     return found
 
 
-def spread(checkpoint: Checkpoint, tokens: TokenSet, passages: Sequence[Passage], pass_tokens: int) -> float:
+def spread(model: ScoredModel, text: HeldOutText, passages: Sequence[Passage], pass_tokens: int) -> float:
     """Return the standard deviation over passages of their mean loss, in nats a token; 0 of a single one."""
     batches = _batches(passages, pass_tokens)
-    means = [nats.mean() for batch in batches for _, _, nats in _losses(checkpoint, tokens, batch, pass_tokens)]
+    means = [nats.mean() for batch in batches for _, _, nats in _losses(model, text, batch, pass_tokens)]
     return float(np.std(means, ddof=1)) if len(means) > 1 else 0.0
-
-
-def require_same_tokenizer(checkpoint: Checkpoint, tokens: TokenSet) -> None:
-    """Raise a UserError where tokens were not made by a model's tokenizer."""
-    if tokens.manifest.tokenizer_sha256 != checkpoint.tokenizer.sha256:
-        raise UserError(
-            f"{tokens.folder} was prepared with another tokenizer than the one {checkpoint.path} was trained with; "
-            f"prepare the text again with {checkpoint.path / checkpoint.tokenizer.file_name}"
-        )
 
 
 def _batches(passages: Iterable[Passage], pass_tokens: int) -> Iterator[list[Passage]]:
@@ -130,18 +121,17 @@ def _batches(passages: Iterable[Passage], pass_tokens: int) -> Iterator[list[Pas
 
 
 def _losses(
-    checkpoint: Checkpoint, tokens: TokenSet, batch: Sequence[Passage], pass_tokens: int
+    model: ScoredModel, text: HeldOutText, batch: Sequence[Passage], pass_tokens: int
 ) -> Iterator[tuple[Passage, np.ndarray, np.ndarray]]:
     """Yield passages, the tokens that they read and the nats of those that are scored."""
-    rows = np.stack([tokens.read(passage.start, passage.end) for passage in batch])
-    device = checkpoint.lm.embed.weight.device
-    losses = token_losses(checkpoint.lm, torch.from_numpy(rows).to(device), batch[0].scored, pass_tokens)
+    rows = np.stack([text.read(passage.start, passage.end) for passage in batch])
+    losses = model.losses(torch.from_numpy(rows).to(model.device), batch[0].scored, pass_tokens)
     found = losses.double().cpu().numpy()
     for passage, row, nats in zip(batch, rows, found, strict=True):
         if not np.isfinite(nats).all():
             place = passage.end - passage.scored + int(np.flatnonzero(~np.isfinite(nats))[0])
             raise UserError(
-                f"{checkpoint.path}: the loss of token {place} of {tokens} is not finite, read from token "
+                f"{model.path}: the loss of token {place} of {text} is not finite, read from token "
                 f"{passage.start} on; the model has diverged, or needs a wider dtype"
             )
         yield passage, row, nats
@@ -153,32 +143,32 @@ def _add(
     passage: Passage,
     row: np.ndarray,
     nats: np.ndarray,
-    checkpoint: Checkpoint,
+    model: ScoredModel,
 ) -> None:
     """Add the scored tokens of a passage to the sums at the contexts that they count for."""
     places, first = context_of(passage), len(row) - passage.scored
     edges = [0, *(np.flatnonzero(np.diff(places)) + 1).tolist(), len(places)]
     for start, end in pairwise(edges):
         scored = row[first + start : first + end]
-        text_bytes = int(checkpoint.tokenizer.token_bytes[scored].sum())
-        words = _words_begun(checkpoint, row[max(0, first + start - 1) : first + end])
+        text_bytes = int(model.tokenizer.token_bytes[scored].sum())
+        words = _words_begun(model, row[max(0, first + start - 1) : first + end])
         found[places[start]].add(document, float(nats[start:end].sum()), end - start, text_bytes, words)
 
 
-def _words_begun(checkpoint: Checkpoint, ids: np.ndarray) -> int:
+def _words_begun(model: ScoredModel, ids: np.ndarray) -> int:
     """Return how many words begin after the first of some tokens."""
-    decode = checkpoint.tokenizer.decode
+    decode = model.tokenizer.decode
     return len(decode(ids.tolist()).split()) - len(decode(ids[:1].tolist()).split())
 
 
-def score_contexts(
-    checkpoint: Checkpoint, tokens: TokenSet, targets: Targets, contexts: Sequence[int]
-) -> Iterator[Score]:
+def score_contexts(model: ScoredModel, text: TokenSet, targets: Targets, contexts: Sequence[int]) -> Iterator[Score]:
     """Yield the model's score on the same targets at each context, shortest first, up to the model's positions.
 
     Raises:
-        UserError: as `measure` does.
+        UserError: the text was prepared with another tokenizer than the model's, or a loss is not finite.
     """
-    for context in within(contexts, checkpoint.config.model.positions):
-        (totals,) = measure(checkpoint, tokens, [context], before_targets(targets, [context]))
+    if text.manifest.tokenizer_sha256 != model.tokenizer.sha256:
+        raise UserError(f"{text.folder} was prepared with another tokenizer than the one {model.path} was trained with")
+    for context in within(contexts, model.positions):
+        (totals,) = measure(model, text, [context], before_targets(targets, [context]))
         yield Score.of(context, totals)

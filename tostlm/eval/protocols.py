@@ -14,6 +14,7 @@ import numpy as np
 
 from tostlm.data import Targets, TokenSet, choose_targets, evenly_spread
 from tostlm.errors import UserError
+from tostlm.eval.text import HeldOutText, Retokenized
 
 
 class Passage(NamedTuple):
@@ -25,21 +26,32 @@ class Passage(NamedTuple):
     contexts: tuple[int, ...]  # of which each has the tokens up to that many before it; one has all
 
 
-Protocol = Callable[[TokenSet, Sequence[int], int | None, int | None], Iterator[Passage]]
+Protocol = Callable[[TokenSet, HeldOutText, Sequence[int], int | None, int | None], Iterator[Passage]]
 
 
 def same_targets(
-    tokens: TokenSet, contexts: Sequence[int], count: int | None, limit: int | None = None
+    prepared: TokenSet, text: HeldOutText, contexts: Sequence[int], count: int | None, limit: int | None = None
 ) -> Iterator[Passage]:
     """Yield passages of `count` windows, or of all, whose last tokens are the same at every context.
+
+    They are chosen in the tokens that the text was prepared in; in others their text is the same.
 
     A target has at least half of the shortest context before it, and of a longer one at least that less.
 
     Raises:
         UserError: no held-out document is longer than the longest context.
     """
-    targets = choose_targets(tokens, contexts, len(tokens) if count is None else count)
-    yield from before_targets(targets, within(contexts, limit))
+    targets = choose_targets(prepared, contexts, len(prepared) if count is None else count)
+    if not isinstance(text, Retokenized):
+        yield from before_targets(targets, within(contexts, limit))
+        return
+    spans, bounds = text.spans(targets), text.document_bounds
+    for context in within(contexts, limit):
+        for first, end in spans:
+            document = int(np.searchsorted(bounds[:, 1], first, side="right"))
+            start = max(end - context - 1, int(bounds[document, 0]) - 1, 0)
+            if start < first:
+                yield Passage(start, end, end - first, (context,))
 
 
 def within(contexts: Sequence[int], limit: int | None) -> list[int]:
@@ -55,7 +67,7 @@ def before_targets(targets: Targets, contexts: Sequence[int]) -> Iterator[Passag
 
 
 def windows(
-    tokens: TokenSet, contexts: Sequence[int], count: int | None, limit: int | None = None
+    prepared: TokenSet, text: HeldOutText, contexts: Sequence[int], count: int | None, limit: int | None = None
 ) -> Iterator[Passage]:
     """Yield disjoint windows of each length over the whole text, whatever documents they are of; the last is shorter.
 
@@ -63,22 +75,24 @@ def windows(
         UserError: the text is shorter than a context.
     """
     for context in within(contexts, limit):
-        if context >= len(tokens):
-            raise UserError(f"{tokens} has {len(tokens)} tokens, no window of {context}; ask for shorter contexts")
-        starts = range(0, len(tokens) - 1, context)
+        if context >= len(text):
+            raise UserError(f"{text} has {len(text)} tokens, no window of {context}; ask for shorter contexts")
+        starts = range(0, len(text) - 1, context)
         for start in starts if count is None else evenly_spread(starts, count):
-            end = min(start + context + 1, len(tokens))
+            end = min(start + context + 1, len(text))
             yield Passage(start, end, end - start - 1, (context,))
 
 
-def stream(tokens: TokenSet, contexts: Sequence[int], count: int | None, limit: int | None = None) -> Iterator[Passage]:
+def stream(
+    prepared: TokenSet, text: HeldOutText, contexts: Sequence[int], count: int | None, limit: int | None = None
+) -> Iterator[Passage]:
     """Yield whole documents, up to the longest context; a token is scored at the first context that it has not passed.
 
     The end of the document before is read first, as in training.
     """
     readable = within(contexts, limit)
     longest = max(readable, default=0)
-    bounds = tokens.document_bounds
+    bounds = text.document_bounds
     chosen = range(len(bounds)) if count is None else evenly_spread(range(len(bounds)), count)
     for first, stop in bounds[list(chosen)].tolist():
         start = max(first - 1, 0)
@@ -87,7 +101,8 @@ def stream(tokens: TokenSet, contexts: Sequence[int], count: int | None, limit: 
             yield Passage(start, end, end - start - 1, tuple(readable))
 
 
-# They take the held-out text, the contexts, how many windows or documents, and how many positions a model has.
+# They take the held-out text as it was prepared and in a model's tokens, the contexts, how many windows or documents,
+# and how many positions the model has.
 PROTOCOLS: dict[str, Protocol] = {"same-targets": same_targets, "windows": windows, "stream": stream}
 
 

@@ -11,9 +11,9 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from tostlm.checkpoint import Checkpoint
 from tostlm.data import TokenSet, evenly_spread
-from tostlm.eval.losses import token_losses
+from tostlm.eval.losses import PASS_TOKENS
+from tostlm.eval.models import ScoredModel
 
 RARE = 5  # times at most that a rare pair stands in the training text
 COUNTED_TOKENS = 50_000_000  # of the training text
@@ -21,7 +21,7 @@ DISTANCES = (0, 64, 1024, 8192)  # tokens, the bounds of what is reported togeth
 
 
 def loss_by_repetition(
-    checkpoint: Checkpoint, tokens: TokenSet, training: TokenSet, window: int = 8192, windows: int = 16
+    model: ScoredModel, tokens: TokenSet, training: TokenSet, window: int = 8192, windows: int = 16
 ) -> dict[str, list[float]]:
     """Return mean loss in nats and number of the targets of rare pairs, by how far back the pair was read last.
 
@@ -29,8 +29,7 @@ def loss_by_repetition(
     the model's positions end. The key "first" is of pairs that the window has not had before, "1-64" of those read 1
     to 64 tokens earlier, and so on. It is empty where no document is long enough.
     """
-    positions = checkpoint.config.model.positions
-    length = min(window, positions or window)
+    length = min(window, model.positions or window)
     starts = [first for first, stop in tokens.document_bounds.tolist() if stop - first > length]
     if not starts:
         return {}
@@ -38,7 +37,7 @@ def loss_by_repetition(
     pairs = rows[:, :-1] * tokens.manifest.vocab_size + rows[:, 1:]  # of the token at hand and its target
     rare = _counts(pairs, training) <= RARE
     distances = np.stack([_distances(row) for row in pairs])
-    losses = np.stack([_losses(checkpoint, row) for row in rows])
+    losses = np.stack([_losses(model, row) for row in rows])
     found = {"first": rare & (distances == 0)}
     for low, high in pairwise(DISTANCES):
         found[f"{low + 1}-{high}"] = rare & (distances > low) & (distances <= high)
@@ -69,7 +68,7 @@ def _distances(pairs: np.ndarray) -> np.ndarray:
     return distances
 
 
-def _losses(checkpoint: Checkpoint, row: np.ndarray) -> np.ndarray:
+def _losses(model: ScoredModel, row: np.ndarray) -> np.ndarray:
     """Return the loss in nats of each token of a row [T + 1] but the first, read from the row's start."""
-    read = torch.from_numpy(row)[None].to(checkpoint.lm.embed.weight.device)
-    return token_losses(checkpoint.lm, read, len(row) - 1)[0].cpu().numpy()
+    read = torch.from_numpy(row)[None].to(model.device)
+    return model.losses(read, len(row) - 1, PASS_TOKENS)[0].cpu().numpy()

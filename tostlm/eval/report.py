@@ -25,7 +25,7 @@ class ModelScores(NamedTuple):
 
     name: str
     checkpoint: str
-    step: int
+    step: int | None
     positions: int | None
     data: str
     scores: Sequence[Score]

@@ -11,7 +11,7 @@ from tostlm.config import RunConfig
 from tostlm.data import TRAIN, VALIDATION, Targets, TokenSet, choose_targets, read_manifest
 from tostlm.device import best_device
 from tostlm.errors import UserError
-from tostlm.eval import loss_by_repetition, score_contexts
+from tostlm.eval import TostModel, loss_by_repetition, score_contexts
 from tostlm.files import read_json_lines
 from tostlm.model import count_body_parameters, count_parameters, state_bytes, training_flops_per_token
 from tostlm.study.plan import Cell, Study
@@ -51,11 +51,11 @@ def measure(study: Study, cell: Cell, config: RunConfig) -> Result:
     )
     if cell.kind == "search":
         return result
-    checkpoint = load_checkpoint(config.run_dir, best_device())
+    model = TostModel(load_checkpoint(config.run_dir, best_device()))
     tokens, targets = held_out_targets(study, config)
-    scores = score_contexts(checkpoint, tokens, targets, study.contexts)
+    scores = score_contexts(model, tokens, targets, study.contexts)
     result.contexts.update({str(score.context): score.nats for score in scores})
-    result.repetition.update(loss_by_repetition(checkpoint, tokens, TokenSet(config.data.folders[0], TRAIN)))
+    result.repetition.update(loss_by_repetition(model, tokens, TokenSet(config.data.folders[0], TRAIN)))
     return result
 
 

@@ -1,0 +1,135 @@
+"""The models that are evaluated: checkpoints, and causal language models in Hugging Face's folders."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tostlm.checkpoint import COMPLETE, Checkpoint, load_checkpoint, run_folder
+from tostlm.data import Tokenizer, import_tokenizer
+from tostlm.errors import UserError, error_summary
+from tostlm.eval.losses import token_losses
+from tostlm.files import sha256_of
+
+HF_CONFIG = "config.json"  # what makes a folder Hugging Face's
+HF_PASS_TOKENS = 1024  # tokens whose logits are held at a time: of all of them, whether scored or not
+# The names under which transformers' configs have the longest context that a model was made for.
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+
+
+class ScoredModel(ABC):
+    """A causal language model that says how well it predicts tokens of its tokenizer.
+
+    Attributes:
+        path: its checkpoint or folder.
+        folder: what it is named by: the run's folder, or its own.
+        step: of its training; None where that is unknown.
+        positions: the longest context that it can read; None without a limit.
+    """
+
+    path: Path
+    folder: Path
+    step: int | None
+    positions: int | None
+    tokenizer: Tokenizer
+    device: torch.device
+
+    @abstractmethod
+    def losses(self, rows: Tensor, scored: int, pass_tokens: int) -> Tensor:
+        """Return the loss in nats of each of the last `scored` tokens of rows [B, T + 1], in fp32: [B, scored]."""
+
+    @property
+    @abstractmethod
+    def content(self) -> str:
+        """A hash of its weights, or what stands for them."""
+
+
+class TostModel(ScoredModel):
+    """A checkpoint's model."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._lm = checkpoint.lm
+        self.path, self.folder = checkpoint.path, run_folder(checkpoint.path)
+        self.step, self.positions = checkpoint.train_state.step, checkpoint.config.model.positions
+        self.tokenizer, self.device = checkpoint.tokenizer, checkpoint.lm.embed.weight.device
+        self.data = checkpoint.config.data.folders[0]  # of a blend the first one
+
+    def losses(self, rows: Tensor, scored: int, pass_tokens: int) -> Tensor:
+        return token_losses(self._lm, rows, scored, pass_tokens)
+
+    @property
+    def content(self) -> str:
+        return sha256_of(self.path / COMPLETE)
+
+
+class HuggingFaceModel(ScoredModel):
+    """A causal language model in a folder of Hugging Face's: config.json, weights and a tokenizer.
+
+    It reads what `positions` of its config allow, from an end-of-document token on, as a checkpoint does.
+
+    Raises:
+        UserError: transformers is missing, cannot load the folder, or would run code of it that is not trusted.
+    """
+
+    def __init__(self, path: Path, device: torch.device, dtype: torch.dtype | None, trust_code: bool) -> None:
+        try:
+            import transformers
+        except ImportError:
+            raise UserError(f"{path} is a Hugging Face model, which takes `pip install 'tostlm[eval]'`") from None
+        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
+        try:
+            self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype or "auto", trust_remote_code=trust_code, local_files_only=True
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+            if "trust_remote_code" in str(error):
+                raise UserError(f"{path} has code of its own; read it, then pass --trust-remote-code") from None
+            raise UserError(f"transformers cannot load {path}: {error_summary(error)}") from None
+        self._model.to(device).eval().requires_grad_(False)
+        self.path = self.folder = path
+        self.step, self.device, self.tokenizer = None, device, import_tokenizer(path)
+        found = (getattr(self._model.config, name, None) for name in POSITIONS)
+        self.positions = next((int(positions) for positions in found if positions), None)
+
+    @torch.no_grad()
+    def losses(self, rows: Tensor, scored: int, pass_tokens: int) -> Tensor:
+        inputs, targets = rows[:, :-1], rows[:, 1:]
+        first, start, past, found = inputs.shape[1] - scored, 0, None, []
+        for piece in inputs.split(max(1, min(pass_tokens, HF_PASS_TOKENS) // len(rows)), 1):
+            output = self._model(piece, past_key_values=past, use_cache=True)
+            past, end = output.past_key_values, start + piece.shape[1]
+            begin = max(first, start)
+            if begin < end:
+                logits = output.logits[:, begin - start :].float().transpose(1, 2)  # [B, V, scored here]
+                found.append(F.cross_entropy(logits, targets[:, begin:end], reduction="none"))
+            start = end
+        return torch.cat(found, 1)
+
+    @property
+    def content(self) -> str:
+        sizes = [(file.name, file.stat().st_size, file.stat().st_mtime) for file in sorted(self.path.iterdir())]
+        return str(sizes)
+
+
+def open_model(path: Path, device: torch.device, dtype: torch.dtype | None, trust_code: bool = False) -> ScoredModel:
+    """Return the model of a checkpoint, of a run's newest one, or of a Hugging Face folder.
+
+    Args:
+        dtype: of the weights; None is as they are saved.
+        trust_code: run the code that a Hugging Face folder brings.
+
+    Raises:
+        UserError: there is none, or it cannot be loaded.
+    """
+    if (path / HF_CONFIG).is_file() and not (path / COMPLETE).exists():
+        return HuggingFaceModel(path, device, dtype, trust_code)
+    checkpoint = load_checkpoint(path, device)
+    if dtype is not None:
+        checkpoint.lm.to(dtype)
+    return TostModel(checkpoint)

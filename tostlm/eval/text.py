@@ -1,0 +1,85 @@
+"""Held-out documents in the tokens of a model, whichever tokenizer they were prepared with."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from tostlm.data import Targets, Tokenizer, TokenSet
+
+
+class HeldOutText(Protocol):
+    """Documents one after the other, each with the end-of-document token after it."""
+
+    folder: Path
+
+    @property
+    def document_bounds(self) -> np.ndarray: ...  # int64 [documents, 2], of the first and past the last token
+    def __len__(self) -> int: ...
+    def read(self, start: int, stop: int) -> np.ndarray: ...
+
+
+class Retokenized:
+    """A held-out split in the tokens of another tokenizer, which takes 8 bytes a token of memory."""
+
+    def __init__(self, prepared: TokenSet, tokenizer: Tokenizer) -> None:
+        self.folder, self._prepared, self._tokenizer = prepared.folder, prepared, tokenizer
+        self._own = Tokenizer.from_folder(prepared.folder)
+
+    @cached_property
+    def _documents(self) -> list[np.ndarray]:
+        bounds = self._prepared.document_bounds.tolist()
+        texts = (self._own.decode(self._prepared.read(first, stop).tolist()) for first, stop in bounds)
+        return [np.array([*self._tokenizer.encode(text), self._tokenizer.eos_id]) for text in texts]
+
+    @cached_property
+    def _ids(self) -> np.ndarray:
+        return np.concatenate(self._documents)
+
+    @cached_property
+    def document_bounds(self) -> np.ndarray:
+        ends = np.cumsum([len(document) for document in self._documents])
+        return np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __str__(self) -> str:
+        return f"{self._prepared}, in the tokens of another tokenizer,"
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Return the tokens from `start` up to `stop`."""
+        return self._ids[start:stop]
+
+    def spans(self, targets: Targets) -> list[tuple[int, int]]:
+        """Return the tokens, from the first up to past the last, whose text begins within that of each target."""
+        found = []
+        bounds = self._prepared.document_bounds
+        for end in targets.ends:
+            document = int(np.searchsorted(bounds[:, 1], end - targets.span, side="right"))
+            first, stop = bounds[document].tolist()
+            theirs = _text_starts(self._own, self._prepared.read(first, stop))
+            low, high = theirs[end - targets.span - first], theirs[end - first]
+            own = _text_starts(self._tokenizer, self._documents[document])
+            begin, finish = np.searchsorted(own[:-1], [low, high]).tolist()
+            if begin < finish:
+                offset = int(self.document_bounds[document, 0])
+                found.append((offset + begin, offset + finish))
+        return found
+
+
+def _text_starts(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
+    """Return where in its document's text each token begins, in bytes, and where the last one ends: [tokens + 1]."""
+    sizes = tokenizer.token_bytes[ids]
+    added = int(sizes.sum()) - len(tokenizer.decode(ids.tolist()).encode())  # a space before the text, or none
+    starts: np.ndarray = np.maximum(np.concatenate([[0], np.cumsum(sizes)]) - max(0, min(1, added)), 0)
+    return starts
+
+
+def text_of(prepared: TokenSet, tokenizer: Tokenizer) -> TokenSet | Retokenized:
+    """Return the documents of a held-out split in a tokenizer's tokens."""
+    same = prepared.manifest.tokenizer_sha256 == tokenizer.sha256
+    return prepared if same else Retokenized(prepared, tokenizer)
