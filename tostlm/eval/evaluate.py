@@ -20,10 +20,10 @@ from tostlm.eval.finished import Finished
 from tostlm.eval.losses import PASS_TOKENS
 from tostlm.eval.models import ScoredModel, TostModel, open_model
 from tostlm.eval.perplexity import Score, Totals, gain, measure, spread
-from tostlm.eval.protocols import PROTOCOLS, same_targets
+from tostlm.eval.protocols import PROTOCOLS, Passage, same_targets
 from tostlm.eval.ranks import add_up, broadcast, join, together
 from tostlm.eval.report import ModelScores, report_table, write_report
-from tostlm.eval.text import text_of
+from tostlm.eval.text import HeldOutText, text_of
 from tostlm.files import distinct_names, require_writable
 from tostlm.launch import RankInfo
 from tostlm.plots import require_matplotlib
@@ -71,9 +71,11 @@ def evaluate_perplexity(
     names = distinct_names([model.folder for model in models])
     found = []
     for tokens in sets:
-        windows = together(ranks, partial(_windows, models[0], tokens, settings))
-        for name, model in zip(names, models, strict=True):
-            totals = _totals(name, model, tokens, settings._replace(windows=windows), ranks, finished)
+        texts = [text_of(tokens, model.tokenizer) for model in models]
+        windows = together(ranks, partial(_windows, models[0], tokens, texts[0], settings))
+        for name, model, text in zip(names, models, texts, strict=True):
+            passages = PROTOCOLS[settings.protocol](tokens, text, settings.contexts, windows, model.positions)
+            totals = _totals(name, model, text, list(passages), settings, ranks, finished)
             found.append(_scores(name, model, tokens, settings.protocol, totals))
     if ranks.rank:
         return ""
@@ -105,11 +107,10 @@ def _open(
     return models, sets, out
 
 
-def _windows(model: ScoredModel, tokens: TokenSet, settings: EvalSettings) -> int | None:
+def _windows(model: ScoredModel, tokens: TokenSet, text: HeldOutText, settings: EvalSettings) -> int | None:
     """Return how many windows are scored: of the same targets, where none are asked for, enough for a small error."""
     if settings.windows is not None or settings.protocol != "same-targets":
         return settings.windows
-    text = text_of(tokens, model.tokenizer)
     some = same_targets(tokens, text, settings.contexts, FEWEST_WINDOWS)
     shortest = [passage for passage in some if passage.contexts == (min(settings.contexts),)]
     needed = (spread(model, text, shortest, settings.pass_tokens) / ENOUGH) ** 2
@@ -124,11 +125,15 @@ def _command(models: Sequence[ScoredModel], sets: Sequence[TokenSet], settings: 
 
 
 def _totals(
-    name: str, model: ScoredModel, tokens: TokenSet, settings: EvalSettings, ranks: RankInfo, finished: Finished
+    name: str,
+    model: ScoredModel,
+    text: HeldOutText,
+    passages: Sequence[Passage],
+    settings: EvalSettings,
+    ranks: RankInfo,
+    finished: Finished,
 ) -> dict[int, Totals]:
     """Return the sums at each context that the model can read and some token is scored at."""
-    text, protocol = text_of(tokens, model.tokenizer), PROTOCOLS[settings.protocol]
-    passages = list(protocol(tokens, text, settings.contexts, settings.windows, model.positions))
     totals: dict[int, Totals] = {}
     read = sum(passage.end - passage.start - 1 for passage in passages)
     # `disable=None` shows the bar on a terminal only.
@@ -138,8 +143,8 @@ def _totals(
             bar.update(own * ranks.world_size)
 
         for contexts, group in groupby(passages, key=lambda passage: passage.contexts):
-            key = f"{model.path} {tokens.folder} {contexts}"
-            sums = broadcast(ranks, finished.get(key, len(tokens.document_bounds)))
+            key = f"{model.path} {text.folder} {contexts}"
+            sums = broadcast(ranks, finished.get(key, len(text.document_bounds)))
             if sums is None:
                 own = partial(measure, model, text, contexts, pass_tokens=settings.pass_tokens, on_progress=progress)
                 sums = add_up(ranks, list(group), own)

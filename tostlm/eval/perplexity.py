@@ -62,7 +62,7 @@ class Score(NamedTuple):
             mean,
             low,
             high,
-            bits_per_byte=nats / math.log(2) / float(totals.text_bytes.sum()),
+            bits_per_byte=nats / math.log(2) / max(1.0, float(totals.text_bytes.sum())),  # 0 where documents end
             perplexity=perplexity(mean),
             word_perplexity=perplexity(nats / words) if words else None,
             tokens=int(totals.tokens.sum()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
@@ -56,18 +57,18 @@ class Retokenized:
 
     def spans(self, targets: Targets) -> list[tuple[int, int]]:
         """Return the tokens, from the first up to past the last, whose text begins within that of each target."""
-        found = []
+        found: list[tuple[int, int]] = []
         bounds = self._prepared.document_bounds
-        for end in targets.ends:
-            document = int(np.searchsorted(bounds[:, 1], end - targets.span, side="right"))
-            first, stop = bounds[document].tolist()
+        documents = np.searchsorted(bounds[:, 1], np.array(targets.ends) - targets.span, side="right").tolist()
+        for document, ends in groupby(zip(documents, targets.ends, strict=True), key=lambda pair: pair[0]):
+            (first, stop), offset = bounds[document].tolist(), int(self.document_bounds[document, 0])
             theirs = _text_starts(self._own, self._prepared.read(first, stop))
-            low, high = theirs[end - targets.span - first], theirs[end - first]
             own = _text_starts(self._tokenizer, self._documents[document])
-            begin, finish = np.searchsorted(own[:-1], [low, high]).tolist()
-            if begin < finish:
-                offset = int(self.document_bounds[document, 0])
-                found.append((offset + begin, offset + finish))
+            for _, end in ends:
+                edges = [theirs[end - targets.span - first], theirs[end - first]]
+                begin, finish = (offset + np.searchsorted(own[:-1], edges)).tolist()
+                if begin < finish:
+                    found.append((begin, finish))
         return found
 
 
