@@ -74,8 +74,9 @@ def evaluate_perplexity(
         texts = [text_of(tokens, model.tokenizer) for model in models]
         windows = together(ranks, partial(_windows, models[0], tokens, texts[0], settings))
         for name, model, text in zip(names, models, texts, strict=True):
-            passages = PROTOCOLS[settings.protocol](tokens, text, settings.contexts, windows, model.positions)
-            totals = _totals(name, model, text, list(passages), settings, ranks, finished)
+            protocol = PROTOCOLS[settings.protocol](tokens, text, settings.contexts, windows, model.positions)
+            passages = together(ranks, partial(list[Passage], protocol))
+            totals = _totals(name, model, text, passages, settings, ranks, finished)
             found.append(_scores(name, model, tokens, settings.protocol, totals))
     if ranks.rank:
         return ""
