@@ -20,6 +20,9 @@ from tostlm.checkpoint import Checkpoint, load_checkpoint
 from tostlm.convert import export_hf, hf
 from tostlm.data import Tokenizer, import_tokenizer
 from tostlm.errors import UserError
+from tostlm.eval.generate import prompt_tokens
+from tostlm.eval.sampling import Sampling
+from tostlm.eval.writer import Writer
 from tostlm.model import MIXERS, create_lm
 from tostlm.model.mixers.tssa_cross import TSSACrossOptions
 
@@ -72,8 +75,13 @@ def downstream(python: str, folder: Path, tokens: list[int], cache: Path) -> dic
 def assert_same_model(found: dict[str, Any], checkpoint: Checkpoint, tokens: list[int]) -> None:
     logits = checkpoint.lm(torch.tensor([tokens]))[0][0, -1]
     torch.testing.assert_close(torch.tensor(found["logits"]), logits, rtol=1e-3, atol=1e-4)
-    assert found["ids"] == checkpoint.tokenizer.encode("Fellow citizens of the")
+    tokenizer = checkpoint.tokenizer
+    assert found["ids"] == prompt_tokens(tokenizer, "Fellow citizens of the")
     assert found["cached"] == found["again"]
+    writer = Writer(checkpoint.lm, tokenizer.vocab_size, Sampling(temperature=0), [0])
+    writer.read(torch.tensor([found["ids"]]))
+    written = found["cached"][len(found["ids"]) :]
+    assert written == [int(writer.write()[0]) for _ in written]
     assert len(found["beams"]) > len(found["ids"])
 
 
@@ -173,7 +181,7 @@ def test_tokenizers_made_elsewhere_are_exported(
     export_hf(checkpoint._replace(lm=create_lm(shape, 0).eval(), tokenizer=tokenizer), tmp_path / "hf")
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     assert fast.eos_token_id == fast.bos_token_id == tokenizer.eos_id
-    assert fast("")["input_ids"] == []
+    assert fast("")["input_ids"] == [tokenizer.eos_id]
     texts = [
         *speeches,
         "  a\n\n\tb  ",
@@ -182,11 +190,10 @@ def test_tokenizers_made_elsewhere_are_exported(
         *([] if kind == "metaspace" else ["\u2581 \u2581x"]),
     ]
     for text in texts:
-        ids = fast(text)["input_ids"]
+        ids = fast(text, add_special_tokens=False)["input_ids"]
         assert ids == tokenizer.encode(text)
         assert fast.decode(ids) == text
-    begun = fast(fast.bos_token + "Fellow citizens")["input_ids"]
-    assert begun == [tokenizer.eos_id, *tokenizer.encode("Fellow citizens")]
+        assert fast(text)["input_ids"] == [tokenizer.eos_id, *ids]  # as `tostlm generate` begins
 
 
 def test_the_tokenizer_is_named_in_the_config(exported: dict[str, Path], tokenizer: Tokenizer) -> None:

@@ -1,4 +1,4 @@
-"""Subcommands for checkpoints: eval perplexity, generate, checkpoint average and ema, convert."""
+"""Subcommands for checkpoints: eval perplexity, checkpoint average and ema, convert."""
 
 from __future__ import annotations
 
@@ -78,21 +78,6 @@ def eval_perplexity(
     text = evaluate_perplexity(models, data or [], settings, out, ranks)
     if not ranks.rank:
         print(text)
-
-
-@app.command()
-def generate(
-    checkpoint: CheckpointPath,
-    prompt: Annotated[str, typer.Option(help="text to continue; default: the start of a document")] = "",
-    tokens: Annotated[int, typer.Option(min=1, help="tokens to generate at most")] = 100,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(min=1, help="sample among this many of the likeliest tokens")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
-) -> None:
-    """Generate text with a checkpoint."""
-    from tostlm.eval import generate_text
-
-    print(generate_text(checkpoint, prompt, tokens, temperature, top_k, seed))
 
 
 @checkpoint_app.command("average")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, normalizers
+from tokenizers import decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from tostlm.data.tokenizers import METASPACE, FastTokenizer, SentencePieceTokenizer, Tokenizer, parse_tokenizer_json
@@ -16,7 +16,8 @@ def save_tokenizer(tokenizer: Tokenizer, positions: int | None, folder: Path) ->
     """Write tokenizer.json and its configuration to a folder, for a model with a number of positions, if it has any.
 
     Ids are the same as the tokenizer's for every text that does not spell a special token: transformers reads such a
-    text, as `<|endoftext|>`, as the special token itself.
+    text, as `<|endoftext|>`, as the special token itself. Before a text it puts the end-of-document token, as
+    `tostlm generate` does, unless it is asked for none (`add_special_tokens=False`).
     """
     if isinstance(tokenizer, FastTokenizer):
         # Generation continues a text, so nothing may follow it.
@@ -25,6 +26,10 @@ def save_tokenizer(tokenizer: Tokenizer, positions: int | None, folder: Path) ->
     else:
         assert isinstance(tokenizer, SentencePieceTokenizer)
         fast = _from_sentencepiece(tokenizer)
+    eos = tokenizer.eos_token
+    fast.post_processor = processors.TemplateProcessing(
+        single=f"{eos} $A", pair=f"{eos} $A {eos} $B", special_tokens=[(eos, tokenizer.eos_id)]
+    )
     PreTrainedTokenizerFast(
         tokenizer_object=fast,
         eos_token=tokenizer.eos_token,

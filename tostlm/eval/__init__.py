@@ -1,7 +1,6 @@
 """Evaluation of trained models: perplexity by context, rare words read before, and generated text."""
 
 from tostlm.eval.evaluate import ALONE, EvalSettings, evaluate_perplexity
-from tostlm.eval.generate import generate, generate_text
 from tostlm.eval.models import TostModel
 from tostlm.eval.perplexity import score_contexts
 from tostlm.eval.protocols import PROTOCOLS
@@ -13,8 +12,6 @@ __all__ = [
     "EvalSettings",
     "TostModel",
     "evaluate_perplexity",
-    "generate",
-    "generate_text",
     "loss_by_repetition",
     "score_contexts",
 ]
