@@ -19,6 +19,9 @@ T_95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 Z_95 = 1.95996
 
 
+MOST_TICKS = 12  # on the x axis of a plot, each with its number
+
+
 class Row(NamedTuple):
     """The finished final runs of an arm at a size, one a seed."""
 
@@ -249,9 +252,13 @@ def _plot(xlabel: str, curves: Sequence[tuple[str, Curve]]) -> bytes:
             low, high = zip(*((m.value - (m.half or 0), m.value + (m.half or 0)) for m in means), strict=True)
             axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15)
     axes.set_xscale("log", base=2)
+    ticks = sorted({x for _, points in curves for x, _ in points})
+    if len(ticks) <= MOST_TICKS:
+        axes.set_xticks(ticks, [f"{tick:,g}" if tick < 1 else f"{tick:,.0f}" for tick in ticks])
+        axes.minorticks_off()
     axes.set(xlabel=xlabel, ylabel="loss, nats a token of held-out text")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside right upper")
     return png_bytes(figure)
 
 
