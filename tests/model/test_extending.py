@@ -24,7 +24,8 @@ import json, sys, torch
 from pathlib import Path
 from tostlm.checkpoint import load_checkpoint
 from tostlm.convert import export_hf, sample
-from tostlm.eval import generate
+from tostlm.eval.sampling import Sampling
+from tostlm.eval.writer import Writer
 from tostlm.model import state_bytes, training_flops_per_token
 
 checkpoint = load_checkpoint(Path(sys.argv[1]))
@@ -40,7 +41,9 @@ torch.testing.assert_close(torch.cat(pieces, 1), whole)
 alone, _ = lm(tokens[:1, int(starts[0].nonzero()[-1]):])
 torch.testing.assert_close(alone[0, -1], whole[0, -1])
 start = [checkpoint.tokenizer.eos_id]
-written = [token for token, _ in zip(generate(lm, start, shape.vocab_size, temperature=0), range(5))]
+writer = Writer(lm, shape.vocab_size, Sampling(temperature=0), [0])
+writer.read(torch.tensor([start]))
+written = [int(writer.write()[0]) for _ in range(5)]
 export_hf(checkpoint, Path(sys.argv[2]))
 print(json.dumps({
     "module": type(lm.blocks[0].mixer).__module__, "state": state.nbytes, "state_bytes": state_bytes(shape, 40),

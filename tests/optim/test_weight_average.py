@@ -1,5 +1,6 @@
 """The moving average of the weights: its equation at every ZeRO stage, in evaluations, and in checkpoints."""
 
+import json
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -119,8 +120,8 @@ def test_an_evaluation_has_both_and_the_average_becomes_a_checkpoint(averaged: R
     assert averaged.metrics("validation", "ema/loss")[6] != averaged.metrics("validation", "loss")[6]
     arguments = ("--contexts", "32", "--windows", str(2048 // 32))
     succeed(tostlm("eval", "perplexity", str(out), *arguments))
-    nats = float((out / "perplexity.csv").read_text().splitlines()[1].split(",")[2])
-    assert averaged.metrics("validation", "ema/loss_at_32")[6] == pytest.approx(nats, abs=1e-5)
+    ((score,),) = [model["scores"] for model in json.loads((out / "perplexity.json").read_text())["models"]]
+    assert averaged.metrics("validation", "ema/loss_at_32")[6] == pytest.approx(score["nats"], abs=1e-5)
     fail(tostlm("checkpoint", "ema", str(averaged.dir), "--out", str(out)), f"{out} exists")
     fail(tostlm("checkpoint", "ema", str(out), "--out", str(tmp_path / "x")), "has no moving average of the weights")
 
