@@ -255,7 +255,8 @@ def _task_folder(kind: str, parsed: Mapping[str, Any]) -> Path:
         return load_study(Path(parsed["file"])).study_dir
     if kind == "bench":
         return load_config(Path(parsed["configs"][0])).run_dir
-    return run_folder(resolve(Path(parsed["checkpoint"] if kind == "convert" else parsed["checkpoints"][0])))
+    read = Path(parsed["checkpoint"] if kind == "convert" else parsed["models"][0])
+    return read if (read / "config.json").is_file() else run_folder(resolve(read))  # Hugging Face's, or a checkpoint
 
 
 def _check_prepare(parsed: Mapping[str, Any]) -> None:
