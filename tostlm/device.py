@@ -23,21 +23,17 @@ PEAK_FLOPS = {
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def best_device(local_rank: int = 0) -> torch.device:
-    """Return the GPU of a rank of this machine if there is one, else the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", local_rank % torch.cuda.device_count())
+def best_device() -> torch.device:
+    """Return the GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def parse_device(name: str | None) -> torch.device:
-    """Return the device that a user names, or `best_device` for None.
+def parse_device(name: str) -> torch.device:
+    """Return the device that a user names.
 
     Raises:
         UserError: there is no such device.
     """
-    if name is None:
-        return best_device()
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

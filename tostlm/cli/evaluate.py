@@ -56,7 +56,7 @@ def eval_perplexity(
         parse_numbers(contexts, "--contexts"),
         protocol,
         windows,
-        parse_device(device),
+        None if device is None else parse_device(device),
         trust_remote_code,
         None if dtype is None else parse_dtype(dtype),
         batch_tokens,

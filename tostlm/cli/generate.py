@@ -52,7 +52,7 @@ def generate(
     times with --state and --prompt.
     """
     from tostlm.checkpoint import load_checkpoint
-    from tostlm.device import parse_device, parse_dtype
+    from tostlm.device import best_device, parse_device, parse_dtype
     from tostlm.eval.sampling import Sampling
 
     asked = {"--prompt": prompt, "--prompt-file": prompt_file, "--prompts": prompts, "--chat": chat or None}
@@ -65,7 +65,7 @@ def generate(
         sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
     except ValueError as error:
         raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
-    loaded = load_checkpoint(checkpoint, parse_device(device))
+    loaded = load_checkpoint(checkpoint, best_device() if device is None else parse_device(device))
     if dtype is not None:
         loaded.lm.to(parse_dtype(dtype))
     if prompts is not None:

@@ -22,6 +22,8 @@ TIMEOUT = timedelta(days=1)  # ranks may have very different documents
 def join(ranks: RankInfo) -> None:
     """Join the process group of the ranks, if there are several; what they exchange lies on the host."""
     if ranks.world_size > 1:
+        if torch.cuda.is_available():  # a launcher may make only its own GPU visible to each rank
+            torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
         dist.init_process_group("gloo", rank=ranks.rank, world_size=ranks.world_size, timeout=TIMEOUT)
 
 
