@@ -69,20 +69,20 @@ def evaluate_perplexity(
     models, sets, out = together(ranks, lambda: _open(paths, data, settings, out, ranks))
     finished = Finished(None if ranks.rank else out, _command(models, sets, settings))
     names = distinct_names([model.folder for model in models])
-    found = []
+    by_set: list[list[ModelScores]] = []
     for tokens in sets:
+        by_set.append([])
         texts = [text_of(tokens, model.tokenizer) for model in models]
         windows = together(ranks, partial(_windows, models[0], tokens, texts[0], settings))
         for name, model, text in zip(names, models, texts, strict=True):
             protocol = PROTOCOLS[settings.protocol](tokens, text, settings.contexts, windows, model.positions)
             passages = together(ranks, partial(list[Passage], protocol))
             totals = _totals(name, model, text, passages, settings, ranks, finished)
-            found.append(_scores(name, model, tokens, settings.protocol, totals))
+            by_set[-1].append(_scores(name, model, tokens, settings.protocol, totals))
     if ranks.rank:
         return ""
-    write_report(found, settings.protocol, settings.dtype, out)
+    write_report([scores for of_set in by_set for scores in of_set], settings.protocol, settings.dtype, out)
     finished.forget()
-    by_set = [[scores for scores in found if scores.data == str(tokens.folder)] for tokens in sets]
     tables = [report_table(scores, settings.contexts, settings.protocol) for scores in by_set]
     return "\n\n".join(tables) + f"\nwritten to {out}/perplexity.json, .csv and .png"
 
@@ -92,7 +92,7 @@ def _open(
 ) -> tuple[list[ScoredModel], list[TokenSet], Path]:
     """Return the models, the sets and the folder of the report, which all fit each other."""
     require_matplotlib()
-    device, shortest = settings.device or best_device(ranks.local_rank), min(settings.contexts)
+    device, shortest = settings.device or best_device(), min(settings.contexts)
     models = [open_model(path, device, settings.dtype, settings.trust_code) for path in paths]
     own = [model.data for model in models if isinstance(model, TostModel)]
     if not data and not own:

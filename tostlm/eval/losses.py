@@ -5,6 +5,10 @@ Shapes: B sequences, T tokens read, C channels, V rows of the vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,6 +18,7 @@ from tostlm.shapes import Float, Int
 
 PASS_TOKENS = 8192  # tokens that one forward pass reads
 LOGIT_ROWS = 1024  # tokens whose logits are held at a time
+S = TypeVar("S")  # what a model remembers of the tokens it has read
 
 
 @torch.no_grad()
@@ -24,13 +29,31 @@ def token_losses(
 
     Every row is read from its first token on, in pieces of `pass_tokens` over all rows.
     """
+    return losses_in_pieces(rows, scored, pass_tokens, lm.hidden, partial(_cross_entropies, lm))
+
+
+def losses_in_pieces(
+    rows: Tensor,
+    scored: int,
+    pass_tokens: int,
+    read: Callable[[Tensor, S | None], tuple[Tensor, S]],
+    score: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Return the losses of the last `scored` tokens of rows [B, T + 1], [B, scored].
+
+    Args:
+        pass_tokens: that are read at a time, over all rows.
+        read: returns what a model makes of some tokens [B, n], [B, n, ...], and its state after them; None before any.
+        score: returns the losses [B, m] of m targets from what was made of the tokens before them.
+    """
     inputs, targets = rows[:, :-1], rows[:, 1:]
-    first, start, state, losses = inputs.shape[1] - scored, 0, None, []
+    first, start, losses = inputs.shape[1] - scored, 0, list[Tensor]()
+    state: S | None = None
     for piece in inputs.split(max(1, pass_tokens // len(rows)), 1):
-        x, state = lm.hidden(piece, state)
+        made, state = read(piece, state)
         begin, end = max(first, start), start + piece.shape[1]
         if begin < end:
-            losses.append(_cross_entropies(lm, x[:, begin - start :], targets[:, begin:end]))
+            losses.append(score(made[:, begin - start :], targets[:, begin:end]))
         start = end
     return torch.cat(losses, 1)
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from tostlm.checkpoint import COMPLETE, Checkpoint, load_checkpoint, run_folder
 from tostlm.data import Tokenizer, import_tokenizer
 from tostlm.errors import UserError, error_summary
-from tostlm.eval.losses import token_losses
+from tostlm.eval.losses import losses_in_pieces, token_losses
 from tostlm.files import sha256_of
 
 HF_CONFIG = "config.json"  # what makes a folder Hugging Face's
@@ -99,17 +99,14 @@ class HuggingFaceModel(ScoredModel):
 
     @torch.no_grad()
     def losses(self, rows: Tensor, scored: int, pass_tokens: int) -> Tensor:
-        inputs, targets = rows[:, :-1], rows[:, 1:]
-        first, start, past, found = inputs.shape[1] - scored, 0, None, []
-        for piece in inputs.split(max(1, min(pass_tokens, HF_PASS_TOKENS) // len(rows)), 1):
+        def read(piece: Tensor, past: Any) -> tuple[Tensor, Any]:
             output = self._model(piece, past_key_values=past, use_cache=True)
-            past, end = output.past_key_values, start + piece.shape[1]
-            begin = max(first, start)
-            if begin < end:
-                logits = output.logits[:, begin - start :].float().transpose(1, 2)  # [B, V, scored here]
-                found.append(F.cross_entropy(logits, targets[:, begin:end], reduction="none"))
-            start = end
-        return torch.cat(found, 1)
+            return output.logits, output.past_key_values
+
+        def score(logits: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+
+        return losses_in_pieces(rows, scored, min(pass_tokens, HF_PASS_TOKENS), read, score)
 
     @property
     def content(self) -> str:

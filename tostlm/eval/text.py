@@ -31,19 +31,20 @@ class Retokenized:
         self._own = Tokenizer.from_folder(prepared.folder)
 
     @cached_property
-    def _documents(self) -> list[np.ndarray]:
+    def _ids_and_bounds(self) -> tuple[np.ndarray, np.ndarray]:
         bounds = self._prepared.document_bounds.tolist()
         texts = (self._own.decode(self._prepared.read(first, stop).tolist()) for first, stop in bounds)
-        return [np.array([*self._tokenizer.encode(text), self._tokenizer.eos_id]) for text in texts]
+        documents = [np.array([*self._tokenizer.encode(text), self._tokenizer.eos_id]) for text in texts]
+        ends = np.cumsum([len(document) for document in documents])
+        return np.concatenate(documents), np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)
 
-    @cached_property
+    @property
     def _ids(self) -> np.ndarray:
-        return np.concatenate(self._documents)
+        return self._ids_and_bounds[0]
 
-    @cached_property
+    @property
     def document_bounds(self) -> np.ndarray:
-        ends = np.cumsum([len(document) for document in self._documents])
-        return np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)
+        return self._ids_and_bounds[1]
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -61,9 +62,9 @@ class Retokenized:
         bounds = self._prepared.document_bounds
         documents = np.searchsorted(bounds[:, 1], np.array(targets.ends) - targets.span, side="right").tolist()
         for document, ends in groupby(zip(documents, targets.ends, strict=True), key=lambda pair: pair[0]):
-            (first, stop), offset = bounds[document].tolist(), int(self.document_bounds[document, 0])
+            (first, stop), (offset, end_of_own) = bounds[document].tolist(), self.document_bounds[document].tolist()
             theirs = _text_starts(self._own, self._prepared.read(first, stop))
-            own = _text_starts(self._tokenizer, self._documents[document])
+            own = _text_starts(self._tokenizer, self.read(offset, end_of_own))
             for _, end in ends:
                 edges = [theirs[end - targets.span - first], theirs[end - first]]
                 begin, finish = (offset + np.searchsorted(own[:-1], edges)).tolist()

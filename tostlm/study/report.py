@@ -82,13 +82,11 @@ def write_report(study: Study) -> None:
     rows, searches = list(_rows(study)), list(_searches(study))
     write_atomically(study.study_dir / "report.json", json.dumps(_as_json(study, rows), indent=1) + "\n")
     write_atomically(study.study_dir / "report.md", _markdown(study, rows, searches))
-    plots = {name: [(row.label, curve(row)) for row in rows] for name, (_, curve) in PLOTS.items()}
-    labels = {name: label for name, (label, _) in PLOTS.items()}
-    plots[BY_LR] = [(search.label, _by_lr(search)) for search in searches]
-    labels[BY_LR] = "learning rate"
-    for name, curves in plots.items():
+    plots = [(name, label, [(row.label, curve(row)) for row in rows]) for name, (label, curve) in PLOTS.items()]
+    plots.append(("loss-by-lr", "learning rate", [(search.label, _by_lr(search)) for search in searches]))
+    for name, label, curves in plots:
         if curves:
-            write_atomically(study.study_dir / f"{name}.png", _plot(labels[name], curves))
+            write_atomically(study.study_dir / f"{name}.png", _plot(label, curves))
 
 
 def _rows(study: Study) -> Iterator[Row]:
@@ -281,7 +279,6 @@ def _by_flops(row: Row) -> Curve:
     return [(tokens * row.first.flops_per_token, mean) for tokens, mean in _by_tokens(row)]
 
 
-BY_LR = "loss-by-lr"
 PLOTS: dict[str, tuple[str, Callable[[Row], Curve]]] = {  # of final runs, with what is on their x axes
     "loss-by-context": ("context, tokens", _by_context),
     "loss-by-tokens": ("tokens of training", _by_tokens),
