@@ -19,7 +19,7 @@ from tostlm.data import VALIDATION, PreparationSettings, TokenSet, choose_target
 from tostlm.errors import UserError
 from tostlm.eval import PROTOCOLS, EvalSettings, TostModel, evaluate, score_contexts
 from tostlm.eval.finished import FILE
-from tostlm.eval.losses import token_losses
+from tostlm.eval.losses import token_scores
 from tostlm.eval.perplexity import measure
 
 CONTEXTS = [16, 64, 512]
@@ -142,7 +142,7 @@ def test_as_many_windows_as_a_small_error_takes(trained: dict[str, Run], tokens:
     assert score["low"] < score["nats"] < score["high"]
     ends = choose_targets(tokens, [64], score["tokens"] // 32).ends
     rows = torch.stack([torch.from_numpy(tokens.read(end - 65, end)) for end in ends])
-    means = token_losses(checkpoint.lm, rows, 32).mean(1)
+    means = token_scores(checkpoint.lm, rows, 32).mean(1)
     assert float(means.std()) / len(means) ** 0.5 == pytest.approx(0.01, rel=0.3)
 
 

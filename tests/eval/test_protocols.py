@@ -12,7 +12,7 @@ from tostlm.checkpoint import Checkpoint, load_checkpoint
 from tostlm.data import VALIDATION, TokenSet
 from tostlm.errors import UserError
 from tostlm.eval import TostModel
-from tostlm.eval.losses import token_losses
+from tostlm.eval.losses import token_scores
 from tostlm.eval.perplexity import Score, Totals, gain, measure
 from tostlm.eval.protocols import PROTOCOLS, stream, windows
 
@@ -40,7 +40,7 @@ def nats(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("pass_tokens", [1, 7, 1000])
 def test_losses_do_not_depend_on_how_they_are_read(checkpoint: Checkpoint, pass_tokens: int) -> None:
     rows = torch.randint(512, (3, 41), generator=torch.Generator().manual_seed(0))
-    found = token_losses(checkpoint.lm, rows, 30, pass_tokens)
+    found = token_scores(checkpoint.lm, rows, 30, pass_tokens)
     expected = torch.stack([nats(checkpoint, row)[-30:] for row in rows])
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""Subcommands for checkpoints: eval perplexity, checkpoint average and ema, convert."""
+"""Subcommands for checkpoints: eval perplexity and recall, checkpoint average and ema, convert."""
 
 from __future__ import annotations
 
@@ -11,13 +11,20 @@ import typer
 from tostlm.cli.app import CheckpointPath, app, checkpoint_app, eval_app, join_or_launch, parse_numbers
 from tostlm.errors import UserError
 
+Models = Annotated[
+    list[Path], typer.Argument(metavar="MODEL...", help="checkpoints, folders of runs, or Hugging Face folders")
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: the GPU if there is one")]
+Dtype = Annotated[str | None, typer.Option(help="of the weights: fp32, bf16 or fp16; default: as saved")]
+BatchTokens = Annotated[int, typer.Option(min=1, help="tokens that a forward pass reads")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="run the code that a Hugging Face folder brings")
+]
+
 
 @eval_app.command("perplexity")
 def eval_perplexity(
-    models: Annotated[
-        list[Path],
-        typer.Argument(metavar="MODEL...", help="checkpoints, folders of runs, or Hugging Face folders"),
-    ],
+    models: Models,
     contexts: Annotated[str, typer.Option(help="context lengths in tokens, with commas between")] = "128,256,512,1024",
     data: Annotated[
         list[Path] | None,
@@ -31,12 +38,10 @@ def eval_perplexity(
         typer.Option(min=1, help="windows scored at each context; default: enough for an error of 1%, or all"),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="folder for .json, .csv, .png; default: the first run's")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: the GPU if there is one")] = None,
-    dtype: Annotated[str | None, typer.Option(help="of the weights: fp32, bf16 or fp16; default: as saved")] = None,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="tokens that a forward pass reads")] = 8192,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="run the code that a Hugging Face folder brings")
-    ] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    batch_tokens: BatchTokens = 8192,
+    trust_remote_code: TrustRemoteCode = False,
     nproc: Annotated[
         int | None, typer.Option(min=1, help="processes on this machine that share the text; default: one")
     ] = None,
@@ -78,6 +83,37 @@ def eval_perplexity(
     text = evaluate_perplexity(models, data or [], settings, out, ranks)
     if not ranks.rank:
         print(text)
+
+
+@eval_app.command("recall")
+def eval_recall(
+    models: Models,
+    contexts: Annotated[str, typer.Option(help="lengths in tokens, with commas between")] = "256,1k,4k",
+    pairs: Annotated[str, typer.Option(help="pairs of a key and a value to recall, with commas between")] = "4,16,64",
+    data: Annotated[
+        Path | None, typer.Option(help="prepared data whose held-out text stands between; default: the first run's")
+    ] = None,
+    sequences: Annotated[int, typer.Option(min=1, help="read at each length and load")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="of the sequences")] = 0,
+    out: Annotated[Path | None, typer.Option(help="folder for recall.json; default: the first run's")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    batch_tokens: BatchTokens = 8192,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Measure what models bring back from their context: pairs, a repeat, a needle in text, a chain's statistics."""
+    from tostlm.device import parse_device, parse_dtype
+    from tostlm.eval import EvalSettings, measure_recall
+
+    settings = EvalSettings(
+        parse_numbers(contexts, "--contexts"),
+        device=None if device is None else parse_device(device),
+        trust_code=trust_remote_code,
+        dtype=None if dtype is None else parse_dtype(dtype),
+        pass_tokens=batch_tokens,
+    )
+    loads = parse_numbers(pairs, "--pairs")
+    print(measure_recall(models, [data] if data else [], settings, loads, sequences, seed, out))
 
 
 @checkpoint_app.command("average")

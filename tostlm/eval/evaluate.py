@@ -8,17 +8,13 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
 from tqdm import tqdm
 
-from tostlm.data import VALIDATION, TokenSet
-from tostlm.device import best_device
-from tostlm.errors import UserError
+from tostlm.data import TokenSet
 from tostlm.eval.finished import Finished
-from tostlm.eval.losses import PASS_TOKENS
-from tostlm.eval.models import ScoredModel, TostModel, open_model
+from tostlm.eval.inputs import EvalSettings, open_inputs
+from tostlm.eval.models import ScoredModel
 from tostlm.eval.perplexity import Score, Totals, gain, measure, spread
 from tostlm.eval.protocols import PROTOCOLS, Passage, same_targets
 from tostlm.eval.ranks import add_up, broadcast, join, together
@@ -31,18 +27,6 @@ from tostlm.plots import require_matplotlib
 ALONE = RankInfo(0, 0, 1)
 ENOUGH = 0.01  # standard error over windows, in nats a token, at which no more are needed
 FEWEST_WINDOWS = 64
-
-
-class EvalSettings(NamedTuple):
-    """How models are scored."""
-
-    contexts: Sequence[int]  # in tokens
-    protocol: str = "same-targets"  # one of PROTOCOLS
-    windows: int | None = None  # scored at each context, or documents of a stream; None for enough, or for all
-    device: torch.device | None = None  # None is `best_device`
-    trust_code: bool = False  # run the code that a Hugging Face folder brings
-    dtype: torch.dtype | None = None  # of the weights; None is the checkpoint's
-    pass_tokens: int = PASS_TOKENS  # that one forward pass reads
 
 
 def evaluate_perplexity(
@@ -92,16 +76,7 @@ def _open(
 ) -> tuple[list[ScoredModel], list[TokenSet], Path]:
     """Return the models, the sets and the folder of the report, which all fit each other."""
     require_matplotlib()
-    device, shortest = settings.device or best_device(), min(settings.contexts)
-    models = [open_model(path, device, settings.dtype, settings.trust_code) for path in paths]
-    own = [model.data for model in models if isinstance(model, TostModel)]
-    if not data and not own:
-        raise UserError("no checkpoint says what text to score; name a prepared folder with --data")
-    sets = [TokenSet(folder, VALIDATION) for folder in data or own[:1]]
-    for model in models:
-        if model.positions is not None and model.positions < shortest:
-            least = f"the shortest of --contexts, {shortest}"
-            raise UserError(f"{model.path} has {model.positions} positions, fewer than {least}")
+    models, sets = open_inputs(paths, data, settings)
     out = out or models[0].folder
     if not ranks.rank:
         require_writable(out)

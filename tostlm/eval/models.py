@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tostlm.checkpoint import COMPLETE, Checkpoint, load_checkpoint, run_folder
 from tostlm.data import Tokenizer, import_tokenizer
 from tostlm.errors import UserError, error_summary
-from tostlm.eval.losses import losses_in_pieces, token_losses
+from tostlm.eval.losses import TokenScore, nats, scores_in_pieces, token_scores
 from tostlm.files import sha256_of
 
 HF_CONFIG = "config.json"  # what makes a folder Hugging Face's
@@ -40,8 +39,8 @@ class ScoredModel(ABC):
     device: torch.device
 
     @abstractmethod
-    def losses(self, rows: Tensor, scored: int, pass_tokens: int) -> Tensor:
-        """Return the loss in nats of each of the last `scored` tokens of rows [B, T + 1], in fp32: [B, scored]."""
+    def score(self, rows: Tensor, scored: int, pass_tokens: int, score: TokenScore = nats) -> Tensor:
+        """Return scores of the last `scored` tokens of rows [B, T + 1], by default their losses: [B, scored, ...]."""
 
     @property
     @abstractmethod
@@ -59,8 +58,8 @@ class TostModel(ScoredModel):
         self.tokenizer, self.device = checkpoint.tokenizer, checkpoint.lm.embed.weight.device
         self.data = checkpoint.config.data.folders[0]  # of a blend the first one
 
-    def losses(self, rows: Tensor, scored: int, pass_tokens: int) -> Tensor:
-        return token_losses(self._lm, rows, scored, pass_tokens)
+    def score(self, rows: Tensor, scored: int, pass_tokens: int, score: TokenScore = nats) -> Tensor:
+        return token_scores(self._lm, rows, scored, pass_tokens, score)
 
     @property
     def content(self) -> str:
@@ -98,15 +97,16 @@ class HuggingFaceModel(ScoredModel):
         self.positions = next((int(positions) for positions in found if positions), None)
 
     @torch.no_grad()
-    def losses(self, rows: Tensor, scored: int, pass_tokens: int) -> Tensor:
+    def score(self, rows: Tensor, scored: int, pass_tokens: int, score: TokenScore = nats) -> Tensor:
         def read(piece: Tensor, past: Any) -> tuple[Tensor, Any]:
             output = self._model(piece, past_key_values=past, use_cache=True)
             return output.logits, output.past_key_values
 
-        def score(logits: Tensor, targets: Tensor) -> Tensor:
-            return F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+        def score_logits(logits: Tensor, targets: Tensor) -> Tensor:
+            found: Tensor = score(logits.float().flatten(0, 1), targets.flatten()).unflatten(0, targets.shape)
+            return found
 
-        return losses_in_pieces(rows, scored, min(pass_tokens, HF_PASS_TOKENS), read, score)
+        return scores_in_pieces(rows, scored, min(pass_tokens, HF_PASS_TOKENS), read, score_logits)
 
     @property
     def content(self) -> str:

@@ -125,7 +125,7 @@ def _losses(
 ) -> Iterator[tuple[Passage, np.ndarray, np.ndarray]]:
     """Yield passages, the tokens that they read and the nats of those that are scored."""
     rows = np.stack([text.read(passage.start, passage.end) for passage in batch])
-    losses = model.losses(torch.from_numpy(rows).to(model.device), batch[0].scored, pass_tokens)
+    losses = model.score(torch.from_numpy(rows).to(model.device), batch[0].scored, pass_tokens)
     found = losses.double().cpu().numpy()
     for passage, row, nats in zip(batch, rows, found, strict=True):
         if not np.isfinite(nats).all():

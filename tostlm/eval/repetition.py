@@ -71,4 +71,4 @@ def _distances(pairs: np.ndarray) -> np.ndarray:
 def _losses(model: ScoredModel, row: np.ndarray) -> np.ndarray:
     """Return the loss in nats of each token of a row [T + 1] but the first, read from the row's start."""
     read = torch.from_numpy(row)[None].to(model.device)
-    return model.losses(read, len(row) - 1, PASS_TOKENS)[0].cpu().numpy()
+    return model.score(read, len(row) - 1, PASS_TOKENS)[0].cpu().numpy()
