@@ -34,7 +34,7 @@ MAY_IMPORT = {  # of tostlm's own packages and modules
     "doctor": {"checkpoint", "config", "data", "device", "errors", "files", "launch", "model", "train"},
     "slurm": {"checkpoint", "config", "data", "doctor", "errors", "files", "launch", "study", "train"},
     "eval": {"checkpoint", "config", "data", "device", "errors", "files", "launch", "model", "plots", "shapes"},
-    "bench": {"config", "data", "device", "errors", "files", "model", "plots", "tssa"},
+    "bench": {"config", "data", "device", "errors", "eval", "files", "model", "plots", "tssa"},
     "convert": {"checkpoint", "data", "errors", "files", "model"},
     "study": {"checkpoint", "config", "data", "device", "errors", "eval", "files", "launch", "model", "plots"},
 }

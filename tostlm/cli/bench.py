@@ -1,4 +1,4 @@
-"""Subcommands for benchmarks: bench train, bench mixers, bench operator, bench data."""
+"""Subcommands for benchmarks: bench train, bench decode, bench mixers, bench operator, bench data."""
 
 from __future__ import annotations
 
@@ -30,6 +30,24 @@ def bench_train(
     from tostlm.bench import report_training
 
     print(report_training(configs, parse_numbers(contexts, "--contexts"), tokens, repeats, threads, out))
+
+
+@bench_app.command("decode")
+def bench_decode(
+    configs: Annotated[
+        list[Path],
+        typer.Argument(metavar="CONFIG...", help="runs whose models are compared, as files or shipped names"),
+    ],
+    contexts: Annotated[str, typer.Option(help="context lengths in tokens, with commas between")] = "1k,2k,8k",
+    tokens: Annotated[int, typer.Option(min=1, help="tokens written after each context")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="sequences that are written together")] = 1,
+    threads: Annotated[int | None, THREADS] = None,
+    out: Annotated[Path | None, typer.Option(help="a .json file to write too")] = None,
+) -> None:
+    """Time a token of several models, interleaved, after growing contexts, and the memory that a context takes."""
+    from tostlm.bench import report_decoding
+
+    print(report_decoding(configs, parse_numbers(contexts, "--contexts"), tokens, batch, threads, out))
 
 
 @bench_app.command("mixers")

@@ -7,12 +7,16 @@ from tostlm.eval.perplexity import score_contexts
 from tostlm.eval.protocols import PROTOCOLS
 from tostlm.eval.recall import measure_recall
 from tostlm.eval.repetition import loss_by_repetition
+from tostlm.eval.sampling import Sampling
+from tostlm.eval.writer import Writer
 
 __all__ = [
     "ALONE",
     "PROTOCOLS",
     "EvalSettings",
+    "Sampling",
     "TostModel",
+    "Writer",
     "evaluate_perplexity",
     "loss_by_repetition",
     "measure_recall",

@@ -38,15 +38,15 @@ class Writer:
         self._lm, self._vocab_size, self._sampling = lm, vocab_size, sampling
         self._device = lm.embed.weight.device
         self._generators = [torch.Generator(self._device).manual_seed(seed) for seed in seeds]
-        self._state: LMState | None = None
-        # What the model has yet to read: at least the last token, whose logits choose the next one.
-        self._pending = torch.zeros(len(seeds), 0, dtype=torch.int64, device=self._device)
+        self.state: LMState | None = None  # of what the model has read
+        # What it has yet to read: at least the last token, whose logits choose the next one.
+        self.pending = torch.zeros(len(seeds), 0, dtype=torch.int64, device=self._device)
         self._seen = torch.zeros(len(seeds), vocab_size, dtype=torch.bool, device=self._device)
 
     @property
     def tokens(self) -> int:
         """The number of tokens in each sequence so far."""
-        return (self._state.tokens if self._state else 0) + self._pending.shape[1]
+        return (self.state.tokens if self.state else 0) + self.pending.shape[1]
 
     def read(self, tokens: Int[Tensor, "B T"]) -> None:
         """Read tokens [B, T].
@@ -56,16 +56,16 @@ class Writer:
         """
         tokens = tokens.to(self._device)
         self._seen.scatter_(1, tokens, True)
-        self._pending = torch.cat([self._pending, tokens], 1)
-        self._take(self._pending.shape[1] - 1)
+        self.pending = torch.cat([self.pending, tokens], 1)
+        self._take(self.pending.shape[1] - 1)
 
     @torch.no_grad()
     def _take(self, count: int) -> None:
         """Let the model read all but the last of what is pending, in pieces."""
-        for piece in self._pending[:, :count].split(max(1, PASS_TOKENS // len(self._pending)), 1):
+        for piece in self.pending[:, :count].split(max(1, PASS_TOKENS // len(self.pending)), 1):
             if piece.shape[1]:
-                _, self._state = self._lm.hidden(piece, self._state)
-        self._pending = self._pending[:, count:]
+                _, self.state = self._lm.hidden(piece, self.state)
+        self.pending = self.pending[:, count:]
 
     @torch.no_grad()
     def write(self) -> Int[Tensor, " B"]:
@@ -74,11 +74,11 @@ class Writer:
         Raises:
             ValueError: as `read` does.
         """
-        x, self._state = self._lm.hidden(self._pending, self._state)
+        x, self.state = self._lm.hidden(self.pending, self.state)
         logits = self._lm.logits(x[:, -1:])[:, 0, : self._vocab_size]
         found = next_tokens(logits, self._seen, self._sampling, self._generators)
-        self._pending = found[:, None]
-        self._seen.scatter_(1, self._pending, True)
+        self.pending = found[:, None]
+        self._seen.scatter_(1, self.pending, True)
         return found
 
     def save(self, path: Path, model: str) -> None:
@@ -87,11 +87,11 @@ class Writer:
         Raises:
             OSError: it cannot be written.
         """
-        state = self._state
+        state = self.state
         tensors = {} if state is None else dict(state_tensors(state))
         if state is not None and state.document_start is not None:
             tensors[DOCUMENT_START] = state.document_start
-        tensors |= {PENDING: self._pending, SEEN: self._seen}
+        tensors |= {PENDING: self.pending, SEEN: self._seen}
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         about = {MODEL: model, TOKENS: str(state.tokens if state else 0)}
         write_atomically(path, safetensors.torch.save(contiguous, about))
@@ -117,7 +117,7 @@ class Writer:
                 layers = self._lm.state_from_tensors(moved).layers
                 start = None if start is None else start.to(self._device)
                 whole = LMState(int(about[TOKENS]), layers, start)
-                self._state = whole.select(torch.tensor(rows, device=self._device))
-            self._pending, self._seen = pending[rows].to(self._device), seen[rows].to(self._device)
+                self.state = whole.select(torch.tensor(rows, device=self._device))
+            self.pending, self._seen = pending[rows].to(self._device), seen[rows].to(self._device)
         except (OSError, KeyError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
             raise UserError(f"{path} holds no state that this model could continue ({error_summary(error)})") from None
