@@ -1,6 +1,7 @@
 """Where numbers are written: damaged files, clocks and full disks; no failure of Weights & Biases ends a run."""
 
 import logging
+import re
 import sys
 import time
 from contextlib import suppress
@@ -11,6 +12,7 @@ import pytest
 import torch
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from tests.conftest import Run, fail, succeed, tostlm
 from tests.train.test_faults import harm
@@ -86,6 +88,32 @@ def test_steps_are_shown_though_the_clock_was_set_back(run: Run, monkeypatch: py
     events = EventAccumulator(str(run.dir / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_losses_at_all_contexts_are_charts_of_their_own(run: Run) -> None:
+    run.dir.mkdir()
+    losses = {"loss": 3.0, "loss_at_16": 3.2, "loss_at_160": 3.1, "loss_at_16/web": 3.3, "ema/loss_at_16": 3.0}
+    for first in (0, 2):  # and again after a resume, which may evaluate at other contexts
+        writer = metric_writers.MetricsWriter(run.config(), first)
+        writer.write("train", first + 1, {"loss": 3.0})
+        for step in (first + 1, first + 2):
+            writer.write("validation", step, losses)
+        writer.close(failed=False)
+    events = EventAccumulator(str(run.dir / "tensorboard"))
+    events.Reload()
+    found = events.Tensors("custom_scalars__config__")
+    assert len(found) == 2
+    layout = Layout.FromString(found[-1].tensor_proto.string_val[0])
+    (category,) = layout.category
+    scalars = events.Tags()["scalars"]
+    assert {
+        chart.title: [tag for tag in scalars for pattern in chart.multiline.tag if re.match(pattern, tag)]
+        for chart in category.chart
+    } == {
+        "validation/loss by context": ["validation/loss_at_16", "validation/loss_at_160"],
+        "validation/loss by context/web": ["validation/loss_at_16/web"],
+        "validation/ema/loss by context": ["validation/ema/loss_at_16"],
+    }
 
 
 def fill(disk: Path, engine: object) -> None:

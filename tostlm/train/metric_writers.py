@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tostlm.errors import UserError, error_summary
 from tostlm.files import read_json_lines, write_atomically
 
 EVENT = "event"  # the kind of the lines that a rollback keeps
+AT_A_CONTEXT = re.compile(r"(.*\bloss)_at_\d+(/.*)?")  # what it is of, and of a blend the folder
 WANDB_START_SECONDS, WANDB_END_SECONDS = 60, 60  # how long the service may delay a run
 
 log = logging.getLogger(__name__)
@@ -43,7 +45,7 @@ class MetricsWriter:
         _remove_later_lines(self._path, step)
         self._file = self._path.open("a")
         _sort_before_now(tensorboard)
-        self._tensorboard = SummaryWriter(str(tensorboard), purge_step=step + 1)
+        self._tensorboard, self._has_layout = SummaryWriter(str(tensorboard), purge_step=step + 1), False
 
     def _close_files(self) -> None:
         with _named(self._path):
@@ -80,8 +82,22 @@ class MetricsWriter:
         with _named(self._run_dir / "tensorboard"):
             for name, value in scalars.items():
                 self._tensorboard.add_scalar(name, value, step)
+            charts = {} if self._has_layout else context_charts(scalars)
+            if charts:
+                self._tensorboard.add_custom_scalars({"context": charts})
+                self._has_layout = True
             self._tensorboard.flush()  # a run that is killed would lose its queue
         self._wandb.write(step, scalars)
+
+
+def context_charts(tags: Iterable[str]) -> dict[str, list[Any]]:
+    """Return charts for TensorBoard's custom scalars, by title: each has the losses at all contexts of one data set."""
+    charts: dict[str, list[Any]] = {}
+    for tag in tags:
+        if match := AT_A_CONTEXT.fullmatch(tag):
+            chart = charts.setdefault(f"{match[1]} by context{match[2] or ''}", ["Multiline", []])
+            chart[1].append(f"{re.escape(tag)}$")  # of a tag the plugin compares the beginning with a pattern
+    return charts
 
 
 def _excepthook(arguments: threading.ExceptHookArgs) -> None:
