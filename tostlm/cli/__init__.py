@@ -1,6 +1,7 @@
 """The command line: one module for the subcommands of each area, which import the library only when they run."""
 
-from tostlm.cli import bench, data, evaluate, generate, slurm, study, train  # noqa: F401  importing them registers them
+# Importing them registers them.
+from tostlm.cli import bench, checkpoints, data, evaluate, generate, slurm, study, train  # noqa: F401
 from tostlm.cli.app import app
 
 __all__ = ["app"]

@@ -1,4 +1,4 @@
-"""Subcommands for checkpoints: eval perplexity and recall, checkpoint average and ema, convert."""
+"""Subcommands of evaluation: eval perplexity, eval recall, eval report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tostlm.cli.app import CheckpointPath, app, checkpoint_app, eval_app, join_or_launch, parse_numbers
+from tostlm.cli.app import eval_app, join_or_launch, parse_numbers
 from tostlm.errors import UserError
 
 Models = Annotated[
@@ -116,45 +116,17 @@ def eval_recall(
     print(measure_recall(models, [data] if data else [], settings, loads, sequences, seed, out))
 
 
-@checkpoint_app.command("average")
-def checkpoint_average(
-    checkpoints: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT...", help="checkpoints or folders of runs")],
-    out: Annotated[Path, typer.Option(help="the folder to write")],
-    last: Annotated[int, typer.Option(min=1, help="how many of its newest the folder of a run stands for")] = 1,
+@eval_app.command("report")
+def eval_report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of runs, or checkpoints in them")],
+    out: Annotated[Path | None, typer.Option(help="folder to write; default: the first run's")] = None,
+    decode: Annotated[Path | None, typer.Option(help="a file that `tostlm bench decode --out` wrote")] = None,
+    title: Annotated[str | None, typer.Option(help="of the page; default: the names of the runs")] = None,
 ) -> None:
-    """Write the mean of the weights of several checkpoints of one model, to evaluate, generate from and convert."""
-    from tostlm.checkpoint.average import average, newest_checkpoints
+    """Write a page, report.html, of what training and evaluations left in the folders of runs, and report.md.
 
-    sources = [found for path in checkpoints for found in newest_checkpoints(path, last)]
-    average(sources, out)
-    print(f"{out}: the mean of {', '.join(map(str, sources))}")
+    Nothing is measured: a section whose numbers are missing says which command finds them.
+    """
+    from tostlm.eval.page import write_page
 
-
-@checkpoint_app.command("ema")
-def checkpoint_ema(
-    checkpoint: CheckpointPath,
-    out: Annotated[Path, typer.Option(help="the folder to write")],
-) -> None:
-    """Write the moving average of a checkpoint's weights (train.ema_decay), to evaluate, generate from and convert."""
-    from tostlm.checkpoint import resolve
-    from tostlm.checkpoint.average import extract_ema
-
-    found = resolve(checkpoint)
-    extract_ema(found, out)
-    print(f"{out}: the moving average that {found} has")
-
-
-@app.command()
-def convert(
-    checkpoint: CheckpointPath,
-    to: Annotated[str, typer.Option(metavar="hf", help="the format: hf")],
-    out: Annotated[Path, typer.Argument(metavar="DIR", help="the folder to write")],
-) -> None:
-    """Convert a checkpoint to a Hugging Face folder that computes the same logits."""
-    from tostlm.checkpoint import load_checkpoint
-    from tostlm.convert import export_hf
-
-    if to != "hf":
-        raise UserError(f"--to {to} is not known; use --to hf")
-    export_hf(load_checkpoint(checkpoint), out)
-    print(f"{out}: loads with transformers.AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)")
+    print(f"written to {write_page(runs, out, decode, title)}, report.md and report-*.png beside it")

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pydantic
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -18,8 +19,9 @@ from tostlm.eval.inputs import EvalSettings, open_inputs
 from tostlm.eval.losses import nats_and_hits
 from tostlm.eval.models import ScoredModel
 from tostlm.eval.probes import NEEDLE, PROBES, Material, Probe, recall
+from tostlm.eval.report import wrong_file
 from tostlm.eval.text import HeldOutText, text_of
-from tostlm.files import distinct_names, require_writable, write_atomically
+from tostlm.files import distinct_names, read_json_object, require_writable, write_atomically
 
 FILE = "recall.json"
 SHORTEST = 4 * NEEDLE + 1  # tokens of a sequence
@@ -53,6 +55,9 @@ class ProbedModel(NamedTuple):
     step: int | None
     positions: int | None
     results: list[Answers]
+
+
+PROBED_MODELS = pydantic.TypeAdapter(list[ProbedModel])
 
 
 def measure_recall(
@@ -94,6 +99,18 @@ def measure_recall(
     content = {"seed": seed, "sequences": sequences, "data": str(held_out.folder), "models": models_json}
     write_atomically(out / FILE, json.dumps(content, indent=2) + "\n")
     return "\n\n".join(recall_table(model, settings.contexts) for model in found) + f"\nwritten to {out / FILE}"
+
+
+def read_recall(path: Path) -> list[ProbedModel]:
+    """Return what recall.json has of models.
+
+    Raises:
+        UserError: the file is damaged, or another one.
+    """
+    try:
+        return PROBED_MODELS.validate_python((read_json_object(path.read_bytes()) or {})["models"])
+    except (KeyError, pydantic.ValidationError) as error:
+        raise wrong_file(path, "tostlm eval recall", error) from None
 
 
 def _require_lengths(contexts: Sequence[int], pairs: Sequence[int]) -> None:

@@ -7,19 +7,17 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+from tostlm.eval.report import CONTEXT, TRAINED_FLOPS, TRAINED_TOKENS, loss_panel, markdown_table
 from tostlm.files import write_atomically
-from tostlm.plots import new_figure, png_bytes
+from tostlm.plots import Curve, Point, draw_panels
 from tostlm.study.plan import Cell, Study, cells, searched_lrs
 from tostlm.study.results import Result, read_result
 
 # Student's t for two-sided intervals of 95%, by degrees of freedom from 1 on, and the normal quantile that it tends to.
 T_95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 Z_95 = 1.95996
-
-
-MOST_TICKS = 12  # on the x axis of a plot, each with its number
 
 
 class Row(NamedTuple):
@@ -65,6 +63,11 @@ class Mean(NamedTuple):
             return cls(values[0], None)
         return cls(statistics.fmean(values), _t_95(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values)))
 
+    @property
+    def bounds(self) -> tuple[float | None, float | None]:
+        """The ends of the interval."""
+        return (None, None) if self.half is None else (self.value - self.half, self.value + self.half)
+
     def __str__(self) -> str:
         return f"{self.value:.3f}" if self.half is None else f"{self.value:.3f} ± {self.half:.3f}"
 
@@ -82,11 +85,11 @@ def write_report(study: Study) -> None:
     rows, searches = list(_rows(study)), list(_searches(study))
     write_atomically(study.study_dir / "report.json", json.dumps(_as_json(study, rows), indent=1) + "\n")
     write_atomically(study.study_dir / "report.md", _markdown(study, rows, searches))
-    plots = [(name, label, [(row.label, curve(row)) for row in rows]) for name, (label, curve) in PLOTS.items()]
-    plots.append(("loss-by-lr", "learning rate", [(search.label, _by_lr(search)) for search in searches]))
-    for name, label, curves in plots:
-        if curves:
-            write_atomically(study.study_dir / f"{name}.png", _plot(label, curves))
+    plots = {name: loss_panel(label, [c(row) for row in rows], base) for name, (label, base, c) in PLOTS.items()}
+    plots["loss-by-lr"] = loss_panel("learning rate", [_by_lr(search) for search in searches])
+    for name, panel in plots.items():
+        if panel.curves:
+            write_atomically(study.study_dir / f"{name}.png", draw_panels([panel]))
 
 
 def _rows(study: Study) -> Iterator[Row]:
@@ -111,12 +114,15 @@ def _markdown(study: Study, rows: Sequence[Row], searches: Sequence[LrSearch]) -
     """Return the tables of a report."""
     head = ["model", "body parameters", "tokens", "learning rate", "loss", f"minus {study.reference}"]
     head += [f"{context:,}" for context in study.contexts] + ["state bytes", "tokens/s", "largest gradient"]
-    lines = _table(head, [_cells_of(study, row, rows) for row in rows])
+    lines = markdown_table(head, [_cells_of(study, row, rows) for row in rows])
     distances = list(
         dict.fromkeys(name for row in rows for result in row.results.values() for name in result.repetition)
     )
     if distances:
-        lines += ["", *_table(["rare pairs, read last … tokens before", *distances], _repetitions(rows, distances))]
+        lines += [
+            "",
+            *markdown_table(["rare pairs, read last … tokens before", *distances], _repetitions(rows, distances)),
+        ]
     parts = [[*_notes(study, rows), "", *lines] if rows else [], _search_table(study, searches), _tasks(study)]
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
@@ -128,7 +134,7 @@ def _search_table(study: Study, searches: Sequence[LrSearch]) -> list[str]:
     rates = sorted({lr for search in searches for lr in search.losses})
     rows = [[search.label, *(_loss_at(search, lr) for lr in rates)] for search in searches]
     about = f"Losses after {study.search.steps:,} steps at each learning rate searched, the best in bold:"
-    return [about, "", *_table(["learning rate", *(f"{lr:g}" for lr in rates)], rows)]
+    return [about, "", *markdown_table(["learning rate", *(f"{lr:g}" for lr in rates)], rows)]
 
 
 def _loss_at(search: LrSearch, lr: float) -> str:
@@ -157,7 +163,7 @@ def _tasks(study: Study) -> list[str]:
             if any(found):
                 rows.append([_label(arm, size), *found])
     head = ["task, tokens", *(f"{name}, {tokens:,}" for name, tokens in columns)]
-    return ["Right answers in percent, and for n-grams nats above the best possible:", "", *_table(head, rows)]
+    return ["Right answers in percent, and for n-grams nats above the best possible:", "", *markdown_table(head, rows)]
 
 
 def _answer(study: Study, cell: Cell, tokens: int) -> str:
@@ -209,12 +215,6 @@ def _label(arm: str, size: str) -> str:
     return f"{arm} {size}".strip()
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Return the lines of a Markdown table, its numbers on the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
-
-
 def _as_json(study: Study, rows: Sequence[Row]) -> dict[str, object]:
     searched = [
         {"size": cell.size, "arm": cell.arm, "lr": result.lr, "loss": result.loss}
@@ -234,53 +234,34 @@ def _as_json(study: Study, rows: Sequence[Row]) -> dict[str, object]:
     return {"reference": study.reference, "search": searched, "final": final, "tasks": tasks}
 
 
-Curve = Sequence[tuple[float, Mean]]
-
-
-def _plot(xlabel: str, curves: Sequence[tuple[str, Curve]]) -> bytes:
-    """Return a plot of losses, a line for each label and curve, with bands where there are several seeds."""
-    figure = new_figure(8, 5)
-    axes = figure.subplots()
-    for label, points in curves:
-        if not points:
-            continue
-        x, means = [point[0] for point in points], [point[1] for point in points]
-        (line,) = axes.plot(x, [mean.value for mean in means], marker=".", label=label)
-        if all(mean.half is not None for mean in means):
-            low, high = zip(*((m.value - (m.half or 0), m.value + (m.half or 0)) for m in means), strict=True)
-            axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15)
-    axes.set_xscale("log", base=2)
-    ticks = sorted({x for _, points in curves for x, _ in points})
-    if len(ticks) <= MOST_TICKS:
-        axes.set_xticks(ticks, [f"{tick:,g}" if tick < 1 else f"{tick:,.0f}" for tick in ticks])
-        axes.minorticks_off()
-    axes.set(xlabel=xlabel, ylabel="loss, nats a token of held-out text")
-    axes.grid(alpha=0.3)
-    figure.legend(fontsize="small", loc="outside right upper")
-    return png_bytes(figure)
+def _curve(label: str, points: Iterable[tuple[float, Mean]]) -> Curve:
+    """Return what is plotted of some means, with bands where there are several seeds."""
+    return Curve(label, [Point(x, mean.value, *mean.bounds) for x, mean in points])
 
 
 def _by_lr(search: LrSearch) -> Curve:
-    return [(lr, Mean(loss, None)) for lr, loss in sorted(search.losses.items()) if loss is not None]
+    losses = sorted(search.losses.items())
+    return Curve(search.label, [Point(lr, loss) for lr, loss in losses if loss is not None])
 
 
 def _by_context(row: Row) -> Curve:
     contexts = [int(context) for context in row.first.contexts]
-    return [(n, Mean.of([result.contexts[str(n)] for result in row.results.values()])) for n in contexts]
+    found = row.results.values()
+    return _curve(row.label, [(n, Mean.of([result.contexts[str(n)] for result in found])) for n in contexts])
 
 
-def _by_tokens(row: Row) -> Curve:
+def _by_tokens(row: Row, flops: float = 1.0) -> Curve:
     steps = [entry[1] for entry in row.first.validation]
-    curves = [[entry[2] for entry in result.validation] for result in row.results.values()]
-    return [(n, Mean.of(values)) for n, *values in zip(steps, *curves, strict=False)]
+    losses = [[entry[2] for entry in result.validation] for result in row.results.values()]
+    return _curve(row.label, [(n * flops, Mean.of(values)) for n, *values in zip(steps, *losses, strict=False)])
 
 
 def _by_flops(row: Row) -> Curve:
-    return [(tokens * row.first.flops_per_token, mean) for tokens, mean in _by_tokens(row)]
+    return _by_tokens(row, row.first.flops_per_token)
 
 
-PLOTS: dict[str, tuple[str, Callable[[Row], Curve]]] = {  # of final runs, with what is on their x axes
-    "loss-by-context": ("context, tokens", _by_context),
-    "loss-by-tokens": ("tokens of training", _by_tokens),
-    "loss-by-flops": ("floating-point operations of training", _by_flops),
+PLOTS: dict[str, tuple[str, Literal[2, 10], Callable[[Row], Curve]]] = {  # of final runs: what is on their x axes
+    "loss-by-context": (CONTEXT, 2, _by_context),
+    "loss-by-tokens": (TRAINED_TOKENS, 10, _by_tokens),
+    "loss-by-flops": (TRAINED_FLOPS, 10, _by_flops),
 }
