@@ -100,6 +100,21 @@ def test_the_subcommand(trained: dict[str, Run], tmp_path: Path) -> None:
     assert (tmp_path / "out" / "perplexity.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_learned_positions_are_clamped_on_request(trained: dict[str, Run], tmp_path: Path) -> None:
+    command = ("eval", "perplexity", str(trained["softmax"].dir), "--contexts", "16,64,512", "--windows", "7")
+    within = succeed(tostlm(*command, "--out", str(tmp_path / "within")))
+    beyond = succeed(tostlm(*command, "--out", str(tmp_path / "beyond"), "--clamp-positions"))
+    said = "run has 64 learned positions; beyond them every token had the last one"
+    assert said in beyond and said not in within
+    refused, clamped = (
+        json.loads((tmp_path / out / "perplexity.json").read_text())["models"][0] for out in ("within", "beyond")
+    )
+    assert (refused["clamped"], refused["positions"]) == (None, 64)
+    assert (clamped["clamped"], clamped["positions"]) == (64, None)
+    assert [score["context"] for score in clamped["scores"]] == CONTEXTS
+    assert [s["nats"] for s in clamped["scores"][:2]] == pytest.approx([s["nats"] for s in refused["scores"]])
+
+
 def test_mistakes(trained: dict[str, Run], tmp_path: Path) -> None:
     tssa, softmax = str(trained["tssa"].dir), str(trained["softmax"].dir)
     fail(tostlm("eval", "perplexity", str(tmp_path)), "neither a checkpoint nor the folder of a run")

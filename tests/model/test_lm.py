@@ -41,6 +41,25 @@ def test_single_steps_equal_the_whole(config: ModelConfig) -> None:
     torch.testing.assert_close(torch.cat(steps, 1), lm(tokens)[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["tost", "tost, selective", "gpt2", "cross, plain"])
+@torch.no_grad()
+def test_beyond_learned_positions_the_last_one_may_be_used(name: str) -> None:
+    config, tokens = SHAPES[name], tokens_of(SHAPES[name], 2, 90)
+    lm, longer = create_lm(config, seed=0), create_lm(replace(config, positions=90), seed=1)
+    weights = lm.state_dict()
+    for key, own in longer.state_dict().items():  # position tables alone are longer
+        value = weights[key]
+        own.copy_(value if own.shape == value.shape else value[torch.arange(90).clamp(max=63)])
+    expected, _ = longer(tokens)
+    with pytest.raises(ValueError, match="longer than the model's 64 positions"):
+        lm(tokens)
+    lm.clamps_positions = True
+    whole, _ = lm(tokens)
+    first, state = lm(tokens[:, :70])
+    for found in (whole, torch.cat([first, lm(tokens[:, 70:], state)[0]], 1)):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 @shapes
 def test_the_mixer_matters_and_the_future_does_not(config: ModelConfig) -> None:
     lm, tokens = create_lm(config, seed=0), tokens_of(config, 1, 30)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import os
 import signal
 import struct
@@ -118,7 +119,8 @@ def test_the_statistics_are_the_operators(reported: Reported) -> None:
     lm(rows.inputs)
     halflives = torch.tensor([4.0, 64.0])
     line = lines(reported.run, "statistics")[-1]
-    of_mixers = {"entropy/0", "gate/0", "entropy/2", "gate/2"}
+    of_tssa = ("entropy", "gate", "shortest_horizon", "longest_horizon")
+    of_mixers = {f"{name}/{layer}" for name in of_tssa for layer in (0, 2)}
     of_all = {f"{name}/{layer}" for name in OF_LAYERS for layer in range(3)}
     beside = {f"{name}/{part}" for name in OF_LAYERS[1:] for part in ("embed", "norm")}
     assert line.keys() == {"kind", "step", "tokens", "time", *of_mixers, *of_all, *beside}
@@ -126,6 +128,8 @@ def test_the_statistics_are_the_operators(reported: Reported) -> None:
         stats = tssa_statistics(Inputs(w, lm.blocks[layer].mixer.temp, None, 2 ** (-1 / halflives)))
         assert line[f"entropy/{layer}"] == pytest.approx(float(stats.entropy), abs=1e-5)
         assert line[f"gate/{layer}"] == pytest.approx(float(stats.gate.mean()), abs=1e-5)
+        horizons = [line[f"{name}/{layer}"] for name in ("shortest_horizon", "longest_horizon")]
+        assert horizons == pytest.approx((halflives / math.log(2)).tolist())
 
 
 def records(path: Path) -> Iterator[wandb_internal_pb2.Record]:

@@ -1,4 +1,4 @@
-"""Subcommands of evaluation: eval perplexity, eval recall, eval report."""
+"""Subcommands of evaluation: eval perplexity, recall, layers and report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tostlm.cli.app import eval_app, join_or_launch, parse_numbers
+from tostlm.cli.app import CheckpointPath, eval_app, join_or_launch, parse_numbers
 from tostlm.errors import UserError
 
 Models = Annotated[
@@ -17,6 +17,9 @@ Models = Annotated[
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: the GPU if there is one")]
 Dtype = Annotated[str | None, typer.Option(help="of the weights: fp32, bf16 or fp16; default: as saved")]
 BatchTokens = Annotated[int, typer.Option(min=1, help="tokens that a forward pass reads")]
+ClampPositions = Annotated[
+    bool, typer.Option("--clamp-positions", help="read beyond learned positions, where every token has the last one")
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="run the code that a Hugging Face folder brings")
 ]
@@ -42,6 +45,7 @@ def eval_perplexity(
     dtype: Dtype = None,
     batch_tokens: BatchTokens = 8192,
     trust_remote_code: TrustRemoteCode = False,
+    clamp_positions: ClampPositions = False,
     nproc: Annotated[
         int | None, typer.Option(min=1, help="processes on this machine that share the text; default: one")
     ] = None,
@@ -65,6 +69,7 @@ def eval_perplexity(
         trust_remote_code,
         None if dtype is None else parse_dtype(dtype),
         batch_tokens,
+        clamp_positions,
     )
     options = {
         "contexts": contexts,
@@ -76,7 +81,7 @@ def eval_perplexity(
         "batch-tokens": batch_tokens,
     }
     arguments = ["eval", "perplexity", *map(str, models)]
-    arguments += ["--trust-remote-code"] * trust_remote_code
+    arguments += ["--trust-remote-code"] * trust_remote_code + ["--clamp-positions"] * clamp_positions
     arguments += [part for folder in data or [] for part in ("--data", str(folder))]
     arguments += [part for key, value in options.items() if value is not None for part in (f"--{key}", str(value))]
     ranks = ALONE if nproc is None and rank_from_environment(os.environ) is None else join_or_launch(arguments, nproc)
@@ -100,6 +105,7 @@ def eval_recall(
     dtype: Dtype = None,
     batch_tokens: BatchTokens = 8192,
     trust_remote_code: TrustRemoteCode = False,
+    clamp_positions: ClampPositions = False,
 ) -> None:
     """Measure what models bring back from their context: pairs, a repeat, a needle in text, a chain's statistics."""
     from tostlm.device import parse_device, parse_dtype
@@ -111,9 +117,27 @@ def eval_recall(
         trust_code=trust_remote_code,
         dtype=None if dtype is None else parse_dtype(dtype),
         pass_tokens=batch_tokens,
+        clamp=clamp_positions,
     )
     loads = parse_numbers(pairs, "--pairs")
     print(measure_recall(models, [data] if data else [], settings, loads, sequences, seed, out))
+
+
+@eval_app.command("layers")
+def eval_layers(
+    checkpoint: CheckpointPath,
+    contexts: Annotated[str, typer.Option(help="bounds of positions in tokens, with commas between")] = "64,256,1k,4k",
+    data: Annotated[Path | None, typer.Option(help="prepared data; default: the run's, of a blend the first")] = None,
+    documents: Annotated[int, typer.Option(min=1, help="held-out documents that are read")] = 16,
+    out: Annotated[Path | None, typer.Option(help="folder for layers.json; default: the run's")] = None,
+    device: Device = None,
+) -> None:
+    """Show what each layer does by position: entropy of memberships, gates, how far its heads remember."""
+    from tostlm.device import parse_device
+    from tostlm.eval.layers import measure_layers
+
+    bounds = parse_numbers(contexts, "--contexts")
+    print(measure_layers(checkpoint, data, bounds, documents, out, None if device is None else parse_device(device)))
 
 
 @eval_app.command("report")

@@ -13,6 +13,7 @@ from tostlm.eval.report import (
     TRAINED_FLOPS,
     TRAINED_TOKENS,
     ModelScores,
+    clamping,
     loss_panel,
     scores_panel,
     verdict,
@@ -132,6 +133,7 @@ def _losses(found: Findings, protocol: str, chapter: Chapter) -> Chapter:
     contexts = sorted({score.context for model in models for score in model.scores})
     rows = [[f"{context:,}", *(_loss_at(model, context) for model in models)] for context in contexts]
     notes = [verdict(model) + (f" ({model.data})" if several else "") for model in models if model.gains]
+    notes += dict.fromkeys(clamping(model.name, model.clamped) for model in models if model.clamped)
     return chapter._replace(
         head=["tokens", *head], rows=rows, notes=notes, panels=[scores_panel(models, protocol, found.colors)]
     )
@@ -179,7 +181,9 @@ def _recall(found: Findings, command: str) -> Chapter:
     cases.sort(key=lambda case: (case[1] is None, case[0], case[1] or 0, case[2]))
     panels = [_task_panel(task, found) for task in dict.fromkeys(task for task, *_ in cases)]
     head = ["task", "pairs", "tokens", *(model.name for model in found.answers)]
-    return chapter._replace(head=head, rows=[_answer_row(case, found.answers) for case in cases], panels=panels)
+    notes = [clamping(model.name, model.clamped) for model in found.answers if model.clamped]
+    rows = [_answer_row(case, found.answers) for case in cases]
+    return chapter._replace(head=head, rows=rows, panels=panels, notes=notes)
 
 
 def _answer_row(case: tuple[str, int | None, int], models: Sequence[ProbedModel]) -> list[str]:

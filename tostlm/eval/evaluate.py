@@ -97,7 +97,8 @@ def _command(models: Sequence[ScoredModel], sets: Sequence[TokenSet], settings: 
     """Return all that determines what an evaluation measures."""
     contents = [model.content for model in models]
     texts = [tokens.manifest.content_sha256 for tokens in sets]
-    return json.dumps([contents, texts, settings.contexts, settings.protocol, settings.windows, str(settings.dtype)])
+    settled = (settings.contexts, settings.protocol, settings.windows, str(settings.dtype), settings.clamp)
+    return json.dumps([contents, texts, *settled])
 
 
 def _totals(
@@ -135,4 +136,5 @@ def _scores(
     scores = [Score.of(context, sums) for context, sums in totals.items()]
     pairs = pairwise(totals.items()) if protocol == "same-targets" else ()
     gains = [(context, gain(before, after)) for (_, before), (context, after) in pairs]
-    return ModelScores(name, str(model.path), model.step, model.positions, str(tokens.folder), scores, gains)
+    of = (name, str(model.path), model.step, model.positions)
+    return ModelScores(*of, str(tokens.folder), scores, gains, model.clamped)

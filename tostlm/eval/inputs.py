@@ -25,6 +25,7 @@ class EvalSettings(NamedTuple):
     trust_code: bool = False  # run the code that a Hugging Face folder brings
     dtype: torch.dtype | None = None  # of the weights; None is the checkpoint's
     pass_tokens: int = PASS_TOKENS  # that one forward pass reads
+    clamp: bool = False  # checkpoints' models read beyond their learned positions, where they use the last one
 
 
 def open_inputs(
@@ -40,7 +41,7 @@ def open_inputs(
         UserError: one cannot be read, no data is named, or a model has fewer positions than the shortest context.
     """
     device, shortest = settings.device or best_device(), min(settings.contexts)
-    models = [open_model(path, device, settings.dtype, settings.trust_code) for path in paths]
+    models = [open_model(path, device, settings.dtype, settings.trust_code, settings.clamp) for path in paths]
     own = [model.data for model in models if isinstance(model, TostModel)]
     if not data and not own:
         raise UserError("no checkpoint says what text to score; name a prepared folder with --data")

@@ -29,12 +29,14 @@ class ScoredModel(ABC):
         folder: what it is named by: the run's folder, or its own.
         step: of its training; None where that is unknown.
         positions: the longest context that it can read; None without a limit.
+        clamped: how many learned positions it has where it uses the last one beyond them; None where it does not.
     """
 
     path: Path
     folder: Path
     step: int | None
     positions: int | None
+    clamped: int | None = None
     tokenizer: Tokenizer
     device: torch.device
 
@@ -49,12 +51,14 @@ class ScoredModel(ABC):
 
 
 class TostModel(ScoredModel):
-    """A checkpoint's model."""
+    """A checkpoint's model; with `clamp` it uses the last of its learned positions beyond them."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, clamp: bool = False) -> None:
         self._lm = checkpoint.lm
         self.path, self.folder = checkpoint.path, run_folder(checkpoint.path)
         self.step, self.positions = checkpoint.train_state.step, checkpoint.config.model.positions
+        if clamp and self.positions is not None:
+            self._lm.clamps_positions, self.clamped, self.positions = True, self.positions, None
         self.tokenizer, self.device = checkpoint.tokenizer, checkpoint.lm.embed.weight.device
         self.data = checkpoint.config.data.folders[0]  # of a blend the first one
 
@@ -114,12 +118,15 @@ class HuggingFaceModel(ScoredModel):
         return str(sizes)
 
 
-def open_model(path: Path, device: torch.device, dtype: torch.dtype | None, trust_code: bool = False) -> ScoredModel:
+def open_model(
+    path: Path, device: torch.device, dtype: torch.dtype | None, trust_code: bool = False, clamp: bool = False
+) -> ScoredModel:
     """Return the model of a checkpoint, of a run's newest one, or of a Hugging Face folder.
 
     Args:
         dtype: of the weights; None is as they are saved.
         trust_code: run the code that a Hugging Face folder brings.
+        clamp: let a checkpoint's model read beyond its learned positions, where it uses the last one.
 
     Raises:
         UserError: there is none, or it cannot be loaded.
@@ -129,4 +136,4 @@ def open_model(path: Path, device: torch.device, dtype: torch.dtype | None, trus
     checkpoint = load_checkpoint(path, device)
     if dtype is not None:
         checkpoint.lm.to(dtype)
-    return TostModel(checkpoint)
+    return TostModel(checkpoint, clamp)

@@ -19,7 +19,7 @@ from tostlm.eval.inputs import EvalSettings, open_inputs
 from tostlm.eval.losses import nats_and_hits
 from tostlm.eval.models import ScoredModel
 from tostlm.eval.probes import NEEDLE, PROBES, Material, Probe, recall
-from tostlm.eval.report import wrong_file
+from tostlm.eval.report import clamping, wrong_file
 from tostlm.eval.text import HeldOutText, text_of
 from tostlm.files import distinct_names, read_json_object, require_writable, write_atomically
 
@@ -55,6 +55,7 @@ class ProbedModel(NamedTuple):
     step: int | None
     positions: int | None
     results: list[Answers]
+    clamped: int | None = None  # learned positions, beyond which it used the last one; None where it did not
 
 
 PROBED_MODELS = pydantic.TypeAdapter(list[ProbedModel])
@@ -94,7 +95,7 @@ def measure_recall(
         readable = [case for case in asked if model.positions is None or case[2] <= model.positions]
         bar = tqdm(readable, desc=name, unit=" probes", disable=None)  # on a terminal only
         results = [answer(model, text, *case, sequences, seed, settings.pass_tokens) for case in bar]
-        found.append(ProbedModel(name, str(model.path), model.step, model.positions, results))
+        found.append(ProbedModel(name, str(model.path), model.step, model.positions, results, model.clamped))
     models_json = [{**model._asdict(), "results": [r._asdict() for r in model.results]} for model in found]
     content = {"seed": seed, "sequences": sequences, "data": str(held_out.folder), "models": models_json}
     write_atomically(out / FILE, json.dumps(content, indent=2) + "\n")
@@ -202,6 +203,8 @@ def recall_table(model: ProbedModel, contexts: Sequence[int]) -> str:
         lines.append(f"{task if load is None else f'{task} {load}':>14}" + "".join(f"{cell:>24}" for cell in cells))
     if model.positions is not None and model.positions < max(contexts):
         lines.append(f"{model.name} has {model.positions} positions and reads no further")
+    if model.clamped is not None:
+        lines.append(clamping(model.name, model.clamped))
     chains = [result for result in model.results if result.divergence]
     for result in chains[-1:]:
         groups = ", ".join(f"{end:,}: {nats:.3f}" for end, nats in result.divergence or ())

@@ -37,6 +37,7 @@ class ModelScores(NamedTuple):
     data: str
     scores: Sequence[Score]
     gains: Sequence[tuple[int, Interval]]  # by context: what it is worth beside the one before, in nats a token
+    clamped: int | None = None  # learned positions, beyond which it used the last one; None where it did not
 
 
 SCORED_MODELS = pydantic.TypeAdapter(list[ModelScores])
@@ -77,7 +78,13 @@ def report_table(models: Sequence[ModelScores], contexts: Sequence[int], protoco
         cells = [next((s for s in model.scores if s.context == context), None) for model in models]
         lines.append(f"{context:>9}" + "".join(f"{_cell(m, s):>30}" for m, s in zip(models, cells, strict=True)))
     lines += [f"{m.name} has {m.positions} learned positions and reads no further" for m in models if m.positions]
+    lines += [clamping(m.name, m.clamped) for m in models if m.clamped]
     return "\n".join([*lines, *(line for model in models for line in _gains(model))])
+
+
+def clamping(name: str, positions: int) -> str:
+    """Return what is to be said of a model that read beyond its learned positions."""
+    return f"{name} has {positions} learned positions; beyond them every token had the last one"
 
 
 def _cell(model: ModelScores, score: Score | None) -> str:
@@ -120,6 +127,7 @@ def scores_panel(models: Sequence[ModelScores], protocol: str, colors: Mapping[s
     curves = []
     for model in models:
         label = f"{model.name} ({model.positions} positions)" if model.positions else model.name
+        label += f" ({model.clamped} positions, then the last)" if model.clamped else ""
         points = [Point(score.context, score.nats, score.low, score.high) for score in model.scores]
         color = None if colors is None else colors[model.name]
         style = 0 if colors is None else sets.index(model.data)

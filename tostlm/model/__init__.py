@@ -18,6 +18,7 @@ from tostlm.model.config import MixerOptions, ModelConfig
 from tostlm.model.lm import LM, LMState, state_tensors
 from tostlm.model.loss import IGNORE, perplexity
 from tostlm.model.mixers.base import MIXERS, Mixer
+from tostlm.model.statistics import layer_statistics
 
 __all__ = [
     "IGNORE",
@@ -33,6 +34,7 @@ __all__ = [
     "create_lm",
     "hidden_matrices",
     "largest_part_numel",
+    "layer_statistics",
     "matching_rule",
     "parameter_groups",
     "parameter_names",

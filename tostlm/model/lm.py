@@ -70,6 +70,7 @@ class LM(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
         self.positions = nn.Embedding(config.positions, config.width) if config.positions else None
+        self.clamps_positions = False  # beyond learned positions use the last one, instead of raising an error
         self.embed_norm = create_norm(config) if config.embed_norm else None
         blocks = [Block(config, options, layer) for layer, options in enumerate(config.layer_plan)]
         self.blocks: Sequence[Block] = nn.ModuleList(blocks)  # type: ignore[assignment]
@@ -131,7 +132,7 @@ class LM(nn.Module):
         self._check_length(positions)
         x = self.embed(tokens)
         if self.positions is not None:
-            x = x + self.positions(positions.positions)
+            x = x + self.positions(positions.within(self.positions.num_embeddings))
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         bottom = Bottom(
@@ -160,7 +161,7 @@ class LM(nn.Module):
 
     def _check_length(self, positions: SequencePositions) -> None:
         limit = self.config.positions
-        if limit is None or positions.end <= limit:  # no document is longer than the context
+        if limit is None or self.clamps_positions or positions.end <= limit:  # no document is longer than the context
             return
         length = positions.longest_document
         if length > limit:

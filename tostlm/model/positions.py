@@ -101,10 +101,17 @@ class SequencePositions(NamedTuple):
         return cls(start, end, document_start_mask, own, last, positions, spans, step_mask, group)
 
     def lookup(self, table: Float[Tensor, "P K"]) -> Float[Tensor, "*positions K"]:
-        """Return the rows of a position table [P, K] at the tokens' positions: [T, K], or [B, T, K] with documents."""
-        if self.document_start is None:
+        """Return the rows of a position table [P, K] at the tokens' positions: [T, K], or [B, T, K] with documents.
+
+        Tokens beyond the table have its last row.
+        """
+        if self.document_start is None and self.end <= len(table):
             return table[self.start : self.start + self.positions.shape[-1]]
-        return F.embedding(self.positions, table)
+        return F.embedding(self.within(len(table)), table)
+
+    def within(self, limit: int) -> Int[Tensor, "*positions"]:
+        """Return the tokens' positions, of those from `limit` on the last one before."""
+        return self.positions.clamp(max=limit - 1)
 
     @property
     def longest_document(self) -> int:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from tostlm.checkpoint.deepspeed_state import fragment_of, full_shape
-from tostlm.model import Mixer
+from tostlm.model import layer_statistics
 from tostlm.train.batches import Batch
 from tostlm.train.engine import Timer, TrainingEngine, compute_loss, gradients
 
@@ -22,33 +21,15 @@ NAMED = 8  # parameters that an event names
 
 
 @torch.no_grad()
-def layer_statistics(engine: TrainingEngine, batch: Batch, timer: Timer) -> dict[str, float]:
-    """Return statistics of a forward pass by name and layer: those that the layers' mixers define, such as entropy/0.
+def forward_statistics(engine: TrainingEngine, batch: Batch, timer: Timer) -> dict[str, float]:
+    """Return `layer_statistics` of a forward pass over a batch, of this rank's tokens.
 
-    And activation_rms/0, the root mean square of what a block leaves in the residual stream. They are of this rank's
-    tokens. Every rank must call this, because a forward pass needs all ranks at ZeRO stage 3.
+    Every rank must call this, because a forward pass needs all ranks at ZeRO stage 3.
     """
-    found: dict[str, Tensor] = {}
-
-    def of_mixer(layer: int, mixer: Mixer, inputs: tuple[Any, ...], output: object) -> None:
-        found.update({f"{name}/{layer}": value for name, value in mixer.statistics(*inputs).items()})
-
-    def of_block(layer: int, block: nn.Module, inputs: object, output: tuple[Tensor, Any]) -> None:
-        found[f"activation_rms/{layer}"] = output[0].float().square().mean().sqrt()
-
-    hooks = []
-    for layer, block in enumerate(engine.module.blocks):
-        hooks.append(block.register_forward_hook(partial(of_block, layer)))
-        if type(block.mixer).statistics is not Mixer.statistics:
-            # It must run before DeepSpeed's own hook, which releases the layer's parameters at stage 3.
-            hooks.append(block.mixer.register_forward_hook(partial(of_mixer, layer), prepend=True))
-    with timer("statistics"):
+    with timer("statistics"), layer_statistics(engine.module.blocks) as found:
         engine.eval()
-        with torch.compiler.set_stance("force_eager"):  # compiled code does not call hooks
-            compute_loss(engine, batch._replace(targets=batch.targets[:, -1:]))  # the loss itself is not needed
+        compute_loss(engine, batch._replace(targets=batch.targets[:, -1:]))  # the loss itself is not needed
         engine.train()
-        for hook in hooks:
-            hook.remove()
         return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
 
 

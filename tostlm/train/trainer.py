@@ -37,7 +37,7 @@ from tostlm.train.faults import SpikeDetector, StopRequest
 from tostlm.train.metric_writers import check_wandb
 from tostlm.train.metrics import Metrics, PhaseTimers
 from tostlm.train.profiler import StepProfiler
-from tostlm.train.statistics import UpdateProbe, by_layer, layer_statistics
+from tostlm.train.statistics import UpdateProbe, by_layer, forward_statistics
 from tostlm.train.validation import evaluate
 from tostlm.train.watchdog import Watchdog, clear_heartbeats
 
@@ -164,7 +164,7 @@ def run_loop(
                 metrics.log(state, result, lr, engine.optimizer.param_groups, context, epochs)
             if due(settings.statistics_every_steps):
                 movements = probe.movements()
-                of_layers = layer_statistics(engine, parts[0], timers)
+                of_layers = forward_statistics(engine, parts[0], timers)
                 metrics.statistics(state.step, {**of_layers, **by_layer(movements)})
                 if suspects := probe.suspects(movements):
                     metrics.event(state.step, "parameters", **suspects)

@@ -101,7 +101,7 @@ class Mixer(nn.Module):
         """Return the bytes of one sequence's state after `context` tokens."""
 
     def statistics(self, x: Tensor, positions: SequencePositions, state: MixerState | None) -> dict[str, Tensor]:
-        """Return scalars that describe a forward pass, by name, for the training log. By default none."""
+        """Return scalars that describe a forward pass over some tokens, by name. By default none."""
         return {}
 
 

@@ -176,15 +176,18 @@ class TSSA(Mixer):
         return 8 * (2 * C + H + count) + tail_bytes(self.conv)
 
     def statistics(self, x: Tensor, positions: SequencePositions, state: TSSAState | None) -> dict[str, Tensor]:
-        """Return the membership entropy and the mean gate over the heads, of this rank's tokens.
+        """Return the membership entropy and the mean gate over the heads, how far they remember, the output's gate.
 
-        See `tostlm.tssa.Statistics` for their definitions. Forms that the operator does not compute have none.
+        See `tostlm.tssa.Statistics` for the first two. Forms that the operator does not compute have neither.
         """
+        others = self.forgetting.horizons(x)
+        if self.gate_proj is not None:
+            others["output_gate"] = self.gate_proj(x).float().sigmoid().mean()
         if not self.options.plain:
-            return {}
+            return others
         before = None if state is None else State(*state[:3])
         found = tssa_statistics(self._inputs(self.in_proj(x), positions), before, group=positions.group)
-        return {"entropy": found.entropy, "gate": found.gate.mean()}
+        return {"entropy": found.entropy, "gate": found.gate.mean(), **others}
 
     def _inputs(self, w: Tensor, positions: SequencePositions) -> Inputs:
         bias = None if self.bias is None else positions.lookup(self.bias)

@@ -72,6 +72,16 @@ class Forgetting(nn.Module):
         exponents = torch.linspace(1, 0, self.heads, dtype=torch.float64, device=device).flip(0)
         return math.log(2) / (first * (last / first) ** exponents)
 
+    def horizons(self, x: Tensor) -> dict[str, Tensor]:
+        """Return the tokens after which the head that forgets first, and the last one, keep 1/e of what they had.
+
+        They follow from the mean log of the factors over the tokens x [B, T, C]. Without forgetting there are none.
+        """
+        if self.kind == "none":
+            return {}
+        heads = -1 / self(x).mean((0, 1))  # [H]
+        return {"shortest_horizon": heads.min(), "longest_horizon": heads.max()}
+
     @torch.no_grad()
     def reset_parameters(self, init_std: float, generator: torch.Generator) -> None:
         """Initialize the parameters in place."""

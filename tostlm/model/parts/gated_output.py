@@ -38,6 +38,12 @@ class GatedOutput(nn.Module):
         out: Tensor = self.out_proj(y)
         return out
 
+    def mean_gate(self, x: Tensor) -> dict[str, Tensor]:
+        """Return the mean of sigmoid(G x) over the tokens x [B, T, C]; nothing without such a gate."""
+        if self.gate_proj is None or self.silu:
+            return {}
+        return {"output_gate": self.gate_proj(x).float().sigmoid().mean()}
+
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Initialize the parameters in place."""

@@ -80,6 +80,10 @@ class MatrixMixer(Mixer):
     def flops_per_token(self, context: int) -> float:
         return self.memory.flops_per_token() + self.output.flops_per_token() + self.memory_flops(context)
 
+    def statistics(self, x: Tensor, positions: SequencePositions, state: MixerState | None) -> dict[str, Tensor]:
+        """Return how far the heads remember, and the mean gate of the output."""
+        return self.memory.forgetting.horizons(x) | self.output.mean_gate(x)
+
     def state_bytes(self, context: int) -> int:
         C, D = self.config.width, self.config.width // self.config.heads
         return 4 * C * D + self.memory.tail_bytes()
