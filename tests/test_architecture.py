@@ -84,6 +84,7 @@ def test_large_libraries_are_imported_in_few_files() -> None:
         "train/engine.py",
     }
     assert {path.split("/")[0] for path in importers("transformers")} == {"convert", "eval"}
+    assert importers("lm_eval") == {"eval/harness.py", "eval/standard_sets.py"}
     assert importers("wandb") == {"train/metric_writers.py"}
     assert importers("matplotlib") == {"plots.py"}
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
+from tostlm.eval.token_scores import token_scores
 
 from tests.conftest import Run, fail, succeed, tostlm
 from tostlm.checkpoint import load_checkpoint
@@ -19,7 +20,6 @@ from tostlm.data import VALIDATION, PreparationSettings, TokenSet, choose_target
 from tostlm.errors import UserError
 from tostlm.eval import PROTOCOLS, EvalSettings, TostModel, evaluate, score_contexts
 from tostlm.eval.finished import FILE
-from tostlm.eval.losses import token_scores
 from tostlm.eval.perplexity import measure
 
 CONTEXTS = [16, 64, 512]

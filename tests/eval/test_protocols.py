@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
+from tostlm.eval.token_scores import token_scores
 
 from tests.conftest import Run
 from tostlm.checkpoint import Checkpoint, load_checkpoint
 from tostlm.data import VALIDATION, TokenSet
 from tostlm.errors import UserError
 from tostlm.eval import TostModel
-from tostlm.eval.losses import token_scores
 from tostlm.eval.perplexity import Score, Totals, gain, measure
 from tostlm.eval.protocols import PROTOCOLS, stream, windows
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from tostlm.eval.token_scores import TokenScore, nats
 
 from tests.conftest import Run, fail, succeed, tostlm
 from tostlm.checkpoint import load_checkpoint
 from tostlm.data import VALIDATION, Tokenizer, TokenSet
 from tostlm.errors import UserError
 from tostlm.eval import EvalSettings, TostModel, measure_recall
-from tostlm.eval.losses import TokenScore, nats
 from tostlm.eval.models import ScoredModel
 from tostlm.eval.probes import NEEDLE, PROBES, STATES, Material, Probe, recall
 from tostlm.eval.recall import answer

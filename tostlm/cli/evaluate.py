@@ -1,4 +1,4 @@
-"""Subcommands of evaluation: eval perplexity, recall, layers and report."""
+"""Subcommands of evaluation: eval perplexity, recall, layers, harness and report."""
 
 from __future__ import annotations
 
@@ -138,6 +138,31 @@ def eval_layers(
 
     bounds = parse_numbers(contexts, "--contexts")
     print(measure_layers(checkpoint, data, bounds, documents, out, None if device is None else parse_device(device)))
+
+
+@eval_app.command("harness")
+def eval_harness(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="checkpoints, or folders of runs")],
+    tasks: Annotated[str, typer.Option(help="tasks of lm-eval, with commas between, as lambada_openai,blimp")],
+    include_path: Annotated[Path | None, typer.Option(help="a folder of more tasks, as lm-eval's .yaml files")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="documents of each task; default: all")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="solved examples before a question; default: each task's own number")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for harness.json; default: the first run's")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    batch_tokens: BatchTokens = 8192,
+) -> None:
+    """Measure standard sets (LAMBADA, BLiMP, WikiText, ...) with EleutherAI's lm-eval, and print its tables."""
+    from tostlm.eval.standard_sets import TaskSettings, evaluate_tasks
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise UserError(f"--tasks {tasks!r} names none; `lm_eval ls tasks` lists what there is")
+    settings = TaskSettings(names, include_path, limit, num_fewshot, device, dtype, batch_tokens)
+    for text in evaluate_tasks(models, settings, out):
+        print(text, flush=True)
 
 
 @eval_app.command("report")

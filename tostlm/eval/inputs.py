@@ -11,8 +11,8 @@ import torch
 from tostlm.data import VALIDATION, TokenSet
 from tostlm.device import best_device
 from tostlm.errors import UserError
-from tostlm.eval.losses import PASS_TOKENS
 from tostlm.eval.models import ScoredModel, TostModel, open_model
+from tostlm.eval.token_scores import PASS_TOKENS
 
 
 class EvalSettings(NamedTuple):

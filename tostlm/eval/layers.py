@@ -14,7 +14,7 @@ from tostlm.checkpoint import load_checkpoint, run_folder
 from tostlm.data import VALIDATION, TokenSet, evenly_spread
 from tostlm.device import best_device
 from tostlm.errors import UserError
-from tostlm.eval.losses import PASS_TOKENS
+from tostlm.eval.token_scores import PASS_TOKENS
 from tostlm.files import require_writable, write_atomically
 from tostlm.model import LM, layer_statistics
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tostlm.checkpoint import COMPLETE, Checkpoint, load_checkpoint, run_folder
 from tostlm.data import Tokenizer, import_tokenizer
 from tostlm.errors import UserError, error_summary
-from tostlm.eval.losses import TokenScore, nats, scores_in_pieces, token_scores
+from tostlm.eval.token_scores import TokenScore, nats, scores_in_pieces, token_scores
 from tostlm.files import sha256_of
 
 HF_CONFIG = "config.json"  # what makes a folder Hugging Face's
@@ -54,16 +54,16 @@ class TostModel(ScoredModel):
     """A checkpoint's model; with `clamp` it uses the last of its learned positions beyond them."""
 
     def __init__(self, checkpoint: Checkpoint, clamp: bool = False) -> None:
-        self._lm = checkpoint.lm
+        self.lm = checkpoint.lm
         self.path, self.folder = checkpoint.path, run_folder(checkpoint.path)
         self.step, self.positions = checkpoint.train_state.step, checkpoint.config.model.positions
         if clamp and self.positions is not None:
-            self._lm.clamps_positions, self.clamped, self.positions = True, self.positions, None
+            self.lm.clamps_positions, self.clamped, self.positions = True, self.positions, None
         self.tokenizer, self.device = checkpoint.tokenizer, checkpoint.lm.embed.weight.device
         self.data = checkpoint.config.data.folders[0]  # of a blend the first one
 
     def score(self, rows: Tensor, scored: int, pass_tokens: int, score: TokenScore = nats) -> Tensor:
-        return token_scores(self._lm, rows, scored, pass_tokens, score)
+        return token_scores(self.lm, rows, scored, pass_tokens, score)
 
     @property
     def content(self) -> str:
@@ -118,6 +118,11 @@ class HuggingFaceModel(ScoredModel):
         return str(sizes)
 
 
+def is_hugging_face(path: Path) -> bool:
+    """Return whether a folder is a model of Hugging Face's and no checkpoint."""
+    return (path / HF_CONFIG).is_file() and not (path / COMPLETE).exists()
+
+
 def open_model(
     path: Path, device: torch.device, dtype: torch.dtype | None, trust_code: bool = False, clamp: bool = False
 ) -> ScoredModel:
@@ -131,7 +136,7 @@ def open_model(
     Raises:
         UserError: there is none, or it cannot be loaded.
     """
-    if (path / HF_CONFIG).is_file() and not (path / COMPLETE).exists():
+    if is_hugging_face(path):
         return HuggingFaceModel(path, device, dtype, trust_code)
     checkpoint = load_checkpoint(path, device)
     if dtype is not None:

@@ -13,10 +13,10 @@ import torch
 from tostlm.data import Targets, TokenSet
 from tostlm.errors import UserError
 from tostlm.eval.bootstrap import Interval, ratio_interval
-from tostlm.eval.losses import PASS_TOKENS
 from tostlm.eval.models import ScoredModel
 from tostlm.eval.protocols import Passage, before_targets, context_of, within
 from tostlm.eval.text import HeldOutText
+from tostlm.eval.token_scores import PASS_TOKENS
 from tostlm.model import perplexity
 
 

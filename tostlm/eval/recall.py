@@ -16,11 +16,11 @@ from tqdm import tqdm
 from tostlm.errors import UserError
 from tostlm.eval.bootstrap import ratio_interval
 from tostlm.eval.inputs import EvalSettings, open_inputs
-from tostlm.eval.losses import nats_and_hits
 from tostlm.eval.models import ScoredModel
 from tostlm.eval.probes import NEEDLE, PROBES, Material, Probe, recall
 from tostlm.eval.report import clamping, wrong_file
 from tostlm.eval.text import HeldOutText, text_of
+from tostlm.eval.token_scores import nats_and_hits
 from tostlm.files import distinct_names, read_json_object, require_writable, write_atomically
 
 FILE = "recall.json"
@@ -170,9 +170,10 @@ def _read(model: ScoredModel, probe: Probe, pass_tokens: int) -> Tensor:
     [B, T, 2 + S], float64.
     """
     symbols = None if probe.symbols is None else probe.symbols.to(model.device)
+    nats_and_hit = nats_and_hits(model.tokenizer.vocab_size)
 
     def score(logits: Tensor, targets: Tensor) -> Tensor:
-        found = nats_and_hits(logits, targets)
+        found = nats_and_hit(logits, targets)
         return found if symbols is None else torch.cat([found, logits.log_softmax(-1)[:, symbols]], -1)
 
     T = probe.rows.shape[1] - 1

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from tostlm.data import TokenSet, evenly_spread
-from tostlm.eval.losses import PASS_TOKENS
 from tostlm.eval.models import ScoredModel
+from tostlm.eval.token_scores import PASS_TOKENS
 
 RARE = 5  # times at most that a rare pair stands in the training text
 COUNTED_TOKENS = 50_000_000  # of the training text

@@ -14,14 +14,31 @@ import torch
 from torch import Tensor
 
 from tostlm.errors import UserError, error_summary
-from tostlm.eval.losses import PASS_TOKENS
 from tostlm.eval.sampling import Sampling, next_tokens
+from tostlm.eval.token_scores import PASS_TOKENS
 from tostlm.files import write_atomically
 from tostlm.model import LM, LMState, state_tensors
 from tostlm.shapes import Int
 
 MODEL, TOKENS = "model", "tokens"  # what a stored state says beside its tensors
 PENDING, SEEN, DOCUMENT_START = "pending", "seen", "document_start"
+
+
+@torch.no_grad()
+def read_context(
+    lm: LM, tokens: Int[Tensor, "B T"], state: LMState | None = None, pass_tokens: int = PASS_TOKENS
+) -> LMState | None:
+    """Return the state after tokens [B, T], read from `state` on in pieces of `pass_tokens` over all sequences.
+
+    Without tokens it is `state`, and None is the start of a context.
+
+    Raises:
+        ValueError: the context becomes longer than the model's positions.
+    """
+    for piece in tokens.split(max(1, pass_tokens // len(tokens)), 1):
+        if piece.shape[1]:
+            _, state = lm.hidden(piece, state)
+    return state
 
 
 class Writer:
@@ -59,12 +76,9 @@ class Writer:
         self.pending = torch.cat([self.pending, tokens], 1)
         self._take(self.pending.shape[1] - 1)
 
-    @torch.no_grad()
     def _take(self, count: int) -> None:
         """Let the model read all but the last of what is pending, in pieces."""
-        for piece in self.pending[:, :count].split(max(1, PASS_TOKENS // len(self.pending)), 1):
-            if piece.shape[1]:
-                _, self.state = self._lm.hidden(piece, self.state)
+        self.state = read_context(self._lm, self.pending[:, :count], self.state)
         self.pending = self.pending[:, count:]
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tostlm.model import LM
+from tostlm.model import LM, LMState
 from tostlm.shapes import Float, Int
 
 PASS_TOKENS = 8192  # tokens that one forward pass reads
@@ -27,20 +27,33 @@ def nats(logits: Float[Tensor, "N V"], targets: Int[Tensor, " N"]) -> Float[Tens
     return F.cross_entropy(logits, targets, reduction="none")
 
 
-def nats_and_hits(logits: Float[Tensor, "N V"], targets: Int[Tensor, " N"]) -> Float[Tensor, "N 2"]:
-    """Return the loss of each token, and 1 where no other is more probable, else 0."""
-    return torch.stack([nats(logits, targets), (logits.argmax(-1) == targets).float()], -1)
+def nats_and_hits(vocab_size: int) -> TokenScore:
+    """Return a score of two: the loss of each token, and 1 where it is the likeliest of the ids below `vocab_size`.
+
+    The embedding may have more rows than the tokenizer has tokens.
+    """
+
+    def score(logits: Tensor, targets: Tensor) -> Tensor:
+        return torch.stack([nats(logits, targets), (logits[:, :vocab_size].argmax(-1) == targets).float()], -1)
+
+    return score
 
 
 @torch.no_grad()
 def token_scores(
-    lm: LM, rows: Int[Tensor, "B read"], scored: int, pass_tokens: int = PASS_TOKENS, score: TokenScore = nats
+    lm: LM,
+    rows: Int[Tensor, "B read"],
+    scored: int,
+    pass_tokens: int = PASS_TOKENS,
+    score: TokenScore = nats,
+    state: LMState | None = None,
 ) -> Tensor:
     """Return a score of each of the last `scored` tokens of rows [B, T + 1], by default its loss in nats: [B, S, ...].
 
-    Every row is read from its first token on, in pieces of `pass_tokens` over all rows.
+    Every row is read from its first token on, in pieces of `pass_tokens` over all rows. `state` is the model's after what
+    is before the rows; None at the start of a context.
     """
-    return scores_in_pieces(rows, scored, pass_tokens, lm.hidden, partial(_score_hidden, lm, score))
+    return scores_in_pieces(rows, scored, pass_tokens, lm.hidden, partial(_score_hidden, lm, score), state)
 
 
 def scores_in_pieces(
@@ -49,6 +62,7 @@ def scores_in_pieces(
     pass_tokens: int,
     read: Callable[[Tensor, R | None], tuple[Tensor, R]],
     score: Callable[[Tensor, Tensor], Tensor],
+    state: R | None = None,
 ) -> Tensor:
     """Return the scores of the last `scored` tokens of rows [B, T + 1], [B, S, ...].
 
@@ -56,10 +70,10 @@ def scores_in_pieces(
         pass_tokens: that are read at a time, over all rows.
         read: returns what a model makes of some tokens [B, n], [B, n, ...], and its state after them; None before any.
         score: returns the scores [B, m, ...] of m targets from what was made of the tokens before them.
+        state: of the model before the rows.
     """
     inputs, targets = rows[:, :-1], rows[:, 1:]
     first, start, scores = inputs.shape[1] - scored, 0, list[Tensor]()
-    state: R | None = None
     for piece in inputs.split(max(1, pass_tokens // len(rows)), 1):
         made, state = read(piece, state)
         begin, end = max(first, start), start + piece.shape[1]
