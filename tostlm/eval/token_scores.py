@@ -50,8 +50,8 @@ def token_scores(
 ) -> Tensor:
     """Return a score of each of the last `scored` tokens of rows [B, T + 1], by default its loss in nats: [B, S, ...].
 
-    Every row is read from its first token on, in pieces of `pass_tokens` over all rows. `state` is the model's after what
-    is before the rows; None at the start of a context.
+    Every row is read from its first token on, in pieces of `pass_tokens` over all rows. `state` is the model's before
+    them; None at the start of a context.
     """
     return scores_in_pieces(rows, scored, pass_tokens, lm.hidden, partial(_score_hidden, lm, score), state)
 
