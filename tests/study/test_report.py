@@ -11,7 +11,7 @@ from tostlm.data import Manifest
 from tostlm.errors import UserError
 from tostlm.study.measure import largest_gradient
 from tostlm.study.plan import Cell, Study, cell_config
-from tostlm.study.report import Mean, write_report
+from tostlm.study.report import Mean, share_of_tokens, write_report
 from tostlm.study.results import (
     RESULT,
     Result,
@@ -69,11 +69,21 @@ def test_a_report_of_what_is_finished(run: Run) -> None:
     assert softmax[0] == "softmax" and softmax[5] == ""
     # By seed cross is 0.1 ahead both times, although the means' intervals overlap.
     assert cross[4].startswith("4.100 ± ") and cross[5] == "-0.100 ± 0.000"
-    assert cross[6].startswith("4.200 ± ") and cross[7].startswith("4.100 ± ")
+    # From 1 above after half of the tokens to 0.1 below at the end.
+    assert cross[6] == "0.950 ± 0.000" and softmax[6] == ""
+    assert cross[7].startswith("4.200 ± ") and cross[8].startswith("4.100 ± ")
     assert cross[-1] == "3.0"
     assert "| cross | 9.000 ± 0.000 | 4.100 ± 2.542 |" in (study.study_dir / "report.md").read_text()
     for name in ("loss-by-context", "loss-by-tokens", "loss-by-flops"):
         assert (study.study_dir / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_share_of_tokens_to_the_references_loss() -> None:
+    reference = Result(1e-3, {}, loss=4.0, tokens=1000)
+    falling = [[1, 250, 6.0], [2, 500, 5.0], [3, 750, 3.0], [4, 1000, 2.0]]
+    assert share_of_tokens(Result(1e-3, {}, loss=2.0, validation=falling), reference) == 0.625
+    assert share_of_tokens(Result(1e-3, {}, loss=5.0, validation=falling[:2]), reference) is None
+    assert share_of_tokens(Result(1e-3, {}, loss=2.0, validation=falling[3:]), reference) == 1.0
 
 
 def test_the_best_rate_is_that_of_the_lowest_loss(run: Run) -> None:

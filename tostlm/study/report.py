@@ -113,6 +113,7 @@ def _searches(study: Study) -> Iterator[LrSearch]:
 def _markdown(study: Study, rows: Sequence[Row], searches: Sequence[LrSearch]) -> str:
     """Return the tables of a report."""
     head = ["model", "body parameters", "tokens", "learning rate", "loss", f"minus {study.reference}"]
+    head += [f"tokens to {study.reference}'s loss"]
     head += [f"{context:,}" for context in study.contexts] + ["state bytes", "tokens/s", "largest gradient"]
     lines = markdown_table(head, [_cells_of(study, row, rows) for row in rows])
     distances = list(
@@ -184,7 +185,8 @@ def _notes(study: Study, rows: Sequence[Row]) -> list[str]:
     ]
     notes = [
         "Losses are in nats a token of held-out text, means over seeds ± half the 95% confidence interval where there "
-        f"are several; the difference from {study.reference} is over the seeds that both have. The columns of numbers "
+        f"are several; the difference from {study.reference} is over the seeds that both have, as is the share of its "
+        "tokens after which the loss that it ends with was reached. The columns of numbers "
         "are the loss of the same tokens by tokens of context. The largest gradient is a multiple of the median norm "
         "in the hundred steps before it."
     ]
@@ -201,10 +203,28 @@ def _cells_of(study: Study, row: Row, rows: Sequence[Row]) -> list[str]:
     cells_ = [row.label, f"{first.body_parameters:,}", f"{first.tokens:,}", f"{first.lr:g}"]
     cells_ += [str(Mean.of([result.loss for result in results.values()]))]  # type: ignore[misc]
     cells_ += ["" if row.arm == study.reference else _mean(shared)]
+    reached = [share_of_tokens(results[seed], reference[seed]) for seed in results if seed in reference]
+    cells_ += ["" if row.arm == study.reference or None in reached else _mean([share for share in reached if share])]
     for context in study.contexts:
         cells_.append(_mean([r.contexts[str(context)] for r in results.values() if str(context) in r.contexts]))
     speed = statistics.median(result.tokens_per_second for result in results.values())
     return [*cells_, f"{first.state_bytes:,}", f"{speed:,.0f}", f"{max(gradients):.1f}" if gradients else ""]
+
+
+def share_of_tokens(run: Result, reference: Result) -> float | None:
+    """Return with which share of the reference's tokens a run first had the loss that the reference ends with.
+
+    Between two evaluations the loss is taken to fall evenly. None is a run that never had it.
+    """
+    if reference.loss is None or not reference.tokens:
+        return None
+    before: tuple[float, float] | None = None
+    for _, tokens, loss in run.validation:
+        if loss <= reference.loss:
+            back = 0.0 if before is None else (reference.loss - loss) / (before[1] - loss) * (tokens - before[0])
+            return float((tokens - back) / reference.tokens)
+        before = tokens, loss
+    return None
 
 
 def _mean(values: Sequence[float]) -> str:
