@@ -1,7 +1,11 @@
 """Text token by token equals reading the whole context again for every token, however it is read, stored and joined."""
 
 import json
+import os
+import pty
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,7 @@ from tests.conftest import Run, fail, succeed, tostlm
 from tostlm.checkpoint import Checkpoint, load_checkpoint
 from tostlm.data import Tokenizer
 from tostlm.errors import UserError
-from tostlm.eval.generate import TextStream, write_batch
+from tostlm.eval.generate import TextStream, prompt_tokens, write_batch
 from tostlm.eval.sampling import Sampling, next_tokens
 from tostlm.eval.writer import Writer
 
@@ -181,6 +185,36 @@ def test_a_text_read_once_is_asked_many_times(trained: dict[str, Run], tmp_path:
     assert asked[0] == asked[1]
     assert whole == book.read_text() + asked[0]
     fail(tostlm("generate", str(trained["softmax"].dir), "--state", str(state)), "is of another model")
+
+
+@torch.no_grad()
+def test_a_chat_is_one_context(trained: dict[str, Run], tmp_path: Path) -> None:
+    """Prompts from a terminal: each answer is what a plain loop writes after all that was said."""
+    checkpoint, prompts = load_checkpoint(trained["tssa"].dir), ["Fellow citizens\n", "And so\n", "It\n"]
+    context, expected = list[int](), ""
+    for prompt in prompts:
+        context += checkpoint.tokenizer.encode(prompt) if context else prompt_tokens(checkpoint.tokenizer, prompt)
+        before = len(context)
+        for _ in range(6):
+            logits, _ = checkpoint.lm(torch.tensor([context]))
+            context.append(int(logits[0, -1, : checkpoint.tokenizer.vocab_size].argmax()))
+            if context[-1] == checkpoint.tokenizer.eos_id:
+                break
+        earlier, whole = (checkpoint.tokenizer.decode(context[:n]) for n in (before, len(context)))
+        assert whole.startswith(earlier)
+        expected += whole[len(earlier) :] + "\n"
+    terminal, own = pty.openpty()
+    command = ["generate", str(trained["tssa"].dir), "--chat", "--tokens", "6", "--temperature", "0"]
+    program = subprocess.Popen(
+        [sys.executable, "-m", "tostlm", *command], stdin=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    os.close(own)
+    os.write(terminal, "".join(prompts).encode() + b"\x04")  # and the end of input
+    printed, said = program.communicate(timeout=120)
+    os.close(terminal)
+    assert program.returncode == 0
+    assert printed == expected
+    assert said.count("> ") == 4 and said.count("tokens/s") == 3
 
 
 def test_prompts_of_a_file(trained: dict[str, Run], tmp_path: Path) -> None:
