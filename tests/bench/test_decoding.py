@@ -31,13 +31,15 @@ def test_models_take_turns_after_the_same_context(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Writer, "write", count)
     names = {"tost": "quickstart", "gpt2": "gpt2-base"}
     models = {name: load_config(ROOT / "configs" / f"{file}.yaml", SMALL).model for name, file in names.items()}
-    found = bench_decoding(models, [40], tokens=2, batch=3, device=torch.device("cpu"))
-    # All but the last token of the context, then in turn the forward pass alone and the same one as `generate` does it.
-    expected = [("tssa_delta", 39, 0), ("softmax", 39, 0)]
-    for before in (39, 40, 41):
-        for mixer in ("tssa_delta", "softmax"):
-            expected += [(mixer, 1, before), ("write", 0, 0), (mixer, 1, before)]
+    found = bench_decoding(models, [20, 40], tokens=2, batch=3, device=torch.device("cpu"))
+    # All but the last token of a context, then in turn the forward pass alone and the same one as `generate` does it.
+    cases = [(mixer, context - 1) for context in (20, 40) for mixer in ("tssa_delta", "softmax")]
+    expected = [(mixer, length, 0) for mixer, length in cases]
+    for written in range(3):
+        for mixer, length in cases:
+            expected += [(mixer, 1, length + written), ("write", 0, 0), (mixer, 1, length + written)]
     assert read == expected
+    found = found[2:]
     assert [(decoding.model, decoding.context) for decoding in found] == [("tost", 40), ("gpt2", 40)]
     assert found[1].state_bytes == state_bytes(models["gpt2"], 42)
     assert found[0].state_bytes == state_bytes(models["tost"], 42) == state_bytes(models["tost"], 4200)

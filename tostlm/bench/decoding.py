@@ -54,43 +54,40 @@ def report_decoding(
 def bench_decoding(
     models: Mapping[str, ModelConfig], contexts: Sequence[int], tokens: int, batch: int, device: torch.device
 ) -> list[Decoding]:
-    """Time how several models read a context of random tokens and then write tokens, one by one, in fp32.
+    """Time how several models read contexts of random tokens and then write tokens, one by one, in fp32.
 
-    The models take turns, token by token, so that a change of the machine's speed meets all of them. Position tables
-    are made long enough.
+    All contexts of all models take turns, token by token, so that a change of the machine's speed meets all of them.
+    Position tables are made long enough.
 
     Args:
         models: by the name to report.
         tokens: written after each context, after one that warms up.
         batch: sequences that are written together.
     """
+    longest, lms = max(contexts) + tokens + 1, {}
+    for name, config in models.items():
+        lms[name] = create_lm(replace(config, positions=config.positions and longest), seed=0).to(device).eval()
+    cases = {(name, context): _Case(lm, context, batch) for context in contexts for name, lm in lms.items()}
+    steps = [{case: timed.step() for case, timed in cases.items()} for _ in range(tokens + 1)][1:]
     found = []
-    for context in contexts:
-        writers, seconds = {}, {}
-        for name, config in models.items():
-            writers[name] = writer = _Timed(config, context + tokens + 1, batch, device)
-            seconds[name] = writer.read(context)
-        steps = [{name: writer.step() for name, writer in writers.items()} for _ in range(tokens + 1)][1:]
-        for name, writer in writers.items():
-            forward, written = zip(*(step[name] for step in steps), strict=True)
-            times = (statistics.median(forward) * 1000, statistics.median(written) * 1000)
-            found.append(Decoding(name, context, *times, batch * context / seconds[name], writer.state_bytes // batch))
+    for (name, context), timed in cases.items():
+        forward, written = zip(*(step[name, context] for step in steps), strict=True)
+        times = (statistics.median(forward) * 1000, statistics.median(written) * 1000)
+        found.append(Decoding(name, context, *times, batch * context / timed.read_seconds, timed.state_bytes // batch))
     return found
 
 
-class _Timed:
-    """A model that reads and writes random tokens, and says in how many seconds."""
+class _Case:
+    """A model that has read a context of random tokens, and in how many seconds."""
 
-    def __init__(self, config: ModelConfig, positions: int, batch: int, device: torch.device) -> None:
-        self._lm: LM = create_lm(replace(config, positions=config.positions and positions), seed=0).to(device).eval()
-        self._device, self._batch, self._vocab_size = device, batch, config.vocab_size
-        self._writer = Writer(self._lm, config.vocab_size, Sampling(), range(batch))
-
-    def read(self, context: int) -> float:
-        tokens = torch.randint(self._vocab_size, (self._batch, context), device=self._device)
+    def __init__(self, lm: LM, context: int, batch: int) -> None:
+        self._lm, self._device = lm, lm.embed.weight.device
+        vocab_size = lm.config.vocab_size
+        self._writer = Writer(lm, vocab_size, Sampling(), range(batch))
+        tokens = torch.randint(vocab_size, (batch, context), device=self._device)
         start = now(self._device)
         self._writer.read(tokens)
-        return now(self._device) - start
+        self.read_seconds = now(self._device) - start
 
     @torch.no_grad()
     def step(self) -> tuple[float, float]:
