@@ -31,7 +31,7 @@ def by_token(mixer: Any, x: Tensor, starts: Tensor) -> Tensor:
             a = (torch.sigmoid(logits) ** (1 / mixer.options.gate_temperature)).view(H, D)
             S = [a[h][:, None] * S[h] + torch.outer(k[h], v[h]) for h in range(H)]
             heads = [S[h].T @ q[h] / D**0.5 for h in range(H)]
-            y = torch.cat([y / (y.square().mean() + 1e-6).sqrt() for y in heads]) * mixer.output.norm
+            y = torch.cat([y / (y.square().mean() + 1e-4).sqrt() for y in heads]) * mixer.output.norm
             gate = mixer.output.gate_proj.weight @ token
             ys.append(mixer.output.out_proj.weight @ (y * gate * torch.sigmoid(gate)))
         rows.append(torch.stack(ys))
