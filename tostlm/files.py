@@ -185,3 +185,13 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
             own += f"-{index}"
         found.append(own)
     return found
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """Return the last parts of different folders, as many of them as tell these apart."""
+    names = list(map(str, folders))
+    for count in range(1, max((len(folder.parts) for folder in folders), default=0) + 1):
+        names = ["/".join(folder.parts[-count:]) for folder in folders]
+        if len(set(names)) == len(names):
+            break
+    return names

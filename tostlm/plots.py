@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -18,6 +19,9 @@ MOST_LABELS = 6  # of a legend within a plot; a longer one stands beside it
 MOST_MARKERS = 40  # of points on a curve
 COLORS = 10  # of matplotlib's cycle
 STYLES = ("-", "--", ":", "-.")
+
+
+LARGEST_EXPONENT = 700  # whose exponential a float holds
 
 
 class Point(NamedTuple):
@@ -73,7 +77,9 @@ def new_figure(width: float, height: float) -> Figure:
 def png_bytes(figure: Figure, dots_per_inch: int = 150) -> bytes:
     """Return a figure as the content of a PNG file."""
     image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=dots_per_inch)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # of names in other scripts
+        figure.savefig(image, format="png", dpi=dots_per_inch)
     return image.getvalue()
 
 
@@ -121,12 +127,14 @@ def _draw(axes: Axes, panel: Panel) -> dict[str, Any]:
         x, y = [point.x for point in curve.points], [point.y for point in curve.points]
         color = None if curve.color is None else f"C{curve.color % COLORS}"
         style, marker = STYLES[curve.style % len(STYLES)], "o" if len(x) <= MOST_MARKERS else ""
-        (line,) = axes.plot(x, y, style, marker=marker, markersize=4, color=color, label=curve.label)
+        (line,) = axes.plot(
+            x, y, style, marker=marker, markersize=4, color=color, label=curve.label.replace("$", r"\$")
+        )
         low = [point.y if point.low is None else point.low for point in curve.points]
         high = [point.y if point.high is None else point.high for point in curve.points]
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         lines[curve.label] = line
-    axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, title=panel.title)
+    axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, title=panel.title.replace("$", r"\$"))
     axes.grid(alpha=0.3)
     _set_x(axes, panel)
     _set_y(axes, panel)
@@ -150,7 +158,7 @@ def _set_y(axes: Axes, panel: Panel) -> None:
     bottom, top = axes.get_ylim()
     if (rest := (panel.least_span - (top - bottom)) / 2) > 0:
         axes.set_ylim(bottom - rest, top + rest)
-    if panel.exp_label:
+    if panel.exp_label and top < LARGEST_EXPONENT:
         import numpy as np
 
         both = (np.exp, lambda x: np.log(np.maximum(x, 1.0)))

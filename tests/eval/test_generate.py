@@ -1,5 +1,6 @@
 """Text token by token equals reading the whole context again for every token, however it is read, stored and joined."""
 
+import copy
 import json
 import os
 import pty
@@ -233,6 +234,33 @@ def test_prompts_of_a_file(trained: dict[str, Run], tmp_path: Path) -> None:
         assert alone == line["prompt"] + line["text"] + "\n"
 
 
+def test_prompts_keep_what_is_no_end_of_line(trained: dict[str, Run], tmp_path: Path) -> None:
+    tost, file = str(trained["tssa"].dir), tmp_path / "prompts"
+    prompts = ["a\u2028b", "c\x0cd", "e\u0085f", "\ufeffg"]
+    file.write_bytes(("\ufeff" + json.dumps({"prompt": prompts[0]}, ensure_ascii=False) + "\r\n").encode())
+    with file.open("ab") as more:
+        more.write(("\n".join(prompts[1:]) + "\n").encode())
+    lines = succeed(tostlm("generate", tost, "--prompts", str(file), "--tokens", "2")).split("\n")
+    assert [json.loads(line)["prompt"] for line in lines[:-1]] == prompts
+
+
+def test_a_model_that_diverged_writes_nothing(checkpoint: Checkpoint) -> None:
+    broken = copy.deepcopy(checkpoint)
+    with torch.no_grad():
+        broken.lm.norm.weight.fill_(torch.nan)
+    for sampling in (GREEDY, Sampling()):
+        writer = writer_of(broken, sampling)
+        writer.read(torch.tensor([[1, 2]]))
+        with pytest.raises(UserError, match="the model's logits are not finite; it has diverged, or needs a wider"):
+            writer.write()
+
+
+def test_terminals_of_other_encodings_show_what_they_can(trained: dict[str, Run]) -> None:
+    command = [sys.executable, "-m", "tostlm", "generate", str(trained["tssa"].dir), "--tokens", "1", "--prompt", "é"]
+    found = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
+    assert found.returncode == 0 and found.stdout.startswith("?")
+
+
 def test_mistakes(trained: dict[str, Run], tmp_path: Path) -> None:
     tost, file = str(trained["tssa"].dir), tmp_path / "file"
     fail(tostlm("generate", tost, "--prompt", "a", "--chat"), "--prompt and --chat are different ways to prompt")
@@ -245,4 +273,11 @@ def test_mistakes(trained: dict[str, Run], tmp_path: Path) -> None:
     file.write_text("")
     fail(tostlm("generate", tost, "--prompts", str(file)), "has no prompts")
     fail(tostlm("generate", tost, "--prompts", str(file), "--state", str(file)), "a state is of one text")
+    file.write_text("[" * 200_000 + "\n{" + '"a":[' * 200_000)
+    fail(tostlm("generate", tost, "--prompts", str(file)), f"{file}, line 2", 'is no {"prompt": "text"}')
+    saved = ("--tokens", "0", "--save-state")
+    fail(tostlm("generate", tost, "--prompt", "a", *saved, str(tmp_path)), f"{tmp_path} is a folder; name a file in it")
+    succeed(tostlm("generate", tost, "--prompt", "a", *saved, str(tmp_path / "state")))
+    restored = ("--state", str(tmp_path / "state"), "--dtype", "bf16")
+    fail(tostlm("generate", tost, *restored), "is of weights in float32; choose that --dtype again")
     fail(tostlm("generate", tost, "--state", str(tmp_path / "none")), "holds no state that this model could continue")

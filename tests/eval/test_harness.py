@@ -152,9 +152,21 @@ def test_a_task_that_asks_for_what_is_not_offered(model: HarnessLM) -> None:
         ({"num_beams": 4}, "num_beams above 1"),
         ({"penalty_alpha": 0.6}, "penalty_alpha, which is not offered"),
         ({"do_sample": True, "temperature": 1.0, "top_k": 0}, "top_k 0 must be 1 or more"),
+        ({"max_gen_toks": -3}, "max_gen_toks -3 must be 1 or more"),
+        ({"max_gen_toks": "many"}, "cannot be used: invalid literal .* 'many'"),
+        ({"until": [5]}, r"until \[5\] strings"),
     ):
         with pytest.raises(UserError, match=words):
             model.generate_until(ask("", (CONTEXT, {"max_gen_toks": 4, **options})))
+
+
+def test_a_model_that_diverged_has_no_answers(trained: dict[str, Run]) -> None:
+    """The likeliest of numbers that are none is the first one, and a task's right answer often is too."""
+    model = HarnessLM(trained["tssa"].dir)
+    with torch.no_grad():
+        model.model.lm.norm.weight.fill_(torch.nan)
+    with pytest.raises(UserError, match="a loss is not finite; the model has diverged"):
+        model.loglikelihood(ask("", (CONTEXT, CHOICES[0])))
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +288,7 @@ def test_mistakes(trained: dict[str, Run], local_tasks: Path, tmp_path: Path) ->
     (tmp_path / "elsewhere.yaml").write_text("{task: elsewhere, dataset_path: nobody/elsewhere, test_split: test}")
     there = ("elsewhere", "--include-path", str(tmp_path))
     offline = Program(*command, *there, before=partial(exec, OFFLINE), HF_HOME=str(tmp_path / "hub")).end()
-    fail(offline, "lm-eval cannot load elsewhere: Couldn't", "with --include-path")
+    fail(offline, "lm-eval cannot load elsewhere: Couldn't", "(--include-path)")
     fail(tostlm("eval", "harness", str(tmp_path), "--tasks", "wikitext"), "checkpoint")
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text("{}")

@@ -1,6 +1,8 @@
 """Hugging Face models beside checkpoints: the same losses, on the same text, whatever their tokens."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from tostlm.checkpoint import load_checkpoint
 from tostlm.convert import export_hf
 from tostlm.data import VALIDATION, Targets, Tokenizer, TokenSet, choose_targets, import_tokenizer
 from tostlm.eval import PROTOCOLS, EvalSettings, evaluate_perplexity
+from tostlm.eval.models import open_model
 from tostlm.eval.text import Retokenized
 
 
@@ -85,6 +88,35 @@ def _overlap(one: str, other: str) -> bool:
     """Whether the texts are the same but for a token at either edge."""
     middle = one.strip()[8:-8]
     return middle in other
+
+
+def test_other_tokens_have_the_same_targets_at_every_context(
+    other: Path, tokens: TokenSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a span is longer in a model's own tokens than the shortest context, as with bytes."""
+    text = Retokenized(tokens, import_tokenizer(other))
+    found = text.spans
+    monkeypatch.setattr(text, "spans", lambda targets: [(first - 9, end) for first, end in found(targets)])
+    for limit in (None, 64):
+        passages = list(PROTOCOLS["same-targets"](tokens, text, [4, 16, 64], 30, limit))
+        by_context = [[(p.end, p.scored) for p in passages if p.contexts == (context,)] for context in (4, 16, 64)]
+        assert by_context[0] == by_context[1] == by_context[2]
+        assert max(scored for _, scored in by_context[0]) > 4
+        assert all(p.start < p.end - p.scored and (limit is None or p.end - p.start - 1 <= limit) for p in passages)
+    begun = {int(first) - 1 for first, _ in text.document_bounds}
+    for passage in PROTOCOLS["same-targets"](tokens, text, [4, 16, 64], 30, None):
+        before = passage.end - passage.scored - passage.start
+        assert before == passage.contexts[0] - 2 + 1 or passage.start in begun
+
+
+def test_reports_beside_a_model_do_not_change_it(other: Path, data: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(other, tmp_path / "model"))
+    before = open_model(folder, torch.device("cpu"), None).content
+    evaluate_perplexity([folder], [data], EvalSettings([16], windows=2), None)
+    assert open_model(folder, torch.device("cpu"), None).content == before
+    weights = folder / "model.safetensors"
+    os.utime(weights, (0, 0))
+    assert open_model(folder, torch.device("cpu"), None).content != before
 
 
 def test_whole_documents_are_the_same_text(other: Path, tokens: TokenSet) -> None:

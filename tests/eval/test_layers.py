@@ -11,7 +11,8 @@ import torch
 from tests.conftest import FORGETTING, Run, fail, succeed, tostlm
 from tostlm.checkpoint import load_checkpoint
 from tostlm.data import VALIDATION, TokenSet, evenly_spread
-from tostlm.eval.layers import statistics_by_position
+from tostlm.errors import UserError
+from tostlm.eval.layers import measure_layers, statistics_by_position
 from tostlm.model import ModelConfig, create_lm
 from tostlm.model.mixers.tssa import TSSAOptions
 from tostlm.model.mixers.tssa_delta import TSSADeltaOptions
@@ -81,6 +82,15 @@ def test_the_subcommand(trained: dict[str, Run], data: Path, tmp_path: Path) -> 
         assert values == pytest.approx(expected, rel=1e-5)
         assert f"{values[0]:.4g}" in printed
     assert written["positions"] == [16, 64]
+
+
+def test_a_model_that_diverged(trained: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = load_checkpoint(trained["tssa"].dir)
+    with torch.no_grad():
+        checkpoint.lm.embed.weight.fill_(torch.nan)
+    monkeypatch.setattr("tostlm.eval.layers.load_checkpoint", lambda *_: checkpoint)
+    with pytest.raises(UserError, match="its activations are not finite; the model has diverged"):
+        measure_layers(trained["tssa"].dir, None, [16], 1, tmp_path)
 
 
 def test_mistakes(trained: dict[str, Run], tmp_path: Path) -> None:

@@ -18,10 +18,15 @@ from tostlm.errors import UserError
 from tostlm.eval.chapters import STATE_CONTEXTS, format_bytes
 from tostlm.eval.page import write_page
 from tostlm.eval.report import read_report
-from tostlm.eval.summary import flops_after, read_runs, short_names
+from tostlm.eval.summary import flops_after, read_runs
+from tostlm.files import short_names
 from tostlm.model import count_parameters, state_bytes, training_flops_per_token
 
 VOID = {"meta", "img", "link", "br", "hr"}
+SCORE = {"context": 1e30, "nats": 1, "low": None, "high": None, "bits_per_byte": 1, "perplexity": 1, "gain": None}
+MODEL = {"name": "a", "checkpoint": "b", "step": 1, "positions": None, "data": "c", "clamped": None}
+WORDS = {"word_perplexity": 1, "tokens": 1, "documents": 1}
+LONG = json.dumps({"protocol": "windows", "models": [{**MODEL, "scores": [{**SCORE, **WORDS}]}]})  # no such context is
 NAME = "a <script>|b"  # of a run's folder
 
 
@@ -251,7 +256,7 @@ def test_mistakes(trained: dict[str, Run], tmp_path: Path, monkeypatch: pytest.M
     file.write_text(json.dumps({"machine": "m", "decode": [{**DECODE[0], "milliseconds": 0}]}))
     refuse(r"decode.json is not what `tostlm bench decode` writes \(decode.0.milliseconds: .*greater than 0", file)
     wrong: dict[str, list[Any]] = {
-        "perplexity.json": ['{"protocol"', "[]", '{"models": []}', '{"protocol": "x", "models": [1]}'],
+        "perplexity.json": [LONG, '{"protocol"', "[]", '{"models": []}', '{"protocol": "x", "models": [1]}'],
         "recall.json": ["", "[]", '{"models": [{"name": "a"}]}', '{"models": 1}'],
     }
     for name, contents in wrong.items():
@@ -263,6 +268,19 @@ def test_mistakes(trained: dict[str, Run], tmp_path: Path, monkeypatch: pytest.M
         write_page([run], Path("/proc/no"), None, None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     refuse(r"pip install 'tostlm\[eval\]'")
+
+
+def test_metrics_that_were_changed_are_left_out(trained: dict[str, Run], tmp_path: Path) -> None:
+    run = Path(shutil.copytree(trained["tssa"].dir, tmp_path / "$\\frac$ \u4e2d"))
+    before = read_runs([run])[0]
+    with (run / "metrics.jsonl").open("a") as file:
+        for changed in ({"loss": "x"}, {"loss": [1]}, {"step": 10**400, "loss": 1.0}, {"tokens_per_second": "fast"}):
+            file.write(json.dumps({"kind": "validation", "step": 6, **changed}) + "\n")
+        file.write('{"kind": "validation", "step": 6, "loss": 900.0}\n')
+    write_page([run], None, None, None)  # of a name in another script, and of what matplotlib takes for a formula
+    after = read_runs([run])[0]
+    assert [entry.loss for entry in after.validation] == [*(entry.loss for entry in before.validation), 900.0]
+    assert after.tokens_per_second == before.tokens_per_second and after.step == 6
 
 
 PROBE = """<!doctype html>

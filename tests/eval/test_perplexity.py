@@ -12,15 +12,17 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
-from tostlm.eval.token_scores import token_scores
 
 from tests.conftest import Run, fail, succeed, tostlm
 from tostlm.checkpoint import load_checkpoint
 from tostlm.data import VALIDATION, PreparationSettings, TokenSet, choose_targets, prepare, train_tokenizer
 from tostlm.errors import UserError
-from tostlm.eval import PROTOCOLS, EvalSettings, TostModel, evaluate, score_contexts
+from tostlm.eval import PROTOCOLS, EvalSettings, TostModel, evaluate, evaluate_perplexity, score_contexts
 from tostlm.eval.finished import FILE
 from tostlm.eval.perplexity import measure
+from tostlm.eval.report import read_report
+from tostlm.eval.token_scores import token_scores
+from tostlm.files import locked, short_names
 
 CONTEXTS = [16, 64, 512]
 SETTINGS = EvalSettings([32], windows=2)
@@ -88,14 +90,16 @@ def test_the_subcommand(trained: dict[str, Run], tmp_path: Path) -> None:
     ]
     printed = succeed(tostlm(*command))
     assert "beyond its positions" in printed
-    assert "run-1 has 64 learned positions and reads no further" in printed
+    tost, gpt2 = short_names([Path(path) for path in paths])
+    assert f"{gpt2} has 64 learned positions and reads no further" in printed
     report = json.loads((tmp_path / "out" / "perplexity.json").read_text())
     assert report["protocol"] == "same-targets"
     assert {score["tokens"] for model in report["models"] for score in model["scores"]} == {56}
     assert [[score["context"] for score in model["scores"]] for model in report["models"]] == [CONTEXTS, [16, 64]]
     with (tmp_path / "out" / "perplexity.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [(row["model"], row["context"]) for row in rows] == [("run-0", "16"), ("run-0", "64"), ("run-0", "512"), ("run-1", "16"), ("run-1", "64")]  # fmt: skip  # noqa: E501
+    scored = [(tost, "16"), (tost, "64"), (tost, "512"), (gpt2, "16"), (gpt2, "64")]
+    assert [(row["model"], row["context"]) for row in rows] == scored
     assert f"{float(rows[2]['perplexity']):.2f}" in printed
     assert (tmp_path / "out" / "perplexity.png").read_bytes().startswith(b"\x89PNG")
 
@@ -113,6 +117,38 @@ def test_learned_positions_are_clamped_on_request(trained: dict[str, Run], tmp_p
     assert (clamped["clamped"], clamped["positions"]) == (64, None)
     assert [score["context"] for score in clamped["scores"]] == CONTEXTS
     assert [s["nats"] for s in clamped["scores"][:2]] == pytest.approx([s["nats"] for s in refused["scores"]])
+
+
+def test_two_evaluations_into_one_folder(trained: dict[str, Run], tmp_path: Path) -> None:
+    with locked(tmp_path / ".perplexity.lock", "held"), pytest.raises(UserError, match="another evaluation writes to"):
+        evaluate_perplexity([trained["tssa"].dir], [], SETTINGS, tmp_path)
+
+
+@pytest.mark.parametrize("content", [5, [5], [{}], [{"documents": [10**6]}], [{"nats": [math.nan]}, {"nats": ["x"]}]])
+def test_a_partial_file_that_was_changed_is_measured_anew(
+    trained: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: object
+) -> None:
+    monkeypatch.setattr(evaluate.Finished, "forget", lambda self: None)
+    run, (settings, expected) = [trained["tssa"].dir], (SETTINGS, tmp_path / "perplexity.json")
+    evaluate_perplexity(run, [], settings, tmp_path)
+    partial, first = json.loads((tmp_path / FILE).read_text()), expected.read_text()
+    (name,) = partial["found"]
+    whole = partial["found"][name][0]
+    changed = [{**whole, **each} for each in content] if isinstance(content, list) and content != [5] else content
+    (tmp_path / FILE).write_text(json.dumps({**partial, "found": {name: changed}}))
+    evaluate_perplexity(run, [], settings, tmp_path)
+    assert json.loads(expected.read_text()) == json.loads(first)
+
+
+def test_losses_without_a_perplexity(trained: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 800 nats no float holds the exponential."""
+    monkeypatch.setattr(TostModel, "score", lambda self, rows, scored, *_: torch.full((len(rows), scored), 800.0))
+    printed = evaluate_perplexity([trained["tssa"].dir], [], SETTINGS, tmp_path)
+    assert "inf" in printed
+    written = (tmp_path / "perplexity.json").read_text()
+    assert "Infinity" not in written and json.loads(written)["models"][0]["scores"][0]["perplexity"] is None
+    (model,) = read_report(tmp_path / "perplexity.json")[1]
+    assert model.scores[0].perplexity == math.inf
 
 
 def test_mistakes(trained: dict[str, Run], tmp_path: Path) -> None:

@@ -1,20 +1,22 @@
 """Each protocol's scores against plain loops over whole sequences."""
 
+import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from tostlm.eval.token_scores import token_scores
 
 from tests.conftest import Run
 from tostlm.checkpoint import Checkpoint, load_checkpoint
-from tostlm.data import VALIDATION, TokenSet
+from tostlm.data import VALIDATION, PreparationSettings, TokenSet, prepare
 from tostlm.errors import UserError
 from tostlm.eval import TostModel
 from tostlm.eval.perplexity import Score, Totals, gain, measure
 from tostlm.eval.protocols import PROTOCOLS, stream, windows
+from tostlm.eval.token_scores import token_scores
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +125,20 @@ def test_contexts_that_no_document_has(tokens: TokenSet, protocol: str) -> None:
         return
     with pytest.raises(UserError, match=r"10000000 tokens|no window of 10000000"):
         list(PROTOCOLS[protocol](tokens, tokens, [10**7], 1, None))
+
+
+def test_words_and_documents_are_counted_document_by_document(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Where a window has many: the words of each, and every one of them in the interval."""
+    texts = ["A first text", "another one.", "two words", "one", "and the last of all"] * 5
+    (tmp_path / "short.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ["train", *texts]))
+    settings = PreparationSettings(sources=(str(tmp_path / "short.jsonl"),), heldout_fraction=0.97)
+    prepare(settings, checkpoint.tokenizer, tmp_path / "data")
+    tokens = TokenSet(tmp_path / "data", VALIDATION)
+    decoded = [checkpoint.tokenizer.decode(tokens.read(*bounds).tolist()) for bounds in tokens.document_bounds.tolist()]
+    (totals,) = measure(TostModel(checkpoint), tokens, [40], windows(tokens, tokens, [40], None))
+    words = [len(text.split()) for text in decoded]
+    assert totals.words.sum() == pytest.approx(sum(words), abs=1)  # the very first token is not scored
+    assert totals.words[1:].tolist() == words[1:]
+    lengths = np.diff(tokens.document_bounds, axis=1)[:, 0]
+    assert totals.tokens[1:].tolist() == lengths[1:].tolist() and totals.tokens[0] == lengths[0] - 1
+    assert Score.of(40, totals).documents == len(decoded)

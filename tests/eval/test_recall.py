@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from tostlm.eval.token_scores import TokenScore, nats
 
 from tests.conftest import Run, fail, succeed, tostlm
 from tostlm.checkpoint import load_checkpoint
@@ -18,6 +17,7 @@ from tostlm.eval import EvalSettings, TostModel, measure_recall
 from tostlm.eval.models import ScoredModel
 from tostlm.eval.probes import NEEDLE, PROBES, STATES, Material, Probe, recall
 from tostlm.eval.recall import answer
+from tostlm.eval.token_scores import TokenScore, nats
 
 
 @pytest.fixture(scope="module")
@@ -169,5 +169,6 @@ def test_mistakes(trained: dict[str, Run], tokens: TokenSet, tmp_path: Path) -> 
     fail(tostlm(*command, "--contexts", "64", "--pairs", "17"), "--pairs 17 takes 68 tokens, more than the longest")
     fail(tostlm(*command, "--contexts", "1M"), "fewer than a context of 1,048,576")
     fail(tostlm(*command, "--data", str(tmp_path)), str(tmp_path))
+    assert "less than or equal to 9223372036854775807" in tostlm(*command, "--seed", "99999999999999999999").stderr
     with pytest.raises(UserError, match=r"--pairs 600 are more keys than .* has tokens"):
         measure_recall([trained["tssa"].dir], [], EvalSettings([2400]), [600], 1, 0, tmp_path)

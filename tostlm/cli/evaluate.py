@@ -99,7 +99,7 @@ def eval_recall(
         Path | None, typer.Option(help="prepared data whose held-out text stands between; default: the first run's")
     ] = None,
     sequences: Annotated[int, typer.Option(min=1, help="read at each length and load")] = 16,
-    seed: Annotated[int, typer.Option(min=0, help="of the sequences")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="of the sequences")] = 0,
     out: Annotated[Path | None, typer.Option(help="folder for recall.json; default: the first run's")] = None,
     device: Device = None,
     dtype: Dtype = None,

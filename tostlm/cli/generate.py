@@ -13,6 +13,7 @@ import typer
 
 from tostlm.cli.app import CheckpointPath, app
 from tostlm.errors import UserError
+from tostlm.files import read_json_object
 
 if TYPE_CHECKING:
     from tostlm.checkpoint import Checkpoint
@@ -88,14 +89,12 @@ def _read_text(path: Path) -> str:
 def _read_prompts(path: Path) -> list[str]:
     """Return the prompts of a file: one a line, or the "prompt" of a JSON object a line."""
     found = []
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
+    lines = _read_text(path).removeprefix("\ufeff").replace("\r\n", "\n").split("\n")  # a prompt may have other breaks
+    for number, line in enumerate(lines[:-1] if not lines[-1] else lines, 1):
         if not line.startswith("{"):
             found.append(line)
             continue
-        try:
-            value = json.loads(line)["prompt"]
-        except (ValueError, KeyError):
-            value = None
+        value = (read_json_object(line) or {}).get("prompt")
         if not isinstance(value, str):
             raise UserError(f'{path}, line {number}: {line[:60]!r} is no {{"prompt": "text"}}')
         found.append(value)
@@ -130,10 +129,10 @@ def _write_turns(
     from tostlm.checkpoint import COMPLETE
     from tostlm.eval.generate import prompt_tokens, require_room, write_text
     from tostlm.eval.writer import Writer
-    from tostlm.files import require_writable, sha256_of
+    from tostlm.files import require_file_writable, sha256_of
 
     if save_state is not None:
-        require_writable(save_state.absolute().parent)
+        require_file_writable(save_state.absolute())
     model, tokenizer = sha256_of(loaded.path / COMPLETE), loaded.tokenizer
     writer = Writer(loaded.lm, tokenizer.vocab_size, sampling, [seed])
     if state is not None:
@@ -145,7 +144,7 @@ def _write_turns(
         writer.read(torch.tensor([ids], dtype=torch.int64))
         begun, before = time.perf_counter(), writer.tokens
         print(echo, end="", flush=True)
-        for piece in write_text(writer, tokenizer, ids, tokens, stop):
+        for piece in write_text(writer, tokenizer, ids or writer.pending[0].tolist(), tokens, stop):
             print(piece, end="", flush=True)
         print()
         written = writer.tokens - before

@@ -16,6 +16,7 @@ from tostlm.eval.report import (
     clamping,
     loss_panel,
     scores_panel,
+    short_number,
     verdict,
 )
 from tostlm.eval.summary import DecodeFile, DecodeSpeed, RunSummary
@@ -144,7 +145,7 @@ def _loss_at(model: ModelScores, context: int) -> str:
         if score.context == context:
             low, high = score.low, score.high
             error = "" if low is None or high is None else f" ± {(high - low) / 2:.4f}"
-            return f"{score.nats:.4f}{error} ({score.perplexity:.2f})"
+            return f"{score.nats:.4f}{error} ({short_number(score.perplexity)})"
     return NONE
 
 
@@ -159,7 +160,7 @@ def _validation(found: Findings) -> Chapter:
     for run in runs:
         last, best = run.validation[-1], min(run.validation, key=lambda each: each.loss)
         cells = [f"{len(run.validation):,}", f"{last.tokens:,}", f"{last.flops:.3g}", f"{last.loss:.4f}"]
-        cells += [f"{perplexity(last.loss):.2f}", f"{best.loss:.4f}", f"{best.tokens:,}"]
+        cells += [f"{short_number(perplexity(last.loss))}", f"{best.loss:.4f}", f"{best.tokens:,}"]
         rows.append([run.name, *cells])
         color = found.colors[run.name]
         by_tokens.append(Curve(run.name, [Point(each.tokens, each.loss) for each in run.validation], color))

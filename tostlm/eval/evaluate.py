@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -12,21 +13,23 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tostlm.data import TokenSet
+from tostlm.errors import UserError
 from tostlm.eval.finished import Finished
 from tostlm.eval.inputs import EvalSettings, open_inputs
-from tostlm.eval.models import ScoredModel
+from tostlm.eval.models import ScoredModel, model_names
 from tostlm.eval.perplexity import Score, Totals, gain, measure, spread
 from tostlm.eval.protocols import PROTOCOLS, Passage, same_targets
 from tostlm.eval.ranks import add_up, broadcast, join, together
 from tostlm.eval.report import ModelScores, report_table, write_report
 from tostlm.eval.text import HeldOutText, text_of
-from tostlm.files import distinct_names, require_writable
+from tostlm.files import locked, require_writable
 from tostlm.launch import RankInfo
 from tostlm.plots import require_matplotlib
 
 ALONE = RankInfo(0, 0, 1)
 ENOUGH = 0.01  # standard error over windows, in nats a token, at which no more are needed
 FEWEST_WINDOWS = 64
+LOCK = ".perplexity.lock"
 
 
 def evaluate_perplexity(
@@ -50,9 +53,16 @@ def evaluate_perplexity(
         UserError: a checkpoint, the data and the contexts do not fit each other, or matplotlib is missing.
     """
     join(ranks)
-    models, sets, out = together(ranks, lambda: _open(paths, data, settings, out, ranks))
+    with ExitStack() as locks:
+        models, sets, out = together(ranks, lambda: _open(paths, data, settings, out, ranks, locks))
+        return _evaluate(models, sets, settings, out, ranks)
+
+
+def _evaluate(
+    models: Sequence[ScoredModel], sets: Sequence[TokenSet], settings: EvalSettings, out: Path, ranks: RankInfo
+) -> str:
     finished = Finished(None if ranks.rank else out, _command(models, sets, settings))
-    names = distinct_names([model.folder for model in models])
+    names = model_names(models)
     by_set: list[list[ModelScores]] = []
     for tokens in sets:
         by_set.append([])
@@ -62,6 +72,10 @@ def evaluate_perplexity(
             protocol = PROTOCOLS[settings.protocol](tokens, text, settings.contexts, windows, model.positions)
             passages = together(ranks, partial(list[Passage], protocol))
             totals = _totals(name, model, text, passages, settings, ranks, finished)
+            if not totals:
+                raise UserError(
+                    f"no token of {text} can be scored by {name}; name data of longer documents with --data"
+                )
             by_set[-1].append(_scores(name, model, tokens, settings.protocol, totals))
     if ranks.rank:
         return ""
@@ -72,14 +86,21 @@ def evaluate_perplexity(
 
 
 def _open(
-    paths: Sequence[Path], data: Sequence[Path], settings: EvalSettings, out: Path | None, ranks: RankInfo
+    paths: Sequence[Path],
+    data: Sequence[Path],
+    settings: EvalSettings,
+    out: Path | None,
+    ranks: RankInfo,
+    locks: ExitStack,
 ) -> tuple[list[ScoredModel], list[TokenSet], Path]:
-    """Return the models, the sets and the folder of the report, which all fit each other."""
+    """Return the models, the sets and the folder of the report, which `locks` keeps from other evaluations."""
     require_matplotlib()
     models, sets = open_inputs(paths, data, settings)
     out = out or models[0].folder
     if not ranks.rank:
         require_writable(out)
+        busy = f"another evaluation writes to {out}; wait for it, or name another folder with --out"
+        locks.enter_context(locked(out / LOCK, busy))
     return models, sets, out
 
 

@@ -34,15 +34,16 @@ class Finished:
 
     def get(self, name: str, documents: int) -> list[Totals] | None:
         """Return the sums of a name, one a context; None where they are not finished."""
-        if name not in self._found:
-            return None
         found = []
-        for sums in self._found[name]:
-            totals, places = Totals.zeros(documents), np.array(sums["documents"], int)
-            for field, array in zip(Totals._fields, totals, strict=True):
-                array[places] = sums[field]
-            found.append(totals)
-        return found
+        try:
+            for sums in self._found[name]:
+                totals, places = Totals.zeros(documents), np.array(sums["documents"], int)
+                for field, array in zip(Totals._fields, totals, strict=True):
+                    array[places] = sums[field]
+                found.append(totals)
+        except (KeyError, IndexError, TypeError, ValueError):  # not there, or the file was changed
+            return None
+        return found if all(np.isfinite(totals).all() for totals in found) else None
 
     def put(self, name: str, found: Sequence[Totals]) -> None:
         """Keep the sums of a name."""

@@ -188,6 +188,8 @@ class HarnessLM(TemplateLM):  # type: ignore[misc, unused-ignore]  # it has no t
         padded = pad_sequence(rests, batch_first=True, padding_value=self.eot_token_id).to(self.device)
         score = nats_and_hits(self._tokenizer.vocab_size)
         scores = token_scores(self._lm, padded, padded.shape[1] - 1, self._batch_tokens, score, state).cpu()
+        if not torch.isfinite(scores).all():
+            raise UserError(f"{self.model.path}: a loss is not finite; the model has diverged, or needs a wider dtype")
         answers = []
         for row, of_row in zip(rows, scores, strict=True):
             first = len(row.context) - 1 - common
@@ -239,15 +241,21 @@ def _generation(options: Mapping[str, Any]) -> Generation:
     Raises:
         UserError: one of them is not known, or out of range.
     """
-    known: dict[str, Any] = dict(normalize_gen_kwargs(dict(options), DEFAULT_NEW_TOKENS))
+    try:
+        known: dict[str, Any] = dict(normalize_gen_kwargs(dict(options), DEFAULT_NEW_TOKENS))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"generation_kwargs {dict(options)} of a task cannot be used: {error}") from None
     unknown = [name for name in known if name not in OPTIONS]
     if unknown or known.get("num_beams", 1) != 1:
         names = ", ".join(unknown) or "num_beams above 1"
         raise UserError(f"generation_kwargs of a task has {names}, which is not offered; leave it out of the task")
+    new, stop = known["max_gen_toks"], known["until"]
+    if not isinstance(new, int) or new < 1 or not all(isinstance(text, str) for text in stop):
+        raise UserError(f"generation_kwargs of a task: max_gen_toks {new!r} must be 1 or more, until {stop!r} strings")
     if not known["do_sample"]:
         known["temperature"] = 0.0
     try:
         sampling = Sampling(**{name: known[name] for name in SAMPLING_OPTIONS if name in known})
     except ValueError as error:
         raise UserError(f"generation_kwargs of a task: {error}") from None
-    return Generation(known["max_gen_toks"], tuple(known["until"]), sampling)
+    return Generation(new, tuple(stop), sampling)

@@ -45,7 +45,10 @@ def open_inputs(
     own = [model.data for model in models if isinstance(model, TostModel)]
     if not data and not own:
         raise UserError("no checkpoint says what text to score; name a prepared folder with --data")
-    sets = [TokenSet(folder, VALIDATION) for folder in data or own[:1]]
+    try:
+        sets = [TokenSet(folder, VALIDATION) for folder in data or own[:1]]
+    except UserError as error:
+        raise UserError(str(error) if data else f"{error}; or name the text to read with --data") from None
     for model in models:
         if model.positions is not None and model.positions < shortest:
             least = f"the shortest of --contexts, {shortest}"

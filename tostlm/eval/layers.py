@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
@@ -58,6 +59,8 @@ def measure_layers(
         row = torch.from_numpy(tokens.read(start, start + longest)).to(checkpoint.lm.embed.weight.device)
         for name, values in statistics_by_position(checkpoint.lm, row, contexts).items():
             found[name].append(values)
+    if not all(math.isfinite(value) for of_name in found.values() for values in of_name for value in values):
+        raise UserError(f"{path}: its activations are not finite; the model has diverged")
     means = {name: torch.tensor(values).mean(0).tolist() for name, values in sorted(found.items(), key=_order)}
     content = {"checkpoint": str(checkpoint.path), "data": str(tokens.folder), "positions": list(contexts)}
     write_atomically(out / FILE, json.dumps({**content, "statistics": means}, indent=2) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from tostlm.checkpoint import COMPLETE, Checkpoint, load_checkpoint, run_folder
 from tostlm.data import Tokenizer, import_tokenizer
 from tostlm.errors import UserError, error_summary
 from tostlm.eval.token_scores import TokenScore, nats, scores_in_pieces, token_scores
-from tostlm.files import sha256_of
+from tostlm.files import sha256_of, short_names
 
 HF_CONFIG = "config.json"  # what makes a folder Hugging Face's
 HF_PASS_TOKENS = 1024  # tokens whose logits are held at a time: of all of them, whether scored or not
+# The files of a folder that its numbers depend on; reports may lie beside them.
+HF_FILES, HF_SUFFIXES = ("config", "tokenizer", "vocab", "merges"), (".safetensors", ".bin", ".model", ".py")
 # The names under which transformers' configs have the longest context that a model was made for.
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
@@ -61,13 +64,14 @@ class TostModel(ScoredModel):
             self.lm.clamps_positions, self.clamped, self.positions = True, self.positions, None
         self.tokenizer, self.device = checkpoint.tokenizer, checkpoint.lm.embed.weight.device
         self.data = checkpoint.config.data.folders[0]  # of a blend the first one
+        self._content = sha256_of(checkpoint.path / COMPLETE)  # now, as the run may remove the checkpoint later
 
     def score(self, rows: Tensor, scored: int, pass_tokens: int, score: TokenScore = nats) -> Tensor:
         return token_scores(self.lm, rows, scored, pass_tokens, score)
 
     @property
     def content(self) -> str:
-        return sha256_of(self.path / COMPLETE)
+        return self._content
 
 
 class HuggingFaceModel(ScoredModel):
@@ -114,8 +118,24 @@ class HuggingFaceModel(ScoredModel):
 
     @property
     def content(self) -> str:
-        sizes = [(file.name, file.stat().st_size, file.stat().st_mtime) for file in sorted(self.path.iterdir())]
-        return str(sizes)
+        own = sorted(
+            file for file in self.path.iterdir() if file.name.startswith(HF_FILES) or file.suffix in HF_SUFFIXES
+        )
+        return str([(file.name, file.stat().st_size, file.stat().st_mtime) for file in own])
+
+
+def model_names(models: Sequence[ScoredModel]) -> list[str]:
+    """Return a name of each model: the last parts of its folder that tell it apart, and its step where they do not."""
+    folders = list(dict.fromkeys(model.folder.resolve() for model in models))
+    names = dict(zip(folders, short_names(folders), strict=True))
+    found = list[str]()
+    for model in models:
+        alike = [other.step for other in models if other.folder.resolve() == model.folder.resolve()]
+        name = names[model.folder.resolve()]
+        name += f" step {model.step:,}" if len(set(alike)) > 1 and model.step is not None else ""
+        before = sum(other == name or other.startswith(f"{name} (") for other in found)
+        found.append(f"{name} ({before + 1})" if before else name)
+    return found
 
 
 def is_hugging_face(path: Path) -> bool:

@@ -94,8 +94,7 @@ def measure(
     found = [Totals.zeros(len(ends)) for _ in contexts]
     for batch in _batches(passages, pass_tokens):
         for passage, row, losses in _losses(model, text, batch, pass_tokens):
-            document = int(np.searchsorted(ends, passage.end - passage.scored, side="right"))
-            _add(found, document, passage, row, losses, model)
+            _add(found, ends, passage, row, losses, model)
         on_progress(sum(passage.end - passage.start - 1 for passage in batch))
     return found
 
@@ -139,25 +138,28 @@ def _losses(
 
 def _add(
     found: Sequence[Totals],
-    document: int,
+    document_ends: np.ndarray,
     passage: Passage,
     row: np.ndarray,
     nats: np.ndarray,
     model: ScoredModel,
 ) -> None:
-    """Add the scored tokens of a passage to the sums at the contexts that they count for."""
+    """Add the scored tokens of a passage to the sums of their documents at the contexts that they count for."""
     places, first = context_of(passage), len(row) - passage.scored
-    edges = [0, *(np.flatnonzero(np.diff(places)) + 1).tolist(), len(places)]
+    documents = np.searchsorted(document_ends, np.arange(passage.end - passage.scored, passage.end), side="right")
+    edges = [0, *(np.flatnonzero(np.diff(places) | np.diff(documents)) + 1).tolist(), len(places)]
     for start, end in pairwise(edges):
         scored = row[first + start : first + end]
         text_bytes = int(model.tokenizer.token_bytes[scored].sum())
         words = _words_begun(model, row[max(0, first + start - 1) : first + end])
-        found[places[start]].add(document, float(nats[start:end].sum()), end - start, text_bytes, words)
+        found[places[start]].add(int(documents[start]), float(nats[start:end].sum()), end - start, text_bytes, words)
 
 
 def _words_begun(model: ScoredModel, ids: np.ndarray) -> int:
-    """Return how many words begin after the first of some tokens."""
+    """Return how many words begin after the first of some tokens; that one alone may be of another document."""
     decode = model.tokenizer.decode
+    if ids[0] == model.tokenizer.eos_id:
+        return len(decode(ids[1:].tolist()).split())
     return len(decode(ids.tolist()).split()) - len(decode(ids[:1].tolist()).split())
 
 

@@ -36,7 +36,8 @@ def same_targets(
 
     They are chosen in the tokens that the text was prepared in; in others their text is the same.
 
-    A target has at least half of the shortest context before it, and of a longer one at least that less.
+    A span of targets is half the shortest context long, and its first token has as much less than a context before it,
+    in any tokens.
 
     Raises:
         UserError: no held-out document is longer than the longest context.
@@ -45,13 +46,14 @@ def same_targets(
     if not isinstance(text, Retokenized):
         yield from before_targets(targets, within(contexts, limit))
         return
-    spans, bounds = text.spans(targets), text.document_bounds
+    bounds = text.document_bounds
+    spans = [(first, end) for first, end in text.spans(targets) if limit is None or end - first <= limit]
     for context in within(contexts, limit):
         for first, end in spans:
             document = int(np.searchsorted(bounds[:, 1], first, side="right"))
-            start = max(end - context - 1, int(bounds[document, 0]) - 1, 0)
-            if start < first:
-                yield Passage(start, end, end - first, (context,))
+            start = max(first - 1 - (context - targets.span), int(bounds[document, 0]) - 1, 0)
+            start = start if limit is None else max(start, end - 1 - limit)
+            yield Passage(start, end, end - first, (context,))
 
 
 def within(contexts: Sequence[int], limit: int | None) -> list[int]:

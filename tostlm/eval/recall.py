@@ -16,12 +16,12 @@ from tqdm import tqdm
 from tostlm.errors import UserError
 from tostlm.eval.bootstrap import ratio_interval
 from tostlm.eval.inputs import EvalSettings, open_inputs
-from tostlm.eval.models import ScoredModel
+from tostlm.eval.models import ScoredModel, model_names
 from tostlm.eval.probes import NEEDLE, PROBES, Material, Probe, recall
 from tostlm.eval.report import clamping, wrong_file
 from tostlm.eval.text import HeldOutText, text_of
 from tostlm.eval.token_scores import nats_and_hits
-from tostlm.files import distinct_names, read_json_object, require_writable, write_atomically
+from tostlm.files import read_json_object, require_writable, write_atomically
 
 FILE = "recall.json"
 SHORTEST = 4 * NEEDLE + 1  # tokens of a sequence
@@ -86,11 +86,11 @@ def measure_recall(
     models, (held_out, *_) = open_inputs(paths, data, settings)
     out = out or models[0].folder
     require_writable(out)
-    if len(held_out) < max(settings.contexts):
-        raise UserError(f"{held_out} has {len(held_out):,} tokens, fewer than a context of {max(settings.contexts):,}")
     found = []
-    for name, model in zip(distinct_names([model.folder for model in models]), models, strict=True):
+    for name, model in zip(model_names(models), models, strict=True):
         text = text_of(held_out, model.tokenizer)
+        if len(text) < max(settings.contexts):
+            raise UserError(f"{text} has {len(text):,} tokens, fewer than a context of {max(settings.contexts):,}")
         asked = [(task, load, T) for T in settings.contexts for task, load in _tasks(T, pairs)]
         readable = [case for case in asked if model.positions is None or case[2] <= model.positions]
         bar = tqdm(readable, desc=name, unit=" probes", disable=None)  # on a terminal only

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -40,6 +41,7 @@ class ModelScores(NamedTuple):
     clamped: int | None = None  # learned positions, beyond which it used the last one; None where it did not
 
 
+LONGEST = 1 << 40  # tokens of a context, beyond which a file was not written here
 SCORED_MODELS = pydantic.TypeAdapter(list[ModelScores])
 
 
@@ -57,8 +59,13 @@ def write_report(models: Sequence[ModelScores], protocol: str, dtype: torch.dtyp
 
 def _as_json(model: ModelScores) -> dict[str, object]:
     gains = {context: found._asdict() for context, found in model.gains}
-    scores = [{**score._asdict(), "gain": gains.get(score.context)} for score in model.scores]
+    scores = [{**_finite(score._asdict()), "gain": gains.get(score.context)} for score in model.scores]
     return {key: value for key, value in model._asdict().items() if key != "gains"} | {"scores": scores}
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values with None for the perplexities that no float holds, which are no JSON."""
+    return {key: value if value is None or math.isfinite(value) else None for key, value in values.items()}
 
 
 def _csv(models: Sequence[ModelScores]) -> str:
@@ -82,6 +89,11 @@ def report_table(models: Sequence[ModelScores], contexts: Sequence[int], protoco
     return "\n".join([*lines, *(line for model in models for line in _gains(model))])
 
 
+def short_number(value: float) -> str:
+    """Return a number with two decimals; a large one in powers of ten."""
+    return f"{value:.2f}" if value < 1e6 else f"{value:.3g}"
+
+
 def clamping(name: str, positions: int) -> str:
     """Return what is to be said of a model that read beyond its learned positions."""
     return f"{name} has {positions} learned positions; beyond them every token had the last one"
@@ -90,8 +102,9 @@ def clamping(name: str, positions: int) -> str:
 def _cell(model: ModelScores, score: Score | None) -> str:
     if score is None:
         return "beyond its positions" if model.positions else "no such token"
-    error = "" if score.low is None else f" ±{score.perplexity * ((score.high or 0.0) - score.low) / 2:.2f}"
-    return f"{score.perplexity:.2f}{error} ({score.bits_per_byte:.4f} b/B)"
+    half = None if score.low is None else score.perplexity * ((score.high or 0.0) - score.low) / 2
+    error = "" if half is None else f" ±{short_number(half)}"
+    return f"{short_number(score.perplexity)}{error} ({score.bits_per_byte:.4f} b/B)"
 
 
 def _gains(model: ModelScores) -> Iterator[str]:
@@ -145,13 +158,18 @@ def read_report(path: Path) -> tuple[str, list[ModelScores]]:
     content = read_json_object(path.read_bytes())
     try:
         found = [_from_json(model) for model in (content or {})["models"]]
-        return str((content or {})["protocol"]), SCORED_MODELS.validate_python(found)
-    except (KeyError, TypeError, AttributeError, pydantic.ValidationError) as error:
+        models = SCORED_MODELS.validate_python(found)
+        if not all(0 < score.context < LONGEST for model in models for score in model.scores):
+            raise ValueError("a context is out of range")
+        return str((content or {})["protocol"]), models
+    except (KeyError, TypeError, ValueError, AttributeError, pydantic.ValidationError) as error:
         raise wrong_file(path, "tostlm eval perplexity", error) from None
 
 
 def _from_json(model: Mapping[str, Any]) -> dict[str, Any]:
     scores = [{key: score[key] for key in Score._fields} for score in model["scores"]]
+    for score in scores:
+        score["perplexity"] = math.inf if score["perplexity"] is None else score["perplexity"]
     gains = [(score["context"], score["gain"]) for score in model["scores"] if score["gain"] is not None]
     return {key: model[key] for key in ModelScores._fields if key != "gains"} | {"scores": scores, "gains": gains}
 

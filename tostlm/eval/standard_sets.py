@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tostlm.errors import UserError, error_summary
+from tostlm.eval.models import model_names
 from tostlm.eval.token_scores import PASS_TOKENS
-from tostlm.files import distinct_names, require_writable, write_atomically
+from tostlm.files import require_writable, write_atomically
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -57,7 +58,7 @@ def evaluate_tasks(paths: Sequence[Path], settings: TaskSettings, out: Path | No
     require_writable(out)
     manager, tasks = _load_tasks(settings)
     found: list[dict[str, object]] = []
-    for name, model in zip(distinct_names([model.model.folder for model in models]), models, strict=True):
+    for name, model in zip(model_names([model.model for model in models]), models, strict=True):
         results = _measure(model, manager, tasks, settings)
         about = {"name": name, "checkpoint": str(model.model.path), "step": model.model.step}
         found.append(about | {key: results[key] for key in KEPT if key in results})
@@ -103,7 +104,7 @@ def _require_loadable(manager: TaskManager, tasks: list[str]) -> None:
     try:
         loaded = manager.load(tasks)["tasks"]
     except Exception as error:  # of the hub's client, of `datasets`, and of the tasks' own code
-        remedy = "data that are on this machine can be named in a task of your own with --include-path"
+        remedy = "check the task's file; data on this machine can be named in one of your own (--include-path)"
         raise UserError(f"lm-eval cannot load {', '.join(tasks)}: {error_summary(error)}; {remedy}") from None
     for name, task in loaded.items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,8 +15,8 @@ from tostlm.config import RunConfig, load_config
 from tostlm.errors import UserError
 from tostlm.eval.recall import FILE as RECALL
 from tostlm.eval.recall import ProbedModel, read_recall
-from tostlm.eval.report import ModelScores, read_report, wrong_file
-from tostlm.files import read_json_lines
+from tostlm.eval.report import LONGEST, ModelScores, read_report, wrong_file
+from tostlm.files import read_json_lines, short_names
 from tostlm.model import training_flops_per_token
 
 PERPLEXITY = "perplexity.json"
@@ -50,7 +51,7 @@ class DecodeSpeed(pydantic.BaseModel):
     """How fast a model writes one token after so many, and reads those."""
 
     model: str
-    context: int
+    context: int = pydantic.Field(gt=0, lt=LONGEST)
     milliseconds: float = pydantic.Field(gt=0)  # a token
     prefill_tokens_per_second: float | None = None
     state_bytes: int | None = None
@@ -87,10 +88,10 @@ def _read_run(path: Path) -> RunSummary:
         raise UserError(f"{path} is neither a checkpoint nor the folder of a run; it has no {CONFIG}")
     config, folder = load_config(path / CONFIG), run_folder(path) if is_checkpoint else path
     entries, _ = read_json_lines(folder / "metrics.jsonl")
-    entries = [entry for entry in entries if isinstance(entry.get("step"), int)]
+    entries = [entry for entry in entries if _is_step(entry.get("step"), config)]
     step = read_train_state(path).step if is_checkpoint else max((entry["step"] for entry in entries), default=0)
     entries = [entry for entry in entries if entry["step"] <= step]
-    speeds = [value for entry in entries if (value := entry.get("tokens_per_second"))]
+    speeds = [value for entry in entries if (value := _number(entry.get("tokens_per_second")))]
     return RunSummary(
         "", folder, config, step, statistics.median(speeds) if speeds else None, list(_validations(config, entries))
     )
@@ -98,9 +99,18 @@ def _read_run(path: Path) -> RunSummary:
 
 def _validations(config: RunConfig, entries: Iterable[dict[str, Any]]) -> Iterator[Validation]:
     for entry in entries:
-        if entry.get("kind") == "validation" and entry.get("loss") is not None:
-            step = entry["step"]
-            yield Validation(step, config.tokens_after(step), flops_after(config, step), entry["loss"])
+        loss, step = _number(entry.get("loss")), entry["step"]
+        if entry.get("kind") == "validation" and loss is not None:
+            yield Validation(step, config.tokens_after(step), flops_after(config, step), loss)
+
+
+def _is_step(value: object, config: RunConfig) -> bool:
+    return isinstance(value, int) and 0 <= value <= config.train.steps
+
+
+def _number(value: object) -> float | None:
+    """Return a number of a file that may have been edited; None of what is none, or not finite."""
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def flops_after(config: RunConfig, step: int) -> float:
@@ -110,16 +120,6 @@ def flops_after(config: RunConfig, step: int) -> float:
         tokens = config.tokens_after(min(end, step)) - config.tokens_after(min(stage.first_step, step))
         total += tokens * training_flops_per_token(config.model, stage.context_tokens)
     return total
-
-
-def short_names(folders: Sequence[Path]) -> list[str]:
-    """Return the last parts of different folders, as many of them as tell these apart."""
-    names: list[str] = []
-    for count in range(1, max((len(folder.parts) for folder in folders), default=0) + 1):
-        names = ["/".join(folder.parts[-count:]) for folder in folders]
-        if len(set(names)) == len(names):
-            break
-    return names
 
 
 def read_scores(runs: Sequence[RunSummary]) -> dict[str, list[ModelScores]]:

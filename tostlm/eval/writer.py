@@ -20,7 +20,7 @@ from tostlm.files import write_atomically
 from tostlm.model import LM, LMState, state_tensors
 from tostlm.shapes import Int
 
-MODEL, TOKENS = "model", "tokens"  # what a stored state says beside its tensors
+MODEL, TOKENS, DTYPE = "model", "tokens", "dtype"  # what a stored state says beside its tensors
 PENDING, SEEN, DOCUMENT_START = "pending", "seen", "document_start"
 
 
@@ -61,6 +61,10 @@ class Writer:
         self._seen = torch.zeros(len(seeds), vocab_size, dtype=torch.bool, device=self._device)
 
     @property
+    def _dtype(self) -> str:
+        return str(self._lm.embed.weight.dtype).removeprefix("torch.")
+
+    @property
     def tokens(self) -> int:
         """The number of tokens in each sequence so far."""
         return (self.state.tokens if self.state else 0) + self.pending.shape[1]
@@ -87,9 +91,12 @@ class Writer:
 
         Raises:
             ValueError: as `read` does.
+            UserError: the model's logits are not finite.
         """
         x, self.state = self._lm.hidden(self.pending, self.state)
         logits = self._lm.logits(x[:, -1:])[:, 0, : self._vocab_size]
+        if not torch.isfinite(logits).all():
+            raise UserError("the model's logits are not finite; it has diverged, or needs a wider --dtype")
         found = next_tokens(logits, self._seen, self._sampling, self._generators)
         self.pending = found[:, None]
         self._seen.scatter_(1, self.pending, True)
@@ -107,7 +114,7 @@ class Writer:
             tensors[DOCUMENT_START] = state.document_start
         tensors |= {PENDING: self.pending, SEEN: self._seen}
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        about = {MODEL: model, TOKENS: str(state.tokens if state else 0)}
+        about = {MODEL: model, TOKENS: str(state.tokens if state else 0), DTYPE: self._dtype}
         write_atomically(path, safetensors.torch.save(contiguous, about))
 
     def restore(self, path: Path, model: str) -> None:
@@ -121,6 +128,8 @@ class Writer:
                 about = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
             pending, seen, start = tensors.pop(PENDING), tensors.pop(SEEN), tensors.pop(DOCUMENT_START, None)
+            if about[DTYPE] != self._dtype:
+                raise UserError(f"the state in {path} is of weights in {about[DTYPE]}; choose that --dtype again")
             if about[MODEL] != model:
                 raise UserError(f"the state in {path} is of another model; read its text again with this one")
             if len(pending) != 1 or seen.shape != (1, self._vocab_size):
