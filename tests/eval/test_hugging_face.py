@@ -103,7 +103,7 @@ def test_other_tokens_have_the_same_targets_at_every_context(
         assert by_context[0] == by_context[1] == by_context[2]
         assert max(scored for _, scored in by_context[0]) > 4
         assert all(p.start < p.end - p.scored and (limit is None or p.end - p.start - 1 <= limit) for p in passages)
-    begun = {int(first) - 1 for first, _ in text.document_bounds}
+    begun = {max(0, int(first) - 1) for first, _ in text.document_bounds}
     for passage in PROTOCOLS["same-targets"](tokens, text, [4, 16, 64], 30, None):
         before = passage.end - passage.scored - passage.start
         assert before == passage.contexts[0] - 2 + 1 or passage.start in begun
