@@ -70,9 +70,18 @@ def _run() -> int:
         if _is_rank():
             exit_rank(code, silent=code in (EXIT_USER_ERROR, EXIT_LOST_RANK))  # rank 0 reports what it found for all
         return code
-    except Exception:
-        return _report_bug()
+    except Exception as error:
+        return _fail(str(error)) if _is_backend_error(error) else _report_bug()
     return 0
+
+
+def _is_backend_error(error: Exception) -> bool:
+    """Return whether a backend of the operator was asked for that is not there; the operator knows no `UserError`."""
+    if not isinstance(error, ValueError):
+        return False
+    from tostlm.tssa import BackendError
+
+    return isinstance(error, BackendError)
 
 
 def _fail(message: str) -> int:

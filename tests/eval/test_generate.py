@@ -275,6 +275,8 @@ def test_mistakes(trained: dict[str, Run], tmp_path: Path) -> None:
     fail(tostlm("generate", tost, "--prompts", str(file), "--state", str(file)), "a state is of one text")
     file.write_text("[" * 200_000 + "\n{" + '"a":[' * 200_000)
     fail(tostlm("generate", tost, "--prompts", str(file)), f"{file}, line 2", 'is no {"prompt": "text"}')
+    broken = tostlm("generate", tost, "--tokens", "2", TOSTLM_TSSA_BACKEND="foo")
+    fail(broken, "TOSTLM_TSSA_BACKEND=foo: TSSA backend 'foo' is not available here; use triton, cpp")
     saved = ("--tokens", "0", "--save-state")
     fail(tostlm("generate", tost, "--prompt", "a", *saved, str(tmp_path)), f"{tmp_path} is a folder; name a file in it")
     succeed(tostlm("generate", tost, "--prompt", "a", *saved, str(tmp_path / "state")))

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from tostlm.tssa.backend import Inputs
 from tostlm.tssa.context_parallel import context_parallel_operator
-from tostlm.tssa.dispatch import REFERENCE, choose, requested_backend
+from tostlm.tssa.dispatch import REFERENCE, BackendError, choose, requested_backend
 from tostlm.tssa.operator import tssa_operator
 from tostlm.tssa.reference import tssa_reference
 from tostlm.tssa.state import State
 from tostlm.tssa.statistics import Statistics, compute_statistics
 
-__all__ = ["Inputs", "State", "Statistics", "tssa", "tssa_reference", "tssa_statistics"]
+__all__ = ["BackendError", "Inputs", "State", "Statistics", "tssa", "tssa_reference", "tssa_statistics"]
 
 
 def tssa(

@@ -20,6 +20,10 @@ REFERENCE = "reference"
 _log = logging.getLogger("tostlm")
 
 
+class BackendError(ValueError):
+    """There is no backend of a name, or it does not serve a tensor."""
+
+
 def requested_backend(name: str | None) -> str:
     """Return the backend that a caller asks for, else the one that the environment names; "" for the fastest."""
     return os.environ.get(VARIABLE, "") if name is None else name
@@ -29,15 +33,19 @@ def choose(w: Tensor, heads: int, backend: str | None = None) -> Backend:
     """Return the requested backend, or the fastest that serves `w` [B, T, C].
 
     Raises:
-        ValueError: there is no such backend, or it does not serve `w`.
+        BackendError: there is no such backend, or it does not serve `w`.
     """
-    return _choose(requested_backend(backend), w.device.type, w.dtype, int(w.shape[-1]) // int(heads))
+    name = requested_backend(backend)
+    try:
+        return _choose(name, w.device.type, w.dtype, int(w.shape[-1]) // int(heads))
+    except BackendError as error:
+        raise BackendError(f"{VARIABLE}={name}: {error}" if backend is None else str(error)) from None
 
 
 @functools.cache
 def _choose(name: str, device: str, dtype: torch.dtype, head_width: int) -> Backend:
     if name not in ("", "torch", *COMPILED):
-        raise ValueError(
+        raise BackendError(
             f"TSSA backend {name!r} is not available here; use {', '.join(COMPILED)}, torch or {REFERENCE}"
         )
     for candidate in [name] if name else [own for own, kind in COMPILED.items() if kind == device]:
@@ -45,7 +53,7 @@ def _choose(name: str, device: str, dtype: torch.dtype, head_width: int) -> Back
         if backend is not None and backend.serves(device, dtype, head_width):
             break
         if name:
-            raise ValueError(
+            raise BackendError(
                 f"TSSA backend {name} does not serve {dtype} on {device} with heads of {head_width} channels"
             )
     else:
