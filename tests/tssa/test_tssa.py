@@ -244,7 +244,7 @@ def test_the_environment_names_the_backend(name: str, monkeypatch: pytest.Monkey
 def test_a_backend_that_cannot_serve_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOSTLM_TSSA_BACKEND", "fortran")
     with pytest.raises(
-        ValueError, match="TOSTLM_TSSA_BACKEND=fortran: .* is not available here; use triton, cpp, torch"
+        ValueError, match=r"TOSTLM_TSSA_BACKEND=fortran: .* is not available here; use triton, cpp, torch"
     ):
         tssa(*draw())
 
