@@ -115,9 +115,9 @@ def test_generation_runs_on_a_state_of_constant_size(exported: dict[str, Path]) 
     read = []
     forward = model.lm.hidden
 
-    def watch(tokens: torch.Tensor, state: object = None) -> object:
+    def watch(tokens: torch.Tensor, *rest: object, **options: object) -> object:
         read.append(tokens.shape[1])
-        return forward(tokens, state)
+        return forward(tokens, *rest, **options)
 
     model.lm.hidden = watch
     output = model.generate(
@@ -142,16 +142,15 @@ def test_a_trainer_divides_the_loss_by_its_accumulation_steps(exported: dict[str
     assert model.accepts_loss_kwargs is False
 
 
-def test_padding_that_would_be_read_as_text_is_refused(exported: dict[str, Path]) -> None:
-    model = transformers.AutoModelForCausalLM.from_pretrained(exported["tssa"], trust_remote_code=True)
-    tokens, mask = torch.ones(2, 6, dtype=torch.long), torch.ones(2, 6, dtype=torch.long)
-    mask[1, 4:] = 0
-    model(tokens, attention_mask=mask)  # on the right it changes nothing before it
-    with pytest.raises(ValueError, match="generation from padded batches is not supported"):
-        model.generate(tokens, attention_mask=mask, max_new_tokens=2)
-    mask[1, :2] = 0
-    with pytest.raises(ValueError, match="left-padded batches are not supported"):
-        model(tokens, attention_mask=mask)
+def test_a_pipeline_takes_batches(exported: dict[str, Path]) -> None:
+    prompts = ["Fellow citizens of the", "We", "It is the duty of every"]
+    options = {"max_new_tokens": 6, "do_sample": False, "return_full_text": False}
+    for folder in exported.values():
+        writer = transformers.pipeline("text-generation", model=str(folder), trust_remote_code=True)
+        writer.tokenizer.pad_token_id, writer.tokenizer.padding_side = writer.tokenizer.eos_token_id, "left"
+        alone = [writer(prompt, **options)[0]["generated_text"] for prompt in prompts]
+        together = [found[0]["generated_text"] for found in writer(prompts, batch_size=3, **options)]
+        assert together == alone
 
 
 def test_the_exported_tokenizer_gives_the_same_ids(

@@ -237,7 +237,7 @@ def test_an_export_in_lm_evals_own_model_has_the_same_results(
 ) -> None:
     export_hf(load_checkpoint(trained[mixer].dir), tmp_path / "hf")
     transformers.utils.logging.disable_progress_bar()
-    code = {"trust_remote_code": mixer == "tssa", "device": "cpu", "dtype": "float32"}  # one by one
+    code = {"trust_remote_code": mixer == "tssa", "device": "cpu", "dtype": "float32", "batch_size": 3}  # padded
     theirs = HFLM(pretrained=str(tmp_path / "hf"), **code)
     own = HarnessLM(trained[mixer].dir)
     tasks = ("choices", "pairs", "writing")

@@ -127,6 +127,15 @@ def test_contexts_that_no_document_has(tokens: TokenSet, protocol: str) -> None:
         list(PROTOCOLS[protocol](tokens, tokens, [10**7], 1, None))
 
 
+def test_words_are_counted_in_pieces(model: TostModel, tokens: TokenSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    passages = list(stream(tokens, tokens, [64], 5))
+    (whole,) = measure(model, tokens, [64], passages)
+    for size in (2, 3, 50):
+        monkeypatch.setattr("tostlm.eval.perplexity.DECODED_TOKENS", size)
+        (pieces,) = measure(model, tokens, [64], passages)
+        assert pieces.words.tolist() == whole.words.tolist()
+
+
 def test_words_and_documents_are_counted_document_by_document(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Where a window has many: the words of each, and every one of them in the interval."""
     texts = ["A first text", "another one.", "two words", "one", "and the last of all"] * 5

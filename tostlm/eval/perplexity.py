@@ -19,6 +19,8 @@ from tostlm.eval.text import HeldOutText
 from tostlm.eval.token_scores import PASS_TOKENS
 from tostlm.model import perplexity
 
+DECODED_TOKENS = 65_536  # at a time
+
 
 class Totals(NamedTuple):
     """Sums over the tokens that are scored at one context, by held-out document: float64 [documents] each."""
@@ -157,6 +159,9 @@ def _add(
 
 def _words_begun(model: ScoredModel, ids: np.ndarray) -> int:
     """Return how many words begin after the first of some tokens; that one alone may be of another document."""
+    if len(ids) > DECODED_TOKENS:  # in pieces, as a long document's words would take much memory
+        starts = range(0, len(ids) - 1, DECODED_TOKENS - 1)
+        return sum(_words_begun(model, ids[start : start + DECODED_TOKENS]) for start in starts)
     decode = model.tokenizer.decode
     if ids[0] == model.tokenizer.eos_id:
         return len(decode(ids[1:].tolist()).split())

@@ -116,10 +116,11 @@ class LM(nn.Module):
         state: LMState | None = None,
         document_start_mask: Tensor | None = None,
         group: dist.ProcessGroup | None = None,
+        embeddings: Float[Tensor, "B T C"] | None = None,
     ) -> tuple[Float[Tensor, "B T C"], LMState]:
         """Return the normalized residual stream [B, T, C], which the output projection reads, and the state.
 
-        Arguments and errors as in `forward`.
+        Arguments and errors as in `forward`; `embeddings` [B, T, C] are read in place of those of the tokens.
         """
         if document_start_mask is not None and document_start_mask.shape != tokens.shape:
             raise ValueError(
@@ -130,7 +131,7 @@ class LM(nn.Module):
         with_spans = any(block.mixer.needs_spans for block in self.blocks)
         positions = SequencePositions.build(tokens, past, document_start, document_start_mask, with_spans, group)
         self._check_length(positions)
-        x = self.embed(tokens)
+        x = self.embed(tokens) if embeddings is None else embeddings
         if self.positions is not None:
             x = x + self.positions(positions.within(self.positions.num_embeddings))
         if self.embed_norm is not None:
