@@ -11,11 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from tostlm.bench.report import now, report
-from tostlm.config import load_config
+from tostlm.bench.report import now, open_configs, report
 from tostlm.device import best_device
 from tostlm.eval import Sampling, Writer
-from tostlm.files import distinct_names, require_file_writable
 from tostlm.model import LM, ModelConfig, create_lm
 
 
@@ -33,19 +31,9 @@ class Decoding(NamedTuple):
 def report_decoding(
     configs: Sequence[Path], contexts: Sequence[int], tokens: int, batch: int, threads: int | None, out: Path | None
 ) -> str:
-    """Time the models of some configs by `bench_decoding` and return the table of their times.
-
-    Args:
-        configs: files of run configs, or names of shipped ones.
-        threads: of torch on the CPU; None leaves its default.
-        out: a .json file to write the times to as well.
-    """
-    if threads:
-        torch.set_num_threads(threads)
-    if out:
-        require_file_writable(out)
+    """Time the models of some configs by `bench_decoding` and return the table of their times; see `open_configs`."""
+    models = {name: run.model for name, run in open_configs(configs, threads, out).items()}
     device = best_device()
-    models = {name: load_config(path).model for name, path in zip(distinct_names(configs), configs, strict=True)}
     found = bench_decoding(models, contexts, tokens, batch, device)
     rows = [decoding._asdict() for decoding in found]
     return report(table(found), device, out, tokens=tokens, batch=batch, decode=rows)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from tostlm import __version__
+from tostlm.config import RunConfig, load_config
 from tostlm.device import device_name
-from tostlm.files import write_atomically
+from tostlm.files import distinct_names, require_file_writable, write_atomically
 
 
 def now(device: torch.device) -> float:
@@ -18,6 +20,24 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def open_configs(configs: Sequence[Path], threads: int | None, out: Path | None) -> dict[str, RunConfig]:
+    """Return run configs by the names to report, once the benchmark can begin.
+
+    Args:
+        configs: files of run configs, or names of shipped ones.
+        threads: that torch is to use on the CPU; None leaves its default.
+        out: a .json file that is to be written; None is none.
+
+    Raises:
+        UserError: a config is wrong, or the file cannot be written.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    if out:
+        require_file_writable(out)
+    return dict(zip(distinct_names(configs), map(load_config, configs), strict=True))
 
 
 def report(table: str, device: torch.device, out: Path | None, **results: object) -> str:

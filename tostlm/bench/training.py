@@ -11,10 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from tostlm.bench.report import now, report
-from tostlm.config import RunConfig, load_config, matmul_dtype
+from tostlm.bench.report import now, open_configs, report
+from tostlm.config import RunConfig, matmul_dtype
 from tostlm.device import best_device
-from tostlm.files import distinct_names, require_file_writable
 from tostlm.model import LM, ModelConfig, create_lm
 
 
@@ -29,19 +28,8 @@ class Rate(NamedTuple):
 def report_training(
     configs: Sequence[Path], contexts: Sequence[int], tokens: int, repeats: int, threads: int | None, out: Path | None
 ) -> str:
-    """Time the models of some configs by `bench_training` and return the table of their speeds.
-
-    Args:
-        configs: files of run configs, or names of shipped ones.
-        threads: of torch on the CPU; None leaves its default.
-        out: a .json file to write the speeds to as well.
-    """
-    if threads:
-        torch.set_num_threads(threads)
-    if out:
-        require_file_writable(out)
-    device = best_device()
-    runs = dict(zip(distinct_names(configs), map(load_config, configs), strict=True))
+    """Time the models of some configs by `bench_training` and return the table of their speeds; see `open_configs`."""
+    runs, device = open_configs(configs, threads, out), best_device()
     rates = bench_training(runs, contexts, tokens, repeats, device)
     rows = [rate._asdict() for rate in rates]
     return report(table(rates), device, out, tokens=tokens, repeats=repeats, rates=rows)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tostlm.cli.app import CheckpointPath, eval_app, join_or_launch, parse_numbers
 from tostlm.errors import UserError
+
+if TYPE_CHECKING:
+    from tostlm.eval import EvalSettings
 
 Models = Annotated[
     list[Path], typer.Argument(metavar="MODEL...", help="checkpoints, folders of runs, or Hugging Face folders")
@@ -23,6 +26,23 @@ ClampPositions = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="run the code that a Hugging Face folder brings")
 ]
+
+
+def _reading(
+    contexts: str, device: str | None, dtype: str | None, batch_tokens: int, trust_code: bool, clamp: bool
+) -> EvalSettings:
+    """Return how models are read, as the options of several subcommands say."""
+    from tostlm.device import parse_device, parse_dtype
+    from tostlm.eval import EvalSettings
+
+    return EvalSettings(
+        parse_numbers(contexts, "--contexts"),
+        device=None if device is None else parse_device(device),
+        trust_code=trust_code,
+        dtype=None if dtype is None else parse_dtype(dtype),
+        pass_tokens=batch_tokens,
+        clamp=clamp,
+    )
 
 
 @eval_app.command("perplexity")
@@ -55,22 +75,13 @@ def eval_perplexity(
     Under torchrun or in a Slurm step of several tasks, these share the text. The same command continues what was
     interrupted.
     """
-    from tostlm.device import parse_device, parse_dtype
-    from tostlm.eval import ALONE, PROTOCOLS, EvalSettings, evaluate_perplexity
+    from tostlm.eval import ALONE, PROTOCOLS, evaluate_perplexity
     from tostlm.launch import rank_from_environment
 
     if protocol not in PROTOCOLS:
         raise UserError(f"--protocol {protocol} is not known; it is one of {', '.join(PROTOCOLS)}")
-    settings = EvalSettings(
-        parse_numbers(contexts, "--contexts"),
-        protocol,
-        windows,
-        None if device is None else parse_device(device),
-        trust_remote_code,
-        None if dtype is None else parse_dtype(dtype),
-        batch_tokens,
-        clamp_positions,
-    )
+    reading = _reading(contexts, device, dtype, batch_tokens, trust_remote_code, clamp_positions)
+    settings = reading._replace(protocol=protocol, windows=windows)
     options = {
         "contexts": contexts,
         "protocol": protocol,
@@ -108,17 +119,9 @@ def eval_recall(
     clamp_positions: ClampPositions = False,
 ) -> None:
     """Measure what models bring back from their context: pairs, a repeat, a needle in text, a chain's statistics."""
-    from tostlm.device import parse_device, parse_dtype
-    from tostlm.eval import EvalSettings, measure_recall
+    from tostlm.eval import measure_recall
 
-    settings = EvalSettings(
-        parse_numbers(contexts, "--contexts"),
-        device=None if device is None else parse_device(device),
-        trust_code=trust_remote_code,
-        dtype=None if dtype is None else parse_dtype(dtype),
-        pass_tokens=batch_tokens,
-        clamp=clamp_positions,
-    )
+    settings = _reading(contexts, device, dtype, batch_tokens, trust_remote_code, clamp_positions)
     loads = parse_numbers(pairs, "--pairs")
     print(measure_recall(models, [data] if data else [], settings, loads, sequences, seed, out))
 
