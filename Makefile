@@ -6,8 +6,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# As root, let tests/slurm install Slurm with apt-get where it is missing; otherwise these tests are skipped.
-SLURM := TOSTLM_TEST_INSTALL_SLURM=1
+# As root, let tests install Slurm and chromium with apt-get where they are missing; otherwise these are skipped.
+APT := TOSTLM_TEST_INSTALL=1
 # A file is one process's, and tests/conftest.py says which come first.
 BY_FILE := --dist loadfile --no-loadscope-reorder
 
@@ -29,10 +29,10 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 $(BY_FILE) -m "not slow and not timed"
-	$(SLURM) $(BIN)/pytest -n 2 $(BY_FILE) -m "timed and not slow"
+	$(APT) $(BIN)/pytest -n 2 $(BY_FILE) -m "timed and not slow"
 
 test-slow: install
-	$(SLURM) $(BIN)/pytest -m slow
+	$(APT) $(BIN)/pytest -m slow
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.apt import missing_reason
 from tests.conftest import Run, fail, succeed, tostlm
 from tostlm.checkpoint import checkpoints
 from tostlm.config import load_config
@@ -295,9 +296,10 @@ addEventListener("load", () => {
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed; apt-get install chromium")
 @pytest.mark.parametrize("width", [1200, 420])
 def test_a_browser_shows_it(reported: Reported, width: int) -> None:
+    if reason := missing_reason(["chromium"], ["chromium", "fonts-dejavu-core"]):
+        pytest.skip(reason)
     probe = reported.out / "probe.html"
     probe.write_text(PROBE.replace("WIDTH", str(width)))
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom"]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from signal import SIGKILL
 
+from tests.apt import PATH, missing_reason
 from tostlm.launch.local import end_with_parent
 
 PACKAGES = ["slurmctld", "slurmd", "slurm-client", "munge", "slurm-wlm-basic-plugins", "iproute2", "shellcheck"]
-INSTALL_SWITCH = "TOSTLM_TEST_INSTALL_SLURM"
 COMMANDS = ["sbatch", "squeue", "scontrol", "scancel", "sinfo", "srun"]
 SLURMD_PORT = 6818
 GPUS = 2  # generic resources that each node claims, without devices
@@ -67,37 +65,14 @@ PartitionName=spare Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=30 Ma
 
 
 def unavailable_reason() -> str | None:
-    """Return why the cluster cannot run here, or None. With INSTALL_SWITCH=1 set, install what is missing first."""
+    """Return why the cluster cannot run here, or None. See `missing_reason` for what is installed."""
     if os.geteuid() != 0:
         return "the Slurm cluster of the tests takes root; run them as root to enable"
-    with Path(tempfile.gettempdir(), "tostlm-test-install.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of the processes that share the tests one installs, and the others wait
-        if reason := _missing_reason():
-            return reason
+    if reason := missing_reason(("slurmctld", "ip", "shellcheck"), PACKAGES):
+        return reason
     if subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True).returncode:
         return "no namespaces can be made here; allow unshare(2) to enable the tests on Slurm"
     return None
-
-
-def _missing_reason() -> str | None:
-    """Return which command is missing and could not be installed, or None."""
-    missing = [command for command in ("slurmctld", "ip", "shellcheck") if not shutil.which(command, path=_path())]
-    if missing:
-        names = ", ".join(missing)
-        if os.environ.get(INSTALL_SWITCH) != "1":
-            return f"{names} not installed; set {INSTALL_SWITCH}=1 to let the tests install Slurm with apt-get"
-        if not shutil.which("apt-get"):
-            return f"{names} not installed; install Debian's {' '.join(PACKAGES)} to enable"
-        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}  # 1: no daemon is started
-        for command in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
-            done = subprocess.run(["apt-get", "-qq", *command], capture_output=True, text=True, env=environment)
-            if done.returncode:
-                return f"apt-get {command[0]} failed: {done.stderr.strip()[-300:]}"
-    return None
-
-
-def _path() -> str:
-    return f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
 def wait_until(happened: Callable[[], object], details: Callable[[], str], seconds: float = 120) -> float:
@@ -121,7 +96,7 @@ class Cluster:
         self.environment = {
             **os.environ,
             "SLURM_CONF": str(folder / "slurm.conf"),
-            "PATH": f"{folder}/bin:{python}:{_path()}",
+            "PATH": f"{folder}/bin:{python}:{PATH}",
             "OMP_NUM_THREADS": "1",
         }
         self._machines: dict[str, subprocess.Popen[bytes]] = {}
