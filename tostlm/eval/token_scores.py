@@ -73,14 +73,19 @@ def scores_in_pieces(
         state: of the model before the rows.
     """
     inputs, targets = rows[:, :-1], rows[:, 1:]
-    first, start, scores = inputs.shape[1] - scored, 0, list[Tensor]()
+    first, start = inputs.shape[1] - scored, 0
+    scores: Tensor | None = None
     for piece in inputs.split(max(1, pass_tokens // len(rows)), 1):
         made, state = read(piece, state)
         begin, end = max(first, start), start + piece.shape[1]
         if begin < end:
-            scores.append(score(made[:, begin - start :], targets[:, begin:end]))
+            found = score(made[:, begin - start :], targets[:, begin:end])
+            # At once for all: small tensors kept from each piece would divide the memory that the next ones need.
+            scores = found.new_empty(len(rows), scored, *found.shape[2:]) if scores is None else scores
+            scores[:, begin - first : end - first] = found
         start = end
-    return torch.cat(scores, 1)
+    assert scores is not None
+    return scores
 
 
 def _score_hidden(lm: LM, score: TokenScore, x: Float[Tensor, "B S C"], targets: Int[Tensor, "B S"]) -> Tensor:

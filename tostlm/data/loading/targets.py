@@ -31,9 +31,11 @@ def choose_targets(tokens: TokenSet, contexts: Sequence[int], windows: int) -> T
     bounds = tokens.document_bounds
     ends = [end for first, stop in bounds.tolist() for end in range(first + longest + 1, stop + 1, span)]
     if not ends:
+        lengths = np.diff(bounds)
+        longer = ", ".join(f"{int((lengths > context).sum()):,} than {context:,}" for context in sorted(contexts))
         raise UserError(
-            f"no held-out document of {tokens.folder} is longer than {longest} tokens (the longest has "
-            f"{np.diff(bounds).max()}); ask for shorter contexts or hold out more documents"
+            f"no held-out document of {tokens.folder} is longer than {longest} tokens (the longest has {lengths.max()}; "
+            f"longer are {longer}); ask for shorter contexts or hold out more documents"
         )
     return Targets(evenly_spread(ends, windows), span)
 
