@@ -34,8 +34,8 @@ def choose_targets(tokens: TokenSet, contexts: Sequence[int], windows: int) -> T
         lengths = np.diff(bounds)
         longer = ", ".join(f"{int((lengths > context).sum()):,} than {context:,}" for context in sorted(contexts))
         raise UserError(
-            f"no held-out document of {tokens.folder} is longer than {longest} tokens (the longest has {lengths.max()}; "
-            f"longer are {longer}); ask for shorter contexts or hold out more documents"
+            f"no held-out document of {tokens.folder} is longer than {longest} tokens (the longest has "
+            f"{lengths.max()}; longer are {longer}); ask for shorter contexts or hold out more documents"
         )
     return Targets(evenly_spread(ends, windows), span)
 
