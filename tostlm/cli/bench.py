@@ -11,20 +11,21 @@ import typer
 from tostlm.cli.app import bench_app, parse_numbers
 from tostlm.errors import UserError
 
+Configs = Annotated[
+    list[Path], typer.Argument(metavar="CONFIG...", help="runs whose models are compared, as files or shipped names")
+]
+Out = Annotated[Path | None, typer.Option(help="a .json file to write too")]
 THREADS = typer.Option(min=1, max=1024, help="threads; default: one per core")
 
 
 @bench_app.command("train")
 def bench_train(
-    configs: Annotated[
-        list[Path],
-        typer.Argument(metavar="CONFIG...", help="runs whose models are compared, as files or shipped names"),
-    ],
+    configs: Configs,
     contexts: Annotated[str, typer.Option(help="context lengths in tokens, with commas between")] = "512,2048,8192",
     tokens: Annotated[int, typer.Option(min=1, help="tokens of a pass")] = 8192,
     repeats: Annotated[int, typer.Option(min=1, help="timed passes of each model")] = 5,
     threads: Annotated[int | None, THREADS] = None,
-    out: Annotated[Path | None, typer.Option(help="a .json file to write too")] = None,
+    out: Out = None,
 ) -> None:
     """Time training passes of several models, interleaved, at growing contexts: tokens per second."""
     from tostlm.bench import report_training
@@ -34,15 +35,12 @@ def bench_train(
 
 @bench_app.command("decode")
 def bench_decode(
-    configs: Annotated[
-        list[Path],
-        typer.Argument(metavar="CONFIG...", help="runs whose models are compared, as files or shipped names"),
-    ],
+    configs: Configs,
     contexts: Annotated[str, typer.Option(help="context lengths in tokens, with commas between")] = "1k,2k,8k",
     tokens: Annotated[int, typer.Option(min=1, help="tokens written after each context")] = 32,
     batch: Annotated[int, typer.Option(min=1, help="sequences that are written together")] = 1,
     threads: Annotated[int | None, THREADS] = None,
-    out: Annotated[Path | None, typer.Option(help="a .json file to write too")] = None,
+    out: Out = None,
 ) -> None:
     """Time a token of several models, interleaved, after growing contexts, and the memory that a context takes."""
     from tostlm.bench import report_decoding
@@ -59,7 +57,7 @@ def bench_mixers(
     tokens: Annotated[str, typer.Option(help="tokens of a sequence, with commas between")] = "1024,4096,16384",
     repeats: Annotated[int, typer.Option(min=1, help="timed passes of each")] = 5,
     threads: Annotated[int, THREADS] = 1,
-    out: Annotated[Path | None, typer.Option(help="a .json file to write too")] = None,
+    out: Out = None,
 ) -> None:
     """Time a layer of each mixer beside a linear layer, interleaved."""
     from tostlm.bench import report_mixers
@@ -106,7 +104,7 @@ def bench_data(
     context: Annotated[int, typer.Option(min=1, help="tokens of the windows that are loaded")] = 1024,
     repeats: Annotated[int, typer.Option(min=1, help="timed runs of each")] = 3,
     workers: Annotated[int, THREADS] = 1,
-    out: Annotated[Path | None, typer.Option(help="a .json file to write too")] = None,
+    out: Out = None,
 ) -> None:
     """Time preparation beside the tokenizer alone, interleaved, and the loader's share of a training step."""
     from tostlm.bench import report_data

@@ -6,7 +6,7 @@ Shapes: B sequences, T tokens, C channels, V rows of the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -20,9 +20,8 @@ from tostlm.convert.cache_tost import Padding, TostCache
 from tostlm.convert.configuration_tost import TostConfig
 from tostlm.model.config import ModelConfig
 from tostlm.model.lm import LM
+from tostlm.model.loss import IGNORE
 from tostlm.model.mixers.base import options_from_dict
-
-IGNORED = -100  # the label of a token that is not predicted
 
 
 class TostForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc, unused-ignore]  # they have no types
@@ -111,7 +110,8 @@ class TostForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc, u
             if inputs_embeds is not None:
                 inputs_embeds = _rows(inputs_embeds, padding.order)
         asked = output_hidden_states or self.config.output_hidden_states
-        with _block_outputs(self.lm if asked else None) as layers:
+        watched: AbstractContextManager[list[Tensor]] = _block_outputs(self.lm) if asked else nullcontext([])
+        with watched as layers:
             x, state = self.lm.hidden(tokens, past, starts, embeddings=inputs_embeds)
         hidden = [*layers[:-1], x] if asked else None
         if padding is not None:
@@ -169,17 +169,14 @@ def _loss(logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
     """Return the mean loss of labels [B, T] by the logits [B, T, V] of the tokens before them, padding left out."""
     wanted = labels[:, 1:]
     if mask is not None:
-        wanted = wanted.masked_fill((mask[:, 1:] == 0) | (mask[:, :-1] == 0), IGNORED)
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED)
+        wanted = wanted.masked_fill((mask[:, 1:] == 0) | (mask[:, :-1] == 0), IGNORE)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORE)
 
 
 @contextmanager
-def _block_outputs(lm: LM | None) -> Iterator[list[Tensor]]:
-    """Give a list that gets what a model's first block reads and what each block leaves, [B, T, C]; None gives none."""
+def _block_outputs(lm: LM) -> Iterator[list[Tensor]]:
+    """Give a list that gets what a model's first block reads and what each block leaves, [B, T, C]."""
     found: list[Tensor] = []
-    if lm is None:
-        yield found
-        return
     hooks = [lm.blocks[0].register_forward_pre_hook(lambda block, inputs: found.append(inputs[0]))]
     hooks += [block.register_forward_hook(lambda block, inputs, output: found.append(output[0])) for block in lm.blocks]
     try:

@@ -209,12 +209,9 @@ def _task_panel(task: str, found: Findings) -> Panel:
         for load in dict.fromkeys(result.load for result in mine):
             points = sorted(Point(r.tokens, _gained(r)) for r in mine if r.load == load)
             number = 0 if load is None else loads.index(load)
-            parts = [
-                *([] if alone and load is not None else [model.name]),
-                *([] if load is None else [f"{load} pairs"]),
-            ]
+            label = model.name if load is None else f"{load} pairs" if alone else f"{model.name}, {load} pairs"
             color, style = (number, 0) if alone else (found.colors[model.name], number)
-            curves.append(Curve(", ".join(parts), points, color, style))
+            curves.append(Curve(label, points, color, style))
     of_chain = any(r.first_nats is None for model in found.answers for r in model.results if r.task == task)
     return Panel("tokens", "nats above the best" if of_chain else "nats gained by having read it", curves, task)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import groupby, pairwise
@@ -70,12 +70,8 @@ def _evaluate(
         windows = together(ranks, partial(_windows, models[0], tokens, texts[0], settings))
         for name, model, text in zip(names, models, texts, strict=True):
             protocol = PROTOCOLS[settings.protocol](tokens, text, settings.contexts, windows, model.positions)
-            passages = together(ranks, partial(list[Passage], protocol))
+            passages = together(ranks, partial(_passages, protocol, name, text))
             totals = _totals(name, model, text, passages, settings, ranks, finished)
-            if not totals:
-                raise UserError(
-                    f"no token of {text} can be scored by {name}; name data of longer documents with --data"
-                )
             by_set[-1].append(_scores(name, model, tokens, settings.protocol, totals))
     if ranks.rank:
         return ""
@@ -112,6 +108,13 @@ def _windows(model: ScoredModel, tokens: TokenSet, text: HeldOutText, settings: 
     shortest = [passage for passage in some if passage.contexts == (min(settings.contexts),)]
     needed = (spread(model, text, shortest, settings.pass_tokens) / ENOUGH) ** 2
     return max(FEWEST_WINDOWS, math.ceil(needed))
+
+
+def _passages(protocol: Iterator[Passage], name: str, text: HeldOutText) -> list[Passage]:
+    """Return what a protocol yields; raise UserError if that is nothing."""
+    if passages := list(protocol):
+        return passages
+    raise UserError(f"no token of {text} can be scored by {name}; name data of longer documents with --data")
 
 
 def _command(models: Sequence[ScoredModel], sets: Sequence[TokenSet], settings: EvalSettings) -> str:

@@ -15,6 +15,7 @@ from tostlm.checkpoint import load_checkpoint, run_folder
 from tostlm.data import VALIDATION, TokenSet, evenly_spread
 from tostlm.device import best_device
 from tostlm.errors import UserError
+from tostlm.eval.text import require_tokenizer
 from tostlm.eval.token_scores import PASS_TOKENS
 from tostlm.files import require_writable, write_atomically
 from tostlm.model import LM, layer_statistics
@@ -46,8 +47,7 @@ def measure_layers(
     tokens, longest = TokenSet(data or checkpoint.config.data.folders[0], VALIDATION), max(contexts)
     out = out or run_folder(checkpoint.path)
     require_writable(out)
-    if tokens.manifest.tokenizer_sha256 != checkpoint.tokenizer.sha256:
-        raise UserError(f"{tokens.folder} was prepared with another tokenizer than the one {path} was trained with")
+    require_tokenizer(tokens, checkpoint.tokenizer, path)
     positions = checkpoint.config.model.positions
     if positions is not None and longest > positions:
         raise UserError(f"--contexts {longest} is beyond the {positions} positions of {path}; use fewer")

@@ -124,15 +124,19 @@ class HuggingFaceModel(ScoredModel):
         return str([(file.name, file.stat().st_size, file.stat().st_mtime) for file in own])
 
 
-def model_names(models: Sequence[ScoredModel]) -> list[str]:
-    """Return a name of each model: the last parts of its folder that tell it apart, and its step where they do not."""
-    folders = list(dict.fromkeys(model.folder.resolve() for model in models))
+def folder_names(places: Sequence[tuple[Path, int | None]]) -> list[str]:
+    """Return the last parts of each folder that tell it apart, and its step where the folder stands with several."""
+    resolved = [(folder.resolve(), step) for folder, step in places]
+    folders = list(dict.fromkeys(folder for folder, _ in resolved))
     names = dict(zip(folders, short_names(folders), strict=True))
+    several = {folder for folder, step in resolved if any(f == folder and s != step for f, s in resolved)}
+    return [names[f] + (f" step {s:,}" if f in several and s is not None else "") for f, s in resolved]
+
+
+def model_names(models: Sequence[ScoredModel]) -> list[str]:
+    """Return the `folder_names` of models, numbered where one is there twice."""
     found = list[str]()
-    for model in models:
-        alike = [other.step for other in models if other.folder.resolve() == model.folder.resolve()]
-        name = names[model.folder.resolve()]
-        name += f" step {model.step:,}" if len(set(alike)) > 1 and model.step is not None else ""
+    for name in folder_names([(model.folder, model.step) for model in models]):
         before = sum(other == name or other.startswith(f"{name} (") for other in found)
         found.append(f"{name} ({before + 1})" if before else name)
     return found

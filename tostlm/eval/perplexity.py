@@ -15,7 +15,7 @@ from tostlm.errors import UserError
 from tostlm.eval.bootstrap import Interval, ratio_interval
 from tostlm.eval.models import ScoredModel
 from tostlm.eval.protocols import Passage, before_targets, context_of, within
-from tostlm.eval.text import HeldOutText
+from tostlm.eval.text import HeldOutText, require_tokenizer
 from tostlm.eval.token_scores import PASS_TOKENS
 from tostlm.model import perplexity
 
@@ -174,8 +174,7 @@ def score_contexts(model: ScoredModel, text: TokenSet, targets: Targets, context
     Raises:
         UserError: the text was prepared with another tokenizer than the model's, or a loss is not finite.
     """
-    if text.manifest.tokenizer_sha256 != model.tokenizer.sha256:
-        raise UserError(f"{text.folder} was prepared with another tokenizer than the one {model.path} was trained with")
+    require_tokenizer(text, model.tokenizer, model.path)
     for context in within(contexts, model.positions):
         (totals,) = measure(model, text, [context], before_targets(targets, [context]))
         yield Score.of(context, totals)

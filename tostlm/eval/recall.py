@@ -25,9 +25,7 @@ from tostlm.files import read_json_object, require_writable, write_atomically
 
 FILE = "recall.json"
 SHORTEST = 4 * NEEDLE + 1  # tokens of a sequence
-FIRST_POSITIONS = (
-    16  # of the first group that a chain's divergence is averaged over; each next is as long as all before
-)
+FIRST_POSITIONS = 16  # that a chain's divergence is averaged over first; each next group is as long as all before
 
 
 class Answers(NamedTuple):

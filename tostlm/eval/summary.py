@@ -13,6 +13,7 @@ import pydantic
 from tostlm.checkpoint import COMPLETE, CONFIG, read_train_state, run_folder
 from tostlm.config import RunConfig, load_config
 from tostlm.errors import UserError
+from tostlm.eval.models import folder_names
 from tostlm.eval.recall import FILE as RECALL
 from tostlm.eval.recall import ProbedModel, read_recall
 from tostlm.eval.report import LONGEST, ModelScores, read_report, wrong_file
@@ -71,13 +72,9 @@ def read_runs(paths: Sequence[Path]) -> list[RunSummary]:
         UserError: a folder is neither, or its config cannot be read.
     """
     runs = [_read_run(path) for path in paths]
-    by_folder = dict.fromkeys(run.folder.resolve() for run in runs)
-    names = dict(zip(by_folder, short_names(list(by_folder)), strict=True))
+    names = folder_names([(run.folder, run.step) for run in runs])
     found: dict[str, RunSummary] = {}
-    for run in runs:
-        folder = run.folder.resolve()
-        same = {other.step for other in runs if other.folder.resolve() == folder}
-        name = names[folder] + (f" step {run.step:,}" if len(same) > 1 else "")
+    for name, run in zip(names, runs, strict=True):
         found.setdefault(name, run._replace(name=name))
     return list(found.values())
 

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from tostlm.data import Targets, Tokenizer, TokenSet
+from tostlm.errors import UserError
 
 
 class HeldOutText(Protocol):
@@ -79,6 +80,16 @@ def _text_starts(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
     added = int(sizes.sum()) - len(tokenizer.decode(ids.tolist()).encode())  # a space before the text, or none
     starts: np.ndarray = np.maximum(np.concatenate([[0], np.cumsum(sizes)]) - max(0, min(1, added)), 0)
     return starts
+
+
+def require_tokenizer(prepared: TokenSet, tokenizer: Tokenizer, path: Path) -> None:
+    """Check that a model, of the checkpoint or folder `path`, can read a text as it was prepared.
+
+    Raises:
+        UserError: it was prepared with another tokenizer.
+    """
+    if prepared.manifest.tokenizer_sha256 != tokenizer.sha256:
+        raise UserError(f"{prepared.folder} was prepared with another tokenizer than the one {path} was trained with")
 
 
 def text_of(prepared: TokenSet, tokenizer: Tokenizer) -> TokenSet | Retokenized:
