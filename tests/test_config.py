@@ -180,7 +180,7 @@ def test_overrides_make_missing_parents(run: Run) -> None:
         ("model.positions=32", "data.context_tokens 64 is longer than model.positions 32"),
         ("optimizer.lr=.inf", "optimizer.lr"),
         ("model.layer_scale=.nan", "model.layer_scale"),
-        ("model.mlp=relu", "model.mlp='relu': input should be 'gelu', 'relu2' or 'swiglu'"),
+        ("model.mlp=relu", "model.mlp='relu': input should be 'gelu', 'gelu_tanh', 'relu2' or 'swiglu'"),
         ("model.norm=rms", "model.norm='rms': input should be 'layernorm' or 'rmsnorm'"),
         ("model.mlp_width=0", "model: mlp_width 0 must be from 1 to"),
         ("model.layers=[{mixer: softmax, short_conv: 9}]", "model.layers.0: short_conv 9 must be from 0 to 8 taps"),

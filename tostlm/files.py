@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -47,18 +48,53 @@ def write_atomically(path: Path, content: bytes | str, *, durable: bool = True, 
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder that becomes `path` at the end of the block, or is removed if the block raises.
 
-    All that is in it is forced to the disk first.
+    All that is in it is forced to the disk first. A folder at `path` is replaced.
+
+    Raises:
+        UserError: another process is writing the same folder.
     """
     partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir(parents=True, exist_ok=True)
+    with _locked_folder(partial, f"another process is writing {path}; wait for it, or choose another folder"):
+        try:
+            for leftover in partial.iterdir():
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            yield partial
+            sync_tree(partial)
+            if path.is_dir() and any(path.iterdir()):
+                _exchange(partial, path)
+            else:
+                partial.replace(path)
+            sync_folder(path.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _locked_folder(folder: Path, message: str) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        yield partial
-        sync_tree(partial)
-        partial.replace(path)
-        sync_folder(path.parent)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(message) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Exchange the names of two folders, at once where the system can."""
+    at_cwd, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is not None and rename(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), exchange) == 0:
+        return
+    aside = second.with_name(f".{second.name}.replaced")
+    second.replace(aside)
+    first.replace(second)
+    aside.replace(first)
 
 
 def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from tostlm.bench import report_training
 from tostlm.checkpoint import checkpoint_folder, load_checkpoint
 from tostlm.config import find_config, load_config
-from tostlm.convert import export_hf, sample
+from tostlm.convert import convert, sample, write_hf
 from tostlm.data import MANIFEST, PreparationSettings, Tokenizer, documents, prepare, train_tokenizer
 from tostlm.eval import EvalSettings, evaluate_perplexity
 from tostlm.files import write_atomically
@@ -63,7 +63,7 @@ def quickstart(configs: Path | None, processes: int) -> None:
     step("train GPT-2", checkpoint_folder(gpt2.run_dir, gpt2.train.steps), lambda: _train(gpt2_file, processes))
     step("perplexity by context", perplexity, measure_perplexity)
     step("tokens per second", throughput, measure_throughput)
-    step("Hugging Face export", exported, lambda: export_hf(load_checkpoint(tost.run_dir), exported))
+    step("Hugging Face export", exported, lambda: convert(load_checkpoint(tost.run_dir), exported, write_hf))
     step("sample", sample_file, lambda: _write_sample(exported, sample_file))
     print(f"\n{throughput.read_text()}\n{perplexity.read_text()}\n", *table, sep="\n")
     print(f"\nTensorBoard: tensorboard --logdir {root}.  To start over, remove {root}.")

@@ -17,7 +17,7 @@ from tests.conftest import ROOT, Run, fail, succeed, tostlm
 from tests.data.tokenizers import tokenizer_kinds
 from tests.model.common import SOFTMAX, TSSA
 from tostlm.checkpoint import Checkpoint, load_checkpoint
-from tostlm.convert import export_hf, hf
+from tostlm.convert import convert, hf, write_hf
 from tostlm.data import Tokenizer, import_tokenizer
 from tostlm.errors import UserError
 from tostlm.eval.generate import prompt_tokens
@@ -177,7 +177,7 @@ def test_tokenizers_made_elsewhere_are_exported(
     tokenizer = import_tokenizer(tmp_path / "source")
     checkpoint = load_checkpoint(trained["tssa"].dir)
     shape = dataclasses.replace(checkpoint.config.model, vocab_size=tokenizer.vocab_size)
-    export_hf(checkpoint._replace(lm=create_lm(shape, 0).eval(), tokenizer=tokenizer), tmp_path / "hf")
+    convert(checkpoint._replace(lm=create_lm(shape, 0).eval(), tokenizer=tokenizer), tmp_path / "hf", write_hf)
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     assert fast.eos_token_id == fast.bos_token_id == tokenizer.eos_id
     assert fast("")["input_ids"] == [tokenizer.eos_id]
@@ -234,7 +234,7 @@ def test_a_model_is_gpt2_where_gpt2s_class_can_hold_it(
     lm = create_lm(dataclasses.replace(checkpoint.config.model, **switches), 0).eval()
     for parameter in lm.requires_grad_(False).parameters():  # what starts at zero matters too
         parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-    export_hf(checkpoint._replace(lm=lm), tmp_path / "hf")
+    convert(checkpoint._replace(lm=lm), tmp_path / "hf", write_hf)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     assert type(model).__name__ == kind
     torch.testing.assert_close(model(torch.arange(3, 53)[None]).logits, lm(torch.arange(3, 53)[None])[0])
@@ -247,7 +247,7 @@ def test_every_mixer_is_exported(trained: dict[str, Run], tmp_path: Path) -> Non
     layers = tuple(mixer.options_class() for _, mixer in sorted(MIXERS.items()))
     shape = dataclasses.replace(checkpoint.config.model, layers=layers, depth=len(layers), layer_scale=0.1)
     lm = create_lm(shape, 0).eval()
-    export_hf(checkpoint._replace(lm=lm), folder)
+    convert(checkpoint._replace(lm=lm), folder, write_hf)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     assert [block.mixer.options.mixer for block in model.lm.blocks] == sorted(MIXERS)
 
@@ -256,29 +256,28 @@ def test_hybrids_and_bf16(trained: dict[str, Run], exported: dict[str, Path], tm
     checkpoint = load_checkpoint(trained["tssa"].dir)
     shape = dataclasses.replace(checkpoint.config.model, layers=TSSA + SOFTMAX, positions=64)
     lm = create_lm(shape, 0).to(torch.bfloat16).eval()
-    export_hf(checkpoint._replace(lm=lm), tmp_path / "hybrid")
+    convert(checkpoint._replace(lm=lm), tmp_path / "hybrid", write_hf)
     transformers.AutoModelForCausalLM.from_pretrained(exported["tssa"], trust_remote_code=True)  # other mixers' files
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid", trust_remote_code=True, dtype="auto")
     tokens = torch.arange(3, 53)[None]
     assert model.dtype == torch.bfloat16
     torch.testing.assert_close(model(tokens).logits, lm(tokens)[0])
     gpt2 = load_checkpoint(trained["softmax"].dir)
-    export_hf(gpt2._replace(lm=gpt2.lm.to(torch.bfloat16)), tmp_path / "gpt2")
+    convert(gpt2._replace(lm=gpt2.lm.to(torch.bfloat16)), tmp_path / "gpt2", write_hf)
 
 
 def test_a_wrong_export_is_not_published(
     trained: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = hf._write
+    expect = hf.source_logits
 
-    def damage(checkpoint: Checkpoint, folder: Path) -> None:
-        lm = create_lm(checkpoint.config.model, seed=99)
-        write(checkpoint._replace(lm=lm), folder)
+    def of_another_model(checkpoint: Checkpoint, tokens: torch.Tensor) -> torch.Tensor:
+        return expect(checkpoint._replace(lm=create_lm(checkpoint.config.model, seed=99)), tokens)
 
-    monkeypatch.setattr(hf, "_write", damage)
+    monkeypatch.setattr(hf, "source_logits", of_another_model)
     for mixer in ("tssa", "softmax"):
-        with pytest.raises(UserError, match=r"differ from the checkpoint's by .* nothing was published"):
-            export_hf(load_checkpoint(trained[mixer].dir), tmp_path / "out")
+        with pytest.raises(UserError, match=r"differ from the source's by .* nothing was published"):
+            convert(load_checkpoint(trained[mixer].dir), tmp_path / "out", write_hf)
     assert not list(tmp_path.iterdir())
 
 
@@ -295,19 +294,19 @@ def test_a_tokenizer_that_is_no_bpe_is_not_exported(
     )
     checkpoint = load_checkpoint(trained["tssa"].dir)
     with pytest.raises(UserError, match="only BPE tokenizers"):
-        export_hf(checkpoint._replace(tokenizer=Tokenizer.from_bytes(unigram)), tmp_path / "out")
+        convert(checkpoint._replace(tokenizer=Tokenizer.from_bytes(unigram)), tmp_path / "out", write_hf)
     assert not (tmp_path / "out").exists()
 
 
 def test_an_export_leaves_its_neighbours_alone(trained: dict[str, Run], tmp_path: Path) -> None:
     (tmp_path / "hf_partial").mkdir()
-    export_hf(load_checkpoint(trained["tssa"].dir), tmp_path / "hf")
+    convert(load_checkpoint(trained["tssa"].dir), tmp_path / "hf", write_hf)
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "hf_partial"}
 
 
 def test_mistakes(trained: dict[str, Run], exported: dict[str, Path], tmp_path: Path) -> None:
     run = str(trained["tssa"].dir)
     fail(tostlm("convert", run, "--to", "hf", str(exported["tssa"])), "exists; remove it or choose another folder")
-    fail(tostlm("convert", run, "--to", "gguf", str(tmp_path / "x")), "--to gguf is not known; use --to hf")
+    fail(tostlm("convert", run, "--to", "gguf", str(tmp_path / "x")), "--to gguf is not known; use hf, release, tostlm")
     fail(tostlm("convert", str(tmp_path), "--to", "hf", str(tmp_path / "x")), "neither a checkpoint nor")
     fail(tostlm("convert", run, "--to", "hf", "/proc/x"), "cannot write in /proc")

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from tests.conftest import Run, fail, succeed, tostlm
 from tests.warm import Program
 from tostlm.checkpoint import load_checkpoint
-from tostlm.convert import export_hf
+from tostlm.convert import convert, write_hf
 from tostlm.data import Tokenizer
 from tostlm.errors import UserError
 from tostlm.eval.generate import prompt_tokens
@@ -235,7 +235,7 @@ def answers(results: dict[str, Any], task: str) -> Iterable[Any]:
 def test_an_export_in_lm_evals_own_model_has_the_same_results(
     trained: dict[str, Run], local_tasks: Path, tmp_path: Path, mixer: str
 ) -> None:
-    export_hf(load_checkpoint(trained[mixer].dir), tmp_path / "hf")
+    convert(load_checkpoint(trained[mixer].dir), tmp_path / "hf", write_hf)
     transformers.utils.logging.disable_progress_bar()
     code = {"trust_remote_code": mixer == "tssa", "device": "cpu", "dtype": "float32", "batch_size": 3}  # padded
     theirs = HFLM(pretrained=str(tmp_path / "hf"), **code)

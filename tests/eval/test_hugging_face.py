@@ -14,7 +14,7 @@ import transformers
 from tests.conftest import Run, fail, succeed, tostlm
 from tests.data.tokenizers import tokenizer_kinds
 from tostlm.checkpoint import load_checkpoint
-from tostlm.convert import export_hf
+from tostlm.convert import convert, write_hf
 from tostlm.data import VALIDATION, Targets, Tokenizer, TokenSet, choose_targets, import_tokenizer
 from tostlm.eval import PROTOCOLS, EvalSettings, evaluate_perplexity
 from tostlm.eval.models import open_model
@@ -49,7 +49,7 @@ def scores(out: Path) -> list[list[dict[str, Any]]]:
 def test_an_export_has_its_checkpoints_losses(
     trained: dict[str, Run], tmp_path: Path, mixer: str, protocol: str
 ) -> None:
-    export_hf(load_checkpoint(trained[mixer].dir), tmp_path / "hf")
+    convert(load_checkpoint(trained[mixer].dir), tmp_path / "hf", write_hf)
     settings = EvalSettings([16, 64], protocol, windows=6, trust_code=mixer == "tssa")
     evaluate_perplexity([trained[mixer].dir, tmp_path / "hf"], [], settings, tmp_path)
     for own, theirs in zip(*scores(tmp_path), strict=True):
@@ -133,7 +133,7 @@ def test_mistakes(trained: dict[str, Run], other: Path, data: Path, tmp_path: Pa
     command = ("eval", "perplexity", "--contexts", "16", "--windows", "2")
     fail(tostlm(*command, str(other)), "no checkpoint says what text to score; name a prepared folder with --data")
     fail(tostlm(*command[:3], "128", str(other), "--data", str(data)), "has 64 positions, fewer than the shortest of")
-    export_hf(load_checkpoint(trained["tssa"].dir), tmp_path / "hf")
+    convert(load_checkpoint(trained["tssa"].dir), tmp_path / "hf", write_hf)
     fail(tostlm(*command, str(tmp_path / "hf"), "--data", str(data)), "has code of its own; read it, then pass --trust")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{}")

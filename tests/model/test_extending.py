@@ -23,7 +23,7 @@ AFTER_TRAINING = """
 import json, sys, torch
 from pathlib import Path
 from tostlm.checkpoint import load_checkpoint
-from tostlm.convert import export_hf, sample
+from tostlm.convert import convert, sample, write_hf
 from tostlm.eval.sampling import Sampling
 from tostlm.eval.writer import Writer
 from tostlm.model import state_bytes, training_flops_per_token
@@ -44,7 +44,7 @@ start = [checkpoint.tokenizer.eos_id]
 writer = Writer(lm, shape.vocab_size, Sampling(temperature=0), [0])
 writer.read(torch.tensor([start]))
 written = [int(writer.write()[0]) for _ in range(5)]
-export_hf(checkpoint, Path(sys.argv[2]))
+convert(checkpoint, Path(sys.argv[2]), write_hf)
 print(json.dumps({
     "module": type(lm.blocks[0].mixer).__module__, "state": state.nbytes, "state_bytes": state_bytes(shape, 40),
     "flops": training_flops_per_token(shape, 64), "written": written, "logits": whole[0, -1].tolist(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -22,11 +21,11 @@ from tostlm.checkpoint.layout import (
     resolve,
     weights_dtype,
 )
-from tostlm.checkpoint.state_files import Content, write_checksums, write_file
+from tostlm.checkpoint.weights_only import require_free, write_weights
 from tostlm.config import RunConfig, load_config
 from tostlm.data import Tokenizer
 from tostlm.errors import UserError
-from tostlm.files import atomic_folder, require_writable
+from tostlm.files import atomic_folder
 from tostlm.model import weight_shapes
 from tostlm.optim import EMA
 
@@ -51,12 +50,12 @@ def newest_checkpoints(path: Path, count: int) -> list[Path]:
 def average(sources: Sequence[Path], out: Path) -> None:
     """Write the mean of checkpoints' weights, in the dtype that the run trains in, to a folder.
 
-    It has no optimizer's state: no run resumes or begins from it.
+    It has no optimizer's state: no run resumes from it, and one that begins from it has a new optimizer.
 
     Raises:
         UserError: one is damaged, they are of different models or tokenizers, fewer than two, or `out` exists.
     """
-    _require_free(out)
+    require_free(out)
     for path in sources:
         if [other.resolve() for other in sources].count(path.resolve()) > 1:
             raise UserError(f"{path} is named twice; its weights would count double")
@@ -75,12 +74,12 @@ def average(sources: Sequence[Path], out: Path) -> None:
 def extract_ema(checkpoint: Path, out: Path) -> None:
     """Write the moving average of the weights that a checkpoint has, in the dtype that the run trains in, to a folder.
 
-    As with `average`, no run resumes or begins from it.
+    As with `average`, it has no optimizer's state.
 
     Raises:
         UserError: the checkpoint is damaged or has none, or `out` exists.
     """
-    _require_free(out)
+    require_free(out)
     if (damage := find_damage(checkpoint)) is not None:
         raise UserError(f"checkpoint {checkpoint} is damaged: {damage}; use an older one")
     if read_train_state(checkpoint).ema_updates is None:
@@ -90,26 +89,12 @@ def extract_ema(checkpoint: Path, out: Path) -> None:
 
 def _write(out: Path, weights: Mapping[str, Tensor], newest: Path, sources: Sequence[Path]) -> None:
     """Write a checkpoint of weights alone, with the progress and the tokenizer of `newest`."""
-    dtype, tokenizer = weights_dtype(load_config(newest / CONFIG)), Tokenizer.from_folder(newest)
-    files: dict[str, Content] = {
-        WEIGHTS: {name: weight.to(dtype) for name, weight in weights.items()},
-        SOURCES: json.dumps([str(source.resolve()) for source in sources], indent=1).encode(),
-        CONFIG: (newest / CONFIG).read_bytes(),
-        tokenizer.file_name: tokenizer.content,
-        TRAIN_STATE: read_train_state(newest)._replace(validation_loss=None, ema_updates=None).to_json().encode(),
-    }
+    dtype, config = weights_dtype(load_config(newest / CONFIG)), (newest / CONFIG).read_bytes()
+    state = read_train_state(newest)._replace(validation_loss=None, ema_updates=None)
+    made_of = json.dumps([str(source.resolve()) for source in sources], indent=1).encode()
+    rounded = {name: weight.to(dtype) for name, weight in weights.items()}
     with atomic_folder(out) as folder:
-        checksums = {name: write_file(folder / name, content) for name, content in files.items()}
-        write_checksums(folder, checksums)
-
-
-def _require_free(out: Path) -> None:
-    if os.path.lexists(out):
-        raise UserError(f"{out} exists; remove it or choose another folder")
-    beside = out.absolute().parent
-    if beside.name == "checkpoints" and (beside.parent / CONFIG).exists():
-        raise UserError(f"{out} is among the checkpoints of a run, which would take it for its own; write it elsewhere")
-    require_writable(out.parent)
+        write_weights(folder, rounded, config, Tokenizer.from_folder(newest), state, {SOURCES: made_of})
 
 
 def _require_alike(sources: Sequence[Path]) -> RunConfig:

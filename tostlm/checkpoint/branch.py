@@ -6,11 +6,22 @@ import os
 import shutil
 from pathlib import Path
 
+import safetensors.torch
+
 from tostlm.checkpoint.folders import partial_folder, publish
-from tostlm.checkpoint.integrity import COMPLETE, CONFIG, TRAIN_STATE, find_damage, read_checksums, written_files
+from tostlm.checkpoint.integrity import (
+    COMPLETE,
+    CONFIG,
+    TRAIN_STATE,
+    Checksum,
+    find_damage,
+    read_checksums,
+    written_files,
+)
 from tostlm.checkpoint.layout import (
     RECURRENT_STATE,
     STATE,
+    WEIGHTS,
     TrainState,
     checkpoint_folder,
     checkpoints,
@@ -20,7 +31,7 @@ from tostlm.checkpoint.layout import (
     run_folder,
 )
 from tostlm.checkpoint.rollback import following_checkpoints, read_record
-from tostlm.checkpoint.state_files import write_file
+from tostlm.checkpoint.state_files import assign_files, write_file
 from tostlm.config import RunConfig, dump_config, fixed_values, load_config
 from tostlm.data import Tokenizer
 from tostlm.errors import UserError
@@ -42,9 +53,8 @@ def find_origin(config: RunConfig) -> Path | None:
         return None
     following = [path for path in following_checkpoints(config.train.branch_from) if (path / COMPLETE).is_file()]
     checkpoint = following[-1] if following else resolve(config.train.branch_from)
-    if not any(name.startswith(f"{STATE}/") for name in written_files(checkpoint)):
-        raise UserError(f"{checkpoint} has weights alone, without the optimizer's state: no run can begin from it")
-    step = read_train_state(checkpoint).step
+    state = read_train_state(checkpoint)
+    step = _first_step(state)
     if step >= config.train.steps:
         raise UserError(
             f"train.steps {config.train.steps} is not above step {step} of {checkpoint}, from which the run begins: "
@@ -54,9 +64,10 @@ def find_origin(config: RunConfig) -> Path | None:
     if run_dir == folder or run_dir.is_relative_to(folder / "checkpoints"):
         raise UserError(f"run_dir {config.run_dir} is that of {checkpoint}, or in it; choose another run_dir")
     theirs, own = fixed_values(load_config(checkpoint / CONFIG)), fixed_values(config)
+    kept = KEPT if has_optimizer(checkpoint) else ()
     for key in {**theirs, **own}:
         old, new = theirs.get(key, "unset"), own.get(key, "unset")
-        if (key in KEPT or key.startswith("model.")) and old != new:
+        if (key in kept or key.startswith("model.")) and old != new:
             raise UserError(f"{checkpoint} has {key}={old}, this run {key}={new}; a run that begins from it needs its")
     return checkpoint
 
@@ -64,9 +75,10 @@ def find_origin(config: RunConfig) -> Path | None:
 def branch(config: RunConfig, tokenizer: Tokenizer) -> Path:
     """Make a copy of the checkpoint that `train.branch_from` names the first one of a new run, and return it.
 
-    Steps are counted on. Where data, batches and seed are those of the other run, the data are read on too, else from
-    their start, but with a curriculum, whose stages go by steps. Files that stay as they are become links where both
-    runs lie on one file system.
+    Steps are counted on, but for models of other formats. Where data, batches and seed are those of the other run, the
+    data are read on too, else from their start, but with a curriculum, whose stages go by steps. Files that stay as
+    they are become links where both runs lie on one file system. Of a checkpoint of weights alone the optimizer starts
+    anew.
 
     Raises:
         UserError: it is damaged, does not fit, or cannot be copied.
@@ -78,7 +90,10 @@ def branch(config: RunConfig, tokenizer: Tokenizer) -> Path:
     if Tokenizer.from_folder(origin).sha256 != tokenizer.sha256:
         folders = ", ".join(map(str, config.data.folders))
         raise UserError(f"checkpoint {origin} was trained with another tokenizer than {folders}; use its own")
-    state, data = _progress(origin), data_sha256(config)
+    state, data, optimizer = _progress(origin), data_sha256(config), has_optimizer(origin)
+    state = state._replace(step=_first_step(state))
+    if not optimizer:
+        state = state._replace(optimizer_steps=0, loss_scale=None, ema_updates=None)
     goes_on = state.data_sha256 == data and fixed_values(load_config(origin / CONFIG)) == fixed_values(config)
     state = state._replace(
         data_step=state.data_step if goes_on else state.step if config.data.curriculum else 0,
@@ -90,7 +105,7 @@ def branch(config: RunConfig, tokenizer: Tokenizer) -> Path:
         branched_from=str(origin.absolute()),
     )
     try:
-        return _copy(origin, config, state, [] if goes_on else [RECURRENT_STATE])
+        return _copy(origin, config, state, with_recurrent_state=goes_on)
     except OSError as error:
         shutil.rmtree(partial_folder(checkpoint_folder(config.run_dir, state.step)), ignore_errors=True)
         raise UserError(f"checkpoint {origin} cannot be copied to {config.run_dir}: {error.strerror}") from None
@@ -102,20 +117,42 @@ def _progress(origin: Path) -> TrainState:
     return state if last is None or last.step != state.step else state._replace(data_step=last.data_step)
 
 
-def _copy(origin: Path, config: RunConfig, state: TrainState, left_out: list[str]) -> Path:
+def has_optimizer(checkpoint: Path) -> bool:
+    """Return whether a checkpoint has an optimizer's state, or weights alone."""
+    return any(name.startswith(f"{STATE}/") for name in written_files(checkpoint))
+
+
+def _first_step(origin: TrainState) -> int:
+    """Return the step that a run begins at from a checkpoint with this progress."""
+    return 0 if origin.imported_from else origin.step
+
+
+def _copy(origin: Path, config: RunConfig, state: TrainState, with_recurrent_state: bool) -> Path:
     folder = checkpoint_folder(config.run_dir, state.step)
     partial = partial_folder(folder)
-    checksums = {name: each for name, each in read_checksums(origin).items() if name not in left_out}
+    (partial / STATE).mkdir(parents=True, exist_ok=True)
     own = {CONFIG: dump_config(config).encode(), TRAIN_STATE: state.to_json().encode()}
-    for name in checksums:
-        target = partial / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if name in own:
-            checksums[name] = write_file(target, own[name])
-        else:
-            _link_or_copy(origin / name, target)
+    left_out = own.keys() | (set() if with_recurrent_state else {RECURRENT_STATE})
+    checksums = {name: write_file(partial / name, content) for name, content in own.items()}
+    if not has_optimizer(origin):
+        checksums |= _write_masters(origin, partial)
+        left_out |= {WEIGHTS}
+    for name, checksum in read_checksums(origin).items():
+        if name not in left_out:
+            _link_or_copy(origin / name, partial / name)
+            checksums[name] = checksum
     publish(partial, folder, checksums)
     return folder
+
+
+def _write_masters(origin: Path, partial: Path) -> dict[str, Checksum]:
+    """Write the state of an optimizer that has made no update: weights in fp32; moments that are not there are zero."""
+    weights, checksums = safetensors.torch.load_file(origin / WEIGHTS), {}
+    (files,) = assign_files({name: 4 * weight.numel() for name, weight in weights.items()}, 1)
+    for number, names in enumerate(files):
+        file = f"{STATE}/{number:05d}.safetensors"
+        checksums[file] = write_file(partial / file, {f"{name}/weight": weights[name].float() for name in names})
+    return checksums
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

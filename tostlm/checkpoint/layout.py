@@ -8,7 +8,7 @@ A run's folder holds
     checkpoints/step-00000100/
         state/00000.safetensors         of each parameter NAME, in full and in fp32: NAME/weight, and NAME/exp_avg and
                                         NAME/exp_avg_sq (AdamW) or NAME/momentum (Muon), and NAME/ema where
-                                        train.ema_decay is set
+                                        train.ema_decay is set; NAME/weight alone before the first update
         weights.safetensors             the model in the dtype it trains in, where train.save_weights is on
         recurrent_state.safetensors     the recurrent state of each sequence, where data.stateful is on
         config.yaml                     the config of the run
@@ -27,6 +27,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -38,14 +39,17 @@ import torch
 from torch import Tensor
 
 from tostlm.checkpoint.integrity import COMPLETE, CONFIG, TRAIN_STATE, find_damage, written_files
-from tostlm.config import RunConfig, load_config
+from tostlm.config import RunConfig, load_config, training_config
 from tostlm.data import Tokenizer, read_manifest
 from tostlm.errors import UserError, error_summary
+from tostlm.files import sha256_of
+from tostlm.formats import content_of, is_foreign, read_foreign
 from tostlm.model import LM, weight_shapes
 
 STATE, WEIGHTS, RECURRENT_STATE = "state", "weights.safetensors", "recurrent_state.safetensors"
 Count = Annotated[int, pydantic.Field(strict=True, ge=0)]
 STEP = re.compile(r"^step-(\d{8,})$")
+WEIGHTS_PRECISION = {torch.bfloat16: "bf16", torch.float16: "fp16"}  # a run's precision with weights in less than fp32
 
 
 class TrainState(NamedTuple):
@@ -64,6 +68,7 @@ class TrainState(NamedTuple):
     data_sha256: str = ""  # of the content of the prepared folders
     ema_updates: Count | None = None  # of the moving average of the weights that state/ has; None where it has none
     branched_from: str = ""  # the checkpoint of another run that this run began from, if any
+    imported_from: str = ""  # the model of another format that the weights are of, if any
 
     def to_json(self) -> str:
         """Return the state as a line of JSON."""
@@ -93,6 +98,12 @@ class Checkpoint(NamedTuple):
     config: RunConfig
     tokenizer: Tokenizer
     train_state: TrainState
+
+    @property
+    def content(self) -> str:
+        """What tells its weights from others': a hash, or of a Hugging Face folder names, sizes and times of files."""
+        complete = self.path / COMPLETE
+        return sha256_of(complete) if complete.is_file() else content_of(self.path)
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
@@ -124,6 +135,8 @@ def resolve(path: Path) -> Path:
     """
     if (path / TRAIN_STATE).is_file():
         return path
+    if is_foreign(path):
+        raise UserError(f"{path} is a model of another format; make a checkpoint of it: `tostlm convert --to tostlm`")
     found = checkpoints(path)
     if not found:
         raise UserError(f"{path} is neither a checkpoint nor the folder of a run that saved one")
@@ -131,8 +144,10 @@ def resolve(path: Path) -> Path:
 
 
 def run_folder(checkpoint: Path) -> Path:
-    """Return the folder of the run that a checkpoint is in; of a checkpoint copied elsewhere, its own folder."""
-    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
+    """Return the folder of the run that a checkpoint is in; of one elsewhere its own folder, of a file the file's."""
+    if checkpoint.parent.name == "checkpoints":
+        return checkpoint.parent.parent
+    return checkpoint.parent if checkpoint.is_file() else checkpoint
 
 
 def read_train_state(checkpoint: Path) -> TrainState:
@@ -187,12 +202,22 @@ def read_recurrent_state(checkpoint: Path) -> dict[str, Tensor]:
     return safetensors.torch.load_file(checkpoint / RECURRENT_STATE) if saved else {}
 
 
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
-    """Load a checkpoint, or the newest one of a run's folder, for evaluation or conversion. Nothing is unpickled.
+def load_checkpoint(path: Path, device: torch.device | str = "cpu", tokenizer: Path | None = None) -> Checkpoint:
+    """Load a checkpoint, the newest one of a run's folder, or a model that `is_foreign`, for evaluation or conversion.
+
+    Nothing that a file holds is executed. On the CPU weights stay in their files until they are used, where they are
+    there in the dtype that the model has.
+
+    Args:
+        tokenizer: of a foreign model whose folder has none.
 
     Raises:
         UserError: there is no checkpoint, or it is damaged.
     """
+    if is_foreign(path) and not (path / TRAIN_STATE).is_file():
+        return _load_foreign(path, device, tokenizer)
+    if tokenizer is not None:
+        raise UserError(f"{path} has a tokenizer of its own; leave --tokenizer out")
     checkpoint = resolve(path)
     written = written_files(checkpoint)
     has_weights = WEIGHTS in written and (checkpoint / WEIGHTS).is_file()
@@ -200,7 +225,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
     damage = find_damage(checkpoint, [name for name in written if name.partition("/")[0] not in unused])
     if damage is not None:
         raise UserError(f"checkpoint {checkpoint} is damaged: {damage}; use an older one")
-    config, tokenizer = load_config(checkpoint / CONFIG), Tokenizer.from_folder(checkpoint)
+    config = load_config(checkpoint / CONFIG)
     with torch.device("meta"):
         lm = LM(config.model)
     source = checkpoint / (WEIGHTS if has_weights else STATE)
@@ -212,7 +237,24 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
             f"checkpoint {checkpoint}: {source.name} does not fit its config ({error_summary(error)})"
         ) from None
     lm = lm.to(device).eval().requires_grad_(False)
-    return Checkpoint(checkpoint, lm, config, tokenizer, read_train_state(checkpoint))
+    return Checkpoint(checkpoint, lm, config, Tokenizer.from_folder(checkpoint), read_train_state(checkpoint))
+
+
+def _load_foreign(path: Path, device: torch.device | str, tokenizer: Path | None) -> Checkpoint:
+    foreign = read_foreign(path, tokenizer)
+    with torch.device("meta"):
+        lm = LM(foreign.config)
+    lm.load_state_dict(foreign.weights, assign=True)
+    lm = lm.to(device).eval().requires_grad_(False)
+    config = training_config(foreign.config, WEIGHTS_PRECISION.get(lm.embed.weight.dtype, "fp32"))
+    state = TrainState()
+    if foreign.training is not None:
+        own, computed = load_config(foreign.training / CONFIG), foreign.config
+        # GPT-2's class has no LayerScale, and no format what training alone asks for.
+        model = replace(own.model, layer_scale=computed.layer_scale)
+        if asdict(replace(model, output_init=computed.output_init, z_loss=computed.z_loss)) == asdict(computed):
+            config, state = own.model_copy(update={"model": model}), read_train_state(foreign.training)
+    return Checkpoint(path, lm, config, foreign.tokenizer, state._replace(imported_from=str(path.absolute())))
 
 
 def _read_masters(checkpoint: Path, config: RunConfig) -> dict[str, Tensor]:
@@ -225,7 +267,7 @@ def _read_masters(checkpoint: Path, config: RunConfig) -> dict[str, Tensor]:
 
 def weights_dtype(config: RunConfig) -> torch.dtype:
     """Return the dtype that a run's weights are trained and saved in."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision, torch.float32)
+    return next((dtype for dtype, name in WEIGHTS_PRECISION.items() if name == config.precision), torch.float32)
 
 
 def data_sha256(config: RunConfig) -> str:

@@ -114,6 +114,8 @@ def resume(engine: DeepSpeedEngine, config: RunConfig, checkpoint: Path) -> Trai
     elements, average = state_elements(engine), engine.weight_average
     if train_state.ema_updates is None:
         elements = {key: own for key, own in elements.items() if not key.endswith(f"/{EMA}")}
+    if train_state.optimizer_steps == 0:  # moments before the first update are zero, and need not be saved
+        elements = {key: own for key, own in elements.items() if key.endswith(("/weight", f"/{EMA}"))}
     restore_state(engine, read_state(checkpoint, elements), train_state.optimizer_steps)
     if average is not None and train_state.ema_updates is not None:
         average.updates = train_state.ema_updates

@@ -60,7 +60,7 @@ def read_record(run_dir: Path) -> TrainState | None:
     file = _record_file(run_dir)
     try:
         return TrainState.from_json(file.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise UserError(

@@ -56,7 +56,7 @@ def write_file(path: Path, content: Content, on_progress: Callable[[], object] =
     """
     digest, size = hashlib.sha256(), 0
     with path.open("wb") as file:
-        for whole in [content] if isinstance(content, bytes) else _safetensors_pieces(content):
+        for whole in [content] if isinstance(content, bytes) else safetensors_pieces(content):
             for start in range(0, len(whole), WRITE_BYTES):
                 piece = whole[start : start + WRITE_BYTES]
                 file.write(piece)
@@ -78,9 +78,10 @@ def write_checksums(checkpoint: Path, checksums: Mapping[str, Checksum]) -> None
     write_file(checkpoint / COMPLETE, f"{json.dumps(checksums, indent=1)}\n".encode())
 
 
-def _safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+def safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     """Yield a safetensors file piece by piece, so that it is hashed as it is written, which the library cannot do."""
-    header, end = {}, 0
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # without which transformers loads no file
+    end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}

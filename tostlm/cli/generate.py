@@ -126,14 +126,13 @@ def _write_turns(
     """Read texts one after the other, and print what follows each as it is written."""
     import torch
 
-    from tostlm.checkpoint import COMPLETE
     from tostlm.eval.generate import prompt_tokens, require_room, write_text
     from tostlm.eval.writer import Writer
-    from tostlm.files import require_file_writable, sha256_of
+    from tostlm.files import require_file_writable
 
     if save_state is not None:
         require_file_writable(save_state.absolute())
-    model, tokenizer = sha256_of(loaded.path / COMPLETE), loaded.tokenizer
+    model, tokenizer = loaded.content, loaded.tokenizer
     writer = Writer(loaded.lm, tokenizer.vocab_size, sampling, [seed])
     if state is not None:
         writer.restore(state, model)

@@ -9,6 +9,7 @@ from tostlm.config.files import (
     read_mapping,
     restore_config,
     shipped_configs,
+    training_config,
     validate_mapping,
 )
 from tostlm.config.sections import (
@@ -41,6 +42,7 @@ __all__ = [
     "read_mapping",
     "restore_config",
     "shipped_configs",
+    "training_config",
     "use_cpu_without_gpu",
     "validate_mapping",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import is_dataclass
+from dataclasses import asdict, is_dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
@@ -17,9 +17,11 @@ from tostlm.config.deepspeed_block import nearest
 from tostlm.config.recipes import expand_recipe
 from tostlm.config.sections import RunConfig
 from tostlm.errors import UserError
-from tostlm.model import MIXERS
+from tostlm.model import MIXERS, ModelConfig
+from tostlm.model.config import MAX_SIZE
 
 Validated = TypeVar("Validated", bound=pydantic.BaseModel)
+BASE, STEP_SEQUENCES = "gpt2-base", 480  # whose recipe imported models are trained on by, and its sequences a step
 EXAMPLE = "`tostlm config show quickstart` prints one"
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: not UTF-8, or an impossible date
 
@@ -143,6 +145,22 @@ def validate_mapping(kind: type[Validated], raw: dict[str, Any], name: str) -> V
         # An unknown key often leaves its namesake missing: name the cause, not the consequence.
         problems = sorted(error.errors(), key=lambda problem: problem["type"] not in _UNKNOWN_KEY)
         raise UserError(f"{name}: {_explain(problems[0], kind)}") from None
+
+
+def training_config(model: ModelConfig, precision: str) -> RunConfig:
+    """Return a config that trains a model on: the recipe of `BASE`, for a user to change, with weights of a precision.
+
+    It names no data: `data.path` is a folder that does not exist.
+    """
+    raw = read_mapping(find_config(Path(BASE)), "config", EXAMPLE)
+    context = min(raw["data"]["context_tokens"], model.positions or MAX_SIZE)
+    raw |= {"run_dir": "runs/imported", "model": asdict(model)}
+    raw["data"] = {"path": "data/of-your-own", "context_tokens": context}
+    raw["train"] |= {"batch_tokens": STEP_SEQUENCES * context, "micro_batch_tokens": context}
+    if precision != "fp32":
+        del raw["deepspeed"]["torch_autocast"]
+        raw["deepspeed"][precision] = {"enabled": True}
+    return validate_mapping(RunConfig, raw, BASE)
 
 
 _UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")

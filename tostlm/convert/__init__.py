@@ -1,5 +1,7 @@
-"""Checkpoints for other software."""
+"""Checkpoints for other software, and other software's models as checkpoints."""
 
-from tostlm.convert.hf import export_hf, sample
+from tostlm.convert.conversion import FORMATS, convert
+from tostlm.convert.hf import sample, write_hf
+from tostlm.convert.verify import Comparison
 
-__all__ = ["export_hf", "sample"]
+__all__ = ["FORMATS", "Comparison", "convert", "sample", "write_hf"]

@@ -1,79 +1,106 @@
-"""A checkpoint as a Hugging Face folder, published only when it computes the same logits."""
+"""A checkpoint as a Hugging Face folder that transformers alone can load."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import importlib
 import inspect
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
-from tostlm.checkpoint import Checkpoint
+from tostlm.checkpoint import CONFIG, Checkpoint
+from tostlm.checkpoint.integrity import TRAIN_STATE
+from tostlm.config import dump_config
 from tostlm.convert.configuration_tost import TostConfig
-from tostlm.convert.gpt2 import is_gpt2, to_gpt2
 from tostlm.convert.modeling_tost import TostForCausalLM
+from tostlm.convert.shards import SHARD_BYTES, write_shards
 from tostlm.convert.tokenizer import save_tokenizer
-from tostlm.data.tokenizers import METASPACE
+from tostlm.convert.verify import (
+    Comparison,
+    compare_causal_lm,
+    compare_tokenizers,
+    computed_in_fp32,
+    random_documents,
+    source_logits,
+)
 from tostlm.errors import UserError
-from tostlm.files import atomic_folder, require_writable
+from tostlm.formats import TRAINING
+from tostlm.formats.folders import EXPORTED
+from tostlm.formats.gpt2 import gpt2_config, gpt2_tensors, is_gpt2
 from tostlm.model import LM, MIXERS
 
 INTERNAL_IMPORT = re.compile(r"^from (tostlm[\w.]*) import", re.MULTILINE)
-PROBE_TEXT = (
-    "A state is 2C + H numbers.\n\n\tTokens: 1776, \u201cna\u00efve\u201d, \u2581, \u6f22\u5b57 \U0001f642  end"
-)
-PROBE_TOKENS = 96
-TOLERANCE = 1e-3  # of the logits' spread; folding LayerScale and another order of sums stay a hundred times below
 
 
-def export_hf(checkpoint: Checkpoint, out: Path) -> None:
-    """Write a folder that transformers alone can load: weights, configuration, tokenizer and, for ToST, modeling files.
+def write_hf(
+    checkpoint: Checkpoint, folder: Path, *, shard_bytes: int = SHARD_BYTES, own_class: bool = False
+) -> list[Comparison]:
+    """Write weights, configurations, tokenizer and, for `TostForCausalLM`, the modeling files to an empty folder.
 
-    A GPT-2 model becomes transformers' own GPT2LMHeadModel. Before the folder appears at `out`, its logits (of a whole
-    context and token by token) and its token ids are compared with the checkpoint's.
+    A GPT-2 model becomes transformers' own GPT2LMHeadModel, whose weights have LayerScale folded in, unless
+    `own_class`. What was written is loaded by transformers and compared with the checkpoint.
 
     Raises:
-        UserError: `out` exists, or the written model does not compute the same.
+        UserError: it does not compute the same.
     """
-    if out.exists():
-        raise UserError(f"{out} exists; remove it or choose another folder")
-    require_writable(out.parent)
     transformers.utils.logging.disable_progress_bar()
-    with atomic_folder(out) as folder:
-        _write(checkpoint, folder)
-        _check(checkpoint, folder)
-
-
-def _write(checkpoint: Checkpoint, folder: Path) -> None:
-    lm, eos_id = checkpoint.lm, checkpoint.tokenizer.eos_id
-    if is_gpt2(lm):
-        model: transformers.PreTrainedModel = to_gpt2(lm, eos_id)
-    else:
-        config = TostConfig(
-            **dataclasses.asdict(lm.config),
-            bos_token_id=eos_id,
-            eos_token_id=eos_id,
-            dtype=lm.embed.weight.dtype,
-            architectures=["TostForCausalLM"],
-            auto_map={
-                "AutoConfig": "configuration_tost.TostConfig",
-                "AutoModelForCausalLM": "modeling_tost.TostForCausalLM",
-            },
-        )
-        with torch.device("meta"):
-            model = TostForCausalLM(config)
-        model.lm.load_state_dict(lm.state_dict(), assign=True)
+    lm = checkpoint.lm
+    as_gpt2 = is_gpt2(lm.config) and not own_class
+    dtype = torch.float32 if as_gpt2 and lm.config.layer_scale is not None else lm.embed.weight.dtype
+    config = _gpt2_config(checkpoint) if as_gpt2 else _tost_config(checkpoint)
+    config.dtype, config.tokenizer_sha256 = dtype, checkpoint.tokenizer.sha256
+    config.save_pretrained(folder)
+    transformers.GenerationConfig.from_model_config(config).save_pretrained(folder)
+    write_shards(folder, _gpt2_weights(lm) if as_gpt2 else _tost_weights(lm), shard_bytes)
+    if not as_gpt2:
         for name, source in _standalone_sources(lm).items():
             (folder / f"{name}.py").write_text(source)
-    model.config.tokenizer_sha256 = checkpoint.tokenizer.sha256
-    model.save_pretrained(folder)
     save_tokenizer(checkpoint.tokenizer, lm.config.positions, folder)
+    _write_training(checkpoint, folder / TRAINING)
+    return _compare(checkpoint, folder)
+
+
+def _gpt2_config(checkpoint: Checkpoint) -> transformers.PretrainedConfig:
+    fields = gpt2_config(checkpoint.lm.config, checkpoint.tokenizer.eos_id)
+    return transformers.GPT2Config(**fields, architectures=["GPT2LMHeadModel"])
+
+
+def _tost_config(checkpoint: Checkpoint) -> TostConfig:
+    eos_id = checkpoint.tokenizer.eos_id
+    return TostConfig(
+        **dataclasses.asdict(checkpoint.lm.config),
+        bos_token_id=eos_id,
+        eos_token_id=eos_id,
+        architectures=["TostForCausalLM"],
+        auto_map={
+            "AutoConfig": "configuration_tost.TostConfig",
+            "AutoModelForCausalLM": "modeling_tost.TostForCausalLM",
+        },
+    )
+
+
+def _gpt2_weights(lm: LM) -> Iterator[tuple[str, Tensor]]:
+    weights = dict(lm.named_parameters())
+    for name, make in gpt2_tensors(lm.config).items():
+        yield name, make(weights).cpu()
+
+
+def _tost_weights(lm: LM) -> Iterator[tuple[str, Tensor]]:
+    for name, weight in lm.named_parameters():
+        yield EXPORTED + name, weight.cpu()
+
+
+def _write_training(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write what transformers has no place for, so that the folder can become the same checkpoint again."""
+    folder.mkdir()
+    (folder / CONFIG).write_text(dump_config(checkpoint.config))
+    (folder / TRAIN_STATE).write_text(checkpoint.train_state.to_json())
+    (folder / checkpoint.tokenizer.file_name).write_bytes(checkpoint.tokenizer.content)
 
 
 def _standalone_sources(lm: LM) -> dict[str, str]:
@@ -104,43 +131,19 @@ def _flat_name(module: str) -> str:
     return module.removeprefix("tostlm.convert.").replace(".", "_")
 
 
-@torch.no_grad()
-def _check(checkpoint: Checkpoint, folder: Path) -> None:
-    lm = copy.deepcopy(checkpoint.lm).float()  # in bf16 rounding would hide a difference
-    exported = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    length = min(PROBE_TOKENS, lm.config.positions or PROBE_TOKENS)
-    tokens = torch.randint(checkpoint.tokenizer.vocab_size, (2, length), generator=generator)
-    expected = lm(tokens)[0]
-    _compare(folder, "logits", exported(tokens).logits, expected)
-    _compare(folder, "logits of single steps", _stepwise(exported, tokens), expected)
-    ours, theirs = checkpoint.tokenizer, transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    pieces = [piece for piece, size in zip(ours.pieces, ours.token_bytes, strict=True) if size]
-    texts = [PROBE_TEXT, *(piece.replace(METASPACE, " ") for piece in pieces)]
-    for text, ids in zip(texts, theirs(texts, add_special_tokens=False, verbose=False)["input_ids"], strict=True):
-        if ids != ours.encode(text):
-            raise UserError(
-                f"the exported tokenizer gives other ids for {text!r} than the checkpoint's; nothing was published: "
-                "only BPE tokenizers without symbols of their own can be exported"
-            )
-
-
-def _stepwise(model: Any, tokens: Tensor) -> Tensor:
-    past, logits = None, []
-    for token in torch.split(tokens, 1, dim=1):
-        output = model(token, past_key_values=past, use_cache=True)
-        past = output.past_key_values
-        logits.append(output.logits)
-    return torch.cat(logits, dim=1)
-
-
-def _compare(folder: Path, what: str, found: Tensor, expected: Tensor) -> None:
-    spread, error = float(expected.std()), float((found - expected).abs().max())
-    if not error <= TOLERANCE * spread:
-        raise UserError(
-            f"the {what} of the model written to {folder} differ from the checkpoint's by {error:.1e} (their standard "
-            f"deviation is {spread:.1e}, {TOLERANCE} of it is allowed); nothing was published"
-        )
+def _compare(checkpoint: Checkpoint, folder: Path) -> list[Comparison]:
+    tokens = random_documents(checkpoint)
+    exported, problems = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, dtype="auto", output_loading_info=True
+    )
+    if any(problems.values()):
+        raise UserError(f"transformers does not find the model's own weights in {folder}: {problems}")
+    blocks = exported.transformer.h if hasattr(exported, "transformer") else exported.lm.blocks
+    expected = source_logits(checkpoint, tokens)
+    with computed_in_fp32(exported, blocks):
+        found = compare_causal_lm(exported, tokens, expected, folder)
+    fast = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    return [*found, compare_tokenizers(checkpoint.tokenizer, fast)]
 
 
 def sample(folder: Path, prompt: str, tokens: int) -> str:

@@ -22,10 +22,11 @@ from tqdm import tqdm
 from tostlm.device import best_device, parse_device, parse_dtype
 from tostlm.errors import UserError
 from tostlm.eval.generate import prompt_tokens, write_batch
-from tostlm.eval.models import TostModel, is_hugging_face, open_model
+from tostlm.eval.models import TostModel, open_model
 from tostlm.eval.sampling import Sampling
 from tostlm.eval.token_scores import PASS_TOKENS, nats_and_hits, token_scores
 from tostlm.eval.writer import read_context
+from tostlm.formats import is_hugging_face
 
 DEFAULT_NEW_TOKENS = 256  # that are generated where a task does not say, as by lm-eval's own models
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")

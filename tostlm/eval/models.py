@@ -10,16 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tostlm.checkpoint import COMPLETE, Checkpoint, load_checkpoint, run_folder
+from tostlm.checkpoint import Checkpoint, load_checkpoint, run_folder
 from tostlm.data import Tokenizer, import_tokenizer
 from tostlm.errors import UserError, error_summary
 from tostlm.eval.token_scores import TokenScore, nats, scores_in_pieces, token_scores
-from tostlm.files import sha256_of, short_names
+from tostlm.files import short_names
+from tostlm.formats import content_of, is_hugging_face
 
-HF_CONFIG = "config.json"  # what makes a folder Hugging Face's
 HF_PASS_TOKENS = 1024  # tokens whose logits are held at a time: of all of them, whether scored or not
-# The files of a folder that its numbers depend on; reports may lie beside them.
-HF_FILES, HF_SUFFIXES = ("config", "tokenizer", "vocab", "merges"), (".safetensors", ".bin", ".model", ".py")
 # The names under which transformers' configs have the longest context that a model was made for.
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
@@ -64,7 +62,7 @@ class TostModel(ScoredModel):
             self.lm.clamps_positions, self.clamped, self.positions = True, self.positions, None
         self.tokenizer, self.device = checkpoint.tokenizer, checkpoint.lm.embed.weight.device
         self.data = checkpoint.config.data.folders[0]  # of a blend the first one
-        self._content = sha256_of(checkpoint.path / COMPLETE)  # now, as the run may remove the checkpoint later
+        self._content = checkpoint.content  # now, as the run may remove the checkpoint later
 
     def score(self, rows: Tensor, scored: int, pass_tokens: int, score: TokenScore = nats) -> Tensor:
         return token_scores(self.lm, rows, scored, pass_tokens, score)
@@ -118,10 +116,7 @@ class HuggingFaceModel(ScoredModel):
 
     @property
     def content(self) -> str:
-        own = sorted(
-            file for file in self.path.iterdir() if file.name.startswith(HF_FILES) or file.suffix in HF_SUFFIXES
-        )
-        return str([(file.name, file.stat().st_size, file.stat().st_mtime) for file in own])
+        return content_of(self.path)
 
 
 def folder_names(places: Sequence[tuple[Path, int | None]]) -> list[str]:
@@ -140,11 +135,6 @@ def model_names(models: Sequence[ScoredModel]) -> list[str]:
         before = sum(other == name or other.startswith(f"{name} (") for other in found)
         found.append(f"{name} ({before + 1})" if before else name)
     return found
-
-
-def is_hugging_face(path: Path) -> bool:
-    """Return whether a folder is a model of Hugging Face's and no checkpoint."""
-    return (path / HF_CONFIG).is_file() and not (path / COMPLETE).exists()
 
 
 def open_model(

@@ -105,8 +105,10 @@ class MLP(nn.Module):
         if self.config.mlp == "swiglu":
             gate, x = x.chunk(2, -1)
             x = F.silu(gate) * x
+        elif self.config.mlp == "relu2":
+            x = F.relu(x).square()
         else:
-            x = F.gelu(x) if self.config.mlp == "gelu" else F.relu(x).square()
+            x = F.gelu(x, approximate="tanh" if self.config.mlp == "gelu_tanh" else "none")
         y: Tensor = self.out_proj(x)
         return y
 

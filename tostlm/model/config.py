@@ -40,7 +40,8 @@ class ModelConfig:
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # before every branch and at the end
     bias: bool = False  # biases of LayerNorms, of the MLP and of the mixers' projections in and out, as GPT-2 has
     embed_norm: bool = False  # also after the embedding
-    mlp: Literal["gelu", "relu2", "swiglu"] = "gelu"  # what is between the MLP's matrices; relu2 is ReLU squared
+    # What is between the MLP's matrices; gelu_tanh is OpenAI's approximation of GELU, relu2 is ReLU squared.
+    mlp: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = "gelu"
     mlp_width: int | None = None  # channels there; None is what makes the MLP 8 width^2 parameters
     # Where the projections into the residual stream start: normal, or zero, so that every block starts as the identity.
     output_init: Literal["normal", "zero"] = "normal"

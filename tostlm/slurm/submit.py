@@ -21,6 +21,7 @@ from tostlm.config import RunConfig, batch_plan, dump_config, load_config
 from tostlm.doctor import model_memory_bytes
 from tostlm.errors import UserError
 from tostlm.files import locked, require_writable, write_atomically
+from tostlm.formats import is_foreign
 from tostlm.slurm.commands import queued_jobs, site_environment, submit_dependent_script, submit_script
 from tostlm.slurm.history import CODE, CONFIG, SCRIPT, SITE, SUBMITTED, JobHistory
 from tostlm.slurm.restart_policy import OnStop, RestartPolicy
@@ -256,7 +257,7 @@ def _task_folder(kind: str, parsed: Mapping[str, Any]) -> Path:
     if kind == "bench":
         return load_config(Path(parsed["configs"][0])).run_dir
     read = Path(parsed["checkpoint"] if kind == "convert" else parsed["models"][0])
-    return read if (read / "config.json").is_file() else run_folder(resolve(read))  # Hugging Face's, or a checkpoint
+    return run_folder(read if is_foreign(read) else resolve(read))
 
 
 def _check_prepare(parsed: Mapping[str, Any]) -> None:

@@ -95,13 +95,18 @@ class Tokenizer(ABC):
         Raises:
             UserError: the folder holds no tokenizer file, or several.
         """
-        names = sorted(tokenizer_class.file_name for tokenizer_class in Tokenizer.__subclasses__())
+        names = Tokenizer.file_names()
         found = [name for name in names if (folder / name).is_file()]
         if not found:
             raise UserError(f"{folder} has no {' or '.join(names)}; check the path, or make the folder again")
         if len(found) > 1:
             raise UserError(f"{folder} has both {' and '.join(found)}; name the file to use")
         return folder / found[0]
+
+    @staticmethod
+    def file_names() -> list[str]:
+        """Return the names that a tokenizer's file may have in a folder."""
+        return sorted(tokenizer_class.file_name for tokenizer_class in Tokenizer.__subclasses__())
 
     @property
     @abstractmethod

@@ -16,6 +16,7 @@ from tostlm.errors import UserError
 
 TIKTOKEN_FILE = re.compile(rb"\A(?:[A-Za-z0-9+/]+=* \d+\r?\n)+")  # lines of a token in base64 and its rank
 GPT2_RANKS, GPT2_EOS = 50_256, "<|endoftext|>"
+VOCABULARY, MERGES = "vocab.json", "merges.txt"  # OpenAI's files of a byte-level BPE
 COMMON_EOS_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 
 
@@ -23,8 +24,8 @@ def import_tokenizer(source: Path, eos_token: str | None = None) -> Tokenizer:
     """Read a tokenizer of another program and give it an end-of-document token.
 
     Args:
-        source: a SentencePiece .model, a tokenizer.json, a folder that holds one of them, or tiktoken's ranks file of
-            GPT-2.
+        source: a SentencePiece .model, a tokenizer.json, a folder that holds one of them or OpenAI's vocab.json and
+            merges.txt, or tiktoken's ranks file of GPT-2.
         eos_token: the end-of-document token. By default the one that a tokenizer.json appends to a text, else the
             `eos_token` of a tokenizer_config.json beside it, else the first of `COMMON_EOS_TOKENS` that it has. A
             SentencePiece model has its own.
@@ -32,12 +33,14 @@ def import_tokenizer(source: Path, eos_token: str | None = None) -> Tokenizer:
     Raises:
         UserError: there is no tokenizer at `source`, or its end-of-document token is unknown.
     """
-    path = Tokenizer.find_file(source) if source.is_dir() else source
+    path = _find_file(source) if source.is_dir() else source
     if not path.is_file():
         raise UserError(f"{path} is no file; name a .model file, a tokenizer.json, a folder with one, or a ranks file")
     content = path.read_bytes()
     try:
-        if TIKTOKEN_FILE.match(content):
+        if path.name == VOCABULARY:
+            content = _openai_tokenizer_json(path)
+        elif TIKTOKEN_FILE.match(content):
             content = _gpt2_tokenizer_json(content)
         if FastTokenizer.recognizes(content):
             return _set_eos(content, eos_token, path.with_name("tokenizer_config.json"))
@@ -106,6 +109,31 @@ def _append_template(piece: str, token: int) -> dict[str, object]:
         "pair": [text, other],
         "special_tokens": {piece: {"id": piece, "ids": [token], "tokens": [piece]}},
     }
+
+
+def _find_file(folder: Path) -> Path:
+    if (folder / VOCABULARY).is_file() and not any((folder / name).is_file() for name in Tokenizer.file_names()):
+        return folder / VOCABULARY
+    return Tokenizer.find_file(folder)
+
+
+def _openai_tokenizer_json(vocabulary: Path) -> bytes:
+    """Return the tokenizer.json of a byte-level BPE whose vocab.json has a merges.txt beside it.
+
+    Raises:
+        UserError: one of them is damaged or missing.
+    """
+    merges = vocabulary.with_name(MERGES)
+    if not merges.is_file():
+        raise UserError(f"its {MERGES} is not beside it; copy that too")
+    try:
+        bpe = tokenizers.models.BPE.from_file(str(vocabulary), str(merges))
+    except Exception as error:  # the package raises plain Exceptions
+        raise UserError(f"it and its {MERGES} are no byte-level BPE: {error}") from None
+    fast = tokenizers.Tokenizer(bpe)
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = tokenizers.decoders.ByteLevel()
+    return fast.to_str().encode()
 
 
 def _gpt2_tokenizer_json(ranks_file: bytes) -> bytes:

@@ -1,0 +1,139 @@
+"""Whatever the format: a folder appears whole or not at all, and replaces only what a conversion has written."""
+
+import signal
+import stat
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from tests.conftest import Run, fail, succeed, tostlm
+from tests.model.common import SOFTMAX, TSSA
+from tostlm.checkpoint import load_checkpoint
+from tostlm.convert import FORMATS, convert
+from tostlm.convert.shards import write_shards
+from tostlm.errors import UserError
+from tostlm.files import atomic_folder
+from tostlm.model import create_lm
+
+formats = pytest.mark.parametrize("to", FORMATS)
+
+
+@formats
+def test_a_folder_is_replaced_if_it_is_asked_and_was_converted(
+    trained: dict[str, Run], tmp_path: Path, to: str
+) -> None:
+    source, out = load_checkpoint(trained["softmax"].dir), tmp_path / "out"
+    convert(source, out, FORMATS[to])
+    (out / "old").touch()
+    fail(tostlm("convert", str(trained["softmax"].dir), "--to", to, str(out)), "exists; remove it or choose another")
+    assert (out / "old").exists()
+    succeed(tostlm("convert", str(trained["softmax"].dir), "--to", to, str(out), "--overwrite"))
+    assert not (out / "old").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    load_checkpoint(out)
+    assert all(file.stat().st_mode & stat.S_IROTH for file in out.rglob("*"))
+
+
+def test_other_things_are_not_replaced(trained: dict[str, Run], run: Run, tmp_path: Path) -> None:
+    source = trained["tssa"].dir
+    convert(load_checkpoint(source), tmp_path / "hf", FORMATS["hf"])
+    (tmp_path / "link").symlink_to(tmp_path / "hf")
+    (tmp_path / "file").touch()
+    for out in (source, tmp_path / "link", tmp_path / "file", tmp_path):
+        answer = tostlm("convert", str(source), "--to", "hf", str(out), "--overwrite")
+        fail(answer, f"{out} is no folder that a conversion has written, and is not replaced; choose another")
+    newest = load_checkpoint(source).path
+    answer = tostlm("convert", str(source), "--to", "hf", str(newest), "--overwrite")
+    fail(answer, f"{newest} is a checkpoint of a run, and is not replaced")
+    answer = tostlm("convert", str(tmp_path / "hf"), "--to", "tostlm", str(tmp_path / "hf"), "--overwrite")
+    fail(answer, "holds the model that is converted")
+    succeed(tostlm("convert", str(source), "--to", "hf", str(tmp_path / "new"), "--overwrite"))
+
+
+def test_a_failure_leaves_what_was_there(
+    trained: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = load_checkpoint(trained["tssa"].dir), tmp_path / "out"
+    convert(source, out, FORMATS["hf"])
+    before = {file: file.read_bytes() for file in out.rglob("*.*")}
+
+    def fail_late(*_: object) -> list[object]:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="out cannot be written: No space left on device; nothing was published"):
+        convert(source, out, fail_late, overwrite=True)
+    assert {file: file.read_bytes() for file in out.rglob("*.*")} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_killed_conversion_leaves_nothing_that_the_next_does_not_remove(
+    trained: dict[str, Run], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    script = f"""
+import time
+from pathlib import Path
+from tostlm.files import atomic_folder
+from tostlm.model import create_lm
+with atomic_folder(Path({str(out)!r})) as folder:
+    (folder / "half").touch()
+    print("written", flush=True)
+    time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "written\n"
+    source = load_checkpoint(trained["tssa"].dir)
+    with pytest.raises(UserError, match=r"another process is writing .*out; wait for it, or choose another folder"):
+        convert(source, out, FORMATS["hf"])
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not out.exists()
+    convert(source, out, FORMATS["hf"])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not (out / "half").exists()
+
+
+def test_folders_are_exchanged_where_the_system_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tostlm.files.ctypes.CDLL", lambda _: object())
+    for content in ("old", "new"):
+        with atomic_folder(tmp_path / "out") as folder:
+            (folder / content).touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
+
+
+def test_options_go_with_their_format(trained: dict[str, Run], tmp_path: Path) -> None:
+    run, out = str(trained["softmax"].dir), str(tmp_path / "out")
+    fail(tostlm("convert", run, "--to", "release", out, "--own-class"), "--own-class goes with --to hf")
+    fail(tostlm("convert", run, "--to", "tostlm", out, "--shard-size", "1MB"), "--shard-size goes with --to hf")
+    fail(
+        tostlm("convert", run, "--to", "hf", out, "--shard-size", "many"), "--shard-size 'many' must be a whole number"
+    )
+    fail(tostlm("convert", run, "--to", "hf", out, "--tokenizer", "x"), "has a tokenizer of its own; leave --tokenizer")
+
+
+def test_the_release_holds_only_what_it_computes(data: Path, tmp_path: Path, trained: dict[str, Run]) -> None:
+    source = load_checkpoint(trained["tssa"].dir)
+    for switches in ({"layers": TSSA + SOFTMAX}, {"positions": None}, {"mlp": "relu2"}, {"mlp_width": 50}):
+        lm = create_lm(replace(source.config.model, **switches), 0)
+        with pytest.raises(UserError, match="is no model of the ToST release"):
+            convert(source._replace(lm=lm), tmp_path / "out", FORMATS["release"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_shards_are_of_limited_size(tmp_path: Path) -> None:
+    tensors = {f"t{n}": torch.full((n + 1, 100), float(n)) for n in range(6)}  # 400 bytes to 2,400
+    write_shards(tmp_path, tensors.items(), 1500)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert [file.name for file in files] == [f"model-0000{n}-of-00005.safetensors" for n in range(1, 6)]
+    found: dict[str, torch.Tensor] = {}
+    for file in files:
+        found |= safetensors.torch.load_file(file)
+        with safetensors.safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}  # which transformers asks for
+    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)

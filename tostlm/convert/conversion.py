@@ -1,0 +1,60 @@
+"""Converting a model to another format: written aside, compared with its source, and then published."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from tostlm.checkpoint import COMPLETE, CONFIG, Checkpoint
+from tostlm.checkpoint.weights_only import require_free
+from tostlm.convert.hf import write_hf
+from tostlm.convert.imported import write_checkpoint
+from tostlm.convert.release import write_release
+from tostlm.convert.verify import Comparison
+from tostlm.errors import UserError
+from tostlm.files import atomic_folder
+from tostlm.formats.folders import HF_CONFIG
+from tostlm.formats.release import RELEASE_FILE
+
+# By the name that the command line has for a format: what writes a checkpoint in it to an empty folder.
+FORMATS: dict[str, Callable[[Checkpoint, Path], list[Comparison]]] = {
+    "hf": write_hf,
+    "release": write_release,
+    "tostlm": write_checkpoint,
+}
+CONVERTED = (HF_CONFIG, COMPLETE, RELEASE_FILE)  # of which each format's folder has one
+
+
+def convert(
+    checkpoint: Checkpoint, out: Path, write: Callable[[Checkpoint, Path], list[Comparison]], overwrite: bool = False
+) -> list[Comparison]:
+    """Write a model in another format to a folder, and return what was compared before it appeared there.
+
+    Args:
+        write: of `FORMATS`.
+        overwrite: replace a folder that a conversion has written.
+
+    Raises:
+        UserError: `out` exists, cannot be written, or is the source; the format cannot hold the model; what was written
+            does not compute the same.
+    """
+    if overwrite and os.path.lexists(out):
+        _require_replaceable(checkpoint, out)
+    else:
+        require_free(out)
+    try:
+        with atomic_folder(out) as folder:
+            return write(checkpoint, folder)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror or error}; nothing was published") from None
+
+
+def _require_replaceable(checkpoint: Checkpoint, out: Path) -> None:
+    if out.is_symlink() or not any((out / name).is_file() for name in CONVERTED):
+        raise UserError(f"{out} is no folder that a conversion has written, and is not replaced; choose another")
+    beside = out.absolute().parent
+    if beside.name == "checkpoints" and (beside.parent / CONFIG).exists():
+        raise UserError(f"{out} is a checkpoint of a run, and is not replaced; choose another folder")
+    if checkpoint.path.resolve().is_relative_to(out.resolve()):
+        raise UserError(f"{out} holds the model that is converted; choose another folder")
