@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -47,13 +48,17 @@ def newest_checkpoints(path: Path, count: int) -> list[Path]:
     return found
 
 
-def average(sources: Sequence[Path], out: Path) -> None:
+def average(sources: Sequence[Path], out: Path, shares: Sequence[float] | None = None) -> None:
     """Write the mean of checkpoints' weights, in the dtype that the run trains in, to a folder.
 
     It has no optimizer's state: no run resumes from it, and one that begins from it has a new optimizer.
 
+    Args:
+        shares: of each source; None gives all the same. A share may be below 0 or above 1.
+
     Raises:
-        UserError: one is damaged, they are of different models or tokenizers, fewer than two, or `out` exists.
+        UserError: one is damaged, they are of different models or tokenizers, fewer than two, or `out` exists; the
+            shares are not as many, or do not add up to 1.
     """
     require_free(out)
     for path in sources:
@@ -61,12 +66,17 @@ def average(sources: Sequence[Path], out: Path) -> None:
             raise UserError(f"{path} is named twice; its weights would count double")
     if len(sources) < 2:
         raise UserError(f"a mean takes two checkpoints or more, and {', '.join(map(str, sources))} is one")
+    shares = [1 / len(sources)] * len(sources) if shares is None else shares
+    if len(shares) != len(sources) or not math.isclose(sum(shares), 1, abs_tol=1e-6):
+        raise UserError(
+            f"--shares {','.join(f'{share:g}' for share in shares)} must be a number for each of {len(sources)} "
+            "checkpoints that add up to 1"
+        )
     config = _require_alike(sources)
     mean: dict[str, Tensor] = {}
-    for count, source in enumerate(sources, 1):
+    for share, source in zip(shares, sources, strict=True):
         for name, weight in _weights(source, config):
-            total = mean.setdefault(name, torch.zeros_like(weight, dtype=torch.float32))
-            total += (weight.float() - total) / count
+            mean.setdefault(name, torch.zeros_like(weight, dtype=torch.float64)).add_(weight, alpha=share)
     newest = max(sources, key=lambda source: read_train_state(source).step)
     _write(out, mean, newest, sources)
 

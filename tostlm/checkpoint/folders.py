@@ -7,14 +7,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from tostlm.checkpoint.integrity import Checksum
+from tostlm.checkpoint.integrity import CONFIG, Checksum
 from tostlm.checkpoint.layout import STATE, checkpoints, read_train_state, step_of
 from tostlm.checkpoint.state_files import write_checksums
-from tostlm.config import RunConfig
+from tostlm.config import RunConfig, load_config
 from tostlm.errors import UserError, report
-from tostlm.files import sync_folder, write_atomically
+from tostlm.files import locked, sync_folder, write_atomically
 
 LATEST = "latest"
+DAMAGED = ".damaged"  # suffix of a quarantined checkpoint's name
 PARTIAL, REMOVED = ".saving-", ".removing-"  # prefixes of a checkpoint's name before it is published, and when deleted
 
 
@@ -50,6 +51,37 @@ def prune(config: RunConfig) -> None:
     except OSError as error:
         where = error.filename or folder
         report(f"{where} cannot be deleted yet ({error.strerror or error}); the next save tries again")
+
+
+def prune_run(
+    run_dir: Path, keep_last: int, keep_every: int | None, keep_best: bool, dry_run: bool = False
+) -> list[Path]:
+    """Delete the checkpoints of a run that is not training but for some, and return them.
+
+    Args:
+        keep_last, keep_every, keep_best: as the config's train.keep_last_checkpoints and the like.
+        dry_run: delete none.
+
+    Raises:
+        UserError: there is none, the run is training, or one cannot be deleted.
+    """
+    if not (found := checkpoints(run_dir)):
+        raise UserError(f"{run_dir} is not the folder of a run that saved a checkpoint")
+    config = load_config(run_dir / CONFIG if (run_dir / CONFIG).is_file() else found[-1] / CONFIG)
+    kept = {
+        "keep_last_checkpoints": keep_last,
+        "keep_every_steps": keep_every,
+        "keep_best_checkpoint": keep_best,
+    }
+    config = config.model_copy(update={"train": config.train.model_copy(update=kept)})
+    try:
+        with locked(run_dir / ".lock", f"{run_dir} is in use by a tostlm train; wait for it or end it"):
+            expired = expired_checkpoints(config, found)
+            for folder in [] if dry_run else expired:
+                remove_checkpoint(folder)
+            return expired
+    except OSError as error:
+        raise UserError(f"{error.filename or run_dir} cannot be deleted: {error.strerror or error}") from None
 
 
 def expired_checkpoints(config: RunConfig, found: Sequence[Path]) -> list[Path]:

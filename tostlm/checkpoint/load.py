@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from tostlm.checkpoint.deepspeed_state import DeepSpeedEngine, restore_loss_scale, restore_state, state_elements
-from tostlm.checkpoint.folders import remove_unfinished
+from tostlm.checkpoint.folders import DAMAGED, remove_unfinished
 from tostlm.checkpoint.integrity import COMPLETE, CONFIG, find_damage
 from tostlm.checkpoint.layout import (
     STATE,
@@ -23,8 +23,6 @@ from tostlm.config import RunConfig, fixed_values, load_config
 from tostlm.data import Tokenizer
 from tostlm.errors import UserError, report
 from tostlm.optim import EMA
-
-DAMAGED = ".damaged"  # suffix of a quarantined checkpoint's name
 
 
 def latest_valid_checkpoint(config: RunConfig) -> Path | None:

@@ -1,8 +1,9 @@
-"""Subcommands for checkpoints: checkpoint average and ema, convert."""
+"""Subcommands for checkpoints: checkpoint list, show, verify, diff, prune, average, merge and ema, and convert."""
 
 from __future__ import annotations
 
 import functools
+import json
 import re
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,107 @@ import typer
 
 from tostlm.cli.app import CheckpointPath, app, checkpoint_app
 from tostlm.errors import UserError
+
+ModelPath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="SOURCE",
+        help="a checkpoint, a run's folder, a Hugging Face folder of GPT-2 or of an export, or a ckpt.pt of the ToST "
+        "release or nanoGPT",
+    ),
+]
+TokenizerPath = Annotated[
+    Path | None, typer.Option("--tokenizer", help="the tokenizer of a source that has none beside it, as a ckpt.pt")
+]
+
+
+@checkpoint_app.command("list")
+def checkpoint_list(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a run")],
+    as_json: Annotated[bool, typer.Option("--json", help="write a JSON object a line")] = False,
+) -> None:
+    """List a run's checkpoints: tokens, validation loss, size, and which is the latest and the best."""
+    from tostlm.checkpoint.describe import list_checkpoints, table
+
+    rows = list_checkpoints(run)
+    print("\n".join(json.dumps(row._asdict()) for row in rows) if as_json else table(rows))
+
+
+@checkpoint_app.command("show")
+def checkpoint_show(source: ModelPath, tokenizer: TokenizerPath = None) -> None:
+    """Describe a checkpoint, or a model of another format: its shape, tokenizer, training and files."""
+    from tostlm.checkpoint.describe import describe
+
+    print(describe(source, tokenizer))
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="a checkpoint, or a run's folder for all of its checkpoints")
+    ],
+) -> None:
+    """Compare every byte of a checkpoint, or of all of a run's, with its checksums."""
+    from tostlm.checkpoint import checkpoints, resolve
+    from tostlm.checkpoint.integrity import find_damage
+
+    damaged = []
+    found = checkpoints(checkpoint) or [resolve(checkpoint)]
+    for path in found:
+        damage = find_damage(path)
+        print(f"{path}: {damage or 'whole'}", flush=True)
+        damaged += [path] if damage else []
+    if damaged:
+        raise UserError(f"{len(damaged)} of {len(found)} checkpoints are damaged; runs resume from whole ones")
+
+
+@checkpoint_app.command("diff")
+def checkpoint_diff(
+    first: ModelPath,
+    second: Annotated[Path, typer.Argument(metavar="OTHER", help="another")],
+    lines: Annotated[int, typer.Option(min=1, help="lines to print at most")] = 40,
+) -> None:
+    """Say what tells two checkpoints apart: config, progress, tokenizer, and by how much weights differ."""
+    from tostlm.checkpoint.describe import differences
+
+    found = differences(first, second)
+    print("\n".join(found[:lines]) if found else "nothing differs")
+    if len(found) > lines:
+        print(f"and {len(found) - lines:,} more; --lines {len(found)} prints all")
+
+
+@checkpoint_app.command("prune")
+def checkpoint_prune(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a run that is not training")],
+    keep_last: Annotated[int, typer.Option(min=1, help="how many of the newest to keep")],
+    keep_every: Annotated[int | None, typer.Option(min=1, help="keep those of multiples of this step too")] = None,
+    keep_best: Annotated[bool, typer.Option("--keep-best", help="keep that of the lowest validation loss too")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be deleted, and delete nothing")] = False,
+) -> None:
+    """Delete a run's older checkpoints, as train.keep_last_checkpoints and the like do while it trains."""
+    from tostlm.checkpoint.folders import prune_run
+
+    for path in prune_run(run, keep_last, keep_every, keep_best, dry_run):
+        print(f"{path}: {'would be deleted' if dry_run else 'deleted'}")
+
+
+@checkpoint_app.command("merge")
+def checkpoint_merge(
+    checkpoints: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT...", help="checkpoints, or folders of runs")],
+    shares: Annotated[str, typer.Option(help="a number for each that add up to 1, with commas between, as 0.7,0.3")],
+    out: Annotated[Path, typer.Option(help="the folder to write")],
+) -> None:
+    """Write a weighted mean of the weights of several checkpoints of one model."""
+    from tostlm.checkpoint import resolve
+    from tostlm.checkpoint.average import average
+
+    try:
+        numbers = [float(share) for share in shares.split(",")]
+    except ValueError:
+        raise UserError(f"--shares {shares!r} must be numbers with commas between, as in 0.7,0.3") from None
+    sources = [resolve(path) for path in checkpoints]
+    average(sources, out, numbers)
+    print(f"{out}: {' + '.join(f'{number:g} {source}' for number, source in zip(numbers, sources, strict=True))}")
 
 
 @checkpoint_app.command("average")
@@ -46,14 +148,7 @@ SIZE = re.compile(r"(\d+)(MB|GB)")
 
 @app.command()
 def convert(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="SOURCE",
-            help="a checkpoint, a run's folder, a Hugging Face folder of GPT-2 or of an export, or a ckpt.pt of the "
-            "ToST release or nanoGPT",
-        ),
-    ],
+    source: ModelPath,
     to: Annotated[
         str,
         typer.Option(
@@ -62,9 +157,7 @@ def convert(
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="DIR", help="the folder to write")],
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="the tokenizer of a source that has none beside it, as a ckpt.pt")
-    ] = None,
+    tokenizer: TokenizerPath = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a folder that was converted before")] = False,
     shard_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="with hf: of a file of weights, as 500MB; default: 4GB")
