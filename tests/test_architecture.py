@@ -48,7 +48,7 @@ MAY_IMPORT = {  # of tostlm's own packages and modules
         "shapes",
     },
     "bench": {"config", "data", "device", "errors", "eval", "files", "model", "plots", "tssa"},
-    "convert": {"checkpoint", "config", "data", "errors", "files", "formats", "model", "tssa"},
+    "convert": {"checkpoint", "config", "data", "errors", "eval", "files", "formats", "model", "tssa"},
     "study": {"checkpoint", "config", "data", "device", "errors", "eval", "files", "launch", "model", "plots"},
 }
 

@@ -165,6 +165,9 @@ def convert(
     own_class: Annotated[
         bool, typer.Option("--own-class", help="with hf: tostlm's class also where GPT-2's could hold the model")
     ] = False,
+    license: Annotated[
+        str | None, typer.Option(help="with hf: of the model, for its card, as apache-2.0; default: unknown")
+    ] = None,
 ) -> None:
     """Convert a model, and publish it if it computes the same logits.
 
@@ -175,10 +178,11 @@ def convert(
 
     if to not in FORMATS:
         raise UserError(f"--to {to} is not known; use {', '.join(FORMATS)}")
-    options = {"shard_bytes": _parse_size(shard_size), "own_class": own_class or None}
-    given = {name: value for name, value in options.items() if value is not None}
-    if given and to != "hf":
-        raise UserError(f"--{'shard-size' if shard_size else 'own-class'} goes with --to hf, and this is --to {to}")
+    options = {"--shard-size": shard_size, "--own-class": own_class or None, "--license": license}
+    for option in [name for name, value in options.items() if value is not None and to != "hf"]:
+        raise UserError(f"{option} goes with --to hf, and this is --to {to}")
+    given = {"shard_bytes": _parse_size(shard_size), "own_class": own_class or None, "license": license}
+    given = {name: value for name, value in given.items() if value is not None}
     from tostlm.checkpoint import load_checkpoint
 
     loaded = load_checkpoint(source, tokenizer=tokenizer)

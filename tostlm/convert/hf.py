@@ -16,6 +16,7 @@ from torch import Tensor
 from tostlm.checkpoint import CONFIG, Checkpoint
 from tostlm.checkpoint.integrity import TRAIN_STATE
 from tostlm.config import dump_config
+from tostlm.convert.card import UNKNOWN, write_card
 from tostlm.convert.configuration_tost import TostConfig
 from tostlm.convert.modeling_tost import TostForCausalLM
 from tostlm.convert.shards import SHARD_BYTES, write_shards
@@ -38,9 +39,14 @@ INTERNAL_IMPORT = re.compile(r"^from (tostlm[\w.]*) import", re.MULTILINE)
 
 
 def write_hf(
-    checkpoint: Checkpoint, folder: Path, *, shard_bytes: int = SHARD_BYTES, own_class: bool = False
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    own_class: bool = False,
+    license: str = UNKNOWN,
 ) -> list[Comparison]:
-    """Write weights, configurations, tokenizer and, for `TostForCausalLM`, the modeling files to an empty folder.
+    """Write weights, configurations, tokenizer, model card and, for `TostForCausalLM`, modeling files to a folder.
 
     A GPT-2 model becomes transformers' own GPT2LMHeadModel, whose weights have LayerScale folded in, unless
     `own_class`. What was written is loaded by transformers and compared with the checkpoint.
@@ -62,6 +68,7 @@ def write_hf(
             (folder / f"{name}.py").write_text(source)
     save_tokenizer(checkpoint.tokenizer, lm.config.positions, folder)
     _write_training(checkpoint, folder / TRAINING)
+    write_card(checkpoint, folder, not as_gpt2, license)
     return _compare(checkpoint, folder)
 
 

@@ -31,19 +31,31 @@ def write_page(paths: Sequence[Path], out: Path | None, decode: Path | None, tit
         UserError: a folder is no run, a file is damaged, `out` cannot be written, or matplotlib is missing.
     """
     require_matplotlib()
-    runs = read_runs(paths)
-    speeds = None if decode is None else read_decode_file(decode)
-    found = Findings(runs, read_scores(runs), read_answers(runs), speeds)
+    found = read_findings(paths, decode)
+    runs = found.runs
     out = out or runs[0].folder
     require_writable(out)
     title = title or (", ".join(run.name for run in runs) if len(runs) <= NAMED else f"{len(runs)} models")
     written = list(chapters(found))
-    plots = {chapter.anchor: draw_panels(chapter.panels) for chapter in written if chapter.panels}
-    for anchor, plot in plots.items():
-        write_atomically(out / plot_name(anchor), plot)
-    write_atomically(out / "report.md", _markdown(title, written))
+    plots = write_plots(written, out)
+    write_atomically(out / "report.md", f"# {escaped(title)}\n\n{markdown(written)}")
     write_atomically(out / "report.html", _html(title, written, plots))
     return out / "report.html"
+
+
+def read_findings(paths: Sequence[Path], decode: Path | None = None) -> Findings:
+    """Return what the folders of runs hold; arguments and errors as of `write_page`."""
+    runs = read_runs(paths)
+    speeds = None if decode is None else read_decode_file(decode)
+    return Findings(runs, read_scores(runs), read_answers(runs), speeds)
+
+
+def write_plots(written: Sequence[Chapter], folder: Path) -> dict[str, bytes]:
+    """Write the plots of chapters to a folder, under the names that `markdown` has, and return them by anchor."""
+    plots = {chapter.anchor: draw_panels(chapter.panels) for chapter in written if chapter.panels}
+    for anchor, plot in plots.items():
+        write_atomically(folder / plot_name(anchor), plot)
+    return plots
 
 
 def plot_name(anchor: str) -> str:
@@ -65,9 +77,9 @@ def description(chapter: Chapter) -> str:
     return f"{chapter.title}: {axes}, of {', '.join(labels)}. The table has the numbers."
 
 
-def _markdown(title: str, written: Sequence[Chapter]) -> str:
+def markdown(written: Sequence[Chapter]) -> str:
     """Return the chapters that have numbers, for a README or a model card."""
-    parts = [f"# {escaped(title)}"]
+    parts = []
     for chapter in written:
         if not chapter.rows:
             continue
