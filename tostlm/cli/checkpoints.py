@@ -152,8 +152,9 @@ def convert(
     to: Annotated[
         str,
         typer.Option(
-            metavar="hf|release|tostlm",
-            help="the format: a folder for transformers; the ToST release's ckpt.pt; a checkpoint of weights alone",
+            metavar="hf|release|tostlm|torch-export|onnx|int8",
+            help="the format: a folder for transformers; the ToST release's ckpt.pt; a checkpoint of weights alone; "
+            "programs of torch.export; ONNX; a folder for transformers with weights in int8",
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="DIR", help="the folder to write")],
@@ -166,7 +167,13 @@ def convert(
         bool, typer.Option("--own-class", help="with hf: tostlm's class also where GPT-2's could hold the model")
     ] = False,
     license: Annotated[
-        str | None, typer.Option(help="with hf: of the model, for its card, as apache-2.0; default: unknown")
+        str | None, typer.Option(help="with hf, int8: of the model, for its card, as apache-2.0; default: unknown")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="with int8: prepared data to measure by; default: the run's")
+    ] = None,
+    prefill_tokens: Annotated[
+        int | None, typer.Option(min=2, help="with torch-export: of a prompt that are read at a time; default: 64")
     ] = None,
 ) -> None:
     """Convert a model, and publish it if it computes the same logits.
@@ -178,17 +185,31 @@ def convert(
 
     if to not in FORMATS:
         raise UserError(f"--to {to} is not known; use {', '.join(FORMATS)}")
-    options = {"--shard-size": shard_size, "--own-class": own_class or None, "--license": license}
-    for option in [name for name, value in options.items() if value is not None and to != "hf"]:
-        raise UserError(f"{option} goes with --to hf, and this is --to {to}")
-    given = {"shard_bytes": _parse_size(shard_size), "own_class": own_class or None, "license": license}
-    given = {name: value for name, value in given.items() if value is not None}
+    options = {
+        "shard_bytes": ("--shard-size", _parse_size(shard_size), ["hf"]),
+        "own_class": ("--own-class", own_class or None, ["hf"]),
+        "license": ("--license", _checked_license(license), ["hf", "int8"]),
+        "data": ("--data", data, ["int8"]),
+        "prefill_tokens": ("--prefill-tokens", prefill_tokens, ["torch-export"]),
+    }
+    given = {}
+    for name, (option, value, formats) in options.items():
+        if value is not None and to not in formats:
+            raise UserError(f"{option} goes with --to {' or '.join(formats)}, and this is --to {to}")
+        if value is not None:
+            given[name] = value
     from tostlm.checkpoint import load_checkpoint
 
     loaded = load_checkpoint(source, tokenizer=tokenizer)
     for comparison in write_converted(loaded, out, functools.partial(FORMATS[to], **given), overwrite):
         print(comparison)
     print(f"{out}: {_advice(to, out)}")
+
+
+def _checked_license(name: str | None) -> str | None:
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9.+-]+", name):
+        raise UserError(f"--license {name!r} must be an identifier, as apache-2.0 or mit")
+    return name
 
 
 def _parse_size(text: str | None) -> int | None:
@@ -206,4 +227,7 @@ def _advice(to: str, out: Path) -> str:
         "release": f"the release's sample.py loads it with --out_dir={out}",
         "tostlm": f"a checkpoint; train it on with `tostlm train {out / 'config.yaml'} data.path=... run_dir=... "
         f"--from {out}`",
+        "torch-export": "torch.export.load reads step.pt2 and prefill.pt2, which continue start.safetensors",
+        "onnx": "onnxruntime reads step.onnx, which continues start.safetensors",
+        "int8": "loads as an hf folder does, where torchao is installed",
     }[to]

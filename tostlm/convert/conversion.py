@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tostlm.checkpoint import COMPLETE, CONFIG, Checkpoint
 from tostlm.checkpoint.weights_only import require_free
 from tostlm.convert.hf import write_hf
 from tostlm.convert.imported import write_checkpoint
+from tostlm.convert.int8 import PerplexityCost, write_int8
 from tostlm.convert.release import write_release
+from tostlm.convert.runtime import ABOUT, write_onnx, write_torch_export
 from tostlm.convert.verify import Comparison
 from tostlm.errors import UserError
 from tostlm.files import atomic_folder
@@ -18,17 +20,21 @@ from tostlm.formats.folders import HF_CONFIG
 from tostlm.formats.release import RELEASE_FILE
 
 # By the name that the command line has for a format: what writes a checkpoint in it to an empty folder.
-FORMATS: dict[str, Callable[[Checkpoint, Path], list[Comparison]]] = {
+Found = Sequence[Comparison | PerplexityCost]
+FORMATS: dict[str, Callable[[Checkpoint, Path], Found]] = {
     "hf": write_hf,
     "release": write_release,
     "tostlm": write_checkpoint,
+    "torch-export": write_torch_export,
+    "onnx": write_onnx,
+    "int8": write_int8,
 }
-CONVERTED = (HF_CONFIG, COMPLETE, RELEASE_FILE)  # of which each format's folder has one
+CONVERTED = (HF_CONFIG, COMPLETE, RELEASE_FILE, ABOUT)  # of which each format's folder has one
 
 
 def convert(
-    checkpoint: Checkpoint, out: Path, write: Callable[[Checkpoint, Path], list[Comparison]], overwrite: bool = False
-) -> list[Comparison]:
+    checkpoint: Checkpoint, out: Path, write: Callable[[Checkpoint, Path], Found], overwrite: bool = False
+) -> Found:
     """Write a model in another format to a folder, and return what was compared before it appeared there.
 
     Args:
@@ -45,9 +51,19 @@ def convert(
         require_free(out)
     try:
         with atomic_folder(out) as folder:
-            return write(checkpoint, folder)
+            found = write(checkpoint, folder)
+            _give_usual_modes(folder)
+            return found
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}; nothing was published") from None
+
+
+def _give_usual_modes(folder: Path) -> None:
+    """Let others read what libraries have written for their user alone, as far as the user's umask does."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _require_replaceable(checkpoint: Checkpoint, out: Path) -> None:

@@ -34,6 +34,7 @@ class TostForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc, u
     base_model_prefix = "lm"
     accepts_loss_kwargs = False  # the loss is a mean; a Trainer must divide it by its accumulation steps
     supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]  # noqa: RUF012  # whose parts a device map keeps on one device
     _is_stateful = True  # a state cannot be rolled back, as assisted generation would ask
 
     def __init__(self, config: TostConfig) -> None:
@@ -52,7 +53,8 @@ class TostForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc, u
         """Initialize the parts of the model that nothing has been loaded into, as training does, by torch's seed."""
         for part in self.lm.parts():
             parameters = list(part.parameters())
-            if not any(getattr(parameter, "_is_hf_initialized", False) for parameter in parameters):
+            loaded = any(getattr(parameter, "_is_hf_initialized", False) for parameter in parameters)
+            if not loaded and not any(parameter.is_meta for parameter in parameters):  # such as are on the disk
                 seed = int(torch.randint(1 << 62, ()))
                 self.lm.reset_part(part, torch.Generator(parameters[0].device).manual_seed(seed))
 
@@ -118,7 +120,8 @@ class TostForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc, u
             x = _rows(x, padding.places)
             hidden = None if hidden is None else [_rows(each, padding.places) for each in hidden]
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm.logits(x[:, kept])
+        # A device map may have the last block elsewhere than the embedding.
+        logits = self.lm.logits(x[:, kept].to(self.lm.output_weight.device))
         output = CausalLMOutputWithPast(
             loss=None if labels is None else _loss(logits, labels, mask),
             logits=logits,

@@ -132,6 +132,18 @@ class LM(nn.Module):
         positions = SequencePositions.build(tokens, past, document_start, document_start_mask, with_spans, group)
         self._check_length(positions)
         x = self.embed(tokens) if embeddings is None else embeddings
+        x, layers = self.mix(x, positions, state.layers if state else None)
+        return x, LMState(positions.end, layers, positions.last_document_start)
+
+    def mix(
+        self, x: Float[Tensor, "B T C"], positions: SequencePositions, layers: tuple[MixerState, ...] | None
+    ) -> tuple[Float[Tensor, "B T C"], tuple[MixerState, ...]]:
+        """Return the normalized residual stream of embedded tokens, and the layers' states after them.
+
+        Args:
+            positions: where the tokens are.
+            layers: the states after the tokens before; None at the start of a context.
+        """
         if self.positions is not None:
             x = x + self.positions(positions.within(self.positions.num_embeddings))
         if self.embed_norm is not None:
@@ -139,17 +151,17 @@ class LM(nn.Module):
         bottom = Bottom(
             x if self.config.embed_skip else None, self.blocks[0].values(x) if self.config.value_residual else None
         )
-        layers = []
+        after = []
         for layer, block in enumerate(self.blocks):
-            before = state.layers[layer] if state else None
+            before = layers[layer] if layers else None
             if self.activation_checkpointing_every and (layer + 1) % self.activation_checkpointing_every == 0:
-                x, after = checkpoint(
+                x, state = checkpoint(
                     block, x, positions, before, bottom, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                x, after = block(x, positions, before, bottom)
-            layers.append(after)
-        return self.norm(x), LMState(positions.end, tuple(layers), positions.last_document_start)
+                x, state = block(x, positions, before, bottom)
+            after.append(state)
+        return self.norm(x), tuple(after)
 
     def logits(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T V"]:
         """Return the logits of `hidden`'s residual stream."""

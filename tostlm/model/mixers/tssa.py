@@ -95,7 +95,8 @@ class TSSA(Mixer):
         self, x: Float[Tensor, "B T C"], positions: SequencePositions, state: TSSAState | None
     ) -> tuple[Float[Tensor, "B T C"], TSSAState]:
         before = self._start(x) if state is None else state
-        if self.options.plain:
+        # An exported program has torch's own operators alone.
+        if self.options.plain and not torch.compiler.is_exporting():
             y, after = tssa(*self._inputs(self.in_proj(x), positions), State(*before[:3]), group=positions.group)
             return self._output(y, x), TSSAState(*after, *before[3:])
         w, tail = convolved(self.conv, self.in_proj(x), before.tail, positions)

@@ -26,10 +26,11 @@ def attend_causal(
 
     Args:
         spans: where the documents lie, as `SequencePositions` has them; None where every query's begins with the keys.
-        step_mask: [B, 1, 1, R], which keys a single query may read; None for all.
+        step_mask: [B, 1, S, R], which keys the queries may read where there are no spans; None for all up to their own.
     """
     if spans is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=step_mask, is_causal=q.shape[2] > 1)
+        plainly = step_mask is None and q.shape[2] > 1
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=step_mask, is_causal=plainly)
     B, H, S, D = q.shape
     if _has_varlen(q):
         from torch.nn.attention.varlen import varlen_attn  # it imports the compiler, which takes seconds

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tostlm.model.parts.matrix_state import carry, chunk_tokens, chunked, delta_carry, documents_in_chunks
+from tostlm.model.parts.triangular import solve_unit_lower
 from tostlm.model.positions import SequencePositions
 
 SMALL = 4  # tokens of the largest blocks whose products are faster one by one than as matrices
@@ -166,7 +167,7 @@ def generalized_delta_rule(
     of_k, of_b = ((q_seen @ x).masked_fill(forbidden, 0.0) for x in (k_seen, b_seen))
 
     right = torch.cat([A @ v, p * decays.from_start(decays.logs_before)], -1)  # [B, N, H, L, V + D]
-    own, reads = torch.linalg.solve_triangular(M, right, upper=False, unitriangular=True).split([V, D], -1)
+    own, reads = solve_unit_lower(M, right).split([V, D], -1)
     to_end = decays.to_end()
     k_ends, b_ends = ((x * to_end).mT for x in (k, b))  # [B, N, H, D, L]
     before = k.new_zeros(B, H, D, V) if state is None else state

@@ -36,6 +36,15 @@ class ForgettingOptions(MixerOptions):
             raise ValueError("halflife_tokens goes with forgetting: ladder or selective")
 
 
+class _WideLinear(nn.Linear):
+    """A linear layer that computes in fp32 or wider, whatever it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(wide), self.weight.to(wide), self.bias.to(wide))
+
+
 class Forgetting(nn.Module):
     """The log of the factor a_t[h] by which running sums are multiplied before token t.
 
@@ -51,16 +60,14 @@ class Forgetting(nn.Module):
         self.kind, self.heads = options.forgetting, heads
         self.halflife_tokens = options.halflife_tokens or HALFLIFE_TOKENS
         if self.kind == "selective":
-            self.proj = nn.Linear(width, heads)
+            self.proj = _WideLinear(width, heads)
             self.log_rate = nn.Parameter(torch.empty(heads))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [B, T, H], or [1, 1, H] where all tokens are alike, of tokens x [B, T, C], in fp32 or wider."""
         wide = torch.promote_types(x.dtype, torch.float32)
         if self.kind == "selective":
-            with torch.autocast(x.device.type, enabled=False):
-                pace = F.linear(x.to(wide), self.proj.weight.to(wide), self.proj.bias.to(wide))
-            return -self.log_rate.to(wide).exp() * F.softplus(pace)
+            return -self.log_rate.to(wide).exp() * F.softplus(self.proj(x))
         log_decays = torch.zeros(self.heads, dtype=wide, device=x.device)
         if self.kind == "ladder":
             log_decays = -self.rates(x.device).to(wide)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tostlm.chain import chain, delta_chain
+from tostlm.model.parts.triangular import solve_unit_lower
 from tostlm.model.positions import SequencePositions
 from tostlm.parallel import all_gather
 
@@ -130,7 +131,7 @@ def delta_rule(
     b = chunked(strengths[..., None], decays.length)
     M = (b * decays.pairs * (k @ written_keys.transpose(-1, -2))).tril(-1)  # [B, N, H, L, L]
     right = torch.cat([b * v, -b * decays.from_start[..., None] * k], -1)  # [B, N, H, L, V + D]
-    solved = torch.linalg.solve_triangular(M, right, upper=False, unitriangular=True)
+    solved = solve_unit_lower(M, right)
     own, reads = solved.split([V, D], -1)
     ends = (written_keys * decays.to_end[..., None]).mT  # [B, N, H, D, L]
     u, carried, last = delta_carry(own, reads, ends, decays.whole[..., None, None], None, state, positions.group)

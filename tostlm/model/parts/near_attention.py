@@ -101,7 +101,11 @@ def attend_near(q: Tensor, kv: Tensor, reach: Tensor, span: int, further: Furthe
         rows = torch.arange(T + padding, device=q.device).clamp_max(T - 1)
         readable = further.mask[:, rows].unflatten(1, (-1, L))  # [1 or B, N, L, R]
         mask = torch.cat([mask, readable], -1)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
+    if torch.compiler.is_exporting():  # ONNX has no attention of five dimensions
+        scores = (q @ k.mT * D**-0.5).masked_fill(~mask[:, None], -torch.inf)
+        y: Tensor = scores.softmax(-1) @ v
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
     return y.flatten(2, 3)[:, :, :T]
 
 
