@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, Run, fail, succeed, tostlm
-from tostlm.checkpoint import checkpoint_folder, checkpoints, read_train_state
+from tostlm.checkpoint import TrainState, checkpoint_folder, checkpoints, read_train_state
 from tostlm.checkpoint.branch import branch, require_same_origin
 from tostlm.checkpoint.integrity import COMPLETE
 from tostlm.checkpoint.rollback import record_rollback
+from tostlm.checkpoint.weights_only import write_weights
+from tostlm.config import dump_config
 from tostlm.data import PreparationSettings, Tokenizer, prepare
 from tostlm.doctor import run_inputs
 from tostlm.errors import UserError
+from tostlm.model import create_lm
 from tostlm.train.batches import open_data
 from tostlm.train.trainer import check_run
 
@@ -49,6 +52,33 @@ def test_a_branch_is_the_run_that_had_gone_its_way_from_the_start(
     expected = {step: loss for step, loss in whole.metrics("train").items() if step > 3}
     assert short.metrics("train") == (expected if (nproc, stage) == (1, 1) else pytest.approx(expected, abs=1e-5))
     assert [read_train_state(path).branched_from for path in checkpoints(short.dir)] == [str(origin(plateau))] * 2
+
+
+@pytest.mark.parametrize(
+    ("nproc", "stage", "options"),
+    [
+        (1, 1, []),
+        pytest.param(1, 0, ["train.ema_decay=0.9"], marks=pytest.mark.slow),
+        pytest.param(2, 3, [], marks=pytest.mark.slow),
+        (2, 2, ["optimizer.name=muon", "optimizer.muon.normuon_beta2=0.95", "optimizer.muon.newton_schulz_dtype=fp32"]),
+    ],
+    ids=str,
+)
+def test_a_run_from_initial_weights_alone_is_the_run_from_scratch(
+    run: Run, tmp_path: Path, data: Path, nproc: int, stage: int, options: list[str]
+) -> None:
+    """Its optimizer starts anew, as that of a run without checkpoints does."""
+    options = [*options, f"deepspeed.zero_optimization.stage={stage}"]
+    config, weights = run.config(*options), tmp_path / "weights"
+    lm, tokenizer = create_lm(config.model, config.seed), Tokenizer.from_folder(data)
+    weights.mkdir()
+    state = TrainState(step=7, imported_from="elsewhere")  # whose steps are not counted
+    write_weights(weights, dict(lm.named_parameters()), dump_config(config).encode(), tokenizer, state)
+    succeed(run.train(*options, nproc=nproc))
+    expected = run.metrics("train")
+    shutil.rmtree(run.dir)
+    assert "at step 0" in succeed(run.train(*options, "--from", str(weights), nproc=nproc))
+    assert run.metrics("train") == expected
 
 
 def test_it_goes_on_by_the_same_command_without_the_other_run(plateau: Run, run: Run, tmp_path: Path) -> None:
