@@ -42,6 +42,63 @@ print(json.dumps({"class": type(model).__name__, "logits": logits, "ids": inputs
 """
 
 
+# All that transformers offers without other packages: in an environment that has none.
+EVERYTHING = """
+import sys, tempfile, torch, transformers
+folder = sys.argv[1]
+def load(path, **options):
+    return transformers.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, **options)
+model = load(folder).eval()
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+prompts = ["Fellow citizens of the", "We", "It is the duty of every"]
+tokenizer.padding_side = "left"
+batch = tokenizer(prompts, return_tensors="pt", padding=True)
+options = dict(max_new_tokens=6, min_new_tokens=6)
+for how in (dict(do_sample=False), dict(do_sample=False, num_beams=3), dict(do_sample=False, use_cache=False)):
+    together = model.generate(**batch, **options, **how)[:, batch["input_ids"].shape[1] :]
+    for row, prompt in zip(together, prompts):
+        alone = tokenizer(prompt, return_tensors="pt")
+        written = model.generate(**alone, **options, **how)[0, alone["input_ids"].shape[1] :]
+        assert torch.equal(written, row), (how, prompt)
+sampled = model.generate(**batch, **options, do_sample=True, top_p=0.9, num_return_sequences=2)
+assert sampled.shape[0] == 6
+class Words(transformers.generation.streamers.BaseStreamer):
+    count = 0
+    def put(self, value): self.count += 1
+    def end(self): self.ended = True
+streamer = Words()
+model.generate(**tokenizer("We", return_tensors="pt"), **options, do_sample=False, streamer=streamer)
+assert streamer.count == 7 and streamer.ended
+writer = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+assert len(writer(prompts, batch_size=3, max_new_tokens=4)) == 3
+tokens = torch.arange(3, 35).repeat(2, 1)
+cache = model(tokens[:, :20], use_cache=True).past_key_values
+after = model(tokens[:, 20:], past_key_values=cache).logits
+torch.testing.assert_close(after, model(tokens).logits[:, 20:], rtol=1e-3, atol=1e-4)
+model.train()
+model.gradient_checkpointing_enable()
+optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+losses = []
+for _ in range(5):
+    losses.append(model(tokens, labels=tokens).loss)
+    losses[-1].backward()
+    optimizer.step()
+    optimizer.zero_grad()
+assert losses[-1] < losses[0] - 0.1, losses
+model.gradient_checkpointing_disable()
+model.eval()
+with tempfile.TemporaryDirectory() as again, torch.no_grad():
+    model.save_pretrained(again)
+    assert torch.equal(load(again).eval()(tokens).logits, model(tokens).logits)
+    narrow = load(again, dtype=torch.bfloat16).eval()(tokens).logits
+    assert narrow.dtype == torch.bfloat16 and (narrow - model(tokens).logits).abs().max() < 0.5
+    compiled = torch.compile(model)(tokens).logits
+    torch.testing.assert_close(compiled, model(tokens).logits, rtol=1e-3, atol=1e-4)
+print("everything")
+"""
+
+
 @pytest.fixture(scope="module")
 def exported(trained: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {mixer: tmp_path_factory.mktemp("hf") / mixer for mixer in trained}
@@ -108,6 +165,10 @@ def test_in_an_environment_with_torch_and_transformers_alone(
     for mixer, folder in exported.items():
         tokens = list(range(3, 53))
         assert_same_model(downstream(python, folder, tokens, tmp_path), load_checkpoint(trained[mixer].dir), tokens)
+        alone = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+        command = [python, "-c", EVERYTHING, str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=alone)
+        assert done.stdout.endswith("everything\n"), done.stderr
 
 
 def test_generation_runs_on_a_state_of_constant_size(exported: dict[str, Path]) -> None:
