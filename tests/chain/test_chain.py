@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tostlm.chain import chain, delta_chain
+from tostlm.chain import chain, delta_chain, operator
 
 KEPT = pytest.mark.parametrize("kept_rows", [1, 4], ids=["number", "rows"])
 STEPS = pytest.mark.parametrize("N", [0, 3])
@@ -56,9 +56,9 @@ def test_they_are_sound_custom_ops() -> None:
     added, kept, first, own, reads, ends = draw(
         (2, 3, 1, 4, 2), (2, 3, 1, 1, 1), (2, 1, 4, 2), (2, 3, 1, 3, 2), (2, 3, 1, 3, 4), (2, 3, 1, 4, 3)
     )
-    torch.library.opcheck(chain, (added, kept, first))
-    torch.library.opcheck(delta_chain, (own, reads, ends, kept, added, first, True))
-    torch.library.opcheck(delta_chain, (own, reads, ends, kept, None, first))
+    torch.library.opcheck(operator.chain, (added, kept, first))
+    torch.library.opcheck(operator.delta_chain, (own, reads, ends, kept, added, first, True))
+    torch.library.opcheck(operator.delta_chain, (own, reads, ends, kept, None, first))
 
 
 def test_traced_their_length_does_not_count() -> None:
@@ -94,3 +94,18 @@ def draw(*shapes: tuple[int, ...]) -> list[Tensor]:
 
 def _stack(steps: list[Tensor], like: Tensor) -> Tensor:
     return torch.stack(steps, 1) if steps else torch.empty_like(like)
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_an_exported_program_has_torchs_operators_alone(back: bool) -> None:
+    class Chains(torch.nn.Module):
+        def forward(self, x: Tensor, kept: Tensor, first: Tensor) -> tuple[Tensor, ...]:
+            added = x @ x.mT
+            return (*chain(added, kept, first, back), *delta_chain(x, x, x.mT, kept, added, first, back))
+
+    generator = torch.Generator().manual_seed(0)
+    x, first = (torch.randn(shape, generator=generator) for shape in ((2, 3, 1, 4, 4), (2, 1, 4, 4)))
+    kept = torch.rand(2, 3, 1, 1, 1, generator=generator)
+    program = torch.export.export(Chains(), (x, kept, first))
+    assert {str(node.target).split(".")[0] for node in program.graph.nodes if node.op == "call_function"} == {"aten"}
+    assert_same([*program.module()(x, kept, first)], [*Chains()(x, kept, first)])
