@@ -54,11 +54,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         UserError: another process is writing the same folder.
     """
     partial = path.with_name(f".{path.name}.partial")
+    if partial.is_symlink():
+        partial.unlink()
     partial.mkdir(parents=True, exist_ok=True)
     with _locked_folder(partial, f"another process is writing {path}; wait for it, or choose another folder"):
         try:
             for leftover in partial.iterdir():
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                is_folder = leftover.is_dir() and not leftover.is_symlink()
+                shutil.rmtree(leftover) if is_folder else leftover.unlink()
             yield partial
             sync_tree(partial)
             if path.is_dir() and any(path.iterdir()):

@@ -1,6 +1,8 @@
 """What people see of checkpoints: lists, descriptions, differences; and what of a run is deleted or merged."""
 
+import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -106,12 +108,42 @@ def test_old_checkpoints_are_deleted(run_dir: Path) -> None:
     fail(tostlm("checkpoint", "prune", str(run_dir.parent), "--keep-last", "1"), "is not the folder of a run")
 
 
+def test_what_is_kept_is_whole(run_dir: Path) -> None:
+    first, middle, last = checkpoints(run_dir)
+    for path, loss in ((first, math.nan), (middle, 1.0), (last, 2.0)):
+        state = path / "train_state.json"
+        state.write_text(json.dumps(json.loads(state.read_text()) | {"validation_loss": loss}))
+    answer = tostlm("checkpoint", "prune", str(run_dir), "--keep-last", "1")
+    fail(answer, f"{last}, which would be kept, is damaged: train_state.json has")
+    assert checkpoints(run_dir) == [first, middle, last]
+    for path in (first, middle, last):  # as if they had been saved so
+        checksums = json.loads((path / "COMPLETE").read_text())
+        content = (path / "train_state.json").read_bytes()
+        checksums["train_state.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        (path / "COMPLETE").write_text(json.dumps(checksums))
+    rows = [json.loads(line) for line in succeed(tostlm("checkpoint", "list", str(run_dir), "--json")).splitlines()]
+    assert [row["validation_loss"] for row in rows] == [None, 1.0, 2.0]
+    assert (
+        succeed(tostlm("checkpoint", "prune", str(run_dir), "--keep-last", "1", "--keep-best")) == f"{first}: deleted\n"
+    )
+
+
+def test_other_names_are_passed_by(run_dir: Path) -> None:
+    folder = run_dir / "checkpoints"
+    for name in ("step-abc.damaged", ".saving-step-xyz", "step-1.damaged", "notes"):
+        (folder / name).mkdir()
+    (folder / "latest").write_bytes(b"\xff\n")
+    rows = [json.loads(line) for line in succeed(tostlm("checkpoint", "list", str(run_dir), "--json")).splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6]
+
+
 def test_checkpoints_are_merged_by_shares(run_dir: Path, tmp_path: Path) -> None:
     first, middle, last = checkpoints(run_dir)
     merge = ("checkpoint", "merge", str(first), str(middle), str(last), "--out", str(tmp_path / "merged"))
     fail(tostlm(*merge, "--shares", "0.5,0.5"), "--shares 0.5,0.5 must be a number for each of 3 checkpoints")
     fail(tostlm(*merge, "--shares", "0.5,0.5,0.5"), "that add up to 1")
     fail(tostlm(*merge, "--shares", "a,b,c"), "must be numbers with commas between")
+    fail(tostlm(*merge, "--shares", "1e300,-1e300,1"), "is not finite; leave out what has diverged")
     succeed(tostlm(*merge, "--shares", "0.5,-0.25,0.75"))
     weights = [load_checkpoint(path).lm.embed.weight.double() for path in (first, middle, last)]
     expected = 0.5 * weights[0] - 0.25 * weights[1] + 0.75 * weights[2]

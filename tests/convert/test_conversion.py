@@ -1,5 +1,6 @@
 """Whatever the format: a folder appears whole or not at all, and replaces only what a conversion has written."""
 
+import json
 import signal
 import stat
 import subprocess
@@ -29,11 +30,17 @@ def test_a_folder_is_replaced_if_it_is_asked_and_was_converted(
 ) -> None:
     source, out = load_checkpoint(trained["softmax"].dir), tmp_path / "out"
     convert(source, out, FORMATS[to])
-    (out / "old").touch()
-    fail(tostlm("convert", str(trained["softmax"].dir), "--to", to, str(out)), "exists; remove it or choose another")
-    assert (out / "old").exists()
-    succeed(tostlm("convert", str(trained["softmax"].dir), "--to", to, str(out), "--overwrite"))
-    assert not (out / "old").exists()
+    record = out / "conversion.json"
+    assert sorted(json.loads(record.read_text())["files"]) == sorted(path.name for path in out.iterdir())
+    record.write_text(record.read_text() + " ")
+    command = ("convert", str(trained["softmax"].dir), "--to", to, str(out))
+    fail(tostlm(*command), "exists; remove it or choose another")
+    (out / "precious").touch()
+    fail(tostlm(*command, "--overwrite"), "out has what no conversion has written: precious; move that elsewhere first")
+    (out / "precious").unlink()
+    assert record.read_text().endswith(" ")
+    succeed(tostlm(*command, "--overwrite"))
+    assert not record.read_text().endswith(" ")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     load_checkpoint(out)
     assert all(file.stat().st_mode & stat.S_IROTH for file in out.rglob("*"))
@@ -48,8 +55,17 @@ def test_other_things_are_not_replaced(trained: dict[str, Run], run: Run, tmp_pa
         answer = tostlm("convert", str(source), "--to", "hf", str(out), "--overwrite")
         fail(answer, f"{out} is no folder that a conversion has written, and is not replaced; choose another")
     newest = load_checkpoint(source).path
-    answer = tostlm("convert", str(source), "--to", "hf", str(newest), "--overwrite")
-    fail(answer, f"{newest} is a checkpoint of a run, and is not replaced")
+    (tmp_path / "checkpoints").symlink_to(newest.parent)
+    (tmp_path / "named").mkdir()
+    (tmp_path / "named" / "config.json").write_text("{}")  # which others write too
+    for out in (newest, tmp_path / "named"):
+        answer = tostlm("convert", str(source), "--to", "hf", str(out), "--overwrite")
+        fail(answer, f"{out} is no folder that a conversion has written")
+    for out in (tmp_path / "checkpoints" / "step-00000009", newest / ".." / "step-00000009"):
+        answer = tostlm("convert", str(tmp_path / "hf"), "--to", "tostlm", str(out))
+        fail(answer, "is among the checkpoints of a run")
+    answer = tostlm("convert", str(newest), "--to", "tostlm", str(newest / "inside"))
+    fail(answer, f"is in {newest}, which is converted")
     answer = tostlm("convert", str(tmp_path / "hf"), "--to", "tostlm", str(tmp_path / "hf"), "--overwrite")
     fail(answer, "holds the model that is converted")
     succeed(tostlm("convert", str(source), "--to", "hf", str(tmp_path / "new"), "--overwrite"))
@@ -97,6 +113,20 @@ with atomic_folder(Path({str(out)!r})) as folder:
     convert(source, out, FORMATS["hf"])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not (out / "half").exists()
+
+
+def test_what_a_link_leads_to_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    (tmp_path / ".out.partial").symlink_to("mine")
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "link").symlink_to(tmp_path / "mine")
+    assert not (tmp_path / "out").is_symlink() and (tmp_path / "mine" / "file").exists()
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "link").symlink_to(tmp_path / "mine")
+    with atomic_folder(tmp_path / "out"):
+        pass
+    assert (tmp_path / "mine" / "file").exists()
 
 
 def test_folders_are_exchanged_where_the_system_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

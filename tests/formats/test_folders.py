@@ -1,5 +1,6 @@
 """Hugging Face's folders of GPT-2, and those that tostlm exports, are read as they are computed."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,39 @@ def test_an_export_becomes_the_checkpoint_that_it_was(trained: dict[str, Run], t
     torch.testing.assert_close(folded.lm(TOKENS)[0], source.lm(TOKENS)[0])
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"attn_implementation": "someone/kernel", "quantization_config": {"quant_method": "torchao"}},
+        {"pad_token_id": "x", "num_labels": "x", "resid_pdrop": "x", "dtype": "nonsense", "return_dict": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["gpt2", "tost"])
+def test_other_keys_of_a_config_choose_nothing(
+    trained: dict[str, Run], tokenizer: Tokenizer, tmp_path: Path, kind: str, fields: dict[str, Any]
+) -> None:
+    if kind == "gpt2":
+        gpt2_folder(tmp_path / "hf", tokenizer)
+    else:
+        convert(load_checkpoint(trained["tssa"].dir), tmp_path / "hf", write_hf)
+    config = tmp_path / "hf" / "config.json"
+    values = json.loads(config.read_text()) | fields
+    config.write_text(json.dumps({key: value for key, value in values.items() if key != "z_loss"}))  # one has a default
+    (tmp_path / "hf" / "adapter_config.json").write_text("{")
+    succeed(tostlm("convert", str(tmp_path / "hf"), "--to", "tostlm", str(tmp_path / "own")))
+
+
+def test_a_gpt2_without_biases_comes_back_without(trained: dict[str, Run], tmp_path: Path) -> None:
+    source = load_checkpoint(trained["softmax"].dir)
+    assert not source.config.model.bias
+    succeed(tostlm("convert", str(trained["softmax"].dir), "--to", "hf", str(tmp_path / "hf")))
+    back = load_checkpoint(tmp_path / "hf")
+    assert back.lm.config == dataclasses.replace(source.lm.config, layer_scale=None)
+    assert back.train_state == source.train_state._replace(imported_from=str(tmp_path / "hf"))
+    assert back.config.optimizer == source.config.optimizer
+
+
 def test_code_in_a_folder_is_not_executed(trained: dict[str, Run], tmp_path: Path) -> None:
     folder, mark = tmp_path / "hf", tmp_path / "executed"
     convert(load_checkpoint(trained["tssa"].dir), folder, write_hf)
@@ -148,6 +182,8 @@ def test_mistakes(tokenizer: Tokenizer, tmp_path: Path) -> None:
     refused("has tensors that its model does not: transformer.h.1", n_layer=1)
     refused("describes no model", n_embd=None)
     refused("describes no model", n_head="many")
+    refused("describes no model", n_layer=10**9)
+    refused("describes no model", n_embd=10**9)
     refused(r"transformer.wpe.weight is \(24, 16\) torch.float32; its model has \(25, 16\)", n_positions=25)
     refused("has no lm_head.weight, and its embeddings are not tied", tie_word_embeddings=False)
     weights = tmp_path / "hf" / "model.safetensors"

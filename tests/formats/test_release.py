@@ -210,6 +210,15 @@ def test_mistakes(tokenizer: Tokenizer, tmp_path: Path) -> None:
         r"attn.temp is \(2,\) torch.float32; its model has \(2, 1\)",
         state | {"transformer.h.0.attn.temp": torch.ones(2)},
     )
+    wide = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in state.items()}
+    refused("wte.weight is .* torch.float8_e4m3fn; its model has .* numbers in fp16", wide)
+    refused("attn.temp is no plain tensor", state | {"transformer.h.0.attn.temp": torch.ones(2, 1).to_sparse()})
+    refused("with and without the prefix _orig_mod", state | {"_orig_mod.transformer.ln_f.weight": torch.ones(16)})
+    ones = {name: torch.ones(7) for name in state if name.endswith(("gamma1", "gamma2"))}
+    refused(r"gamma1 is \(7,\) torch.float32", state | ones)
+    refused("model that it does not|its model does not", state | {"evil.gamma1": torch.ones(16)})
+    refused("are no shape of a model", model_args=SHAPE | {"n_layer": 10**9})
+    refused("are no shape of a model", model_args=SHAPE | {"n_embd": 10**9})
     refused("lm_head.weight is not transformer.wte.weight", state | {"lm_head.weight": torch.zeros(512, 16)})
     refused("has no model and model_args", model_args=None)
     refused("are no shape of a model", model_args={"n_layer": 2})

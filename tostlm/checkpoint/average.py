@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -15,10 +14,10 @@ from tostlm.checkpoint.integrity import CONFIG, TRAIN_STATE, find_damage, writte
 from tostlm.checkpoint.layout import (
     RECURRENT_STATE,
     STATE,
-    WEIGHTS,
     checkpoints,
     read_state,
     read_train_state,
+    read_weights,
     resolve,
     weights_dtype,
 )
@@ -103,6 +102,8 @@ def _write(out: Path, weights: Mapping[str, Tensor], newest: Path, sources: Sequ
     state = read_train_state(newest)._replace(validation_loss=None, ema_updates=None)
     made_of = json.dumps([str(source.resolve()) for source in sources], indent=1).encode()
     rounded = {name: weight.to(dtype) for name, weight in weights.items()}
+    if not all(bool(weight.isfinite().all()) for weight in rounded.values()):
+        raise UserError(f"the mean of {', '.join(map(str, sources))} is not finite; leave out what has diverged")
     with atomic_folder(out) as folder:
         write_weights(folder, rounded, config, Tokenizer.from_folder(newest), state, {SOURCES: made_of})
 
@@ -128,10 +129,7 @@ def _require_alike(sources: Sequence[Path]) -> RunConfig:
 def _weights(checkpoint: Path, config: RunConfig) -> Iterator[tuple[str, Tensor]]:
     """Yield a checkpoint's weights: in fp32 where it has its optimizer's, else as it has them."""
     if not any(name.startswith(f"{STATE}/") for name in written_files(checkpoint)):
-        weights = safetensors.torch.load_file(checkpoint / WEIGHTS)
-        if weights.keys() != weight_shapes(config.model).keys():
-            raise UserError(f"checkpoint {checkpoint}: {WEIGHTS} has not the weights of its config; leave it out")
-        yield from weights.items()
+        yield from read_weights(checkpoint, config).items()
         return
     yield from _stored(checkpoint, config, "weight")
 

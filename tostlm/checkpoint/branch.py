@@ -6,8 +6,6 @@ import os
 import shutil
 from pathlib import Path
 
-import safetensors.torch
-
 from tostlm.checkpoint.folders import partial_folder, publish
 from tostlm.checkpoint.integrity import (
     COMPLETE,
@@ -27,6 +25,7 @@ from tostlm.checkpoint.layout import (
     checkpoints,
     data_sha256,
     read_train_state,
+    read_weights,
     resolve,
     run_folder,
 )
@@ -135,7 +134,7 @@ def _copy(origin: Path, config: RunConfig, state: TrainState, with_recurrent_sta
     left_out = own.keys() | (set() if with_recurrent_state else {RECURRENT_STATE})
     checksums = {name: write_file(partial / name, content) for name, content in own.items()}
     if not has_optimizer(origin):
-        checksums |= _write_masters(origin, partial)
+        checksums |= _write_masters(origin, config, partial)
         left_out |= {WEIGHTS}
     for name, checksum in read_checksums(origin).items():
         if name not in left_out:
@@ -145,9 +144,12 @@ def _copy(origin: Path, config: RunConfig, state: TrainState, with_recurrent_sta
     return folder
 
 
-def _write_masters(origin: Path, partial: Path) -> dict[str, Checksum]:
+def _write_masters(origin: Path, config: RunConfig, partial: Path) -> dict[str, Checksum]:
     """Write the state of an optimizer that has made no update: weights in fp32; moments that are not there are zero."""
-    weights, checksums = safetensors.torch.load_file(origin / WEIGHTS), {}
+    weights, checksums = read_weights(origin, config), {}
+    for name, weight in weights.items():
+        if not bool(weight.isfinite().all()):
+            raise UserError(f"checkpoint {origin}: {name} is not finite; begin from another")
     (files,) = assign_files({name: 4 * weight.numel() for name, weight in weights.items()}, 1)
     for number, names in enumerate(files):
         file = f"{STATE}/{number:05d}.safetensors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
@@ -13,16 +14,22 @@ import torch
 
 from tostlm.checkpoint.folders import DAMAGED, LATEST, PARTIAL
 from tostlm.checkpoint.integrity import COMPLETE, CONFIG
-from tostlm.checkpoint.layout import Checkpoint, TrainState, load_checkpoint, read_train_state, step_folders, step_of
+from tostlm.checkpoint.layout import (
+    STEP,
+    Checkpoint,
+    TrainState,
+    load_checkpoint,
+    read_train_state,
+    step_folders,
+    step_of,
+)
 from tostlm.checkpoint.rollback import PASSED_OVER
 from tostlm.config import RunConfig, load_config
 from tostlm.errors import UserError
 from tostlm.model import count_body_parameters, count_parameters, state_bytes
 
-OTHERS = {
-    DAMAGED: "quarantined",
-    PASSED_OVER: "passed over in a rollback",
-}  # suffixes of folders that no run resumes from
+# What the names of folders that no run resumes from begin or end with.
+OTHERS = {PARTIAL: "unfinished", DAMAGED: "quarantined", PASSED_OVER: "passed over in a rollback"}
 
 
 class ListedCheckpoint(NamedTuple):
@@ -45,15 +52,15 @@ def list_checkpoints(run_dir: Path) -> list[ListedCheckpoint]:
     """
     folder = run_dir / "checkpoints"
     named = {path: "" if (path / COMPLETE).is_file() else "unfinished" for path in step_folders(run_dir)}
-    for suffix, note in OTHERS.items():
-        named |= dict.fromkeys(folder.glob(f"step-*{suffix}"), note)
-    named |= dict.fromkeys(folder.glob(f"{PARTIAL}step-*"), "unfinished")
+    for affix, note in OTHERS.items():
+        others = folder.glob(f"{affix}*" if affix == PARTIAL else f"*{affix}")
+        named |= {path: note for path in others if STEP.match(_own_name(path))}
     if not named:
         raise UserError(f"{run_dir} is not the folder of a run that saved a checkpoint")
     config = None
     with suppress(UserError):
         config = load_config(run_dir / CONFIG)
-    latest = (folder / LATEST).read_text().strip() if (folder / LATEST).is_file() else ""
+    latest = (folder / LATEST).read_text(errors="replace").strip() if (folder / LATEST).is_file() else ""
     rows = [_listed(path, note, config, latest) for path, note in named.items()]
     losses = [row.validation_loss for row in rows if row.validation_loss is not None and not set(row.notes) - {LATEST}]
     if losses:
@@ -66,19 +73,23 @@ def list_checkpoints(run_dir: Path) -> list[ListedCheckpoint]:
     return sorted(rows, key=lambda row: (row.step, row.name))
 
 
+def _own_name(path: Path) -> str:
+    name = path.name
+    for affix in OTHERS:
+        name = name.removeprefix(affix).removesuffix(affix)
+    return name
+
+
 def _listed(path: Path, note: str, config: RunConfig | None, latest: str) -> ListedCheckpoint:
     state: TrainState | None = None
     with suppress(UserError):
         state = read_train_state(path)
-    name = path.name
-    for affix in (PARTIAL, *OTHERS):
-        name = name.removeprefix(affix).removesuffix(affix)
-    step = step_of(path.with_name(name))
+    step = step_of(path.with_name(_own_name(path)))
     return ListedCheckpoint(
         path.name,
         step,
         config.tokens_after(step) if config is not None else None,
-        state.validation_loss if state else None,
+        state.validation_loss if state and math.isfinite(state.validation_loss or 0.0) else None,
         sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
         datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M:%S"),
         tuple(filter(None, (note, LATEST if path.name == latest else ""))),
@@ -192,6 +203,12 @@ def _unlike_weights(a: Checkpoint, b: Checkpoint) -> list[str]:
             lines.append(f"weights: {name} is {' and '.join(shapes)}")
         elif not torch.equal(ours[name], theirs[name]):
             one, other = ours[name].double(), theirs[name].double()
-            apart.append((float((one - other).norm() / one.norm().clamp_min(1e-30)), name))
+            change = float((one - other).norm() / one.norm().clamp_min(1e-30))
+            apart.append((change if math.isfinite(change) else math.inf, name))
     apart.sort(key=lambda entry: (-entry[0], entry[1]))
-    return lines + [f"weights: {name} differs by {change:.1e} of its norm" for change, name in apart]
+    return lines + [
+        f"weights: {name} differs by {change:.1e} of its norm"
+        if math.isfinite(change)
+        else f"weights: {name} is not finite"
+        for change, name in apart
+    ]

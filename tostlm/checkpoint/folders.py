@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from tostlm.checkpoint.integrity import CONFIG, Checksum
+from tostlm.checkpoint.integrity import CONFIG, Checksum, find_damage
 from tostlm.checkpoint.layout import STATE, checkpoints, read_train_state, step_of
 from tostlm.checkpoint.state_files import write_checksums
 from tostlm.config import RunConfig, load_config
@@ -77,6 +78,9 @@ def prune_run(
     try:
         with locked(run_dir / ".lock", f"{run_dir} is in use by a tostlm train; wait for it or end it"):
             expired = expired_checkpoints(config, found)
+            for folder in found:
+                if folder not in expired and (damage := find_damage(folder)) is not None:
+                    raise UserError(f"{folder}, which would be kept, is damaged: {damage}; move it elsewhere first")
             for folder in [] if dry_run else expired:
                 remove_checkpoint(folder)
             return expired
@@ -102,7 +106,8 @@ def _validation_losses(found: Sequence[Path]) -> dict[Path, float]:
     losses = {}
     for folder in found:
         with suppress(UserError):
-            if (loss := read_train_state(folder).validation_loss) is not None:
+            loss = read_train_state(folder).validation_loss
+            if loss is not None and math.isfinite(loss):
                 losses[folder] = loss
     return losses
 

@@ -44,6 +44,7 @@ from tostlm.data import Tokenizer, read_manifest
 from tostlm.errors import UserError, error_summary
 from tostlm.files import sha256_of
 from tostlm.formats import content_of, is_foreign, read_foreign
+from tostlm.formats.naming import ForeignTensor, take_weights
 from tostlm.model import LM, weight_shapes
 
 STATE, WEIGHTS, RECURRENT_STATE = "state", "weights.safetensors", "recurrent_state.safetensors"
@@ -228,32 +229,44 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu", tokenizer: P
     config = load_config(checkpoint / CONFIG)
     with torch.device("meta"):
         lm = LM(config.model)
-    source = checkpoint / (WEIGHTS if has_weights else STATE)
-    try:
-        weights = _read_masters(checkpoint, config) if source.is_dir() else safetensors.torch.load_file(source)
-        lm.load_state_dict(weights, assign=True)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        raise UserError(
-            f"checkpoint {checkpoint}: {source.name} does not fit its config ({error_summary(error)})"
-        ) from None
+    lm.load_state_dict(
+        read_weights(checkpoint, config) if has_weights else _read_masters(checkpoint, config), assign=True
+    )
     lm = lm.to(device).eval().requires_grad_(False)
     return Checkpoint(checkpoint, lm, config, Tokenizer.from_folder(checkpoint), read_train_state(checkpoint))
 
 
+def read_weights(checkpoint: Path, config: RunConfig) -> dict[str, Tensor]:
+    """Return the weights that a checkpoint has beside its state, or alone; they stay in their file until they are used.
+
+    Raises:
+        UserError: they are not those of the config's model.
+    """
+    try:
+        found = safetensors.torch.load_file(checkpoint / WEIGHTS)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"checkpoint {checkpoint}: {WEIGHTS} cannot be read ({error_summary(error)})") from None
+    shapes, where = weight_shapes(config.model), f"checkpoint {checkpoint}: {WEIGHTS}"
+    return take_weights(found, {name: ForeignTensor(name) for name in shapes}, shapes, where)
+
+
 def _load_foreign(path: Path, device: torch.device | str, tokenizer: Path | None) -> Checkpoint:
     foreign = read_foreign(path, tokenizer)
-    with torch.device("meta"):
-        lm = LM(foreign.config)
-    lm.load_state_dict(foreign.weights, assign=True)
-    lm = lm.to(device).eval().requires_grad_(False)
-    config = training_config(foreign.config, WEIGHTS_PRECISION.get(lm.embed.weight.dtype, "fp32"))
-    state = TrainState()
+    model, weights, state = foreign.config, foreign.weights, TrainState()
+    config = training_config(model, WEIGHTS_PRECISION.get(weights["embed.weight"].dtype, "fp32"))
     if foreign.training is not None:
-        own, computed = load_config(foreign.training / CONFIG), foreign.config
-        # GPT-2's class has no LayerScale, and no format what training alone asks for.
-        model = replace(own.model, layer_scale=computed.layer_scale)
-        if asdict(replace(model, output_init=computed.output_init, z_loss=computed.z_loss)) == asdict(computed):
-            config, state = own.model_copy(update={"model": model}), read_train_state(foreign.training)
+        trained, progress = load_config(foreign.training / CONFIG), read_train_state(foreign.training)
+        # GPT-2's class has no LayerScale and always biases; and no format has what training alone asks for.
+        own = replace(trained.model, layer_scale=model.layer_scale)
+        held = replace(own, bias=model.bias, output_init=model.output_init, z_loss=model.z_loss)
+        added = weights.keys() - weight_shapes(own).keys()
+        if asdict(held) == asdict(model) and not any(bool(weights[name].any()) for name in added):
+            model, weights = own, {name: weight for name, weight in weights.items() if name not in added}
+            config, state = trained.model_copy(update={"model": own}), progress
+    with torch.device("meta"):
+        lm = LM(model)
+    lm.load_state_dict(weights, assign=True)
+    lm = lm.to(device).eval().requires_grad_(False)
     return Checkpoint(path, lm, config, foreign.tokenizer, state._replace(imported_from=str(path.absolute())))
 
 

@@ -51,7 +51,12 @@ def require_free(out: Path) -> None:
     """
     if os.path.lexists(out):
         raise UserError(f"{out} exists; remove it or choose another folder")
-    beside = out.absolute().parent
-    if beside.name == "checkpoints" and (beside.parent / CONFIG).exists():
+    if is_among_checkpoints(out):
         raise UserError(f"{out} is among the checkpoints of a run, which would take it for its own; write it elsewhere")
     require_writable(out.parent)
+
+
+def is_among_checkpoints(path: Path) -> bool:
+    """Return whether a path is, or would be, in the folder of a run's checkpoints, by whatever links it is named."""
+    beside = path.resolve().parent
+    return beside.name == "checkpoints" and (beside.parent / CONFIG).exists()

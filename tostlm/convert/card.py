@@ -34,7 +34,7 @@ def write_card(checkpoint: Checkpoint, folder: Path, own_class: bool, license: s
             "python",
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             f'model = AutoModelForCausalLM.from_pretrained("{name}"{code})\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}"{code})\n'
             'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50, do_sample=True)[0]))",
         ),

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tostlm.checkpoint import COMPLETE, CONFIG, Checkpoint
-from tostlm.checkpoint.weights_only import require_free
+from tostlm.checkpoint import Checkpoint
+from tostlm.checkpoint.weights_only import is_among_checkpoints, require_free
 from tostlm.convert.hf import write_hf
 from tostlm.convert.imported import write_checkpoint
 from tostlm.convert.int8 import PerplexityCost, write_int8
 from tostlm.convert.release import write_release
-from tostlm.convert.runtime import ABOUT, write_onnx, write_torch_export
+from tostlm.convert.runtime import write_onnx, write_torch_export
 from tostlm.convert.verify import Comparison
 from tostlm.errors import UserError
-from tostlm.files import atomic_folder
-from tostlm.formats.folders import HF_CONFIG
-from tostlm.formats.release import RELEASE_FILE
+from tostlm.files import atomic_folder, read_json_object
 
 # By the name that the command line has for a format: what writes a checkpoint in it to an empty folder.
 Found = Sequence[Comparison | PerplexityCost]
@@ -29,7 +28,7 @@ FORMATS: dict[str, Callable[[Checkpoint, Path], Found]] = {
     "onnx": write_onnx,
     "int8": write_int8,
 }
-CONVERTED = (HF_CONFIG, COMPLETE, RELEASE_FILE, ABOUT)  # of which each format's folder has one
+RECORD = "conversion.json"  # in a converted folder: its format, source and files, and what was compared
 
 
 def convert(
@@ -49,9 +48,15 @@ def convert(
         _require_replaceable(checkpoint, out)
     else:
         require_free(out)
+    if checkpoint.path.is_dir() and out.resolve().is_relative_to(checkpoint.path.resolve()):
+        raise UserError(f"{out} is in {checkpoint.path}, which is converted; choose another folder")
     try:
         with atomic_folder(out) as folder:
             found = write(checkpoint, folder)
+            files = sorted(path.name for path in folder.iterdir())
+            compared = [str(each) for each in found]
+            record = {"source": str(checkpoint.path), "files": [*files, RECORD], "compared": compared}
+            (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
             _give_usual_modes(folder)
             return found
     except OSError as error:
@@ -67,10 +72,12 @@ def _give_usual_modes(folder: Path) -> None:
 
 
 def _require_replaceable(checkpoint: Checkpoint, out: Path) -> None:
-    if out.is_symlink() or not any((out / name).is_file() for name in CONVERTED):
+    record = read_json_object((out / RECORD).read_bytes()) if (out / RECORD).is_file() else None
+    if out.is_symlink() or record is None or not isinstance(files := record.get("files"), list):
         raise UserError(f"{out} is no folder that a conversion has written, and is not replaced; choose another")
-    beside = out.absolute().parent
-    if beside.name == "checkpoints" and (beside.parent / CONFIG).exists():
-        raise UserError(f"{out} is a checkpoint of a run, and is not replaced; choose another folder")
+    if is_among_checkpoints(out):
+        raise UserError(f"{out} is among the checkpoints of a run, and is not replaced; choose another folder")
+    if added := sorted({path.name for path in out.iterdir()} - {str(name) for name in files}):
+        raise UserError(f"{out} has what no conversion has written: {', '.join(added[:5])}; move that elsewhere first")
     if checkpoint.path.resolve().is_relative_to(out.resolve()):
         raise UserError(f"{out} holds the model that is converted; choose another folder")

@@ -148,7 +148,7 @@ def _compare(checkpoint: Checkpoint, folder: Path) -> list[Comparison]:
     blocks = exported.transformer.h if hasattr(exported, "transformer") else exported.lm.blocks
     expected = source_logits(checkpoint, tokens)
     with computed_in_fp32(exported, blocks):
-        found = compare_causal_lm(exported, tokens, expected, folder)
+        found = compare_causal_lm(exported, tokens, expected)
     fast = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     return [*found, compare_tokenizers(checkpoint.tokenizer, fast)]
 

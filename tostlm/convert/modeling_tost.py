@@ -39,7 +39,8 @@ class TostForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc, u
 
     def __init__(self, config: TostConfig) -> None:
         super().__init__(config)
-        shape = {field.name: getattr(config, field.name) for field in fields(ModelConfig)}
+        named = [field.name for field in fields(ModelConfig) if hasattr(config, field.name)]  # others are at defaults
+        shape = {name: getattr(config, name) for name in named}
         self.lm = LM(ModelConfig(**shape | {"layers": tuple(map(options_from_dict, config.layers))}))
         self.gradient_checkpointing = False
         self.post_init()

@@ -45,7 +45,7 @@ def write_release(checkpoint: Checkpoint, folder: Path) -> list[Comparison]:
     (folder / checkpoint.tokenizer.file_name).write_bytes(checkpoint.tokenizer.content)
     tokens = random_documents(checkpoint)
     expected = source_logits(checkpoint, tokens)
-    return [compare("logits of whole documents", release_logits(folder / RELEASE_FILE, tokens), expected, folder)]
+    return [compare("logits of whole documents", release_logits(folder / RELEASE_FILE, tokens), expected)]
 
 
 @torch.no_grad()

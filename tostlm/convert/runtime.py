@@ -91,6 +91,8 @@ def write_onnx(checkpoint: Checkpoint, folder: Path) -> list[Comparison]:
 def _write_start(checkpoint: Checkpoint, lm: LM, folder: Path, prefill_tokens: int | None) -> Decoder:
     """Write all but the programs, and return what they are made of."""
     eos_id, config = checkpoint.tokenizer.eos_id, lm.config
+    if config.positions == 1:
+        raise UserError(f"{checkpoint.path} has one position: after the start of a text it can read no token")
     logits, state = lm(torch.tensor([[eos_id]]))
     decoder = Decoder(lm, state)
     tensors = dict(zip(decoder.names, decoder.flatten(state), strict=True))
@@ -145,7 +147,7 @@ def _compare(
         found.append(logits)
         expected.append(own[:, -1])
     what = f"logits of {steps} steps" if tokens == 1 else f"logits of {steps} x {tokens} tokens"
-    return [compare(what, torch.cat(found), torch.cat(expected), folder)]
+    return [compare(what, torch.cat(found), torch.cat(expected))]
 
 
 def _start_of(checkpoint: Checkpoint, lm: LM) -> LMState:

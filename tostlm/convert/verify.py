@@ -5,9 +5,9 @@ Shapes: B documents, T tokens, V rows of the vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -45,30 +45,32 @@ def random_documents(checkpoint: Checkpoint) -> Tensor:
     return torch.randint(checkpoint.tokenizer.vocab_size, (DOCUMENTS, length), generator=generator)
 
 
-def compare(what: str, found: Tensor, expected: Tensor, where: Path) -> Comparison:
-    """Compare logits; `where` is for the user.
+def compare(what: str, found: Tensor, expected: Tensor) -> Comparison:
+    """Compare logits.
 
     Raises:
         UserError: they differ by more than rounding does.
     """
     error = float((found.float() - expected.float()).abs().max())
     spread = float(expected.float().std())
+    if not math.isfinite(spread):
+        raise UserError("the source's logits are not finite: its weights have diverged, or are damaged")
     if not error <= TOLERANCE * spread:
         raise UserError(
-            f"the {what} of the model written to {where} differ from the source's by {error:.1e} (their standard "
-            f"deviation is {spread:.1e}, {TOLERANCE} of it is allowed); nothing was published"
+            f"the {what} of the converted model differ from the source's by {error:.1e} (their standard deviation is "
+            f"{spread:.1e}, {TOLERANCE} of it is allowed); nothing was published"
         )
     return Comparison(what, error / spread if error else 0.0)
 
 
 @torch.no_grad()
-def compare_causal_lm(exported: Any, tokens: Tensor, expected: Tensor, where: Path) -> list[Comparison]:
+def compare_causal_lm(exported: Any, tokens: Tensor, expected: Tensor) -> list[Comparison]:
     """Compare a model of transformers' with logits [B, T, V]: whole documents, continued by steps, and padded.
 
     Raises:
         UserError: see `compare`.
     """
-    found = [compare("logits of whole documents", exported(tokens).logits, expected, where)]
+    found = [compare("logits of whole documents", exported(tokens).logits, expected)]
     T = tokens.shape[1]
     read = max(0, T - STEPS)
     past = exported(tokens[:, :read], use_cache=True).past_key_values if read else None
@@ -77,7 +79,7 @@ def compare_causal_lm(exported: Any, tokens: Tensor, expected: Tensor, where: Pa
         output = exported(token, past_key_values=past, use_cache=True)
         past = output.past_key_values
         steps.append(output.logits)
-    found.append(compare("logits of single steps", torch.cat(steps, dim=1), expected[:, read:], where))
+    found.append(compare("logits of single steps", torch.cat(steps, dim=1), expected[:, read:]))
     lengths = torch.linspace(T, 1, len(tokens)).long()
     for side in ("left", "right"):
         mask = torch.arange(T) < lengths[:, None]  # [B, T]
@@ -88,7 +90,7 @@ def compare_causal_lm(exported: Any, tokens: Tensor, expected: Tensor, where: Pa
         batch[mask] = tokens[own]
         places = (mask.cumsum(1) - 1).clamp_min(0)
         logits = exported(batch, attention_mask=mask.long(), position_ids=places).logits
-        found.append(compare(f"logits of documents padded on the {side}", logits[mask], expected[own], where))
+        found.append(compare(f"logits of documents padded on the {side}", logits[mask], expected[own]))
     return found
 
 

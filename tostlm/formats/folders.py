@@ -8,7 +8,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from tostlm.errors import UserError, error_summary
 from tostlm.files import read_json_object
 from tostlm.formats.gpt2 import read_gpt2
-from tostlm.formats.naming import ForeignTensor, take_weights
+from tostlm.formats.naming import ForeignTensor, require_depth, take_weights
 from tostlm.model import ModelConfig, weight_shapes
 from tostlm.model.mixers.base import options_from_dict
 
@@ -60,10 +59,10 @@ def read_folder(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         UserError: it is damaged, or of a model that tostlm has not.
     """
     values = read_model_config(path)
-    kind, tensors = values["model_type"], _read_tensors(path)
+    kind, tensors = values["model_type"], read_tensors(path)
     try:
         return read_gpt2(values, tensors, str(path)) if kind == "gpt2" else _read_export(values, tensors, str(path))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
         raise UserError(f"{path / HF_CONFIG} describes no model ({error_summary(error)}); it is damaged") from None
 
 
@@ -72,11 +71,12 @@ def _read_export(
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
     shape = {field.name: values[field.name] for field in fields(ModelConfig) if field.name in values}
     config = ModelConfig(**shape | {"layers": tuple(map(options_from_dict, values["layers"]))})
+    require_depth(config, theirs)
     shapes = weight_shapes(config)
     return config, take_weights(theirs, {name: ForeignTensor(EXPORTED + name) for name in shapes}, shapes, where)
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a folder, which stay in their files until they are used."""
     for name in WEIGHTS:
         if (path / name).is_file():
@@ -107,7 +107,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path} holds more than tensors, or is damaged; nothing in it was executed") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, safetensors.SafetensorError) as error:
+    except Exception as error:  # of damaged files torch's reader raises any
         raise UserError(f"{path} cannot be read: {error_summary(error)}; download it again") from None
     if not isinstance(loaded, Mapping) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
         raise UserError(f"{path} holds other things than tensors by name; it is no file of weights")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tostlm.errors import UserError
-from tostlm.formats.naming import ForeignTensor, gpt2_name, take_weights
+from tostlm.formats.naming import ForeignTensor, gpt2_name, require_depth, take_weights
 from tostlm.model import ModelConfig, weight_shapes
 from tostlm.model.mixers.softmax import SoftmaxOptions
 
@@ -129,6 +129,7 @@ def read_gpt2(
         mlp_width=None if fields.get("n_inner") in (None, 4 * width) else fields["n_inner"],
         tie_embeddings=tied,
     )
+    require_depth(config, tensors)
     return config, take_weights(tensors, _foreign_tensors(config), weight_shapes(config), where)
 
 

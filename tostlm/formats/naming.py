@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tostlm.errors import UserError
+from tostlm.model import ModelConfig
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of weights
 # tostlm's names and GPT-2's: of a model's modules, of a block's modules, and of a block's parameters beside those.
 MODULES = {"embed": "transformer.wte", "positions": "transformer.wpe", "norm": "transformer.ln_f", "head": "lm_head"}
 BLOCK_MODULES = {
@@ -53,6 +55,25 @@ def gpt2_name(own: str) -> str:
     return f"transformer.h.{layer}.{BLOCK_MODULES[module]}.{leaf}"
 
 
+def require_depth(config: ModelConfig, theirs: Sized) -> None:
+    """Check, before a model is built, that there are as many tensors as it has blocks, and no longer a layer plan.
+
+    Raises:
+        ValueError: there are not.
+    """
+    layers = max(config.depth, len(config.layers))
+    if layers > len(theirs):
+        raise ValueError(f"{layers:,} layers, and {len(theirs):,} tensors")
+
+
+def require_tensor(tensor: Tensor, name: str, shape: torch.Size, where: str) -> None:
+    """Check that a tensor of a file is a parameter of a shape; raise a UserError that names it and `where` if not."""
+    dense = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_nested
+    if not dense or tensor.shape != shape or tensor.dtype not in DTYPES:
+        kind = f"{tuple(tensor.shape)} {tensor.dtype}" if dense else "no plain tensor"
+        raise UserError(f"{where}: {name} is {kind}; its model has {tuple(shape)} numbers in fp16, bf16, fp32 or fp64")
+
+
 def take_weights(
     theirs: Mapping[str, Tensor], tensors: Mapping[str, ForeignTensor], shapes: Mapping[str, torch.Size], where: str
 ) -> dict[str, Tensor]:
@@ -72,11 +93,8 @@ def take_weights(
         if foreign.name not in theirs:
             raise UserError(f"{where} has no tensor {foreign.name}; it is damaged, or of another model than it says")
         found, asked = theirs[foreign.name], foreign.to_foreign(torch.empty(shapes[own])).shape
-        if found.shape != asked or not found.is_floating_point():
-            raise UserError(
-                f"{where}: {foreign.name} is {tuple(found.shape)} {found.dtype}; its model has {tuple(asked)} numbers"
-            )
-        weights[own] = foreign.to_own(found)
+        require_tensor(found, foreign.name, asked, where)
+        weights[own] = foreign.to_own(found).resolve_neg()
     if left := sorted(theirs.keys() - {foreign.name for foreign in tensors.values()}):
         raise UserError(f"{where} has tensors that its model does not: {', '.join(left[:5])}; it cannot be imported")
     return weights

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tostlm.errors import UserError, error_summary
-from tostlm.formats.naming import ForeignTensor, gpt2_name, take_weights
+from tostlm.formats.naming import ForeignTensor, gpt2_name, require_depth, require_tensor, take_weights
 from tostlm.model import ModelConfig, weight_shapes
 from tostlm.model.mixers.softmax import SoftmaxOptions
 from tostlm.model.mixers.tssa import TSSAOptions
@@ -63,7 +63,12 @@ def load_release(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
         raise UserError(f"{path} is no checkpoint of the ToST release or nanoGPT: it has no model and model_args")
     if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()):
         raise UserError(f"{path}: its model holds more than tensors; it is no checkpoint of the ToST release")
-    return arguments, {name.removeprefix(COMPILED): tensor for name, tensor in state.items() if not name.endswith(MASK)}
+    named = {name.removeprefix(COMPILED): tensor for name, tensor in state.items() if not name.endswith(MASK)}
+    if len(named) < sum(not name.endswith(MASK) for name in state):
+        raise UserError(f"{path} has a tensor both with and without the prefix {COMPILED}; it is of no one model")
+    for name, tensor in named.items():
+        require_tensor(tensor, name, tensor.shape, str(path))
+    return arguments, named
 
 
 def read_release(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -73,10 +78,8 @@ def read_release(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     if head is not None and embed is not None and not torch.equal(head, embed):
         raise UserError(f"{path}: lm_head.weight is not transformer.wte.weight, which the release shares")
     first = "transformer.h.0."
-    gains = {name: tensor for name, tensor in state.items() if name.endswith((".gamma1", ".gamma2"))}
-    if gains and all(bool((gain == 1).all()) for gain in gains.values()):  # as `release_state` writes those without
-        state = {name: tensor for name, tensor in state.items() if name not in gains}
-        gains = {}
+    gains = _gains_of_one(state)
+    state = {name: tensor for name, tensor in state.items() if name not in gains}
     try:
         config = ModelConfig(
             depth=arguments["n_layer"],
@@ -85,14 +88,25 @@ def read_release(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
             vocab_size=arguments["vocab_size"],
             positions=arguments["block_size"],
             layers=(TSSAOptions() if f"{first}attn.temp" in state else SoftmaxOptions(),),
-            layer_scale=LAYER_SCALE if gains else None,
+            layer_scale=LAYER_SCALE if f"{first}gamma1" in state else None,
             bias=f"{first}ln_1.bias" in state,
         )
+        require_depth(config, state)
         shapes = weight_shapes(config)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise UserError(f"{path}: model_args {dict(arguments)!r:.200} are no shape of a model ({error})") from None
     weights = take_weights(state, _foreign_tensors(config), shapes, str(path))
     return config, weights
+
+
+def _gains_of_one(state: Mapping[str, Tensor]) -> set[str]:
+    """Return the names of all gains if every one of every block is one, as `release_state` writes those without."""
+    gains = {name for name in state if name.endswith((".gamma1", ".gamma2"))}
+    blocks = [name.removesuffix(".ln_1.weight") for name in state if name.endswith(".ln_1.weight")]
+    if gains != {f"{block}.{gain}" for block in blocks for gain in ("gamma1", "gamma2")}:
+        return set()
+    ones = all(state[name].shape == state[f"{name.rpartition('.')[0]}.ln_1.weight"].shape for name in gains)
+    return gains if ones and all(bool((state[name] == 1).all()) for name in gains) else set()
 
 
 def _load(path: Path) -> Mapping[str, Any]:
@@ -105,7 +119,7 @@ def _load(path: Path) -> Mapping[str, Any]:
             f"{path} holds more than tensors and plain values, or is damaged; nothing in it was executed. Save its "
             "state dict and model_args alone"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # of damaged files torch's reader raises any
         raise UserError(f"{path} cannot be read: {error_summary(error)}; it is no checkpoint, or damaged") from None
     return saved if isinstance(saved, Mapping) else {}
 
