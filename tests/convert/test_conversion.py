@@ -25,9 +25,7 @@ formats = pytest.mark.parametrize("to", ["hf", "release", "tostlm"])
 
 
 @formats
-def test_a_folder_is_replaced_if_it_is_asked_and_was_converted(
-    trained: dict[str, Run], tmp_path: Path, to: str
-) -> None:
+def test_a_folder_is_replaced_if_that_is_asked(trained: dict[str, Run], tmp_path: Path, to: str) -> None:
     source, out = load_checkpoint(trained["softmax"].dir), tmp_path / "out"
     convert(source, out, FORMATS[to])
     record = out / "conversion.json"
@@ -87,9 +85,7 @@ def test_a_failure_leaves_what_was_there(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_killed_conversion_leaves_nothing_that_the_next_does_not_remove(
-    trained: dict[str, Run], tmp_path: Path
-) -> None:
+def test_the_next_conversion_removes_what_a_killed_one_left(trained: dict[str, Run], tmp_path: Path) -> None:
     out = tmp_path / "out"
     script = f"""
 import time

@@ -54,13 +54,18 @@ def untrained(trained: dict[str, Run], **switches: object) -> Checkpoint:
     return checkpoint._replace(lm=lm)
 
 
+SHIPPED = (TSSAOptions(), TSSADeltaOptions(), InductionOptions(), SoftmaxOptions())  # of the shipped configs
+
+
 def every_mixer() -> tuple[object, ...]:
     return tuple(mixer.options_class() for name, mixer in sorted(MIXERS.items()) if name != "combiner")
 
 
-def test_programs_run_without_the_project(trained: dict[str, Run], tmp_path: Path) -> None:
-    """All mixers in one model: a prompt of two pieces and five steps."""
-    layers = every_mixer()
+@pytest.mark.parametrize(
+    "layers", [SHIPPED, pytest.param(every_mixer(), marks=pytest.mark.slow)], ids=["shipped", "all"]
+)
+def test_programs_run_without_the_project(trained: dict[str, Run], tmp_path: Path, layers: tuple[object, ...]) -> None:
+    """A prompt of two pieces and five steps, by a model of several mixers."""
     checkpoint = untrained(trained, layers=layers, depth=len(layers), layer_scale=0.5)
     out, length = tmp_path / "out", 16
     convert(checkpoint, out, lambda source, folder: runtime.write_torch_export(source, folder, prefill_tokens=length))
@@ -79,8 +84,7 @@ def test_programs_run_without_the_project(trained: dict[str, Run], tmp_path: Pat
 
 
 def test_onnx_computes_the_same_for_1000_steps(trained: dict[str, Run], tmp_path: Path) -> None:
-    layers = (TSSAOptions(), TSSADeltaOptions(), InductionOptions(), SoftmaxOptions())
-    checkpoint = untrained(trained, layers=layers, depth=4, positions=1024, layer_scale=0.5)
+    checkpoint = untrained(trained, layers=SHIPPED, depth=len(SHIPPED), positions=1024, layer_scale=0.5)
     convert(checkpoint, tmp_path / "out", FORMATS["onnx"])
     about = json.loads((tmp_path / "out" / "decoder.json").read_text())
     start = safetensors.torch.load_file(tmp_path / "out" / "start.safetensors")
@@ -109,12 +113,10 @@ def test_onnx_holds_every_mixer(trained: dict[str, Run], tmp_path: Path) -> None
 
 
 def test_runs_are_converted(trained: dict[str, Run], tmp_path: Path) -> None:
-    for mixer, run in trained.items():
-        said = succeed(
-            tostlm("convert", str(run.dir), "--to", "torch-export", str(tmp_path / mixer), "--prefill-tokens", "8")
-        )
-        assert "logits of " in said and " x 8 tokens: " in said
-        assert json.loads((tmp_path / mixer / "decoder.json").read_text())["prefill_tokens"] == 8
+    out = (str(tmp_path / "programs"), "--prefill-tokens", "8")
+    said = succeed(tostlm("convert", str(trained["softmax"].dir), "--to", "torch-export", *out))
+    assert "logits of " in said and " x 8 tokens: " in said
+    assert json.loads((tmp_path / "programs" / "decoder.json").read_text())["prefill_tokens"] == 8
     said = succeed(tostlm("convert", str(trained["tssa"].dir), "--to", "onnx", str(tmp_path / "onnx")))
     assert "onnxruntime reads step.onnx" in said
 

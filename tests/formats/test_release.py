@@ -120,6 +120,16 @@ def test_its_models_compute_what_its_equations_say(
         assert checkpoint.tokenizer.sha256 == tokenizer.sha256
 
 
+def test_other_weights_are_other_content(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """By which a stored state is told from another model's."""
+    state = state_dict(True, False)
+    file = save(tmp_path / "out", tokenizer, state)
+    before = load_checkpoint(file).content, load_checkpoint(file.parent).content
+    save(tmp_path / "out", tokenizer, state | {"transformer.ln_f.weight": torch.ones(16)})
+    after = load_checkpoint(file).content, load_checkpoint(file.parent).content
+    assert before[0] != after[0] and before[1] != after[1]
+
+
 def test_an_older_file_is_read(tokenizer: Tokenizer, tmp_path: Path) -> None:
     file = save(tmp_path, tokenizer, state_dict(True, False))
     saved = torch.load(file)

@@ -18,8 +18,8 @@ from tostlm.convert.verify import Comparison
 from tostlm.errors import UserError
 from tostlm.files import atomic_folder, read_json_object
 
-# By the name that the command line has for a format: what writes a checkpoint in it to an empty folder.
 Found = Sequence[Comparison | PerplexityCost]
+# By the name that the command line has for a format: what writes a checkpoint in it to an empty folder.
 FORMATS: dict[str, Callable[[Checkpoint, Path], Found]] = {
     "hf": write_hf,
     "release": write_release,

@@ -24,7 +24,8 @@ TRAINING = "training"  # in an export: the run's config and its tokenizer, as th
 EXPORTED = "lm."  # what an exported model has before the names of its parameters
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there, or its index, counts
 INDEX = ".index.json"
-OWN_FILES, OWN_SUFFIXES = ("config", "tokenizer", "vocab", "merges"), (".safetensors", ".bin", ".model", ".py")
+OWN_FILES = ("config", "tokenizer", "vocab", "merges")
+OWN_SUFFIXES = (".safetensors", ".bin", ".pt", ".model", ".py")
 
 
 def is_hugging_face(path: Path) -> bool:

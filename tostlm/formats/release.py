@@ -40,12 +40,8 @@ def can_be_release(config: ModelConfig) -> bool:
     plain = ModelConfig(
         config.depth, config.width, config.heads, config.vocab_size, config.positions, config.layers, config.layer_scale
     )
-    free = {
-        "bias": False,
-        "output_init": "normal",
-        "z_loss": 0.0,
-        "mlp_width": None,
-    }  # what it has, or does not compute
+    # What the release has too, or what changes no logits.
+    free = {"bias": False, "output_init": "normal", "z_loss": 0.0, "mlp_width": None}
     alike = asdict(config) | free == asdict(plain) and config.mlp_channels == plain.mlp_channels
     mixers = set(config.layer_plan)
     return alike and mixers in ({TSSAOptions()}, {SoftmaxOptions()}) and config.positions is not None
