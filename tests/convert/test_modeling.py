@@ -174,3 +174,10 @@ def test_what_cannot_be_computed_is_refused() -> None:
         model(attention_mask=mask)
     with pytest.raises(ValueError, match="attention_mask has 4 dimensions"):
         model(tokens, attention_mask=torch.ones(4, 1, 12, 12)[:, :, :, :])
+
+
+def test_assisted_generation_is_refused() -> None:
+    """It would roll back what was read."""
+    model = model_of(SHAPES["tost"])
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        model.generate(torch.arange(3, 9)[None], assistant_model=model_of(SHAPES["tost"]), max_new_tokens=4)
