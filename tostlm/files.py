@@ -57,7 +57,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     if partial.is_symlink():
         partial.unlink()
     partial.mkdir(parents=True, exist_ok=True)
-    with _locked_folder(partial, f"another process is writing {path}; wait for it, or choose another folder"):
+    with locked(partial, f"another process is writing {path}; wait for it, or choose another folder"):
         try:
             for leftover in partial.iterdir():
                 is_folder = leftover.is_dir() and not leftover.is_symlink()
@@ -71,21 +71,6 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             sync_folder(path.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def _locked_folder(folder: Path, message: str) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(message) from None
-        except OSError:  # a file system without locks
-            pass
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _exchange(first: Path, second: Path) -> None:
@@ -188,19 +173,24 @@ def require_file_writable(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path, message: str | None = None) -> Iterator[None]:
-    """Hold a lock on a file, which ends with the process at the latest; wait for it if there is no `message`.
+    """Hold a lock on a file, or on a folder that exists, which ends with the process at the latest.
+
+    Without a `message` it waits for the lock.
 
     Raises:
         UserError: another process holds it; `message` is what the user reads.
     """
-    with path.open("a") as file:
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if message else 0))
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if message else 0))
         except BlockingIOError:
             raise UserError(message) from None
         except OSError:  # a file system without locks
             pass
         yield
+    finally:
+        os.close(descriptor)
 
 
 def lock_for_life(path: Path, message: str) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tostlm.chain.operator import chain as chain_operator
 from tostlm.chain.operator import delta_chain as delta_chain_operator
+from tostlm.chain.operator import step_order
 
 __all__ = ["chain", "delta_chain"]
 
@@ -20,7 +21,7 @@ def chain(added: Tensor, kept: Tensor, first: Tensor, back: bool = False) -> tup
         states, last = chain_operator(added, kept, first, back)
         return states, last
     found, state = {}, first
-    for n in _order(added, back):
+    for n in step_order(added, back):
         found[n] = state
         state = kept[:, n] * state + added[:, n]
     return _stacked(found), state
@@ -38,17 +39,12 @@ def delta_chain(
         written, states, last = delta_chain_operator(own, reads, ends, kept, added, first, back)
         return written, states, last
     us, found, state = {}, {}, first
-    for n in _order(own, back):
+    for n in step_order(own, back):
         found[n], us[n] = state, own[:, n] + reads[:, n] @ state
         state = kept[:, n] * state + ends[:, n] @ us[n]
         if added is not None:
             state = state + added[:, n]
     return _stacked(us), _stacked(found), state
-
-
-def _order(steps: Tensor, back: bool) -> list[int]:
-    order = list(range(steps.shape[1]))
-    return order[::-1] if back else order
 
 
 def _stacked(by_step: dict[int, Tensor]) -> Tensor:

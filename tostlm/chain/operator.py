@@ -40,7 +40,7 @@ def chain(added: Tensor, kept: Tensor, first: Tensor, back: bool = False) -> tup
     if (kernels := _kernels(first, products=False)) is not None:
         return cast(tuple[Tensor, Tensor], kernels.chain(added, kept, first, back))
     states, state = _contiguous(added), first.clone()
-    for n in _order(added, back):
+    for n in step_order(added, back):
         states[:, n] = state
         state = (kept[:, n] * state).add_(added[:, n])
     return states, state
@@ -65,7 +65,7 @@ def delta_chain(
         return cast(tuple[Tensor, Tensor, Tensor], kernels.delta_chain(own, reads, ends, kept, added, first, back))
     state, B, N = first.clone(), *own.shape[:2]
     written, states = _contiguous(own), first.new_empty(B, N, *first.shape[1:])
-    for n in _order(own, back):
+    for n in step_order(own, back):
         states[:, n] = state
         u = own[:, n] + reads[:, n] @ state
         written[:, n] = u
@@ -145,7 +145,8 @@ def _contiguous(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _order(steps: Tensor, back: bool) -> range:
+def step_order(steps: Tensor, back: bool) -> range:
+    """Return the numbers of steps [B, N, ...] in the order that they are made in."""
     N = steps.shape[1]
     return range(N - 1, -1, -1) if back else range(N)
 

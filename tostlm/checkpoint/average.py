@@ -13,8 +13,8 @@ from torch import Tensor
 from tostlm.checkpoint.integrity import CONFIG, TRAIN_STATE, find_damage, written_files
 from tostlm.checkpoint.layout import (
     RECURRENT_STATE,
-    STATE,
     checkpoints,
+    has_optimizer,
     read_state,
     read_train_state,
     read_weights,
@@ -128,10 +128,10 @@ def _require_alike(sources: Sequence[Path]) -> RunConfig:
 
 def _weights(checkpoint: Path, config: RunConfig) -> Iterator[tuple[str, Tensor]]:
     """Yield a checkpoint's weights: in fp32 where it has its optimizer's, else as it has them."""
-    if not any(name.startswith(f"{STATE}/") for name in written_files(checkpoint)):
+    if has_optimizer(checkpoint):
+        yield from _stored(checkpoint, config, "weight")
+    else:
         yield from read_weights(checkpoint, config).items()
-        return
-    yield from _stored(checkpoint, config, "weight")
 
 
 def _stored(checkpoint: Path, config: RunConfig, kind: str) -> Iterator[tuple[str, Tensor]]:

@@ -14,7 +14,6 @@ from tostlm.checkpoint.integrity import (
     Checksum,
     find_damage,
     read_checksums,
-    written_files,
 )
 from tostlm.checkpoint.layout import (
     RECURRENT_STATE,
@@ -24,6 +23,7 @@ from tostlm.checkpoint.layout import (
     checkpoint_folder,
     checkpoints,
     data_sha256,
+    has_optimizer,
     read_train_state,
     read_weights,
     resolve,
@@ -114,11 +114,6 @@ def _progress(origin: Path) -> TrainState:
     """Return the progress of the other run, with the data that it left out in a rollback to this checkpoint."""
     state, last = read_train_state(origin), read_record(run_folder(origin))
     return state if last is None or last.step != state.step else state._replace(data_step=last.data_step)
-
-
-def has_optimizer(checkpoint: Path) -> bool:
-    """Return whether a checkpoint has an optimizer's state, or weights alone."""
-    return any(name.startswith(f"{STATE}/") for name in written_files(checkpoint))
 
 
 def _first_step(origin: TrainState) -> int:

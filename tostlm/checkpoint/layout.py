@@ -236,6 +236,11 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu", tokenizer: P
     return Checkpoint(checkpoint, lm, config, Tokenizer.from_folder(checkpoint), read_train_state(checkpoint))
 
 
+def has_optimizer(checkpoint: Path) -> bool:
+    """Return whether a checkpoint has an optimizer's state, or weights alone."""
+    return any(name.startswith(f"{STATE}/") for name in written_files(checkpoint))
+
+
 def read_weights(checkpoint: Path, config: RunConfig) -> dict[str, Tensor]:
     """Return the weights that a checkpoint has beside its state, or alone; they stay in their file until they are used.
 

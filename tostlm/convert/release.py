@@ -59,8 +59,8 @@ def release_logits(path: Path, tokens: Tensor) -> Tensor:
 
     x = F.embedding(tokens, weight("transformer.wte.weight")) + weight("transformer.wpe.weight")[:T]  # [B, T, C]
     for layer in range(arguments["n_layer"]):
-        block = {name.removeprefix(f"transformer.h.{layer}."): name for name in state}
-        own = {name: weight(full) for name, full in block.items() if not name.startswith("transformer.")}
+        block = f"transformer.h.{layer}."
+        own = {name.removeprefix(block): weight(name) for name in state if name.startswith(block)}
         y = _linear(own, "attn.c_attn", _norm(own, "ln_1", x))
         y = _tssa(own, y, heads) if "attn.temp" in own else _attention(y, heads)
         x = x + own.get("gamma1", 1) * _linear(own, "attn.c_proj", y)

@@ -45,12 +45,12 @@ def write_torch_export(checkpoint: Checkpoint, folder: Path, *, prefill_tokens: 
     lm = copy.deepcopy(checkpoint.lm).float()
     if lm.config.positions is not None:
         prefill_tokens = min(prefill_tokens, lm.config.positions - 1)
-    decoder = _write_start(checkpoint, lm, folder, prefill_tokens)
+    decoder, start = _write_start(checkpoint, lm, folder, prefill_tokens)
     found = []
     for name, tokens in ((STEP, 1), (PREFILL, prefill_tokens)):
         torch.export.save(_trace(decoder, tokens), folder / name)
         program = torch.export.load(folder / name).module()
-        found += _compare(program, checkpoint, lm, decoder, tokens, folder)
+        found += _compare(program, checkpoint, decoder, start, tokens, folder)
     return found
 
 
@@ -69,7 +69,7 @@ def write_onnx(checkpoint: Checkpoint, folder: Path) -> list[Comparison]:
     lm = copy.deepcopy(checkpoint.lm).float()
     if (size := sum(parameter.nbytes for parameter in lm.parameters())) > ONNX_BYTES:
         raise UserError(f"{checkpoint.path} has {size:,} bytes of weights, and an ONNX file holds {ONNX_BYTES:,}")
-    decoder = _write_start(checkpoint, lm, folder, None)
+    decoder, start = _write_start(checkpoint, lm, folder, None)
     inputs = ["tokens", "positions", *(f"in.{name}" for name in decoder.names)]
     outputs = ["logits", *(f"out.{name}" for name in decoder.names)]
     with _quiet():
@@ -85,11 +85,11 @@ def write_onnx(checkpoint: Checkpoint, folder: Path) -> list[Comparison]:
         logits, *after = session.run(None, {name: tensor.numpy() for name, tensor in given})
         return torch.from_numpy(logits), [torch.from_numpy(tensor) for tensor in after]
 
-    return _compare(read, checkpoint, lm, decoder, 1, folder)
+    return _compare(read, checkpoint, decoder, start, 1, folder)
 
 
-def _write_start(checkpoint: Checkpoint, lm: LM, folder: Path, prefill_tokens: int | None) -> Decoder:
-    """Write all but the programs, and return what they are made of."""
+def _write_start(checkpoint: Checkpoint, lm: LM, folder: Path, prefill_tokens: int | None) -> tuple[Decoder, LMState]:
+    """Write all but the programs, and return what they are made of and the state that they start from."""
     eos_id, config = checkpoint.tokenizer.eos_id, lm.config
     if config.positions == 1:
         raise UserError(f"{checkpoint.path} has one position: after the start of a text it can read no token")
@@ -110,7 +110,7 @@ def _write_start(checkpoint: Checkpoint, lm: LM, folder: Path, prefill_tokens: i
     }
     (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
     save_tokenizer(checkpoint.tokenizer, config.positions, folder)
-    return decoder
+    return decoder, state
 
 
 def _trace(decoder: Decoder, tokens: int) -> torch.export.ExportedProgram:
@@ -130,11 +130,11 @@ def _trace(decoder: Decoder, tokens: int) -> torch.export.ExportedProgram:
 
 
 def _compare(
-    read: Read, checkpoint: Checkpoint, lm: LM, decoder: Decoder, tokens: int, folder: Path
+    read: Read, checkpoint: Checkpoint, decoder: Decoder, start: LMState, tokens: int, folder: Path
 ) -> list[Comparison]:
     """Compare what a program computes after the start, reading so many tokens at a time."""
-    start = safetensors.torch.load_file(folder / START)
-    state, expected_state = [start[name] for name in decoder.names], _start_of(checkpoint, lm)
+    lm, stored = decoder.lm, safetensors.torch.load_file(folder / START)
+    state, expected_state = [stored[name] for name in decoder.names], start
     limit = (lm.config.positions or LONGEST) - 1
     steps = min(CHECKED_STEPS if tokens == 1 else 3, limit // tokens)
     generator = torch.Generator().manual_seed(0)
@@ -148,11 +148,6 @@ def _compare(
         expected.append(own[:, -1])
     what = f"logits of {steps} steps" if tokens == 1 else f"logits of {steps} x {tokens} tokens"
     return [compare(what, torch.cat(found), torch.cat(expected))]
-
-
-def _start_of(checkpoint: Checkpoint, lm: LM) -> LMState:
-    state: LMState = lm(torch.tensor([[checkpoint.tokenizer.eos_id]]))[1]
-    return state
 
 
 @contextmanager
