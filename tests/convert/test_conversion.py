@@ -27,7 +27,7 @@ formats = pytest.mark.parametrize("to", ["hf", "release", "tostlm"])
 @formats
 def test_a_folder_is_replaced_if_that_is_asked(trained: dict[str, Run], tmp_path: Path, to: str) -> None:
     source, out = load_checkpoint(trained["softmax"].dir), tmp_path / "out"
-    convert(source, out, FORMATS[to])
+    convert(source, out, FORMATS[to].write)
     record = out / "conversion.json"
     assert sorted(json.loads(record.read_text())["files"]) == sorted(path.name for path in out.iterdir())
     record.write_text(record.read_text() + " ")
@@ -46,7 +46,7 @@ def test_a_folder_is_replaced_if_that_is_asked(trained: dict[str, Run], tmp_path
 
 def test_other_things_are_not_replaced(trained: dict[str, Run], run: Run, tmp_path: Path) -> None:
     source = trained["tssa"].dir
-    convert(load_checkpoint(source), tmp_path / "hf", FORMATS["hf"])
+    convert(load_checkpoint(source), tmp_path / "hf", FORMATS["hf"].write)
     (tmp_path / "link").symlink_to(tmp_path / "hf")
     (tmp_path / "file").touch()
     for out in (source, tmp_path / "link", tmp_path / "file", tmp_path):
@@ -73,7 +73,7 @@ def test_a_failure_leaves_what_was_there(
     trained: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, out = load_checkpoint(trained["tssa"].dir), tmp_path / "out"
-    convert(source, out, FORMATS["hf"])
+    convert(source, out, FORMATS["hf"].write)
     before = {file: file.read_bytes() for file in out.rglob("*.*")}
 
     def fail_late(*_: object) -> list[object]:
@@ -101,12 +101,12 @@ with atomic_folder(Path({str(out)!r})) as folder:
     assert process.stdout.readline() == "written\n"
     source = load_checkpoint(trained["tssa"].dir)
     with pytest.raises(UserError, match=r"another process is writing .*out; wait for it, or choose another folder"):
-        convert(source, out, FORMATS["hf"])
+        convert(source, out, FORMATS["hf"].write)
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
     assert not out.exists()
-    convert(source, out, FORMATS["hf"])
+    convert(source, out, FORMATS["hf"].write)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not (out / "half").exists()
 
@@ -148,7 +148,7 @@ def test_the_release_holds_only_what_it_computes(data: Path, tmp_path: Path, tra
     for switches in ({"layers": TSSA + SOFTMAX}, {"positions": None}, {"mlp": "relu2"}, {"mlp_width": 50}):
         lm = create_lm(replace(source.config.model, **switches), 0)
         with pytest.raises(UserError, match="is no model of the ToST release"):
-            convert(source._replace(lm=lm), tmp_path / "out", FORMATS["release"])
+            convert(source._replace(lm=lm), tmp_path / "out", FORMATS["release"].write)
     assert not list(tmp_path.iterdir())
 
 

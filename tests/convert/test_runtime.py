@@ -85,7 +85,7 @@ def test_programs_run_without_the_project(trained: dict[str, Run], tmp_path: Pat
 
 def test_onnx_computes_the_same_for_1000_steps(trained: dict[str, Run], tmp_path: Path) -> None:
     checkpoint = untrained(trained, layers=SHIPPED, depth=len(SHIPPED), positions=1024, layer_scale=0.5)
-    convert(checkpoint, tmp_path / "out", FORMATS["onnx"])
+    convert(checkpoint, tmp_path / "out", FORMATS["onnx"].write)
     about = json.loads((tmp_path / "out" / "decoder.json").read_text())
     start = safetensors.torch.load_file(tmp_path / "out" / "start.safetensors")
     session = onnxruntime.InferenceSession(str(tmp_path / "out" / "step.onnx"), providers=["CPUExecutionProvider"])
@@ -109,7 +109,7 @@ def test_onnx_computes_the_same_for_1000_steps(trained: dict[str, Run], tmp_path
 def test_onnx_holds_every_mixer(trained: dict[str, Run], tmp_path: Path) -> None:
     layers = every_mixer()
     checkpoint = untrained(trained, layers=layers, depth=len(layers), positions=None, layer_scale=0.5)
-    convert(checkpoint, tmp_path / "out", FORMATS["onnx"])
+    convert(checkpoint, tmp_path / "out", FORMATS["onnx"].write)
 
 
 def test_runs_are_converted(trained: dict[str, Run], tmp_path: Path) -> None:
@@ -127,16 +127,16 @@ def test_what_a_program_cannot_compute_is_not_published(
     out = tmp_path / "out"
     combiner = untrained(trained, layers=(CombinerOptions(),), layer_scale=0.5)  # reads by places that vary
     with pytest.raises(UserError, match=r"logits of .* differ from the source's by .* nothing was published"):
-        convert(combiner, out, FORMATS["torch-export"])
+        convert(combiner, out, FORMATS["torch-export"].write)
     monkeypatch.setattr(runtime, "ONNX_BYTES", 1000)
     with pytest.raises(UserError, match="bytes of weights, and an ONNX file holds 1,000"):
-        convert(load_checkpoint(trained["tssa"].dir), out, FORMATS["onnx"])
+        convert(load_checkpoint(trained["tssa"].dir), out, FORMATS["onnx"].write)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"--to onnx takes `pip install 'tostlm\[onnx\]'`"):
-        convert(load_checkpoint(trained["tssa"].dir), out, FORMATS["onnx"])
+        convert(load_checkpoint(trained["tssa"].dir), out, FORMATS["onnx"].write)
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(UserError, match=r"--to int8 takes `pip install 'tostlm\[int8\]'`"):
-        convert(load_checkpoint(trained["tssa"].dir), out, FORMATS["int8"])
+        convert(load_checkpoint(trained["tssa"].dir), out, FORMATS["int8"].write)
     fail(
         tostlm("convert", str(trained["tssa"].dir), "--to", "onnx", str(out), "--data", "x"),
         "--data goes with --to int8",

@@ -15,7 +15,7 @@ from tostlm.checkpoint.layout import (
     RECURRENT_STATE,
     checkpoints,
     has_optimizer,
-    read_state,
+    read_kind,
     read_train_state,
     read_weights,
     resolve,
@@ -26,7 +26,6 @@ from tostlm.config import RunConfig, load_config
 from tostlm.data import Tokenizer
 from tostlm.errors import UserError
 from tostlm.files import atomic_folder
-from tostlm.model import weight_shapes
 from tostlm.optim import EMA
 
 SOURCES = "averaged.json"  # the paths of the checkpoints that it is made of
@@ -93,7 +92,7 @@ def extract_ema(checkpoint: Path, out: Path) -> None:
         raise UserError(f"checkpoint {checkpoint} is damaged: {damage}; use an older one")
     if read_train_state(checkpoint).ema_updates is None:
         raise UserError(f"{checkpoint} has no moving average of the weights; train with train.ema_decay")
-    _write(out, dict(_stored(checkpoint, load_config(checkpoint / CONFIG), EMA)), checkpoint, [checkpoint])
+    _write(out, dict(read_kind(checkpoint, load_config(checkpoint / CONFIG), EMA)), checkpoint, [checkpoint])
 
 
 def _write(out: Path, weights: Mapping[str, Tensor], newest: Path, sources: Sequence[Path]) -> None:
@@ -129,14 +128,6 @@ def _require_alike(sources: Sequence[Path]) -> RunConfig:
 def _weights(checkpoint: Path, config: RunConfig) -> Iterator[tuple[str, Tensor]]:
     """Yield a checkpoint's weights: in fp32 where it has its optimizer's, else as it has them."""
     if has_optimizer(checkpoint):
-        yield from _stored(checkpoint, config, "weight")
+        yield from read_kind(checkpoint, config, "weight")
     else:
         yield from read_weights(checkpoint, config).items()
-
-
-def _stored(checkpoint: Path, config: RunConfig, kind: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a kind that a checkpoint's state has of each parameter, by the parameter's name."""
-    shapes = weight_shapes(config.model)
-    for key, flat in read_state(checkpoint, {f"{name}/{kind}": range(s.numel()) for name, s in shapes.items()}):
-        name = key.removesuffix(f"/{kind}")
-        yield name, flat.view(shapes[name])

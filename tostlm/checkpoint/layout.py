@@ -275,12 +275,22 @@ def _load_foreign(path: Path, device: torch.device | str, tokenizer: Path | None
     return Checkpoint(path, lm, config, foreign.tokenizer, state._replace(imported_from=str(path.absolute())))
 
 
+def read_kind(checkpoint: Path, config: RunConfig, kind: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield what a checkpoint's state has of a kind, such as "weight" or "exp_avg", by parameter, in fp32.
+
+    Raises:
+        UserError: see `read_state`.
+    """
+    shapes = weight_shapes(config.model)
+    for key, flat in read_state(checkpoint, {f"{name}/{kind}": range(s.numel()) for name, s in shapes.items()}):
+        name = key.removesuffix(f"/{kind}")
+        yield name, flat.view(shapes[name])
+
+
 def _read_masters(checkpoint: Path, config: RunConfig) -> dict[str, Tensor]:
     """Read the master weights, rounded to the dtype that the run trains in."""
-    shapes, dtype = weight_shapes(config.model), weights_dtype(config)
-    state = read_state(checkpoint, {f"{name}/weight": range(shape.numel()) for name, shape in shapes.items()})
-    found = ((key.removesuffix("/weight"), tensor) for key, tensor in state)
-    return {name: tensor.view(shapes[name]).to(dtype, copy=True) for name, tensor in found}
+    dtype = weights_dtype(config)
+    return {name: weight.to(dtype, copy=True) for name, weight in read_kind(checkpoint, config, "weight")}
 
 
 def weights_dtype(config: RunConfig) -> torch.dtype:

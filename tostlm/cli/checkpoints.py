@@ -17,8 +17,8 @@ ModelPath = Annotated[
     Path,
     typer.Argument(
         metavar="SOURCE",
-        help="a checkpoint, a run's folder, a Hugging Face folder of GPT-2 or of an export, or a ckpt.pt of the ToST "
-        "release or nanoGPT",
+        help="a checkpoint, a run's folder, a Hugging Face folder of GPT-2 or of an export, a ckpt.pt of the ToST "
+        "release or nanoGPT, or a folder of DeepSpeed's checkpoints with the model's config.json",
     ),
 ]
 TokenizerPath = Annotated[
@@ -152,9 +152,10 @@ def convert(
     to: Annotated[
         str,
         typer.Option(
-            metavar="hf|release|tostlm|torch-export|onnx|int8",
-            help="the format: a folder for transformers; the ToST release's ckpt.pt; a checkpoint of weights alone; "
-            "programs of torch.export; ONNX; a folder for transformers with weights in int8",
+            metavar="hf|tostlm|release|deepspeed|torch-export|onnx|int8",
+            help="the format: a folder for transformers; a checkpoint of weights alone; the ToST release's ckpt.pt; a "
+            "folder for transformers with AdamW's state as a universal checkpoint of DeepSpeed's; programs of "
+            "torch.export; ONNX; a folder for transformers with weights in int8",
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="DIR", help="the folder to write")],
@@ -186,24 +187,22 @@ def convert(
     if to not in FORMATS:
         raise UserError(f"--to {to} is not known; use {', '.join(FORMATS)}")
     options = {
-        "shard_bytes": ("--shard-size", _parse_size(shard_size), ["hf"]),
-        "own_class": ("--own-class", own_class or None, ["hf"]),
-        "license": ("--license", _checked_license(license), ["hf", "int8"]),
-        "data": ("--data", data, ["int8"]),
-        "prefill_tokens": ("--prefill-tokens", prefill_tokens, ["torch-export"]),
+        "shard_bytes": ("--shard-size", _parse_size(shard_size)),
+        "own_class": ("--own-class", own_class or None),
+        "license": ("--license", _checked_license(license)),
+        "data": ("--data", data),
+        "prefill_tokens": ("--prefill-tokens", prefill_tokens),
     }
-    given = {}
-    for name, (option, value, formats) in options.items():
-        if value is not None and to not in formats:
-            raise UserError(f"{option} goes with --to {' or '.join(formats)}, and this is --to {to}")
-        if value is not None:
-            given[name] = value
+    given = {name: value for name, (_, value) in options.items() if value is not None}
+    for name in given.keys() - FORMATS[to].takes:
+        takers = [other for other, format in FORMATS.items() if name in format.takes]
+        raise UserError(f"{options[name][0]} goes with --to {' or '.join(takers)}, and this is --to {to}")
     from tostlm.checkpoint import load_checkpoint
 
     loaded = load_checkpoint(source, tokenizer=tokenizer)
-    for comparison in write_converted(loaded, out, functools.partial(FORMATS[to], **given), overwrite):
+    for comparison in write_converted(loaded, out, functools.partial(FORMATS[to].write, **given), overwrite):
         print(comparison)
-    print(f"{out}: {_advice(to, out)}")
+    print(f"{out}: {FORMATS[to].advice.format(out=out)}")
 
 
 def _checked_license(name: str | None) -> str | None:
@@ -219,15 +218,3 @@ def _parse_size(text: str | None) -> int | None:
     if found is None or not int(found[1]):
         raise UserError(f"--shard-size {text!r} must be a whole number of MB or GB, as in 500MB")
     return int(found[1]) << {"MB": 20, "GB": 30}[found[2]]
-
-
-def _advice(to: str, out: Path) -> str:
-    return {
-        "hf": f"loads with transformers.AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)",
-        "release": f"the release's sample.py loads it with --out_dir={out}",
-        "tostlm": f"a checkpoint; train it on with `tostlm train {out / 'config.yaml'} data.path=... run_dir=... "
-        f"--from {out}`",
-        "torch-export": "torch.export.load reads step.pt2 and prefill.pt2, which continue start.safetensors",
-        "onnx": "onnxruntime reads step.onnx, which continues start.safetensors",
-        "int8": "loads as an hf folder does, where torchao is installed",
-    }[to]

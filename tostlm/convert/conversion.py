@@ -6,9 +6,11 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from tostlm.checkpoint import Checkpoint
 from tostlm.checkpoint.weights_only import is_among_checkpoints, require_free
+from tostlm.convert.deepspeed import write_deepspeed
 from tostlm.convert.hf import write_hf
 from tostlm.convert.imported import write_checkpoint
 from tostlm.convert.int8 import PerplexityCost, write_int8
@@ -19,14 +21,39 @@ from tostlm.errors import UserError
 from tostlm.files import atomic_folder, read_json_object
 
 Found = Sequence[Comparison | PerplexityCost]
-# By the name that the command line has for a format: what writes a checkpoint in it to an empty folder.
-FORMATS: dict[str, Callable[[Checkpoint, Path], Found]] = {
-    "hf": write_hf,
-    "release": write_release,
-    "tostlm": write_checkpoint,
-    "torch-export": write_torch_export,
-    "onnx": write_onnx,
-    "int8": write_int8,
+
+
+class Format(NamedTuple):
+    """What a model can be converted to."""
+
+    write: Callable[..., Found]  # of a checkpoint and an empty folder, and what it `takes` by name
+    advice: str  # what to do with the folder, whose name comes for {out}
+    takes: frozenset[str] = frozenset()
+
+
+FORMATS = {  # by the names that the command line has for them
+    "hf": Format(
+        write_hf,
+        "loads with transformers.AutoModelForCausalLM.from_pretrained('{out}', trust_remote_code=True)",
+        frozenset({"shard_bytes", "own_class", "license"}),
+    ),
+    "tostlm": Format(
+        write_checkpoint,
+        "a checkpoint; train it on with `tostlm train {out}/config.yaml data.path=... run_dir=... --from {out}`",
+    ),
+    "release": Format(write_release, "the release's sample.py loads it with --out_dir={out}"),
+    "deepspeed": Format(
+        write_deepspeed, "an engine of its model goes on from it with load_checkpoint and checkpoint.load_universal"
+    ),
+    "torch-export": Format(
+        write_torch_export,
+        "torch.export.load reads step.pt2 and prefill.pt2, which continue start.safetensors",
+        frozenset({"prefill_tokens"}),
+    ),
+    "onnx": Format(write_onnx, "onnxruntime reads step.onnx, which continues start.safetensors"),
+    "int8": Format(
+        write_int8, "loads as an hf folder does, where torchao is installed", frozenset({"license", "data"})
+    ),
 }
 RECORD = "conversion.json"  # in a converted folder: its format, source and files, and what was compared
 

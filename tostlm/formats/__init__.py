@@ -10,6 +10,7 @@ from torch import Tensor
 from tostlm.data import Tokenizer, import_tokenizer
 from tostlm.errors import UserError
 from tostlm.files import sha256_of
+from tostlm.formats.deepspeed import is_deepspeed, read_trained
 from tostlm.formats.folders import TRAINING, folder_content, is_hugging_face, read_folder
 from tostlm.formats.release import read_release, release_file
 from tostlm.model import ModelConfig
@@ -27,8 +28,8 @@ class ForeignModel(NamedTuple):
 
 
 def is_foreign(path: Path) -> bool:
-    """Return whether a path is a model in another format: a folder of Hugging Face, or a file of the ToST release."""
-    return is_hugging_face(path) or release_file(path) is not None
+    """Return whether a path is a model in another format: of Hugging Face, DeepSpeed or the release."""
+    return is_hugging_face(path) or is_deepspeed(path) or release_file(path) is not None
 
 
 def read_foreign(path: Path, tokenizer: Path | None = None) -> ForeignModel:
@@ -41,7 +42,10 @@ def read_foreign(path: Path, tokenizer: Path | None = None) -> ForeignModel:
         UserError: it is damaged, of a model that tostlm has not, or its tokenizer is unknown or has more tokens.
     """
     file = release_file(path)
-    config, weights = read_folder(path) if file is None else read_release(file)
+    if file is not None:
+        config, weights = read_release(file)
+    else:
+        config, weights = read_folder(path) if is_hugging_face(path) else read_trained(path)
     folder = path if file is None else file.parent
     training = folder / TRAINING if (folder / TRAINING).is_dir() else None
     try:

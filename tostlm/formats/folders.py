@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tostlm.errors import UserError, error_summary
 from tostlm.files import read_json_object
+from tostlm.formats.deepspeed import files_of, is_deepspeed, read_consolidated
 from tostlm.formats.gpt2 import read_gpt2
 from tostlm.formats.naming import ForeignTensor, require_depth, take_weights
 from tostlm.model import ModelConfig, weight_shapes
@@ -35,7 +36,8 @@ def is_hugging_face(path: Path) -> bool:
 
 def folder_content(path: Path) -> str:
     """Return what changes with the files that a folder's numbers depend on; reports may lie beside them."""
-    own = sorted(file for file in path.iterdir() if file.name.startswith(OWN_FILES) or file.suffix in OWN_SUFFIXES)
+    beside = [file for file in path.iterdir() if file.name.startswith(OWN_FILES) or file.suffix in OWN_SUFFIXES]
+    own = sorted([*beside, *files_of(path)])
     return str([(file.name, file.stat().st_size, file.stat().st_mtime) for file in own])
 
 
@@ -78,12 +80,14 @@ def _read_export(
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a folder, which stay in their files until they are used."""
+    """Return the tensors of a folder, which stay in their files until they are used, but for those of DeepSpeed's."""
     for name in WEIGHTS:
         if (path / name).is_file():
             return _read_file(path / name)
         if (path / f"{name}{INDEX}").is_file():
             return _read_shards(path, name)
+    if is_deepspeed(path):
+        return read_consolidated(path)
     raise UserError(f"{path} has none of {', '.join(WEIGHTS)}; download its weights too")
 
 

@@ -1,0 +1,113 @@
+"""Folders that DeepSpeed's `save_checkpoint` writes: `latest`, and a folder of pickles that it names.
+
+Source: https://deepspeed.readthedocs.io/en/latest/model-checkpointing.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tostlm.config import load_config, use_cpu_without_gpu
+from tostlm.errors import UserError, error_summary
+from tostlm.formats.naming import ForeignTensor, take_weights
+from tostlm.model import ModelConfig, weight_shapes
+
+LATEST, RUN_CONFIG = "latest", "config.yaml"
+MODEL_STATES, OPTIMIZER_STATES = "*_model_states.pt", "*_optim_states.pt"
+WHOLE_MODEL = re.compile(r"(zero_pp_rank_\d+_)?mp_rank_00_model_states\.pt")  # no part of a model, nor an expert
+
+
+def is_deepspeed(path: Path) -> bool:
+    """Return whether a path is a folder of DeepSpeed's checkpoints."""
+    return any(files_of(path))
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return the pickles of the checkpoint that `latest` names; none in another kind of folder."""
+    try:
+        folder = path / (path / LATEST).read_text().strip()
+    except (OSError, ValueError):
+        return []
+    return sorted(file for pattern in (MODEL_STATES, OPTIMIZER_STATES) for file in folder.glob(pattern))
+
+
+def read_trained(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Return tostlm's own model and its weights, from a checkpoint beside which the run's config.yaml lies.
+
+    Raises:
+        UserError: there is none, or the weights are not its model's; see `read_consolidated`.
+    """
+    if not (path / RUN_CONFIG).is_file():
+        raise UserError(
+            f"{path} is a checkpoint of DeepSpeed's without its model's shape; put the config.json of what was "
+            "trained beside latest, or the config.yaml of a run"
+        )
+    config = load_config(path / RUN_CONFIG).model
+    shapes = weight_shapes(config)
+    return config, take_weights(
+        read_consolidated(path), {name: ForeignTensor(name) for name in shapes}, shapes, str(path)
+    )
+
+
+def read_consolidated(path: Path) -> dict[str, Tensor]:
+    """Return a model's parameters in fp32 by the names that it had in DeepSpeed, from a checkpoint of any ZeRO stage.
+
+    DeepSpeed puts them together, after every file was seen to hold tensors, plain values and DeepSpeed's records alone.
+    At stage 0 they are in the dtype that the model had.
+
+    Raises:
+        UserError: it holds anything else, is damaged, or of a model in parts.
+    """
+    files = files_of(path)
+    models = [file for file in files if file.match(MODEL_STATES)]
+    if parts := [file.name for file in models if not WHOLE_MODEL.fullmatch(file.name)]:
+        raise UserError(
+            f"{path} has parts of a model in {parts[0]} (tensor, pipeline or expert parallelism); merge them"
+        )
+    use_cpu_without_gpu()  # before DeepSpeed is imported
+    loaded = {file: _load(file) for file in files}
+    if len(models) == len(files) == 1:  # stage 0
+        return _module(loaded[models[0]], models[0])
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            merged: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(path))
+    except Exception as error:  # of incomplete checkpoints DeepSpeed raises any
+        raise UserError(f"{path} cannot be put together: {error_summary(error)}; is a rank's file missing?") from None
+    return merged
+
+
+def _module(saved: Mapping[str, Any], file: Path) -> dict[str, Tensor]:
+    module = saved.get("module")
+    if not isinstance(module, Mapping) or not all(isinstance(tensor, Tensor) for tensor in module.values()):
+        raise UserError(f"{file} has no parameters; its optim_states.pt are missing, or it is not DeepSpeed's")
+    return dict(module)
+
+
+def _load(file: Path) -> Mapping[str, Any]:
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    records = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    try:
+        with torch.serialization.safe_globals(records):
+            saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{file} holds more than tensors, plain values and DeepSpeed's own records, or is damaged; nothing in it "
+            "was executed. Save without a client_state of other objects"
+        ) from None
+    except Exception as error:  # of damaged files torch's reader raises any
+        raise UserError(f"{file} cannot be read: {error_summary(error)}; it is damaged") from None
+    return saved if isinstance(saved, Mapping) else {}
