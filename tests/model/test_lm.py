@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from tests.model.common import SHAPES, SOFTMAX, TSSA, double, shapes, tokens_of
 from tostlm.model import IGNORE, LM, MixerOptions, ModelConfig, count_parameters, create_lm, training_flops_per_token
+from tostlm.model.loss import CPU, Sizes
 
 
 @shapes
@@ -80,7 +81,9 @@ def test_a_tost_context_is_remembered_in_2c_plus_h_numbers_a_layer() -> None:
 
 @shapes
 def test_loss_is_the_cross_entropy_of_the_logits(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tostlm.model.loss.CHUNK_LOGITS", 7 * config.vocab_size)  # rows that do not divide 60
+    monkeypatch.setattr(
+        "tostlm.model.loss.CPU", Sizes(7 * 4 * config.vocab_size, 3 * 4 * config.vocab_size)
+    )  # of 60 rows
     lm, tokens = create_lm(config, seed=0), tokens_of(config, 2, 30)
     targets = tokens_of(config, 2, 30, seed=1)
     targets[0, :11] = IGNORE
@@ -95,7 +98,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(config: ModelConfig, monkeypatc
 
 
 def test_softcap_and_z_loss_are_their_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tostlm.model.loss.CHUNK_LOGITS", 7 * 40)
+    monkeypatch.setattr("tostlm.model.loss.CPU", Sizes(7 * 8 * 40, 3 * 8 * 40))
     config = replace(SHAPES["tost"], logit_softcap=0.3, z_loss=0.1)
     lm, tokens, targets = double(config), tokens_of(config, 2, 30), tokens_of(config, 2, 30, seed=1)
     targets[0, :11] = IGNORE
@@ -175,7 +178,7 @@ def test_logits_never_take_context_times_vocabulary() -> None:
 
     with Watch():
         lm(tokens, targets=tokens)[0].backward()
-    assert largest <= 1 << 23
+    assert largest <= CPU.logits // 4
 
 
 @shapes

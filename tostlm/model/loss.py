@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,16 @@ from tostlm.autograd import first_order
 from tostlm.shapes import Float, Int
 
 IGNORE = -100  # a target that is not scored, as in torch
-CHUNK_LOGITS = 1 << 23  # logits alive at once
+
+
+class Sizes(NamedTuple):
+    """Bytes alive at once: of the logits for which the weight is read once, and of what is computed of them."""
+
+    logits: int
+    block: int  # in fp32: on a CPU what its caches hold
+
+
+CPU, GPU = Sizes(40 << 20, 4 << 20), Sizes(512 << 20, 256 << 20)
 
 
 def perplexity(nats: float) -> float:
@@ -59,35 +68,76 @@ class _SumCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, z_loss: float, learns: bool
     ) -> Tensor:
-        compute = torch.promote_types(x.dtype, torch.float32)
-        total = torch.zeros((), dtype=compute, device=x.device)
-        dx = torch.empty_like(x) if learns else None
-        dweight = torch.zeros_like(weight, dtype=compute) if learns else None
-        chunk = max(1, CHUNK_LOGITS // weight.shape[0])
-        for start in range(0, x.shape[0], chunk):
-            rows = slice(start, start + chunk)
-            scored = (targets[rows] != IGNORE)[:, None]
-            target = targets[rows, None].where(scored, 0)
-            logits = softcapped((x[rows] @ weight.t()).to(compute), softcap)  # [rows, V]
-            slope = None if softcap is None or not learns else 1 - (logits / softcap).square()
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            total += (log_sum - logits.gather(1, target) + z_loss * log_sum.square()).where(scored, 0).sum()
-            if dx is not None and dweight is not None:
-                d_logits = logits.sub_(log_sum).exp_()  # softmax, less one at the target
-                if z_loss:
-                    d_logits.mul_(1 + 2 * z_loss * log_sum)
-                d_logits.scatter_add_(1, target, torch.full_like(log_sum, -1))
-                if slope is not None:
-                    d_logits.mul_(slope)
-                d_logits = d_logits.mul_(scored).to(x.dtype)
-                dx[rows] = d_logits @ weight
-                dweight += d_logits.t() @ x[rows]
-        if dx is not None and dweight is not None:
-            ctx.save_for_backward(dx, dweight.to(weight.dtype))
+        device, dtype = x.device.type, x.dtype
+        compute = torch.promote_types(dtype, torch.float32)
+        if torch.is_autocast_enabled(device) and compute == torch.float32:
+            dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            ctx.dtypes = x.dtype, weight.dtype
+            weight = weight.to(dtype)  # once, not for every chunk
+            total = torch.zeros((), dtype=compute, device=x.device)
+            dx = torch.empty_like(x, dtype=dtype) if learns else None
+            dweight = torch.zeros_like(weight, dtype=compute) if learns else None
+            sizes = CPU if device == "cpu" else GPU
+            chunk = max(1, sizes.logits // (weight.shape[0] * dtype.itemsize))  # rows
+            for start in range(0, x.shape[0], chunk):
+                rows = slice(start, start + chunk)
+                ignored = (targets[rows] == IGNORE)[:, None]
+                read = x[rows].to(dtype).masked_fill(ignored, 0)
+                logits = read @ weight.t()  # [rows, V]
+                total += _loss_and_slopes(logits, targets[rows], softcap, z_loss, learns, sizes.block)
+                if dx is not None and dweight is not None:
+                    torch.mm(logits, weight, out=dx[rows]).masked_fill_(ignored, 0)
+                    _add_product(dweight, logits.t(), read, sizes.block)
+            ctx.gradients = None if dx is None else (dx, dweight)
         return total
 
     @staticmethod
     @first_order
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dweight = (d.to(scale.dtype).mul(scale).to(d.dtype) for d in ctx.saved_tensors)
-        return dx, dweight, None, None, None, None
+        if ctx.gradients is None:
+            raise RuntimeError("the gradient of the loss was made already, in place; compute the loss again")
+        (dx, dweight), ctx.gradients = ctx.gradients, None
+        of_x, of_weight = ctx.dtypes
+        return (dx.to(scale.dtype) * scale).to(of_x), dweight.mul_(scale).to(of_weight), None, None, None, None
+
+
+def _loss_and_slopes(
+    logits: Tensor, targets: Tensor, softcap: float | None, z_loss: float, learns: bool, block_bytes: int
+) -> Tensor:
+    """Return the sum of the losses of logits [N, V]; if the model `learns`, turn them into their own gradient.
+
+    Rows that are not scored get one as if they were. A few rows at a time are computed, in fp32 or wider.
+    """
+    compute = torch.promote_types(logits.dtype, torch.float32)
+    total = torch.zeros((), dtype=compute, device=logits.device)
+    count = max(1, block_bytes // (logits.shape[1] * compute.itemsize))  # rows
+    for block, labels in zip(logits.split(count), targets[:, None].split(count), strict=True):
+        scored = labels != IGNORE  # [rows, 1]
+        label = labels.where(scored, 0)
+        capped = softcapped(block.to(compute), softcap)
+        log_p = torch.log_softmax(capped, -1)
+        loss = -log_p.gather(1, label)
+        log_sum = capped.gather(1, label) + loss if z_loss else None  # of softmax's denominator
+        if log_sum is not None:
+            loss = loss + z_loss * log_sum.square()
+        total += loss.where(scored, 0).sum()
+        if learns:
+            slopes = log_p.exp_()  # softmax, less one at the target
+            if log_sum is not None:
+                slopes.mul_(1 + 2 * z_loss * log_sum)
+            slopes.scatter_add_(1, label, slopes.new_full(label.shape, -1))
+            if softcap is not None:
+                slopes.mul_(1 - (capped / softcap).square_())
+            block.copy_(slopes)
+    return total
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, block_bytes: int) -> None:
+    """Add a [V, N] times b [N, C] to a total [V, C], of another dtype maybe, without a second tensor of that size."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+        return
+    count = max(1, block_bytes // (b.shape[1] * b.dtype.itemsize))
+    for part, rows in zip(total.split(count), a.split(count), strict=True):
+        part += rows @ b

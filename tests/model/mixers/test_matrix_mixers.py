@@ -139,7 +139,7 @@ def by_token(mixer: Any, x: Tensor, starts: Tensor) -> Tensor:
             for h in range(H):
                 S[h] = update(S[h], Write(a[h], b[h], w[h] / w[h].norm(), v[h], m[h], centers[h]))
                 y = S[h].T @ q[h]
-                heads.append(y / (y.square().mean() + 1e-4).sqrt())
+                heads.append(y / (y.square().mean() + 1e-3).sqrt())
             y = torch.cat(heads) * mixer.output.norm
             if mixer.output.gate_proj is not None:
                 y = y * torch.sigmoid(mixer.output.gate_proj.weight @ token)

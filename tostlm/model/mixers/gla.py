@@ -23,6 +23,8 @@ from tostlm.model.parts.short_conv import ShortConv, check_taps, tail_bytes
 from tostlm.model.positions import SequencePositions
 from tostlm.shapes import Float
 
+EPS = 1e-4  # of the norm of what a head reads, which is little at first: its keys are short
+
 
 @dataclass(frozen=True)
 class GLAOptions(MixerOptions):
@@ -73,7 +75,7 @@ class GLA(Mixer):
         self.in_proj = FusedLinear(C, C, parts=3, heads=config.heads)  # queries, keys, values
         self.conv = ShortConv(3 * C, options.short_conv, silu=True) if options.short_conv else None
         self.decay = LowRank(C, options.gate_rank, inside=None, offset=True)
-        self.output = GatedOutput(config, gated=True, silu=True)
+        self.output = GatedOutput(config, gated=True, silu=True, eps=EPS)
 
     def forward(
         self, x: Float[Tensor, "B T C"], positions: SequencePositions, state: GLAState | None
