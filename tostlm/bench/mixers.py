@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from tostlm.bench.report import now, report
+from tostlm.bench.report import clock, report
 from tostlm.device import best_device
 from tostlm.errors import UserError
 from tostlm.files import require_file_writable
@@ -81,18 +80,13 @@ def bench_mixers(
 
 
 def _time_pass(layer: nn.Module, x: torch.Tensor, positions: SequencePositions) -> float:
-    start = _clock(x.device)
+    start = clock(x.device)
     y = layer(x, positions, None)[0] if isinstance(layer, Mixer) else layer(x)
     y.backward(torch.ones_like(y))
-    elapsed = _clock(x.device) - start
+    elapsed = clock(x.device) - start
     layer.zero_grad()
     x.grad = None
     return elapsed
-
-
-def _clock(device: torch.device) -> float:
-    """CPU seconds of this process where it computes itself, which other programs hardly change."""
-    return time.process_time() if device.type == "cpu" else now(device)
 
 
 def table(costs: Sequence[Cost]) -> str:

@@ -22,6 +22,11 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def clock(device: torch.device) -> float:
+    """Return the CPU seconds of this process, which other programs hardly change, on a CPU; else as `now`."""
+    return time.process_time() if device.type == "cpu" else now(device)
+
+
 def open_configs(configs: Sequence[Path], threads: int | None, out: Path | None) -> dict[str, RunConfig]:
     """Return run configs by the names to report, once the benchmark can begin.
 

@@ -1,4 +1,4 @@
-"""Subcommands for benchmarks: bench train, bench decode, bench mixers, bench operator, bench data."""
+"""Subcommands for benchmarks: bench train, bench decode, bench mixers, bench operator, bench loss, bench data."""
 
 from __future__ import annotations
 
@@ -89,6 +89,23 @@ def bench_operator(
         print(report_operator(cases, backends.split(",") if backends else [], repeats, threads, out))
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+@bench_app.command("loss")
+def bench_loss(
+    width: Annotated[int, typer.Option(min=1, help="channels of a token")] = 768,
+    vocab_size: Annotated[int, typer.Option(min=1, help="rows of the vocabulary")] = 50_304,
+    tokens: Annotated[str, typer.Option(help="tokens of a pass, with commas between")] = "1024,8192",
+    dtypes: Annotated[str, typer.Option(help="of fp32 and bf16, with commas between")] = "fp32,bf16",
+    repeats: Annotated[int, typer.Option(min=1, help="timed passes of each")] = 3,
+    threads: Annotated[int, THREADS] = 1,
+    out: Out = None,
+) -> None:
+    """Time the loss and its gradients beside the three matrix products in them, interleaved."""
+    from tostlm.bench import report_loss
+
+    lengths = parse_numbers(tokens, "--tokens")
+    print(report_loss(width, vocab_size, lengths, dtypes.split(","), repeats, threads, out))
 
 
 @bench_app.command("data")
