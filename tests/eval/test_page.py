@@ -16,11 +16,11 @@ from tests.conftest import Run, fail, succeed, tostlm
 from tostlm.checkpoint import checkpoints
 from tostlm.config import load_config
 from tostlm.errors import UserError
-from tostlm.eval.chapters import STATE_CONTEXTS, format_bytes
+from tostlm.eval.chapters import STATE_CONTEXTS
 from tostlm.eval.page import write_page
 from tostlm.eval.report import read_report
 from tostlm.eval.summary import flops_after, read_runs
-from tostlm.files import short_names
+from tostlm.files import format_bytes, short_names
 from tostlm.model import count_parameters, state_bytes, training_flops_per_token
 
 VOID = {"meta", "img", "link", "br", "hr"}

@@ -26,6 +26,7 @@ from tostlm.checkpoint.layout import (
 from tostlm.checkpoint.rollback import PASSED_OVER
 from tostlm.config import RunConfig, load_config
 from tostlm.errors import UserError
+from tostlm.files import format_bytes
 from tostlm.model import count_body_parameters, count_parameters, state_bytes
 
 # What the names of folders that no run resumes from begin or end with.
@@ -104,7 +105,7 @@ def table(rows: list[ListedCheckpoint]) -> str:
             row.name,
             "" if row.tokens is None else f"{row.tokens:,}",
             "" if row.validation_loss is None else f"{row.validation_loss:.4f}",
-            _size(row.bytes),
+            format_bytes(row.bytes),
             row.saved,
             ", ".join(row.notes),
         )
@@ -154,17 +155,10 @@ def describe(path: Path, tokenizer: Path | None = None) -> str:
             facts[name] = origin
     if checkpoint.path.is_dir():
         files = sorted(file for file in checkpoint.path.rglob("*") if file.is_file())
-        facts["files"] = "\n".join(f"{_size(f.stat().st_size):>10}  {f.relative_to(checkpoint.path)}" for f in files)
+        facts["files"] = "\n".join(
+            f"{format_bytes(f.stat().st_size):>10}  {f.relative_to(checkpoint.path)}" for f in files
+        )
     return "\n".join(f"{name:<14}{value.replace(chr(10), chr(10) + ' ' * 14)}" for name, value in facts.items())
-
-
-def _size(count: int) -> str:
-    size = float(count)
-    for unit in ("bytes", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
 
 
 def differences(first: Path, second: Path) -> list[str]:

@@ -20,6 +20,7 @@ from tostlm.eval.report import (
     verdict,
 )
 from tostlm.eval.summary import DecodeFile, DecodeSpeed, RunSummary
+from tostlm.files import format_bytes
 from tostlm.model import count_body_parameters, count_parameters, perplexity, state_bytes
 from tostlm.plots import Curve, Panel, Point
 
@@ -282,12 +283,3 @@ def _speed_row(speed: DecodeSpeed) -> list[str]:
         NONE if read is None else f"{read:,.0f}",
         NONE if state is None else format_bytes(state),
     ]
-
-
-def format_bytes(size: float) -> str:
-    """Return a size in the largest unit of 1,024 that it fills, in four digits."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:,.4g} TiB"
