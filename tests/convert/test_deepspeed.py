@@ -123,8 +123,20 @@ def test_checkpoints_of_every_stage_are_read(trained: dict[str, Run], tmp_path: 
     for file in (tmp_path / "1" / "global_step2").glob("*_optim_states.pt"):
         torch.save({"optimizer_state_dict": Code()}, file)
     fail(tostlm("checkpoint", "show", str(tmp_path / "1")), "holds more than tensors", "nothing in it was executed")
+
+    patterns = tmp_path / "1" / "global_step[2]"  # DeepSpeed would find the files of global_step2
+    patterns.mkdir()
+    for file in (tmp_path / "2" / "global_step2").glob("*00_optim_states.pt"):
+        shutil.copy(file, patterns)
+    torch.save({"module": {}}, patterns / "mp_rank_00_model_states.pt")
+    torch.save(Code(), tmp_path / "1" / "global_step2" / "mp_rank_00_model_states.pt")
+    (tmp_path / "1" / "latest").write_text(patterns.name)
+    fail(tostlm("checkpoint", "show", str(tmp_path / "1")), "cannot be put together")
+    assert not executed.exists()
     pickle.loads(pickle.dumps(Code()))
     assert executed.exists()  # it would have run
+    (tmp_path / "1" / "latest").write_text("../2/global_step2")
+    fail(tostlm("convert", str(tmp_path / "1"), "--to", "hf", str(tmp_path / "x")), "has none of model.safetensors")
 
 
 def test_engines_of_others_go_on_with_the_optimizers_state(trained: dict[str, Run], tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -34,8 +36,11 @@ def is_deepspeed(path: Path) -> bool:
 def files_of(path: Path) -> list[Path]:
     """Return the pickles of the checkpoint that `latest` names; none in another kind of folder."""
     try:
-        folder = path / (path / LATEST).read_text().strip()
+        name = (path / LATEST).read_text().strip()
     except (OSError, ValueError):
+        return []
+    folder = path / name
+    if folder.parent != path:  # outside of it
         return []
     return sorted(file for pattern in (MODEL_STATES, OPTIMIZER_STATES) for file in folder.glob(pattern))
 
@@ -80,11 +85,20 @@ def read_consolidated(path: Path) -> dict[str, Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            merged: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(path))
+        # In a folder of their own, as DeepSpeed takes a name such as step[1] for a pattern, which other files may fit.
+        with TemporaryDirectory() as checked, _silence():
+            for file in files:
+                Path(checked, file.name).symlink_to(file.resolve())
+            merged: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(*os.path.split(checked))
     except Exception as error:  # of incomplete checkpoints DeepSpeed raises any
         raise UserError(f"{path} cannot be put together: {error_summary(error)}; is a rank's file missing?") from None
     return merged
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def _module(saved: Mapping[str, Any], file: Path) -> dict[str, Tensor]:
