@@ -43,10 +43,10 @@ def step(engine: Any) -> None:
     engine.step()
 
 
-def whole(parameter: Any, kind: str) -> Tensor | None:
+def whole(parameter: Any, kind: str) -> Tensor:
     read = partial(safe_get_full_optimizer_state, optim_state_key=kind)
-    found = safe_get_full_fp32_param(parameter) if kind == "fp32" else read(parameter)
-    return None if found is None else found.clone()
+    found: Tensor = safe_get_full_fp32_param(parameter) if kind == "fp32" else read(parameter)
+    return found.clone()
 
 
 def save_at_stages(export: Path, folder: Path, rank: int, world_size: int) -> dict[str, dict[str, Tensor]]:
@@ -65,7 +65,7 @@ def save_at_stages(export: Path, folder: Path, rank: int, world_size: int) -> di
     return found
 
 
-def load_universal(folder: Path, rank: int, world_size: int) -> dict[int, dict[str, dict[str, Tensor | None]]]:
+def load_universal(folder: Path, rank: int, world_size: int) -> dict[int, dict[str, dict[str, Tensor]]]:
     """The state of engines that have loaded a universal checkpoint, and after one step more."""
     found = {}
     for stage in (1, 2):
