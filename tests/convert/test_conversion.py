@@ -29,13 +29,18 @@ def test_a_folder_is_replaced_if_that_is_asked(trained: dict[str, Run], tmp_path
     source, out = load_checkpoint(trained["softmax"].dir), tmp_path / "out"
     convert(source, out, FORMATS[to].write)
     record = out / "conversion.json"
-    assert sorted(json.loads(record.read_text())["files"]) == sorted(path.name for path in out.iterdir())
+    listed = json.loads(record.read_text())["files"]
+    assert sorted(listed) == sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     record.write_text(record.read_text() + " ")
     command = ("convert", str(trained["softmax"].dir), "--to", to, str(out))
     fail(tostlm(*command), "exists; remove it or choose another")
     (out / "precious").touch()
     fail(tostlm(*command, "--overwrite"), "out has what no conversion has written: precious; move that elsewhere first")
     (out / "precious").unlink()
+    for inside in (path for path in out.iterdir() if path.is_dir()):
+        (inside / "precious").touch()
+        fail(tostlm(*command, "--overwrite"), f"out has what no conversion has written: {inside.name}/precious")
+        (inside / "precious").unlink()
     assert record.read_text().endswith(" ")
     succeed(tostlm(*command, "--overwrite"))
     assert not record.read_text().endswith(" ")

@@ -25,8 +25,9 @@ STATE = {"fp32": "weight", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 def engine_of(export: Path, stage: int, bf16: bool = False, **settings: Any) -> Any:
     """An engine of DeepSpeed around an exported model, as a script that knows nothing of tostlm makes one."""
     model = transformers.AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True)
+    model.lm.norm.weight.requires_grad_(not bf16)
     matrices = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
+    others = [p for p in model.parameters() if p.dim() <= 1 and p.requires_grad]
     adam = torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}], lr=1e-2, weight_decay=0.1)
     config = {
         "train_micro_batch_size_per_gpu": 2,
@@ -58,7 +59,8 @@ def save_at_stages(export: Path, folder: Path, rank: int, world_size: int) -> di
         step(engine)
         engine.save_checkpoint(str(folder / str(stage)))
         own = {
-            name: p.detach().clone() if stage == 0 else whole(p, "fp32") for name, p in engine.module.named_parameters()
+            name: whole(p, "fp32") if stage and p.requires_grad else p.detach().float()
+            for name, p in engine.module.named_parameters()
         }
         found[str(stage)] = own
         engine.destroy()
@@ -111,7 +113,14 @@ def test_checkpoints_of_every_stage_are_read(trained: dict[str, Run], tmp_path: 
 
     rank = tmp_path / "2" / "global_step2" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     rank.unlink()
-    fail(tostlm("checkpoint", "show", str(tmp_path / "2")), "cannot be put together", "is a rank's file missing?")
+    shutil.copytree(tmp_path / "2", tmp_path / "without")
+    next((tmp_path / "without" / "global_step2").glob("*_optim_states.pt")).unlink()
+    fail(tostlm("checkpoint", "show", str(tmp_path / "without")), "has no optim_states.pt")
+    fail(
+        tostlm("checkpoint", "show", str(tmp_path / "2")),
+        "cannot be put together",
+        "is a rank's file missing, or was it",
+    )
     rank.with_name("mp_rank_01_model_states.pt").touch()
     fail(tostlm("checkpoint", "show", str(tmp_path / "2")), "has parts of a model in mp_rank_01_model_states.pt")
     executed = tmp_path / "executed"

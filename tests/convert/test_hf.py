@@ -368,6 +368,6 @@ def test_an_export_leaves_its_neighbours_alone(trained: dict[str, Run], tmp_path
 def test_mistakes(trained: dict[str, Run], exported: dict[str, Path], tmp_path: Path) -> None:
     run = str(trained["tssa"].dir)
     fail(tostlm("convert", run, "--to", "hf", str(exported["tssa"])), "exists; remove it or choose another folder")
-    fail(tostlm("convert", run, "--to", "gguf", str(tmp_path / "x")), "--to gguf is not known; use hf, release, tostlm")
+    fail(tostlm("convert", run, "--to", "gguf", str(tmp_path / "x")), "--to gguf is not known; use hf, tostlm, release")
     fail(tostlm("convert", str(tmp_path), "--to", "hf", str(tmp_path / "x")), "neither a checkpoint nor")
     fail(tostlm("convert", run, "--to", "hf", "/proc/x"), "cannot write in /proc")

@@ -143,7 +143,7 @@ def checkpoint_ema(
     print(f"{out}: the moving average that {found} has")
 
 
-SIZE = re.compile(r"(\d+)(MB|GB)")
+SIZE = re.compile(r"([0-9]+)(MB|GB)")
 
 
 @app.command()
@@ -174,7 +174,8 @@ def convert(
         Path | None, typer.Option(help="with int8: prepared data to measure by; default: the run's")
     ] = None,
     prefill_tokens: Annotated[
-        int | None, typer.Option(min=2, help="with torch-export: of a prompt that are read at a time; default: 64")
+        int | None,
+        typer.Option(min=2, max=1 << 20, help="with torch-export: of a prompt that are read at a time; default: 64"),
     ] = None,
 ) -> None:
     """Convert a model, and publish it if it computes the same logits.

@@ -71,6 +71,8 @@ def convert(
         UserError: `out` exists, cannot be written, or is the source; the format cannot hold the model; what was written
             does not compute the same.
     """
+    if not _is_utf8(out):
+        raise UserError(f"{os.fsencode(out)!r} is no name in UTF-8, which libraries need; choose another")
     if overwrite and os.path.lexists(out):
         _require_replaceable(checkpoint, out)
     else:
@@ -80,7 +82,7 @@ def convert(
     try:
         with atomic_folder(out) as folder:
             found = write(checkpoint, folder)
-            files = sorted(path.name for path in folder.iterdir())
+            files = _files_of(folder)
             compared = [str(each) for each in found]
             record = {"source": str(checkpoint.path), "files": [*files, RECORD], "compared": compared}
             (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
@@ -88,6 +90,17 @@ def convert(
             return found
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}; nothing was published") from None
+
+
+def _files_of(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        return bool(str(path).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _give_usual_modes(folder: Path) -> None:
@@ -104,7 +117,7 @@ def _require_replaceable(checkpoint: Checkpoint, out: Path) -> None:
         raise UserError(f"{out} is no folder that a conversion has written, and is not replaced; choose another")
     if is_among_checkpoints(out):
         raise UserError(f"{out} is among the checkpoints of a run, and is not replaced; choose another folder")
-    if added := sorted({path.name for path in out.iterdir()} - {str(name) for name in files}):
+    if added := sorted(set(_files_of(out)) - {str(name) for name in files}):
         raise UserError(f"{out} has what no conversion has written: {', '.join(added[:5])}; move that elsewhere first")
     if checkpoint.path.resolve().is_relative_to(out.resolve()):
         raise UserError(f"{out} holds the model that is converted; choose another folder")

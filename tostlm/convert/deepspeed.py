@@ -6,6 +6,7 @@ files of one.
 
 from __future__ import annotations
 
+import io
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -64,16 +65,14 @@ def _write_universal(checkpoint: Checkpoint, step: Path) -> None:
         for name, tensor in read_kind(checkpoint.path, config, ours):
             place = step / "zero" / f"{EXPORTED}{name}"
             place.mkdir(parents=True, exist_ok=True)
-            torch.save({"param": tensor.clone(), "cat_dim": 0}, place / f"{theirs}.pt")
-            torch.save(updates, place / "step.pt")
+            _save({"param": tensor.clone(), "cat_dim": 0}, place / f"{theirs}.pt")
+            _save(updates, place / "step.pt")
             names.add(name)
     # An engine loads as many of its groups as are named here, and replaces what is said of each: learning rates and the
     # like stay the script's own.
     groups: list[dict[str, Any]] = [{} for _ in names]
     inner = {"state": {0: {"step": updates}}, "param_groups": groups}  # where stage 3 looks
-    torch.save(
-        {**written_by, "param_groups": groups, "optimizer_state_dict": inner}, step / "zero" / "optimizer_state.pt"
-    )
+    _save({**written_by, "param_groups": groups, "optimizer_state_dict": inner}, step / "zero" / "optimizer_state.pt")
     rank = {
         **written_by,
         "module": {},  # its weights are read from zero/
@@ -84,4 +83,11 @@ def _write_universal(checkpoint: Checkpoint, step: Path) -> None:
         "universal_checkpoint_info": {"universal_checkpoint_version": 0.2},
     }
     for name in RANK_FILES:
-        torch.save(rank, step / name)
+        _save(rank, step / name)
+
+
+def _save(value: object, path: Path) -> None:
+    """Save as torch does, whose own writing to a full disk is no OSError."""
+    content = io.BytesIO()
+    torch.save(value, content)
+    path.write_bytes(content.getbuffer())

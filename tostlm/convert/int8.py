@@ -22,6 +22,7 @@ from tostlm.eval.text import require_tokenizer
 
 MEASURED_TOKENS = 1 << 14
 WINDOW_TOKENS = 512  # at most
+WEIGHTS = "model*.safetensors*"
 
 
 class PerplexityCost(NamedTuple):
@@ -57,19 +58,27 @@ def write_int8(
     except ImportError:
         raise UserError("--to int8 takes `pip install 'tostlm[int8]'`") from None
     windows = _held_out(checkpoint, data)
-    found: list[Comparison | PerplexityCost] = [*write_hf(checkpoint, folder, license=license)]
+    # torchao rounds nn.Linear, which transformers' GPT-2 has none of.
+    found: list[Comparison | PerplexityCost] = [*write_hf(checkpoint, folder, license=license, own_class=True)]
     exact = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     rounded = transformers.AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, quantization_config=transformers.TorchAoConfig(Int8WeightOnlyConfig())
     ).eval()
-    for file in folder.glob("model*.safetensors*"):
+    exact_bytes = _weight_bytes(folder)
+    for file in folder.glob(WEIGHTS):
         file.unlink()
     rounded.save_pretrained(folder)
+    if _weight_bytes(folder) >= exact_bytes:
+        raise UserError(f"torchao rounded no matrix of {checkpoint.path}; nothing was published")
     again = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     scored = windows.shape[0] * (windows.shape[1] - 1)
     before, after = (_perplexity(model, windows) for model in (exact, again))
     where = data or checkpoint.config.data.folders[0]
     return [*found, PerplexityCost(scored, where, before, after)]
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob(WEIGHTS))
 
 
 def _held_out(checkpoint: Checkpoint, data: Path | None) -> torch.Tensor:

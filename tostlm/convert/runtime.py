@@ -6,6 +6,7 @@ A folder has the program that reads one token, what it starts from, and decoder.
 from __future__ import annotations
 
 import copy
+import io
 import json
 import logging
 import warnings
@@ -48,7 +49,9 @@ def write_torch_export(checkpoint: Checkpoint, folder: Path, *, prefill_tokens: 
     decoder, start = _write_start(checkpoint, lm, folder, prefill_tokens)
     found = []
     for name, tokens in ((STEP, 1), (PREFILL, prefill_tokens)):
-        torch.export.save(_trace(decoder, tokens), folder / name)
+        content = io.BytesIO()  # torch's own writing to a full disk ends the process
+        torch.export.save(_trace(decoder, tokens), content)
+        (folder / name).write_bytes(content.getbuffer())
         program = torch.export.load(folder / name).module()
         found += _compare(program, checkpoint, decoder, start, tokens, folder)
     return found

@@ -10,6 +10,8 @@ import io
 import os
 import pickle
 import re
+import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,13 +38,11 @@ def is_deepspeed(path: Path) -> bool:
 def files_of(path: Path) -> list[Path]:
     """Return the pickles of the checkpoint that `latest` names; none in another kind of folder."""
     try:
-        name = (path / LATEST).read_text().strip()
+        folder = path / (path / LATEST).read_text().strip() if (path / LATEST).is_file() else path
+        patterns = (MODEL_STATES, OPTIMIZER_STATES) if folder.parent == path else ()  # nothing outside of it
+        return sorted(file for pattern in patterns for file in folder.glob(pattern))
     except (OSError, ValueError):
         return []
-    folder = path / name
-    if folder.parent != path:  # outside of it
-        return []
-    return sorted(file for pattern in (MODEL_STATES, OPTIMIZER_STATES) for file in folder.glob(pattern))
 
 
 def read_trained(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -67,7 +67,7 @@ def read_consolidated(path: Path) -> dict[str, Tensor]:
     """Return a model's parameters in fp32 by the names that it had in DeepSpeed, from a checkpoint of any ZeRO stage.
 
     DeepSpeed puts them together, after every file was seen to hold tensors, plain values and DeepSpeed's records alone.
-    At stage 0 they are in the dtype that the model had.
+    At stage 0, and where they were frozen, they are those of the module, rounded as it had them.
 
     Raises:
         UserError: it holds anything else, is damaged, or of a model in parts.
@@ -78,21 +78,33 @@ def read_consolidated(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{path} has parts of a model in {parts[0]} (tensor, pipeline or expert parallelism); merge them"
         )
+    if (models[0].parent / "zero").is_dir():
+        raise UserError(f"{path} names a universal checkpoint as its latest; name the one that it was made of there")
     use_cpu_without_gpu()  # before DeepSpeed is imported
     loaded = {file: _load(file) for file in files}
-    if len(models) == len(files) == 1:  # stage 0
-        return _module(loaded[models[0]], models[0])
+    module = _module(loaded[models[0]], models[0])
+    if len(models) == len(files) == 1:
+        if loaded[models[0]].get("param_shapes") is not None:  # which stage 0 has not
+            raise UserError(f"{path} has no optim_states.pt, where the weights are that ZeRO trained; copy them too")
+        return module
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    try:
-        # In a folder of their own, as DeepSpeed takes a name such as step[1] for a pattern, which other files may fit.
-        with TemporaryDirectory() as checked, _silence():
-            for file in files:
-                Path(checked, file.name).symlink_to(file.resolve())
-            merged: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(*os.path.split(checked))
-    except Exception as error:  # of incomplete checkpoints DeepSpeed raises any
-        raise UserError(f"{path} cannot be put together: {error_summary(error)}; is a rank's file missing?") from None
-    return merged
+    # In a folder of their own, as DeepSpeed takes a name such as step[1] for a pattern, which other files may fit.
+    with TemporaryDirectory() as checked:
+        for file in files:
+            Path(checked, file.name).symlink_to(file.resolve())
+        try:
+            with _silence():
+                merged: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(*os.path.split(checked))
+        except Exception as error:  # of incomplete checkpoints DeepSpeed raises any
+            why = error_summary(error).replace(checked, str(models[0].parent))
+            raise UserError(
+                f"{path} cannot be put together: {why}; is a rank's file missing, or was it saved by another optimizer "
+                "than ZeRO's?"
+            ) from None
+    if len(models) > 1:  # stage 3, whose module is in parts
+        return merged
+    return {name: tensor.float() for name, tensor in module.items()} | merged
 
 
 @contextlib.contextmanager
@@ -104,7 +116,7 @@ def _silence() -> Iterator[None]:
 def _module(saved: Mapping[str, Any], file: Path) -> dict[str, Tensor]:
     module = saved.get("module")
     if not isinstance(module, Mapping) or not all(isinstance(tensor, Tensor) for tensor in module.values()):
-        raise UserError(f"{file} has no parameters; its optim_states.pt are missing, or it is not DeepSpeed's")
+        raise UserError(f"{file} has no module with parameters; it is damaged, or not DeepSpeed's")
     return dict(module)
 
 
@@ -115,8 +127,9 @@ def _load(file: Path) -> Mapping[str, Any]:
 
     records = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
     try:
-        with torch.serialization.safe_globals(records):
-            saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        with torch.serialization.safe_globals(records), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, before it refuses what is in a pickle
+            saved = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
             f"{file} holds more than tensors, plain values and DeepSpeed's own records, or is damaged; nothing in it "
