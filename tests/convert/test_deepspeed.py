@@ -145,7 +145,11 @@ def test_checkpoints_of_every_stage_are_read(trained: dict[str, Run], tmp_path: 
     pickle.loads(pickle.dumps(Code()))
     assert executed.exists()  # it would have run
     (tmp_path / "1" / "latest").write_text("../2/global_step2")
-    fail(tostlm("convert", str(tmp_path / "1"), "--to", "hf", str(tmp_path / "x")), "has none of model.safetensors")
+    fail(
+        tostlm("convert", str(tmp_path / "1"), "--to", "hf", str(tmp_path / "x")),
+        "has none of model.safetensors",
+        "its latest names no checkpoint",
+    )
 
 
 def test_engines_of_others_go_on_with_the_optimizers_state(trained: dict[str, Run], tmp_path: Path) -> None:

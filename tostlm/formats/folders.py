@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tostlm.errors import UserError, error_summary
 from tostlm.files import read_json_object
-from tostlm.formats.deepspeed import files_of, is_deepspeed, read_consolidated
+from tostlm.formats.deepspeed import LATEST, files_of, is_deepspeed, read_consolidated
 from tostlm.formats.gpt2 import read_gpt2
 from tostlm.formats.naming import ForeignTensor, require_depth, take_weights
 from tostlm.model import ModelConfig, weight_shapes
@@ -88,7 +88,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return _read_shards(path, name)
     if is_deepspeed(path):
         return read_consolidated(path)
-    raise UserError(f"{path} has none of {', '.join(WEIGHTS)}; download its weights too")
+    named = f", and its {LATEST} names no checkpoint of DeepSpeed's in it" if (path / LATEST).is_file() else ""
+    raise UserError(f"{path} has none of {', '.join(WEIGHTS)}{named}; download its weights too")
 
 
 def _read_shards(path: Path, name: str) -> dict[str, Tensor]:
