@@ -22,13 +22,17 @@ TOKENS = torch.randint(500, (2, 16), generator=torch.Generator().manual_seed(1))
 STATE = {"fp32": "weight", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 
 
+def adam_of(model: Any) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1 and p.requires_grad]
+    return torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}], lr=1e-2, weight_decay=0.1)
+
+
 def engine_of(export: Path, stage: int, bf16: bool = False, **settings: Any) -> Any:
     """An engine of DeepSpeed around an exported model, as a script that knows nothing of tostlm makes one."""
     model = transformers.AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True)
     model.lm.norm.weight.requires_grad_(not bf16)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1 and p.requires_grad]
-    adam = torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}], lr=1e-2, weight_decay=0.1)
+    adam = adam_of(model)
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "zero_optimization": {"stage": stage},
@@ -171,11 +175,7 @@ def one_step_of_adam(export: Path, own: dict[str, dict[str, Tensor]]) -> dict[st
     """The weights after one step of torch's AdamW from a checkpoint's state, which six updates made."""
     model = transformers.AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True)
     named = dict(model.named_parameters())
-    groups = [
-        {"params": [p for p in named.values() if p.dim() > 1], "weight_decay": 0.1},
-        {"params": [p for p in named.values() if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    adam = torch.optim.AdamW(groups, lr=1e-2)
+    adam = adam_of(model)
     for name, parameter in named.items():
         assert torch.equal(parameter, own["fp32"][name.removeprefix("lm.")])
         kinds = {kind: own[kind][name.removeprefix("lm.")].clone() for kind in ("exp_avg", "exp_avg_sq")}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tostlm.bench.report import clock, report
+from tostlm.bench.report import clock, report, take_turns
 from tostlm.device import best_device
 from tostlm.errors import UserError
 from tostlm.files import require_file_writable
@@ -83,15 +84,16 @@ def bench_loss(
         "tostlm": lambda: mean_cross_entropy(x, weight, targets).backward(),
         "torch": lambda: F.cross_entropy(F.linear(x, weight).float(), targets).backward(),
     }
-    timed: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(repeats + 1):
-        for way, run in ways.items():
-            x.grad = weight.grad = None
-            start = clock(device)
-            with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "fp32"):
-                run()
-            timed[way].append(clock(device) - start)
-    medians = {way: statistics.median(seconds[1:]) for way, seconds in timed.items()}
+
+    def time_pass(run: Callable[[], object]) -> float:
+        x.grad = weight.grad = None
+        start = clock(device)
+        with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "fp32"):
+            run()
+        return clock(device) - start
+
+    timed = take_turns({way: partial(time_pass, run) for way, run in ways.items()}, repeats)
+    medians = {way: statistics.median(seconds) for way, seconds in timed.items()}
     return [LossCost(way, dtype, tokens, cost, cost / medians[PRODUCTS]) for way, cost in medians.items()]
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from tostlm.bench.report import clock, report
+from tostlm.bench.report import clock, report, take_turns
 from tostlm.device import best_device
 from tostlm.errors import UserError
 from tostlm.files import require_file_writable
@@ -65,12 +66,10 @@ def bench_mixers(
     linear = nn.Linear(width, width, bias=False, device=device)
     read = torch.zeros(1, tokens, dtype=torch.long, device=device)
     positions = SequencePositions.build(read, 0, None, None, any(b.mixer.needs_spans for b in blocks))
-    timed: dict[str, list[float]] = {name: [] for name in (LINEAR, *mixers)}
-    for _ in range(repeats + 1):
-        x = torch.randn(1, tokens, width, device=device, requires_grad=True)
-        for name, layer in zip(timed, (linear, *(block.mixer for block in blocks)), strict=True):
-            timed[name].append(_time_pass(layer, x, positions))
-    medians = {name: statistics.median(seconds[1:]) for name, seconds in timed.items()}
+    x = torch.randn(1, tokens, width, device=device, requires_grad=True)
+    timed = dict(zip((LINEAR, *mixers), (linear, *(block.mixer for block in blocks)), strict=True))
+    passes = {name: partial(_time_pass, layer, x, positions) for name, layer in timed.items()}
+    medians = {name: statistics.median(seconds) for name, seconds in take_turns(passes, repeats).items()}
     costs = [Cost(LINEAR, tokens, medians[LINEAR], 1.0, 1.0, 0)]
     for name, block in zip(mixers, blocks, strict=True):
         weights = sum(p.numel() for n, p in block.mixer.named_parameters() if n != "bias") / width**2

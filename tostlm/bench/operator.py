@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tostlm.bench.report import now, report
+from tostlm.bench.report import now, report, take_turns
 from tostlm.device import best_device
 from tostlm.files import require_file_writable, write_atomically
 from tostlm.plots import new_figure, png_bytes, require_matplotlib
@@ -80,12 +81,8 @@ def report_operator(
     for shape in shapes:
         contestants = {name: _contestant(name, shape, device) for name in (AUTHORS, *backends, LINEAR, COPY)}
         few = {name: _contestant(name, shape._replace(tokens=FEW_TOKENS), device) for name in contestants}
-        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
-        for _ in range(repeats + 1):
-            for name, run in contestants.items():
-                few[name]()
-                seconds[name].append(run())
-        for name, (_, *timed) in seconds.items():
+        runs = {name: partial(_time_after, few[name], run) for name, run in contestants.items()}
+        for name, timed in take_turns(runs, repeats).items():
             timings.append(Timing(shape, name, *map(statistics.median, zip(*timed, strict=True))))
     rows = [{**timing._asdict(), "shape": timing.shape._asdict()} for timing in timings]
     text = report(table(timings, backends), device, out and out.with_suffix(".json"), timings=rows)
@@ -93,6 +90,11 @@ def report_operator(
         write_atomically(out.with_suffix(".txt"), text + "\n")
         write_atomically(out.with_suffix(".png"), _plot(timings, backends))
     return text
+
+
+def _time_after(few: Callable[[], object], run: Callable[[], tuple[float, float]]) -> tuple[float, float]:
+    few()
+    return run()
 
 
 def _contestant(name: str, shape: Shape, device: torch.device) -> Callable[[], tuple[float, float]]:

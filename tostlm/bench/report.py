@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -13,6 +14,8 @@ from tostlm import __version__
 from tostlm.config import RunConfig, load_config
 from tostlm.device import device_name
 from tostlm.files import distinct_names, require_file_writable, write_atomically
+
+T = TypeVar("T")
 
 
 def now(device: torch.device) -> float:
@@ -25,6 +28,15 @@ def now(device: torch.device) -> float:
 def clock(device: torch.device) -> float:
     """Return the CPU seconds of this process, which other programs hardly change, on a CPU; else as `now`."""
     return time.process_time() if device.type == "cpu" else now(device)
+
+
+def take_turns(runs: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:
+    """Return what each function returned in `repeats` turns, after one that warms up.
+
+    They take turns, so that a change of the machine's speed meets all of them.
+    """
+    turns = [{name: run() for name, run in runs.items()} for _ in range(repeats + 1)]
+    return {name: [turn[name] for turn in turns[1:]] for name in runs}
 
 
 def open_configs(configs: Sequence[Path], threads: int | None, out: Path | None) -> dict[str, RunConfig]:

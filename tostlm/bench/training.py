@@ -6,12 +6,13 @@ import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from tostlm.bench.report import now, open_configs, report
+from tostlm.bench.report import now, open_configs, report, take_turns
 from tostlm.config import RunConfig, matmul_dtype
 from tostlm.device import best_device
 from tostlm.model import LM, ModelConfig, create_lm
@@ -52,11 +53,10 @@ def bench_training(
     for context in contexts:
         lms = {name: _model(run.model, context, device) for name, run in runs.items()}
         sequences = max(1, tokens // context)
-        seconds: dict[str, list[float]] = {name: [] for name in lms}
-        for _ in range(repeats + 1):
-            for name, lm in lms.items():
-                seconds[name].append(_time_pass(lm, matmul_dtype(runs[name]), sequences, context))
-        for name, (_, *timed) in seconds.items():
+        passes = {
+            name: partial(_time_pass, lm, matmul_dtype(runs[name]), sequences, context) for name, lm in lms.items()
+        }
+        for name, timed in take_turns(passes, repeats).items():
             rates.append(Rate(name, context, sequences * context / statistics.median(timed)))
     return rates
 

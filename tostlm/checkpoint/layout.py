@@ -44,7 +44,7 @@ from tostlm.data import Tokenizer, read_manifest
 from tostlm.errors import UserError, error_summary
 from tostlm.files import sha256_of
 from tostlm.formats import content_of, is_foreign, read_foreign
-from tostlm.formats.naming import ForeignTensor, take_weights
+from tostlm.formats.naming import take_own_weights
 from tostlm.model import LM, weight_shapes
 
 STATE, WEIGHTS, RECURRENT_STATE = "state", "weights.safetensors", "recurrent_state.safetensors"
@@ -251,8 +251,7 @@ def read_weights(checkpoint: Path, config: RunConfig) -> dict[str, Tensor]:
         found = safetensors.torch.load_file(checkpoint / WEIGHTS)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"checkpoint {checkpoint}: {WEIGHTS} cannot be read ({error_summary(error)})") from None
-    shapes, where = weight_shapes(config.model), f"checkpoint {checkpoint}: {WEIGHTS}"
-    return take_weights(found, {name: ForeignTensor(name) for name in shapes}, shapes, where)
+    return take_own_weights(found, config.model, f"checkpoint {checkpoint}: {WEIGHTS}")
 
 
 def _load_foreign(path: Path, device: torch.device | str, tokenizer: Path | None) -> Checkpoint:

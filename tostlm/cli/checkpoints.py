@@ -195,8 +195,8 @@ def convert(
         "prefill_tokens": ("--prefill-tokens", prefill_tokens),
     }
     given = {name: value for name, (_, value) in options.items() if value is not None}
-    for name in given.keys() - FORMATS[to].takes:
-        takers = [other for other, format in FORMATS.items() if name in format.takes]
+    for name in given.keys() - FORMATS[to].options:
+        takers = [other for other, format in FORMATS.items() if name in format.options]
         raise UserError(f"{options[name][0]} goes with --to {' or '.join(takers)}, and this is --to {to}")
     from tostlm.checkpoint import load_checkpoint
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -26,16 +27,20 @@ Found = Sequence[Comparison | PerplexityCost]
 class Format(NamedTuple):
     """What a model can be converted to."""
 
-    write: Callable[..., Found]  # of a checkpoint and an empty folder, and what it `takes` by name
+    write: Callable[..., Found]  # of a checkpoint and an empty folder, and of its options by name
     advice: str  # what to do with the folder, whose name comes for {out}
-    takes: frozenset[str] = frozenset()
+
+    @property
+    def options(self) -> set[str]:
+        """The names of what may be chosen."""
+        parameters = inspect.signature(self.write).parameters.values()
+        return {parameter.name for parameter in parameters if parameter.kind == parameter.KEYWORD_ONLY}
 
 
 FORMATS = {  # by the names that the command line has for them
     "hf": Format(
         write_hf,
         "loads with transformers.AutoModelForCausalLM.from_pretrained('{out}', trust_remote_code=True)",
-        frozenset({"shard_bytes", "own_class", "license"}),
     ),
     "tostlm": Format(
         write_checkpoint,
@@ -48,12 +53,9 @@ FORMATS = {  # by the names that the command line has for them
     "torch-export": Format(
         write_torch_export,
         "torch.export.load reads step.pt2 and prefill.pt2, which continue start.safetensors",
-        frozenset({"prefill_tokens"}),
     ),
     "onnx": Format(write_onnx, "onnxruntime reads step.onnx, which continues start.safetensors"),
-    "int8": Format(
-        write_int8, "loads as an hf folder does, where torchao is installed", frozenset({"license", "data"})
-    ),
+    "int8": Format(write_int8, "loads as an hf folder does, where torchao is installed"),
 }
 RECORD = "conversion.json"  # in a converted folder: its format, source and files, and what was compared
 
@@ -71,8 +73,10 @@ def convert(
         UserError: `out` exists, cannot be written, or is the source; the format cannot hold the model; what was written
             does not compute the same.
     """
-    if not _is_utf8(out):
-        raise UserError(f"{os.fsencode(out)!r} is no name in UTF-8, which libraries need; choose another")
+    try:
+        str(out).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{os.fsencode(out)!r} is no name in UTF-8, which libraries need; choose another") from None
     if overwrite and os.path.lexists(out):
         _require_replaceable(checkpoint, out)
     else:
@@ -94,13 +98,6 @@ def convert(
 
 def _files_of(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
-
-
-def _is_utf8(path: Path) -> bool:
-    try:
-        return bool(str(path).encode())
-    except UnicodeEncodeError:
-        return False
 
 
 def _give_usual_modes(folder: Path) -> None:

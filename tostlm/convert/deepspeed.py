@@ -22,7 +22,6 @@ from tostlm.errors import UserError
 from tostlm.formats.folders import EXPORTED
 
 LATEST_UNIVERSAL = "latest_universal"
-KINDS = {"fp32": "weight", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}  # DeepSpeed's names of ours
 # What an engine looks for of the ranks' own files, at stages 1 and 2, and at stage 3.
 RANK_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 
@@ -48,8 +47,7 @@ def write_deepspeed(checkpoint: Checkpoint, folder: Path) -> list[Comparison]:
         raise UserError(f"{checkpoint.path} was saved before the first update, without AdamW's state; use --to hf")
     if (damage := find_damage(checkpoint.path)) is not None:
         raise UserError(f"checkpoint {checkpoint.path} is damaged: {damage}; use an older one")
-    masters = dict(read_kind(checkpoint.path, config, "weight"))
-    checkpoint.lm.load_state_dict(masters, assign=True)
+    checkpoint.lm.load_state_dict(dict(read_kind(checkpoint.path, config, "weight")), assign=True)
     compared = write_hf(checkpoint, folder, own_class=True)
     step = folder / f"step-{state.step:08d}_universal"
     _write_universal(checkpoint, step)
@@ -60,17 +58,17 @@ def write_deepspeed(checkpoint: Checkpoint, folder: Path) -> list[Comparison]:
 def _write_universal(checkpoint: Checkpoint, step: Path) -> None:
     config, progress = checkpoint.config, checkpoint.train_state
     updates, written_by = torch.tensor(float(progress.optimizer_steps)), {"ds_version": version("deepspeed")}
-    names = set()
-    for theirs, ours in KINDS.items():
-        for name, tensor in read_kind(checkpoint.path, config, ours):
-            place = step / "zero" / f"{EXPORTED}{name}"
-            place.mkdir(parents=True, exist_ok=True)
-            _save({"param": tensor.clone(), "cat_dim": 0}, place / f"{theirs}.pt")
-            _save(updates, place / "step.pt")
-            names.add(name)
+    masters = dict(checkpoint.lm.named_parameters())
+    moments = ((kind, read_kind(checkpoint.path, config, kind)) for kind in ("exp_avg", "exp_avg_sq"))
+    for name in masters:
+        (step / "zero" / f"{EXPORTED}{name}").mkdir(parents=True)
+        _save(updates, step / "zero" / f"{EXPORTED}{name}" / "step.pt")
+    for kind, tensors in (("fp32", masters.items()), *moments):
+        for name, tensor in tensors:
+            _save({"param": tensor.detach(), "cat_dim": 0}, step / "zero" / f"{EXPORTED}{name}" / f"{kind}.pt")
     # An engine loads as many of its groups as are named here, and replaces what is said of each: learning rates and the
     # like stay the script's own.
-    groups: list[dict[str, Any]] = [{} for _ in names]
+    groups: list[dict[str, Any]] = [{} for _ in masters]
     inner = {"state": {0: {"step": updates}}, "param_groups": groups}  # where stage 3 looks
     _save({**written_by, "param_groups": groups, "optimizer_state_dict": inner}, step / "zero" / "optimizer_state.pt")
     rank = {

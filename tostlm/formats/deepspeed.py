@@ -8,22 +8,19 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import pickle
 import re
-import warnings
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tostlm.config import load_config, use_cpu_without_gpu
 from tostlm.errors import UserError, error_summary
-from tostlm.formats.naming import ForeignTensor, take_weights
-from tostlm.model import ModelConfig, weight_shapes
+from tostlm.formats.naming import take_own_weights
+from tostlm.formats.pickles import load_pickle
+from tostlm.model import ModelConfig
 
 LATEST, RUN_CONFIG = "latest", "config.yaml"
 MODEL_STATES, OPTIMIZER_STATES = "*_model_states.pt", "*_optim_states.pt"
@@ -57,10 +54,7 @@ def read_trained(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
             "trained beside latest, or the config.yaml of a run"
         )
     config = load_config(path / RUN_CONFIG).model
-    shapes = weight_shapes(config)
-    return config, take_weights(
-        read_consolidated(path), {name: ForeignTensor(name) for name in shapes}, shapes, str(path)
-    )
+    return config, take_own_weights(read_consolidated(path), config, str(path))
 
 
 def read_consolidated(path: Path) -> dict[str, Tensor]:
@@ -94,7 +88,7 @@ def read_consolidated(path: Path) -> dict[str, Tensor]:
         for file in files:
             Path(checked, file.name).symlink_to(file.resolve())
         try:
-            with _silence():
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 merged: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(*os.path.split(checked))
         except Exception as error:  # of incomplete checkpoints DeepSpeed raises any
             why = error_summary(error).replace(checked, str(models[0].parent))
@@ -105,12 +99,6 @@ def read_consolidated(path: Path) -> dict[str, Tensor]:
     if len(models) > 1:  # stage 3, whose module is in parts
         return merged
     return {name: tensor.float() for name, tensor in module.items()} | merged
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
 
 
 def _module(saved: Mapping[str, Any], file: Path) -> dict[str, Tensor]:
@@ -125,16 +113,11 @@ def _load(file: Path) -> Mapping[str, Any]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    records = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-    try:
-        with torch.serialization.safe_globals(records), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, before it refuses what is in a pickle
-            saved = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{file} holds more than tensors, plain values and DeepSpeed's own records, or is damaged; nothing in it "
-            "was executed. Save without a client_state of other objects"
-        ) from None
-    except Exception as error:  # of damaged files torch's reader raises any
-        raise UserError(f"{file} cannot be read: {error_summary(error)}; it is damaged") from None
+    saved = load_pickle(
+        file,
+        "tensors, plain values and DeepSpeed's own records",
+        "Save without a client_state of other objects",
+        "it is damaged",
+        [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address],
+    )
     return saved if isinstance(saved, Mapping) else {}

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from tostlm.errors import UserError, error_summary
 from tostlm.files import read_json_object
 from tostlm.formats.deepspeed import LATEST, files_of, is_deepspeed, read_consolidated
 from tostlm.formats.gpt2 import read_gpt2
-from tostlm.formats.naming import ForeignTensor, require_depth, take_weights
-from tostlm.model import ModelConfig, weight_shapes
+from tostlm.formats.naming import require_depth, take_own_weights
+from tostlm.formats.pickles import load_pickle
+from tostlm.model import ModelConfig
 from tostlm.model.mixers.base import options_from_dict
 
 HF_CONFIG = "config.json"  # what makes a folder Hugging Face's
@@ -75,8 +74,7 @@ def _read_export(
     shape = {field.name: values[field.name] for field in fields(ModelConfig) if field.name in values}
     config = ModelConfig(**shape | {"layers": tuple(map(options_from_dict, values["layers"]))})
     require_depth(config, theirs)
-    shapes = weight_shapes(config)
-    return config, take_weights(theirs, {name: ForeignTensor(EXPORTED + name) for name in shapes}, shapes, where)
+    return config, take_own_weights(theirs, config, where, EXPORTED)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -107,14 +105,12 @@ def _read_shards(path: Path, name: str) -> dict[str, Tensor]:
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
+        try:
             return safetensors.torch.load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f"{path} holds more than tensors, or is damaged; nothing in it was executed") from None
-    except Exception as error:  # of damaged files torch's reader raises any
-        raise UserError(f"{path} cannot be read: {error_summary(error)}; download it again") from None
+        except Exception as error:  # of damaged files the reader raises any
+            raise UserError(f"{path} cannot be read: {error_summary(error)}; download it again") from None
+    loaded = load_pickle(path, "tensors", "", "download it again")
     if not isinstance(loaded, Mapping) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
         raise UserError(f"{path} holds other things than tensors by name; it is no file of weights")
     return dict(loaded)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tostlm.errors import UserError
-from tostlm.model import ModelConfig
+from tostlm.model import ModelConfig, weight_shapes
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of weights
 # tostlm's names and GPT-2's: of a model's modules, of a block's modules, and of a block's parameters beside those.
@@ -98,3 +98,11 @@ def take_weights(
     if left := sorted(theirs.keys() - {foreign.name for foreign in tensors.values()}):
         raise UserError(f"{where} has tensors that its model does not: {', '.join(left[:5])}; it cannot be imported")
     return weights
+
+
+def take_own_weights(
+    theirs: Mapping[str, Tensor], config: ModelConfig, where: str, prefix: str = ""
+) -> dict[str, Tensor]:
+    """Return a model's weights out of tensors under tostlm's own names, behind a prefix; see `take_weights`."""
+    shapes = weight_shapes(config)
+    return take_weights(theirs, {name: ForeignTensor(prefix + name) for name in shapes}, shapes, where)

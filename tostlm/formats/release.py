@@ -5,9 +5,6 @@ Source: https://github.com/RobinWu218/ToST, tost_lang/{train,model,model_TSSA}.p
 
 from __future__ import annotations
 
-import pickle
-import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tostlm.errors import UserError, error_summary
+from tostlm.errors import UserError
 from tostlm.formats.naming import ForeignTensor, gpt2_name, require_depth, require_tensor, take_weights
+from tostlm.formats.pickles import load_pickle
 from tostlm.model import ModelConfig, weight_shapes
 from tostlm.model.mixers.softmax import SoftmaxOptions
 from tostlm.model.mixers.tssa import TSSAOptions
@@ -106,17 +104,8 @@ def _gains_of_one(state: Mapping[str, Tensor]) -> set[str]:
 
 
 def _load(path: Path) -> Mapping[str, Any]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's about a pickle's protocol, before it refuses what is in it
-            saved = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path} holds more than tensors and plain values, or is damaged; nothing in it was executed. Save its "
-            "state dict and model_args alone"
-        ) from None
-    except Exception as error:  # of damaged files torch's reader raises any
-        raise UserError(f"{path} cannot be read: {error_summary(error)}; it is no checkpoint, or damaged") from None
+    advice = "Save its state dict and model_args alone"
+    saved = load_pickle(path, "tensors and plain values", advice, "it is no checkpoint, or damaged")
     return saved if isinstance(saved, Mapping) else {}
 
 

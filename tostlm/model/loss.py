@@ -79,7 +79,7 @@ class _SumCrossEntropy(torch.autograd.Function):
             dx = torch.empty_like(x, dtype=dtype) if learns else None
             dweight = torch.zeros_like(weight, dtype=compute) if learns else None
             sizes = CPU if device == "cpu" else GPU
-            chunk = max(1, sizes.logits // (weight.shape[0] * dtype.itemsize))  # rows
+            chunk = _rows_in(sizes.logits, weight.shape[0], dtype)
             for start in range(0, x.shape[0], chunk):
                 rows = slice(start, start + chunk)
                 ignored = (targets[rows] == IGNORE)[:, None]
@@ -111,7 +111,7 @@ def _loss_and_slopes(
     """
     compute = torch.promote_types(logits.dtype, torch.float32)
     total = torch.zeros((), dtype=compute, device=logits.device)
-    count = max(1, block_bytes // (logits.shape[1] * compute.itemsize))  # rows
+    count = _rows_in(block_bytes, logits.shape[1], compute)
     for block, labels in zip(logits.split(count), targets[:, None].split(count), strict=True):
         scored = labels != IGNORE  # [rows, 1]
         label = labels.where(scored, 0)
@@ -138,6 +138,11 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, block_bytes: int) -> None:
     if total.dtype == a.dtype:
         total.addmm_(a, b)
         return
-    count = max(1, block_bytes // (b.shape[1] * b.dtype.itemsize))
+    count = _rows_in(block_bytes, b.shape[1], b.dtype)
     for part, rows in zip(total.split(count), a.split(count), strict=True):
         part += rows @ b
+
+
+def _rows_in(size: int, columns: int, dtype: torch.dtype) -> int:
+    """Return how many rows of a tensor take `size` bytes; one at least."""
+    return max(1, size // (columns * dtype.itemsize))
