@@ -1,6 +1,7 @@
 """Whatever the format: a folder appears whole or not at all, and replaces only what a conversion has written."""
 
 import json
+import os
 import signal
 import stat
 import subprocess
@@ -88,6 +89,17 @@ def test_a_failure_leaves_what_was_there(
         convert(source, out, fail_late, overwrite=True)
     assert {file: file.read_bytes() for file in out.rglob("*.*")} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("to", "room"), [("hf", 50_000), ("release", 50_000), ("deepspeed", 600_000), ("torch-export", 500)]
+)
+def test_a_full_disk(trained: dict[str, Run], small_disk: Path, to: str, room: int) -> None:
+    disk = os.statvfs(small_disk)
+    (small_disk / "fill").write_bytes(b"x" * (disk.f_bavail * disk.f_frsize - room))
+    with pytest.raises(UserError, match="out cannot be written: No space left on device; nothing was published"):
+        convert(load_checkpoint(trained["softmax"].dir), small_disk / "out", FORMATS[to].write)
+    assert [path.name for path in small_disk.iterdir()] == ["fill"]
 
 
 def test_the_next_conversion_removes_what_a_killed_one_left(trained: dict[str, Run], tmp_path: Path) -> None:

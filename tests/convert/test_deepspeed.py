@@ -125,6 +125,13 @@ def test_checkpoints_of_every_stage_are_read(trained: dict[str, Run], tmp_path: 
         "cannot be put together",
         "is a rank's file missing, or was it",
     )
+    other = next(rank.parent.glob("*_optim_states.pt"))
+    content = torch.load(other, weights_only=False)
+    torch.save(content, other, _use_new_zipfile_serialization=False)
+    fail(tostlm("checkpoint", "show", str(tmp_path / "2")), f"{other} is in torch's format before 1.6, which DeepSpeed")
+    torch.save([], other)
+    fail(tostlm("checkpoint", "show", str(tmp_path / "2")), f"{other} holds a list and no records by name")
+    torch.save(content, other)
     rank.with_name("mp_rank_01_model_states.pt").touch()
     fail(tostlm("checkpoint", "show", str(tmp_path / "2")), "has parts of a model in mp_rank_01_model_states.pt")
     executed = tmp_path / "executed"

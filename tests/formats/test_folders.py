@@ -123,7 +123,7 @@ def test_an_export_becomes_the_checkpoint_that_it_was(trained: dict[str, Run], t
 @pytest.mark.parametrize(
     "fields",
     [
-        {"attn_implementation": "someone/kernel", "quantization_config": {"quant_method": "torchao"}},
+        {"attn_implementation": "someone/kernel", "_attn_implementation": "someone/kernel"},
         {"pad_token_id": "x", "num_labels": "x", "resid_pdrop": "x", "dtype": "nonsense", "return_dict": False},
     ],
     ids=str,
@@ -177,6 +177,7 @@ def test_mistakes(tokenizer: Tokenizer, tmp_path: Path) -> None:
     refused("holds a model of type llama; tostlm reads gpt2 and its own exports", model_type="llama")
     refused("with scale_attn_by_inverse_layer_idx True tostlm would compute", scale_attn_by_inverse_layer_idx=True)
     refused("with layer_norm_epsilon 0.1 tostlm would compute", layer_norm_epsilon=0.1)
+    refused("holds rounded weights, for inference alone; name the checkpoint", quantization_config={"bits": 8})
     refused("activation_function tanh is not known", activation_function="tanh")
     refused("has no tensor transformer.h.2.ln_1.weight; it is damaged", n_layer=3)
     refused("has tensors that its model does not: transformer.h.1", n_layer=1)

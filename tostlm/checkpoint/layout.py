@@ -45,7 +45,7 @@ from tostlm.errors import UserError, error_summary
 from tostlm.files import sha256_of
 from tostlm.formats import content_of, is_foreign, read_foreign
 from tostlm.formats.naming import take_own_weights
-from tostlm.model import LM, weight_shapes
+from tostlm.model import LM, ModelConfig, weight_shapes
 
 STATE, WEIGHTS, RECURRENT_STATE = "state", "weights.safetensors", "recurrent_state.safetensors"
 Count = Annotated[int, pydantic.Field(strict=True, ge=0)]
@@ -227,12 +227,8 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu", tokenizer: P
     if damage is not None:
         raise UserError(f"checkpoint {checkpoint} is damaged: {damage}; use an older one")
     config = load_config(checkpoint / CONFIG)
-    with torch.device("meta"):
-        lm = LM(config.model)
-    lm.load_state_dict(
-        read_weights(checkpoint, config) if has_weights else _read_masters(checkpoint, config), assign=True
-    )
-    lm = lm.to(device).eval().requires_grad_(False)
+    weights = read_weights(checkpoint, config) if has_weights else _read_masters(checkpoint, config)
+    lm = _model_of(config.model, weights, device)
     return Checkpoint(checkpoint, lm, config, Tokenizer.from_folder(checkpoint), read_train_state(checkpoint))
 
 
@@ -267,11 +263,15 @@ def _load_foreign(path: Path, device: torch.device | str, tokenizer: Path | None
         if asdict(held) == asdict(model) and not any(bool(weights[name].any()) for name in added):
             model, weights = own, {name: weight for name, weight in weights.items() if name not in added}
             config, state = trained.model_copy(update={"model": own}), progress
-    with torch.device("meta"):
-        lm = LM(model)
-    lm.load_state_dict(weights, assign=True)
-    lm = lm.to(device).eval().requires_grad_(False)
+    lm = _model_of(model, weights, device)
     return Checkpoint(path, lm, config, foreign.tokenizer, state._replace(imported_from=str(path.absolute())))
+
+
+def _model_of(config: ModelConfig, weights: Mapping[str, Tensor], device: torch.device | str) -> LM:
+    with torch.device("meta"):
+        lm = LM(config)
+    lm.load_state_dict(weights, assign=True)
+    return lm.to(device).eval().requires_grad_(False)
 
 
 def read_kind(checkpoint: Path, config: RunConfig, kind: str) -> Iterator[tuple[str, Tensor]]:

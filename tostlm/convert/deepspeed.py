@@ -6,7 +6,6 @@ files of one.
 
 from __future__ import annotations
 
-import io
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from tostlm.convert.hf import write_hf
 from tostlm.convert.verify import Comparison
 from tostlm.errors import UserError
 from tostlm.formats.folders import EXPORTED
+from tostlm.formats.pickles import save_pickle
 
 LATEST_UNIVERSAL = "latest_universal"
 # What an engine looks for of the ranks' own files, at stages 1 and 2, and at stage 3.
@@ -62,15 +62,17 @@ def _write_universal(checkpoint: Checkpoint, step: Path) -> None:
     moments = ((kind, read_kind(checkpoint.path, config, kind)) for kind in ("exp_avg", "exp_avg_sq"))
     for name in masters:
         (step / "zero" / f"{EXPORTED}{name}").mkdir(parents=True)
-        _save(updates, step / "zero" / f"{EXPORTED}{name}" / "step.pt")
+        save_pickle(updates, step / "zero" / f"{EXPORTED}{name}" / "step.pt")
     for kind, tensors in (("fp32", masters.items()), *moments):
         for name, tensor in tensors:
-            _save({"param": tensor.detach(), "cat_dim": 0}, step / "zero" / f"{EXPORTED}{name}" / f"{kind}.pt")
+            save_pickle({"param": tensor.detach(), "cat_dim": 0}, step / "zero" / f"{EXPORTED}{name}" / f"{kind}.pt")
     # An engine loads as many of its groups as are named here, and replaces what is said of each: learning rates and the
     # like stay the script's own.
     groups: list[dict[str, Any]] = [{} for _ in masters]
     inner = {"state": {0: {"step": updates}}, "param_groups": groups}  # where stage 3 looks
-    _save({**written_by, "param_groups": groups, "optimizer_state_dict": inner}, step / "zero" / "optimizer_state.pt")
+    save_pickle(
+        {**written_by, "param_groups": groups, "optimizer_state_dict": inner}, step / "zero" / "optimizer_state.pt"
+    )
     rank = {
         **written_by,
         "module": {},  # its weights are read from zero/
@@ -81,11 +83,4 @@ def _write_universal(checkpoint: Checkpoint, step: Path) -> None:
         "universal_checkpoint_info": {"universal_checkpoint_version": 0.2},
     }
     for name in RANK_FILES:
-        _save(rank, step / name)
-
-
-def _save(value: object, path: Path) -> None:
-    """Save as torch does, whose own writing to a full disk is no OSError."""
-    content = io.BytesIO()
-    torch.save(value, content)
-    path.write_bytes(content.getbuffer())
+        save_pickle(rank, step / name)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import transformers
+from torch import Tensor
 from torch.nn import functional as F
 
 from tostlm.checkpoint import Checkpoint
@@ -60,7 +62,6 @@ def write_int8(
     windows = _held_out(checkpoint, data)
     # torchao rounds nn.Linear, which transformers' GPT-2 has none of.
     found: list[Comparison | PerplexityCost] = [*write_hf(checkpoint, folder, license=license, own_class=True)]
-    exact = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     rounded = transformers.AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, quantization_config=transformers.TorchAoConfig(Int8WeightOnlyConfig())
     ).eval()
@@ -72,7 +73,8 @@ def write_int8(
         raise UserError(f"torchao rounded no matrix of {checkpoint.path}; nothing was published")
     again = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     scored = windows.shape[0] * (windows.shape[1] - 1)
-    before, after = (_perplexity(model, windows) for model in (exact, again))
+    before = _perplexity(lambda tokens: checkpoint.lm(tokens)[0], windows)
+    after = _perplexity(lambda tokens: again(tokens).logits, windows)
     where = data or checkpoint.config.data.folders[0]
     return [*found, PerplexityCost(scored, where, before, after)]
 
@@ -81,7 +83,7 @@ def _weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob(WEIGHTS))
 
 
-def _held_out(checkpoint: Checkpoint, data: Path | None) -> torch.Tensor:
+def _held_out(checkpoint: Checkpoint, data: Path | None) -> Tensor:
     """Return held-out tokens [windows, T + 1]."""
     folder = data or checkpoint.config.data.folders[0]
     if data is None and not folder.is_dir():
@@ -95,6 +97,6 @@ def _held_out(checkpoint: Checkpoint, data: Path | None) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _perplexity(model: Any, windows: torch.Tensor) -> float:
-    losses = [F.cross_entropy(model(row[None, :-1]).logits[0].float(), row[1:]) for row in windows]
+def _perplexity(logits: Callable[[Tensor], Tensor], windows: Tensor) -> float:
+    losses = [F.cross_entropy(logits(row[None, :-1])[0].float(), row[1:]) for row in windows]
     return math.exp(float(torch.stack(losses).mean()))

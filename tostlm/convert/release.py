@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from tostlm.checkpoint import Checkpoint
 from tostlm.convert.verify import Comparison, compare, random_documents, source_logits
 from tostlm.errors import UserError
+from tostlm.formats.pickles import save_pickle
 from tostlm.formats.release import RELEASE_FILE, can_be_release, load_release, release_arguments, release_state
 from tostlm.tssa import Inputs, tssa_reference
 
@@ -41,7 +42,7 @@ def write_release(checkpoint: Checkpoint, folder: Path) -> list[Comparison]:
         "best_val_loss": state.validation_loss,
         "config": {},
     }
-    torch.save(saved, folder / RELEASE_FILE)
+    save_pickle(saved, folder / RELEASE_FILE)
     (folder / checkpoint.tokenizer.file_name).write_bytes(checkpoint.tokenizer.content)
     tokens = random_documents(checkpoint)
     expected = source_logits(checkpoint, tokens)

@@ -100,7 +100,8 @@ def _write_start(checkpoint: Checkpoint, lm: LM, folder: Path, prefill_tokens: i
     decoder = Decoder(lm, state)
     tensors = dict(zip(decoder.names, decoder.flatten(state), strict=True))
     stored = {"logits": logits[:, -1], **tensors}
-    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in stored.items()}, folder / START)
+    content = safetensors.torch.save({name: tensor.contiguous() for name, tensor in stored.items()})
+    (folder / START).write_bytes(content)
     about = {
         "vocab_size": config.vocab_size,
         "positions": config.positions,  # the longest context; null is unbounded

@@ -106,7 +106,7 @@ def compare_tokenizers(own: Tokenizer, exported: Any) -> Comparison:
         if ids != own.encode(text):
             raise UserError(
                 f"the exported tokenizer gives other ids for {text!r} than the checkpoint's; nothing was published: "
-                "only BPE tokenizers without symbols of their own can be exported"
+                "only BPE tokenizers without normalization and symbols of their own can be exported"
             )
     return Comparison(f"token ids of {len(texts):,} texts", 0.0)
 

@@ -9,6 +9,7 @@ import contextlib
 import io
 import os
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -81,6 +82,11 @@ def read_consolidated(path: Path) -> dict[str, Tensor]:
         if loaded[models[0]].get("param_shapes") is not None:  # which stage 0 has not
             raise UserError(f"{path} has no optim_states.pt, where the weights are that ZeRO trained; copy them too")
         return module
+    if old := [file for file in files if not zipfile.is_zipfile(file)]:
+        raise UserError(
+            f"{old[0]} is in torch's format before 1.6, which DeepSpeed does not put together; load it and "
+            "save it again with torch.save"
+        )
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     # In a folder of their own, as DeepSpeed takes a name such as step[1] for a pattern, which other files may fit.
@@ -120,4 +126,6 @@ def _load(file: Path) -> Mapping[str, Any]:
         "it is damaged",
         [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address],
     )
-    return saved if isinstance(saved, Mapping) else {}
+    if not isinstance(saved, Mapping):
+        raise UserError(f"{file} holds a {type(saved).__name__} and no records by name; it is not DeepSpeed's")
+    return saved

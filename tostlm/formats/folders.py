@@ -44,13 +44,15 @@ def read_model_config(path: Path) -> dict[str, Any]:
     """Return the config.json of a folder, whose `model_type` is "gpt2" or "tost".
 
     Raises:
-        UserError: it is damaged, or of a model that tostlm has not.
+        UserError: it is damaged, its weights are rounded, or it is of a model that tostlm has not.
     """
     values = read_json_object((path / HF_CONFIG).read_bytes())
     if values is None:
         raise UserError(f"{path / HF_CONFIG} is no JSON object; the folder is damaged")
     if (kind := values.get("model_type")) not in ("gpt2", "tost"):
         raise UserError(f"{path} holds a model of type {kind}; tostlm reads gpt2 and its own exports, of type tost")
+    if "quantization_config" in values:
+        raise UserError(f"{path} holds rounded weights, for inference alone; name the checkpoint that it was made of")
     return values
 
 

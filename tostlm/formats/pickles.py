@@ -1,4 +1,4 @@
-"""Reading torch's pickles of other programs, of which nothing is executed."""
+"""Torch's pickles, as other programs have them: read without executing anything, and written."""
 
 from __future__ import annotations
 
@@ -35,3 +35,16 @@ def load_pickle(path: Path, holding: str, advice: str, if_unreadable: str, recor
         raise UserError(f"{refused}. {advice}" if advice else refused) from None
     except Exception as error:  # of damaged files torch's reader raises any
         raise UserError(f"{path} cannot be read: {error_summary(error)}; {if_unreadable}") from None
+
+
+def save_pickle(value: object, path: Path) -> None:
+    """Save as torch does.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with path.open("wb") as file:
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:  # which torch's writer makes of what a full disk raises
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
