@@ -110,3 +110,10 @@ def test_the_folders_of_a_blend_have_numbers_of_their_own(run: Run, data: Path, 
 )
 def test_contexts_that_cannot_be_scored(run: Run, overrides: list[str], words: str) -> None:
     fail(run.train(*overrides, nproc=2), words)
+
+
+def test_a_deep_model_at_stage_3_is_saved_right_after_an_evaluation(run: Run) -> None:
+    """A pass forward fetches the weights of the layers to come; those of one that no pass follows are let go."""
+    deep = ["model.depth=6", "train.eval_every_steps=3", "train.save_every_steps=3"]
+    succeed(run.train(*zero_options(3), *deep, nproc=2))
+    assert set(run.metrics("validation", "loss")) == {3, 6}

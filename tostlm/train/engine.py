@@ -6,8 +6,8 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
@@ -355,6 +355,19 @@ def train_step(
     if skipped:
         recurrent_state.reset()
     return StepResult(mean_loss, norm, bad or (skipped and not engine.fp16_enabled()), skipped, stops > 0)
+
+
+@contextmanager
+def evaluating(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Set the model up for evaluation, and for training again afterwards. Every rank must enter and leave."""
+    engine.eval()
+    try:
+        yield
+    finally:
+        engine.train()
+        # At ZeRO stage 3 a pass forward fetches weights ahead for the next one. Saving would meet them in flight.
+        if engine.zero_optimization_partition_weights():
+            engine.empty_partition_cache()
 
 
 def accumulate(engine: DeepSpeedEngine, passes: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tostlm.checkpoint.deepspeed_state import fragment_of, full_shape
 from tostlm.model import layer_statistics
 from tostlm.train.batches import Batch
-from tostlm.train.engine import Timer, TrainingEngine, compute_loss, gradients
+from tostlm.train.engine import Timer, TrainingEngine, compute_loss, evaluating, gradients
 
 GROWTH = 10.0  # of a parameter since the last look, beyond which it is named
 NAMED = 8  # parameters that an event names
@@ -27,9 +27,8 @@ def forward_statistics(engine: TrainingEngine, batch: Batch, timer: Timer) -> di
     Every rank must call this, because a forward pass needs all ranks at ZeRO stage 3.
     """
     with timer("statistics"), layer_statistics(engine.module.blocks) as found:
-        engine.eval()
-        compute_loss(engine, batch._replace(targets=batch.targets[:, -1:]))  # the loss itself is not needed
-        engine.train()
+        with evaluating(engine):
+            compute_loss(engine, batch._replace(targets=batch.targets[:, -1:]))  # the loss itself is not needed
         return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
 
 

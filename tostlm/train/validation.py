@@ -16,7 +16,7 @@ from tostlm.data import Tokenizer
 from tostlm.model import IGNORE, perplexity
 from tostlm.optim import EMA
 from tostlm.train.batches import Batch, RankBatches
-from tostlm.train.engine import Timer, TrainingEngine, compute_loss
+from tostlm.train.engine import Timer, TrainingEngine, compute_loss, evaluating
 from tostlm.train.held_out import HeldOut
 
 
@@ -55,13 +55,12 @@ def validate(
     `bits_per_byte_at_N` of the same tokens at each N of `train.eval_contexts`. Where several folders are blended, there
     is one of each folder too, with /FOLDER behind. Every token counts once, however they are distributed over ranks.
     """
-    engine.eval()
     token_bytes = torch.from_numpy(tokenizer.token_bytes).to(engine.device)
     sums = []
-    for part in held_out:
-        with closing(batches.held_out(part)) as read:
-            sums.append(torch.stack([_score(engine, batch, token_bytes, timer) for batch in read]).sum(0))
-    engine.train()
+    with evaluating(engine):
+        for part in held_out:
+            with closing(batches.held_out(part)) as read:
+                sums.append(torch.stack([_score(engine, batch, token_bytes, timer) for batch in read]).sum(0))
     total = torch.stack(sums)
     dist.all_reduce(total)
     return _summary(held_out, [Scores(nats, int(n), int(size)) for nats, n, size in total.tolist()])
