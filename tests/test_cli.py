@@ -16,7 +16,7 @@ from tostlm.errors import EXIT_LOST_RANK, EXIT_USER_ERROR
 from tostlm.main import main
 
 SUBCOMMANDS = [
-    *("quickstart", "config", "tokenizer", "prepare", "data", "doctor", "train", "eval", "generate", "bench"),
+    *("quickstart", "config", "tokenizer", "prepare", "data", "plan", "doctor", "train", "eval", "generate", "bench"),
     *("checkpoint", "convert", "study", "submit"),
 ]
 

@@ -7,18 +7,8 @@ from pathlib import Path
 
 import torch
 
+from tostlm.accelerators import accelerator_of
 from tostlm.errors import UserError
-
-# Dense bf16 operations a second, from the vendors' data sheets.
-PEAK_FLOPS = {
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-    "MI300X": 1307e12,
-}
-
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -67,5 +57,5 @@ def supports_matmul(device: torch.device, dtype: torch.dtype) -> bool:
 
 def peak_flops(device: torch.device) -> float | None:
     """Return the peak of a GPU in dense bf16 operations per second; None for a CPU and for GPUs that are not listed."""
-    name = device_name(device) if device.type == "cuda" else ""
-    return next((peak for chip, peak in PEAK_FLOPS.items() if chip in name), None)
+    found = accelerator_of(device_name(device)) if device.type == "cuda" else None
+    return None if found is None else found.bf16_flops

@@ -20,9 +20,9 @@ from tostlm.checkpoint.deepspeed_state import ADAM_KINDS, MUON_KINDS
 from tostlm.checkpoint.layout import checkpoint_folder, load_checkpoint, read_recurrent_state, read_train_state
 from tostlm.checkpoint.load import resume
 from tostlm.config import batch_plan, load_config
-from tostlm.doctor.run_inputs import checkpoint_bytes
 from tostlm.launch import RankInfo
 from tostlm.optim import EMA, ROW_SQUARES
+from tostlm.plan import checkpoint_bytes
 from tostlm.train.engine import start_engine
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}  # of a loss

@@ -17,9 +17,9 @@ from tostlm.checkpoint.average import extract_ema
 from tostlm.checkpoint.deepspeed_state import averaged_weights, gather_state, gather_weights, state_numels
 from tostlm.checkpoint.layout import read_state
 from tostlm.config import load_config
-from tostlm.doctor.run_inputs import checkpoint_bytes
 from tostlm.launch import RankInfo
 from tostlm.optim import WeightAverage
+from tostlm.plan import checkpoint_bytes
 from tostlm.train.batches import Batch, RecurrentState, open_data
 from tostlm.train.engine import start_engine, train_step
 

@@ -90,7 +90,7 @@ def test_the_site_template_is_the_shipped_file() -> None:
 
 def test_a_model_larger_than_gpu_memory_is_refused(run: Run) -> None:
     command = ["submit", "pretrain", str(run.file), "--nodes", "2"]
-    fail(tostlm(*command, TOSTLM_GPU_MEMORY_GIB="0.0001"), "model and optimizer take", "per rank on 2 ranks", "stage")
+    fail(tostlm(*command, TOSTLM_GPU_MEMORY_GIB="0.0001"), "the run takes", "per rank on 2 ranks", "no ZeRO stage")
     fail(tostlm(*command, TOSTLM_GPU_MEMORY_GIB="lots"), "TOSTLM_GPU_MEMORY_GIB=lots must be a number")
     site = run.file.with_name("site.env")
     site.write_text("echo output of a module\nexport TOSTLM_GPU_MEMORY_GIB=0.0002\n")

@@ -73,8 +73,10 @@ def parse_arguments(command: str, arguments: list[str]) -> dict[str, Any]:
         return dict(context.params)
 
 
-def parse_numbers(text: str, option: str) -> list[int]:
-    """Return the distinct whole numbers above 1 of a comma-separated list, ascending; a UserError names `option`.
+def parse_numbers(text: str, option: str, least: int = 2) -> list[int]:
+    """Return the distinct whole numbers of a comma-separated list, ascending; a UserError names `option` otherwise.
+
+    None may be below `least`.
 
     A number may end in k or M, for 1,024 or 1,048,576 times as many.
     """
@@ -82,8 +84,10 @@ def parse_numbers(text: str, option: str) -> list[int]:
         numbers = [int(part.rstrip("kM")) * UNITS[part[len(part.rstrip("kM")) :]] for part in text.split(",")]
     except (ValueError, KeyError):
         numbers = []
-    if not numbers or min(numbers) < 2:
-        raise UserError(f"{option} {text!r} must be whole numbers above 1 with commas between, as in 128,512,4k,1M")
+    if not numbers or min(numbers) < least:
+        raise UserError(
+            f"{option} {text!r} must be whole numbers above {least - 1} with commas between, as in 128,512,4k,1M"
+        )
     return sorted(set(numbers))
 
 

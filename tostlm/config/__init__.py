@@ -1,6 +1,6 @@
 """Run configurations: one YAML file per run, strict and frozen, with dotted overrides."""
 
-from tostlm.config.deepspeed_block import nearest, use_cpu_without_gpu
+from tostlm.config.deepspeed_block import nearest, use_cpu_without_gpu, zero_block
 from tostlm.config.files import (
     FOLDER,
     dump_config,
@@ -45,4 +45,5 @@ __all__ = [
     "training_config",
     "use_cpu_without_gpu",
     "validate_mapping",
+    "zero_block",
 ]

@@ -11,9 +11,22 @@ from typing import Annotated, Any, Literal, TypeVar
 import pydantic
 import torch
 
+from tostlm.model import ModelConfig, largest_part_numel
+
 Number = Annotated[float, pydantic.Field(strict=True, ge=0)]
 Flag = Annotated[bool, pydantic.Field(strict=True)]
 DType = Literal["fp32", "bf16", "fp16"]
+
+
+# Buffers of ZeRO stage 3, in multiples of the largest layer. With DeepSpeed's own sizes, of up to 10^9 parameters, each
+# rank holds the whole of most models.
+STAGE3_BUFFERS = {
+    "reduce_bucket_size": 1,
+    "sub_group_size": 1,
+    "stage3_prefetch_bucket_size": 1,
+    "stage3_max_reuse_distance": 1,
+    "stage3_max_live_parameters": 2,
+}
 
 
 class CheckedBlock(pydantic.BaseModel):
@@ -192,6 +205,15 @@ def _require_same_types(read: pydantic.BaseModel, values: Mapping[str, Any], whe
 def weights_precision(block: Mapping[str, Any]) -> str:
     """Return the dtype of the weights that a model computes with: fp32, bf16 or fp16."""
     return next((dtype for dtype in ("bf16", "fp16") if block.get(dtype, {}).get("enabled")), "fp32")
+
+
+def zero_block(block: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
+    """Return the zero_optimization block of a `deepspeed` section, at stage 3 with buffers sized after the model."""
+    own = block.get("zero_optimization", {})
+    if own.get("stage", 0) < 3:
+        return dict(own)
+    numel = largest_part_numel(model)
+    return {**{name: multiple * numel for name, multiple in STAGE3_BUFFERS.items()}, **own}
 
 
 def _check_together(block: Mapping[str, Any]) -> None:

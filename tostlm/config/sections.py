@@ -427,7 +427,15 @@ class RunConfig(Section):
     @property
     def optimizer_on_cpu(self) -> bool:
         """Whether DeepSpeed offloads the optimizer."""
-        offload = self.deepspeed.get("zero_optimization", {}).get("offload_optimizer")
+        return self._offloads("optimizer")
+
+    @property
+    def parameters_on_cpu(self) -> bool:
+        """Whether DeepSpeed offloads the weights, which it does at ZeRO stage 3."""
+        return self._offloads("param")
+
+    def _offloads(self, part: str) -> bool:
+        offload = self.deepspeed.get("zero_optimization", {}).get(f"offload_{part}")
         return isinstance(offload, dict) and offload.get("device") == "cpu"
 
     @property

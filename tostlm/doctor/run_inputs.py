@@ -25,7 +25,7 @@ from tostlm.doctor.hardware import Device
 from tostlm.errors import UserError
 from tostlm.files import require_writable, write_atomically
 from tostlm.launch import RankInfo
-from tostlm.model import count_parameters, hidden_matrices, weight_shapes
+from tostlm.plan import checkpoint_bytes, memory, require_fit
 from tostlm.train.batches import open_data
 
 PACKAGES = ("torch", "deepspeed", "tostlm")
@@ -60,41 +60,8 @@ def check_versions(versions: Sequence[dict[str, str]], hosts: Sequence[str]) -> 
     return unhealthy("versions", minority, hosts, reason, "install the same there")
 
 
-def total_parameters(config: RunConfig) -> int:
-    """Return the number of the model's parameters, position embeddings included."""
-    return count_parameters(config.model) + (config.model.positions or 0) * config.model.width
-
-
-def weight_bytes(config: RunConfig) -> int:
-    """Return the bytes of the weights in the dtype in which they are trained and saved."""
-    return total_parameters(config) * (2 if config.precision in ("bf16", "fp16") else 4)
-
-
-def optimizer_bytes(config: RunConfig) -> int:
-    """Return the bytes of the optimizer's moments and of the weights' average, all in fp32, over all ranks.
-
-    AdamW has two moments of each parameter, Muon one of each matrix.
-    """
-    shapes = weight_shapes(config.model)
-    matrices = hidden_matrices(config.model) if config.optimizer.name == "muon" else ()
-    kept = 2 + (config.train.ema_decay is not None)
-    return 4 * (kept * total_parameters(config) - sum(shapes[name].numel() for name in matrices))
-
-
-def model_memory_bytes(config: RunConfig, world_size: int) -> float:
-    """Return what a model takes on each rank between steps: weights, gradients, fp32 moments, weights and average.
-
-    ZeRO partitions the optimizer from stage 1 on, the gradients from 2 and the weights from 3 (Rajbhandari et al. 2020,
-    arXiv 1910.02054). Activations come on top.
-    """
-    count, weights = total_parameters(config), weight_bytes(config)
-    optimizer = optimizer_bytes(config) + (0 if weights == 4 * count else 4 * count)
-    first_stages = ((weights, 3), (weights, 2), (optimizer, 1))
-    return sum(size / (world_size if config.zero_stage >= stage else 1) for size, stage in first_stages)
-
-
 def check_config(config: RunConfig, devices: Sequence[Device], hosts: Sequence[str]) -> Finding:
-    """Check that the ranks can run the config: batch, precision and, roughly, memory."""
+    """Check that the ranks can run the config: batch, precision and memory."""
     world_size = len(devices)
     try:
         plan = batch_plan(config, world_size)
@@ -109,14 +76,17 @@ def check_config(config: RunConfig, devices: Sequence[Device], hosts: Sequence[s
     )
     if any(key.startswith("offload_") for key in config.deepspeed.get("zero_optimization", {})):
         return Finding("config", "ok", measured)
-    ranks_on, need = Counter(hosts), model_memory_bytes(config, world_size)
+    ranks_on = Counter(hosts)
     available = min(
         device.memory_bytes / (ranks_on[host] if device.kind == "cpu" else 1)
         for device, host in zip(devices, hosts, strict=True)
     )
-    measured += f"; model and optimizer take {format_quantity(need, 'B')} of {format_quantity(available, 'B')} per rank"
-    if need > available:
-        return Finding("config", "warn", measured, "raise the ZeRO stage, start more ranks or offload the optimizer")
+    on_gpu, room = devices[0].kind != "cpu", format_quantity(available, "B")
+    measured += f"; a step takes {format_quantity(memory(config, world_size, on_gpu).total, 'B')} of {room} per rank"
+    try:
+        require_fit(config, world_size, available, on_gpu, f"the {room} there")
+    except UserError as error:
+        return Finding("config", "FAIL", measured, str(error).split("; ")[-1])
     return Finding("config", "ok", measured)
 
 
@@ -166,12 +136,6 @@ def measure_disk(config: RunConfig, rank_info: RankInfo) -> Disk:
     finally:
         with suppress(OSError):
             probe.unlink(missing_ok=True)
-
-
-def checkpoint_bytes(config: RunConfig) -> int:
-    """Return the bytes of one checkpoint: the optimizer's state, fp32 weights, and the file of weights alone."""
-    weights = weight_bytes(config) if config.train.save_weights else 0
-    return optimizer_bytes(config) + 4 * total_parameters(config) + weights
 
 
 def checkpoints_to_come(config: RunConfig) -> int:

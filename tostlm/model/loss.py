@@ -27,6 +27,7 @@ class Sizes(NamedTuple):
 
 
 CPU, GPU = Sizes(40 << 20, 4 << 20), Sizes(512 << 20, 256 << 20)
+BLOCKS = 2  # of fp32 numbers alive at once: the logits, and their log-probabilities
 
 
 def perplexity(nats: float) -> float:
@@ -61,6 +62,21 @@ def mean_cross_entropy(
     return total / scored
 
 
+def workspace_bytes(tokens: int, channels: int, vocab_size: int, dtype: torch.dtype, on_gpu: bool) -> int:
+    """Return the bytes that `mean_cross_entropy` of fp32 inputs holds at most beside them, its gradients among these.
+
+    Args:
+        tokens, channels, vocab_size: N, C and V.
+        dtype: what products are computed in, under autocast or in the inputs' own.
+    """
+    sizes = GPU if on_gpu else CPU
+    rows, of_block = min(tokens, _rows_in(sizes.logits, vocab_size, dtype)), _rows_in(sizes.block, vocab_size, dtype)
+    cast = 0 if dtype == torch.float32 else vocab_size * channels * dtype.itemsize
+    gradients = tokens * channels * dtype.itemsize + vocab_size * channels * 4
+    logits = rows * (vocab_size + channels) * dtype.itemsize
+    return cast + gradients + logits + BLOCKS * min(rows, of_block) * vocab_size * 4
+
+
 class _SumCrossEntropy(torch.autograd.Function):
     """The sum over targets [N] for x [N, C] and weight [V, C]; the forward pass computes the gradients beside it."""
 
@@ -89,6 +105,7 @@ class _SumCrossEntropy(torch.autograd.Function):
                 if dx is not None and dweight is not None:
                     torch.mm(logits, weight, out=dx[rows]).masked_fill_(ignored, 0)
                     _add_product(dweight, logits.t(), read, sizes.block)
+                del logits  # else the next ones are made beside them
             ctx.gradients = None if dx is None else (dx, dweight)
         return total
 

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import tostlm
+from tostlm.accelerators import GIB
 from tostlm.checkpoint import resolve, run_folder
 from tostlm.checkpoint.branch import find_origin
 from tostlm.config import RunConfig, batch_plan, dump_config, load_config
-from tostlm.doctor import model_memory_bytes
 from tostlm.errors import UserError
 from tostlm.files import locked, require_writable, write_atomically
 from tostlm.formats import is_foreign
+from tostlm.plan import require_fit
 from tostlm.slurm.commands import queued_jobs, site_environment, submit_dependent_script, submit_script
 from tostlm.slurm.history import CODE, CONFIG, SCRIPT, SITE, SUBMITTED, JobHistory
 from tostlm.slurm.restart_policy import OnStop, RestartPolicy
@@ -29,7 +30,6 @@ from tostlm.slurm.script import Resources, batch_script
 from tostlm.study import load_study
 from tostlm.train.batches import open_data
 
-GIB = 1 << 30
 TASK_COMMANDS = {
     "eval": "eval perplexity",
     "bench": "bench train",
@@ -95,12 +95,9 @@ def _check_run(config: RunConfig, resources: Resources, memory_gib: float | None
     for nodes in resources.node_range():
         world_size = nodes * resources.ranks_per_node
         batch_plan(config, world_size)
-        need = model_memory_bytes(config, world_size) / GIB
-        if memory_gib is not None and need > memory_gib:
-            raise UserError(
-                f"model and optimizer take {need:.3g} GiB per rank on {world_size} ranks, above TOSTLM_GPU_MEMORY_GIB="
-                f"{memory_gib:g}; raise deepspeed.zero_optimization.stage, ask for more GPUs or offload the optimizer"
-            )
+        if memory_gib is not None:
+            limit = f"TOSTLM_GPU_MEMORY_GIB={memory_gib:g}"
+            require_fit(config, world_size, memory_gib * GIB, resources.gpus_per_node > 0, limit)
     open_data(config, world_size)
     find_origin(config)
 

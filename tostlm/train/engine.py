@@ -25,10 +25,10 @@ from torch.utils.cpp_extension import get_default_build_root
 
 from tostlm.checkpoint.deepspeed_state import DeepSpeedEngine, matrix_shards, optimized_tensors, share_weights
 from tostlm.checkpoint.layout import weights_dtype
-from tostlm.config import BatchPlan, RunConfig
+from tostlm.config import BatchPlan, RunConfig, zero_block
 from tostlm.errors import EXIT_LOST_RANK, EXIT_USER_ERROR, UserError, is_lost_peer, report
 from tostlm.launch import RankInfo
-from tostlm.model import LM, LMState, create_lm, hidden_matrices, largest_part_numel, parameter_groups
+from tostlm.model import LM, LMState, create_lm, hidden_matrices, parameter_groups
 from tostlm.optim import Muon, MuonRule, WeightAverage
 from tostlm.train.batches import Batch, RecurrentState
 
@@ -42,16 +42,6 @@ REJECTIONS = (  # of a config, by DeepSpeed
 # The ranks wait in a collective while rank 0 checks the data, which may take hours of reading. DeepSpeed's default of
 # ten minutes would end them. During training the watchdog acts sooner.
 COLLECTIVE_TIMEOUT = timedelta(days=1)
-
-# Buffers of ZeRO stage 3, in multiples of the largest layer. With DeepSpeed's own sizes, of up to 10^9 parameters, each
-# rank holds the whole of most models.
-STAGE3_BUFFERS = {
-    "reduce_bucket_size": 1,
-    "sub_group_size": 1,
-    "stage3_prefetch_bucket_size": 1,
-    "stage3_max_reuse_distance": 1,
-    "stage3_max_live_parameters": 2,
-}
 
 # DeepSpeed calls collectives by names that torch deprecates, which would warn at every call.
 warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor)", category=FutureWarning)
@@ -143,14 +133,10 @@ def deepspeed_dict(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
 
     That is batch sizes, derived from tokens, and at ZeRO stage 3 the sizes of buffers, derived from the model.
     """
-    zero = config.deepspeed.get("zero_optimization", {})
-    if config.zero_stage == 3:
-        numel = largest_part_numel(config.model)
-        zero = {**{name: multiple * numel for name, multiple in STAGE3_BUFFERS.items()}, **zero}
     # DeepSpeed requires micro-batch x accumulation x ranks, and so counts a sequence once for each rank of its group.
     return {
         **config.deepspeed,
-        "zero_optimization": zero,
+        "zero_optimization": zero_block(config.deepspeed, config.model),
         "train_batch_size": plan.sequences * config.train.context_parallel_size,
         "train_micro_batch_size_per_gpu": plan.micro_sequences,
         "gradient_accumulation_steps": plan.accumulation,
