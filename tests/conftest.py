@@ -23,6 +23,7 @@ VOCAB = 512
 FORGETTING = {"forgetting": "ladder", "halflife_tokens": [4, 64]}
 LONGEST = ["test_triton.py", "test_readme.py", "test_jobs.py", "test_submit.py", "test_watchdog.py", "test_backends.py"]
 LONGEST += [
+    "test_kernel_report.py",
     "test_golden_curves.py",
     "test_hub.py",
     "test_extending.py",

@@ -7,8 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton: pip install 'tostlm[triton]'")
 
-from tests.triton_kernels import SPILL_BYTES, Launch, parity, recorded_launches, spilled
-from tostlm.tssa import Inputs, State
+from tests.triton_kernels import SPILL_BYTES, compiled, parity, resources, tssa_launches
 from tostlm.tssa.triton import BACKEND
 
 FILE = "tests/tssa/triton_parity.py"
@@ -39,22 +38,8 @@ def test_what_is_saved_is_little_more_than_w() -> None:
     assert saved / (B * T * C) <= 2.4
 
 
-def launches(heads: int, width: int, decays: bool) -> list[Launch]:
-    """The kernels that both passes launch, with their arguments; nothing runs."""
-    B, C = 2, heads * width
-    temp = torch.ones(heads)
-    with recorded_launches() as found:
-        for T in (1, 70):
-            w = torch.zeros(B, T, C, dtype=torch.bfloat16)
-            decay = (torch.ones(heads), torch.zeros(B, T, dtype=torch.bool)) if decays else (None, None)
-            inputs, state = Inputs(w, temp, torch.zeros(T, heads), *decay), State.zeros(B, C, heads)
-            _, _, saved = BACKEND.forward(inputs, state)
-            BACKEND.backward(inputs, saved, w, state, decays)
-    return found
-
-
 BUILDS = list(itertools.product((80, 90), ((12, 64), (16, 128)), (True, False)))  # GPU, heads and their width, decays
-QUICK = [(80, (16, 128), True), (90, (16, 128), True), (90, (12, 64), False)]
+QUICK = [(80, (16, 128), False)]  # beside tests/test_kernel_report.py
 
 
 @pytest.mark.parametrize(
@@ -63,7 +48,7 @@ QUICK = [(80, (16, 128), True), (90, (16, 128), True), (90, (12, 64), False)]
 )
 def test_kernels_compile_without_spilling(capability: int, shape: tuple[int, int], decays: bool) -> None:
     spills: dict[str, int] = {}
-    for kernel, arguments in launches(*shape, decays):
-        spills[kernel.__name__] = max(spilled(kernel, arguments, capability), spills.get(kernel.__name__, 0))
+    for launch in (launch for T in (1, 70) for launch in tssa_launches(2, T, *shape, decays)):
+        spills[launch.name] = max(resources(compiled(launch, capability)).spilled, spills.get(launch.name, 0))
     assert len(spills) == 8
     assert max(spills.values()) <= SPILL_BYTES, spills

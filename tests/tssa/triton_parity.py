@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tests.tssa.common import Arguments, draw, in_pieces, outcome, reference
-from tostlm.tssa import Inputs, State, tssa
+from tostlm.tssa import Inputs, State, operator, tssa
+from tostlm.tssa.backend import Saved
 from tostlm.tssa.dispatch import choose
 
 GPU = torch.cuda.is_available()
@@ -97,6 +98,28 @@ def test_outputs_and_state_gradients_from_what_is_saved(T: int) -> None:
     expected = backend.backward(operands, saved, torch.sin(y), zeros, False).state[1:]
     for a, b in zip(backend.state_grads(operands, saved, torch.sin(y)), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_saved_may_have_been_laid_out_anew() -> None:
+    w = narrow(draw(1, 33, 2, 16)).w.detach()
+    operands, state = Inputs(w, torch.ones(2, device=DEVICE)), State.zeros(1, 32, 2, DEVICE)
+    backend = choose(w, 2)
+    y, _, saved = backend.forward(operands, state)
+    assert saved.Pi.mT.is_contiguous() and saved.chunk_states.mass.mT.is_contiguous()
+    anew = Saved(saved.Pi.contiguous(), saved.n.contiguous(), State(*(x.contiguous() for x in saved.chunk_states)))
+    found, expected = (backend.backward(operands, x, torch.sin(y), state, False) for x in (anew, saved))
+    assert torch.equal(backend.outputs(operands, anew), y)
+    assert torch.equal(found.w, expected.w) and torch.equal(found.n, expected.n)
+
+
+def test_what_torch_expects_of_the_results_is_what_they_are() -> None:
+    inputs = narrow(draw(1, 33, 2, 16, "own"))
+    operands, state = [x if x is None else x.detach() for x in inputs[:5]], State.zeros(1, 32, 2, DEVICE)
+    y, *rest = operator.forward(*operands, *state, None)
+    torch.library.opcheck(operator.forward, (*operands, *state, None), test_utils="test_faketensor")
+    for saved in (rest[3:], [x.contiguous() for x in rest[3:]]):
+        arguments = (*operands, *saved, y, *state, False, None)
+        torch.library.opcheck(operator.backward, arguments, test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])

@@ -16,7 +16,8 @@ from torch import Tensor
 ELEMENTS = 1024  # of a state in a program of `chain`
 # A program of `delta_chain` has some columns of a state: few, as it goes along the whole sequence. Their rows are in
 # groups, which divide the products among warps, and tokens are taken some at a time: so all of it fits the registers.
-STATE, WIDEST, GROUP, TOKENS = 4096, 16, 32, 16  # numbers of a program's state, its columns at most; rows; tokens
+STATE, WIDEST, GROUP, TOKENS = 4096, 16, 16, 16  # numbers of a program's state, its columns at most; rows; tokens
+MOST_GROUPS = 16  # of states so tall that they would be more, the groups have more rows
 WARPS = 4  # or as many as there are groups
 LARGEST_D = 512
 PRECISION = tl.constexpr("tf32x3")  # fp32 on tensor cores: each factor is three numbers of theirs
@@ -47,12 +48,13 @@ def delta_chain(
     own, reads, ends, kept, first = (x.contiguous() for x in (own, reads, ends, kept, first))
     added = None if added is None else added.contiguous()
     written, last, states = torch.empty_like(own), torch.empty_like(first), first.new_empty(B, N, H, D, V)
-    groups = triton.next_power_of_2(triton.cdiv(D, GROUP))
-    width = min(WIDEST, STATE // (groups * GROUP))
+    groups = min(triton.next_power_of_2(triton.cdiv(D, GROUP)), MOST_GROUPS)
+    group = max(triton.next_power_of_2(triton.cdiv(D, groups)), GROUP)
+    width = min(WIDEST, STATE // (groups * group))
     _launch(
         delta_chain_kernel, (B * H, triton.cdiv(V, width)), max(WARPS, groups),
         own, reads, ends, kept, added, first, written, states, last,
-        N, H, L, D, V, kept.shape[3], groups, GROUP, TOKENS, width, back,
+        N, H, L, D, V, kept.shape[3], groups, group, TOKENS, width, back,
     )  # fmt: skip
     return written, states, last
 

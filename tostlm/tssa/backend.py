@@ -61,6 +61,28 @@ class Saved(NamedTuple):
     n: Tensor  # [B, T, H], what temp multiplies
     chunk_states: State  # [B, N, ...], the state before each chunk, in the backend's `saved_dtype`
 
+    @classmethod
+    def empty(cls, inputs: Inputs, chunks: int, saved_dtype: torch.dtype, heads_first: bool) -> Saved:
+        """Return memory for what a forward pass saves of N chunks; `saved_dtype` and `heads_first` as in `Backend`."""
+        compute, saved = (torch.promote_types(inputs.w.dtype, dtype) for dtype in (torch.float32, saved_dtype))
+        Pi, n = (empty_per_head(inputs, inputs.sizes[1], compute, heads_first) for _ in range(2))
+        return cls(Pi, n, empty_chunk_states(inputs, chunks, saved, heads_first))
+
+
+def empty_chunk_states(inputs: Inputs, chunks: int, dtype: torch.dtype, heads_first: bool) -> State:
+    """Return memory for a state for each of N chunks, [B, N, C] and [B, N, H]."""
+    B, _, C = inputs.w.shape
+    energy, weighted = (inputs.w.new_empty((B, chunks, C), dtype=dtype) for _ in range(2))
+    return State(energy, empty_per_head(inputs, chunks, dtype, heads_first), weighted)
+
+
+def empty_per_head(inputs: Inputs, length: int, dtype: torch.dtype, heads_first: bool) -> Tensor:
+    """Return an empty [B, length, H], which in memory is [B, H, length] if `heads_first`."""
+    B, _, H, _ = inputs.sizes
+    if heads_first:
+        return inputs.w.new_empty((B, H, length), dtype=dtype).mT
+    return inputs.w.new_empty((B, length, H), dtype=dtype)
+
 
 class Grads(NamedTuple):
     """Gradients of the inputs and of the initial state. The bias's is D times that of n."""
@@ -80,6 +102,7 @@ class Backend(NamedTuple):
         serves: whether it serves a device type, a dtype of w and a head width D.
         chunk_starts: the first token of each of the N chunks of T tokens.
         saved_dtype: dtype of the saved chunk states, for inputs narrower than fp64.
+        heads_first: whether in memory the heads of Pi, n and the chunks' mass come before their tokens or chunks.
         forward: inputs and the initial state -> y [B, T, C] in w's dtype, the final state, and what is saved.
         outputs: y again, from the inputs and what is saved.
         state_grads: inputs, what is saved and grad_y -> the gradients of the initial `mass` [B, H] and `weighted`
@@ -91,6 +114,7 @@ class Backend(NamedTuple):
     serves: Callable[[str, torch.dtype, int], bool]
     chunk_starts: Callable[[int], range | list[int]]
     saved_dtype: torch.dtype
+    heads_first: bool
     forward: Callable[[Inputs, State], tuple[Tensor, State, Saved]]
     outputs: Callable[[Inputs, Saved], Tensor]
     state_grads: Callable[[Inputs, Saved, Tensor], tuple[Tensor, Tensor]]

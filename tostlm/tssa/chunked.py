@@ -28,13 +28,11 @@ def forward(inputs: Inputs, state: State) -> tuple[Tensor, State, Saved]:
     compute = torch.promote_types(w.dtype, torch.float32)  # statistics are never narrower than fp32
     temp, decays = inputs.temp.to(compute), inputs.decays(compute)
     y = torch.empty_like(w, memory_format=torch.contiguous_format)
-    Pi = torch.empty(B, T, H, dtype=compute, device=w.device)
-    n = torch.empty_like(Pi)
     s, m, c = state.energy.view(B, H, D), state.weighted.view(B, H, D), state.mass.view(B, H, 1)
     chunks = list(blocks(T))
-    chunk_states = State(*(x.new_empty(B, len(chunks), x.shape[1], dtype=torch.float64) for x in state))
+    saved = Saved.empty(inputs, len(chunks), BACKEND.saved_dtype, BACKEND.heads_first)
     for k, block in enumerate(chunks):
-        for before_chunks, carry in zip(chunk_states, (s, c, m), strict=True):
+        for before_chunks, carry in zip(saved.chunk_states, (s, c, m), strict=True):
             before_chunks[:, k] = carry.flatten(1)
         a = None if decays is None else decays[:, block].contiguous()
         x = w[:, block].to(compute).unflatten(-1, (H, D))
@@ -52,9 +50,9 @@ def forward(inputs: Inputs, state: State) -> tuple[Tensor, State, Saved]:
         mass += EPS_MASS
         gate = mass / running.add_(mass)  # 1 / (1 + weighted / mass)
         y[:, block] = gate.mul_(x).mul_(-Pi_block[..., None]).flatten(2)
-        Pi[:, block], n[:, block] = Pi_block, n_block
+        saved.Pi[:, block], saved.n[:, block] = Pi_block, n_block
 
-    return y, State(*(x.flatten(1).clone() for x in (s, c, m))), Saved(Pi, n, chunk_states)
+    return y, State(*(x.flatten(1).clone() for x in (s, c, m))), saved
 
 
 class _Block(NamedTuple):
@@ -248,6 +246,7 @@ BACKEND = Backend(
     serves=lambda device, dtype, head_width: True,
     chunk_starts=lambda T: [block.start for block in blocks(T)],
     saved_dtype=torch.float64,
+    heads_first=False,
     forward=forward,
     outputs=outputs,
     state_grads=state_grads,

@@ -52,12 +52,9 @@ def serves(device: str, dtype: torch.dtype, head_width: int) -> bool:
 def forward(inputs: Inputs, state: State) -> tuple[Tensor, State, Saved]:
     """See `Backend`."""
     inputs = inputs.dense()
-    B, T, H, D = inputs.sizes
-    N = -(-T // CHUNK)
     y, after = torch.empty_like(inputs.w), State(*map(_copy, state))  # the kernel replaces the state in place
-    chunk_states = State(*(torch.empty(B, N, size) for size in (H * D, H, H * D)))
-    saved = Saved(torch.empty(B, T, H), torch.empty(B, T, H), chunk_states)
-    _run("tssa_forward", inputs, inputs.bias, inputs.bias_stride, y, *after, saved.Pi, saved.n, *chunk_states)
+    saved = Saved.empty(inputs, -(-inputs.sizes[1] // CHUNK), BACKEND.saved_dtype, BACKEND.heads_first)
+    _run("tssa_forward", inputs, inputs.bias, inputs.bias_stride, y, *after, saved.Pi, saved.n, *saved.chunk_states)
     return y, after, saved
 
 
@@ -162,4 +159,6 @@ def _compiler() -> list[str]:
     raise FileNotFoundError(f"no C++ compiler: {named[0]} is not there" if named else "no C++ compiler on the PATH")
 
 
-BACKEND = Backend("cpp", serves, lambda T: range(0, T, CHUNK), torch.float32, forward, outputs, state_grads, backward)
+BACKEND = Backend(
+    "cpp", serves, lambda T: range(0, T, CHUNK), torch.float32, False, forward, outputs, state_grads, backward
+)

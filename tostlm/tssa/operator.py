@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tostlm.autograd import namespace
-from tostlm.tssa.backend import Grads, Inputs, Saved
+from tostlm.tssa.backend import Grads, Inputs, Saved, empty_per_head
 from tostlm.tssa.dispatch import choose
 from tostlm.tssa.state import State
 
@@ -57,15 +57,9 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, backend = Inputs(*arguments[:5]), choose(arguments[0], arguments[1].shape[0], arguments[8])
     w = inputs.w
     B, T, H, D = inputs.sizes
-    C, N = H * D, len(backend.chunk_starts(T))
-    compute = torch.promote_types(w.dtype, torch.float32)
-    saved = torch.promote_types(w.dtype, backend.saved_dtype)
-    return (
-        w.new_empty(B, T, C),
-        *(w.new_empty(B, size, dtype=torch.float64) for size in (C, H, C)),
-        *(w.new_empty(B, T, H, dtype=compute) for _ in range(2)),
-        *(w.new_empty(B, N, size, dtype=saved) for size in (C, H, C)),
-    )
+    saved = Saved.empty(inputs, len(backend.chunk_starts(T)), backend.saved_dtype, backend.heads_first)
+    after = (w.new_empty(B, size, dtype=torch.float64) for size in (H * D, H, H * D))
+    return w.new_empty(B, T, H * D), *after, saved.Pi, saved.n, *saved.chunk_states
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::backward", mutates_args=(), schema=_BACKWARD)
@@ -78,10 +72,15 @@ def backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 @backward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    w, temp, Pi = arguments[0], arguments[1], arguments[5]
-    grad_w = torch.empty_like(w, memory_format=torch.contiguous_format)
-    per_head = [Pi.new_empty(temp.shape) for _ in range(2)]
-    return grad_w, per_head[0], torch.empty_like(Pi), per_head[1], *map(torch.empty_like, arguments[11:14])
+    inputs, Pi, backend = (
+        Inputs(*arguments[:5]),
+        arguments[5],
+        choose(arguments[0], arguments[1].shape[0], arguments[15]),
+    )
+    grad_w = torch.empty_like(inputs.w, memory_format=torch.contiguous_format)
+    grad_temp, grad_rho = (Pi.new_empty(inputs.temp.shape) for _ in range(2))
+    grad_n = empty_per_head(inputs, Pi.shape[1], Pi.dtype, backend.heads_first)
+    return grad_w, grad_temp, grad_n, grad_rho, *map(torch.empty_like, arguments[11:14])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -7,10 +7,13 @@ from tostlm.tssa.triton_forward import (
     EPS,
     EPS_MASS,
     RUNTIME,
+    at_chunk,
+    at_head,
     column,
     decay_at,
     gates,
     load_incoming,
+    load_mass,
     multiply,
     rows,
     scan,
@@ -34,21 +37,22 @@ def gate_grad_sums_kernel(
 ):  # fmt: skip
     """Phase 1: what each chunk adds to the gradients of `weighted` and `mass`, and the product of its decays."""
     chunk, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0) % H
-    _, row, inside, _ = rows(chunk, T, N, L)
+    t, row, inside, _ = rows(chunk, T, N, L)
     offsets, mask = tile(row, inside, h, H, D, DP)
     x = tl.load(w + offsets, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(grad_y + offsets, mask=mask, other=0.0).to(tl.float32)
-    p = tl.load(Pi + row * H + h, mask=inside, other=0.0)
+    p = tl.load(Pi + at_head(chunk, h, t, T, N, H), mask=inside, other=0.0)
     decay = decay_at(rho, document_start, h, row, inside)
-    m, mass, gate = gates(x, p, decay, chunk_weighted, chunk_mass, chunk, h, H, D, DP, DECAYS)
+    m, mass, gate = gates(x, p, decay, chunk_weighted, chunk_mass, chunk, h, N, H, D, DP, DECAYS)
     _, e, f = _gate_grads(x, g, p, m, mass, gate)
     if DECAYS:
         reach = tl.cumprod(decay, 0)
         e *= reach[:, None]
         f *= reach
-        tl.store(products + chunk * H + h, tl.reduce(decay.to(tl.float64), 0, multiply))
+        product = tl.reduce(decay.to(tl.float64), 0, multiply)
+        tl.store(products + at_chunk(chunk, h, N, H), product)
     store_sum(sums_weighted, e, chunk, h, H, D, DP)
-    tl.store(sums_mass + chunk * H + h, tl.sum(f, 0))
+    tl.store(sums_mass + at_chunk(chunk, h, N, H), tl.sum(f, 0))
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -59,22 +63,23 @@ def membership_grads_kernel(
 ):  # fmt: skip
     """Phase 2, steps 3 to 6: grad_n, and what each chunk adds to the gradients of temp and `energy`."""
     chunk = tl.program_id(0).to(tl.int64)
-    _, row, inside, next_inside = rows(chunk, T, N, L)
+    t, row, inside, next_inside = rows(chunk, T, N, L)
     heads = tl.arange(0, HP)
-    per_head, per_head_mask = row[:, None] * H + heads[None, :], inside[:, None] & (heads < H)[None, :]
+    per_head = at_head(chunk, heads[None, :], t[:, None], T, N, H)
+    per_head_mask = inside[:, None] & (heads < H)[None, :]
     dPi = tl.zeros((L, HP), tl.float32)
     for h in range(H):
         offsets, mask = tile(row, inside, h, H, D, DP)
         x = tl.load(w + offsets, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(grad_y + offsets, mask=mask, other=0.0).to(tl.float32)
-        p = tl.load(Pi + row * H + h, mask=inside, other=0.0)
+        p = tl.load(Pi + at_head(chunk, h, t, T, N, H), mask=inside, other=0.0)
         decay = decay_at(rho, document_start, h, row, inside)
         next_decay = decay_at(rho, document_start, h, row + 1, next_inside)
-        m, mass, gate = gates(x, p, decay, chunk_weighted, chunk_mass, chunk, h, H, D, DP, DECAYS)
+        m, mass, gate = gates(x, p, decay, chunk_weighted, chunk_mass, chunk, h, N, H, D, DP, DECAYS)
         v, e, f = _gate_grads(x, g, p, m, mass, gate)
         incoming = load_incoming(incoming_weighted, chunk, h, H, D, DP)
         dm = scan(e, next_decay[:, None], incoming, DECAYS, True)
-        dc = scan(f, next_decay, tl.load(incoming_mass + chunk * H + h), DECAYS, True)
+        dc = scan(f, next_decay, load_mass(incoming_mass, chunk, h, N, H), DECAYS, True)
         dPi = tl.where(heads[None, :] == h, (tl.sum(dm * x * x - v, 1) + dc)[:, None], dPi)
     Pi_tile = tl.load(Pi + per_head, mask=per_head_mask, other=0.0)
     dz = Pi_tile * (dPi - tl.sum(Pi_tile * dPi, 1)[:, None])
@@ -118,30 +123,33 @@ def input_grads_kernel(
     next_decay = decay_at(rho, document_start, h, row + 1, next_inside)
 
     energy = scan(square, decay[:, None], load_incoming(chunk_energy, chunk, h, H, D, DP), DECAYS, False)
-    dn_own = tl.load(grad_n + row * H + h, mask=inside, other=0.0)[:, None]
+    dn_own = tl.load(grad_n + at_head(chunk, h, t, T, N, H), mask=inside, other=0.0)[:, None]
     floored = tl.maximum(energy, EPS)
     # grad_n / s minus its part through the energy. At a document's first token s - u is 0 exactly, whatever the
     # rounding of a division.
     d_square = dn_own / floored * tl.where(energy >= EPS, (energy - square) / floored, 1.0)
     # a_{t+1} Sb_{t+1} is scanned without the token's own term, which is large there and would leave its rounding.
     next_x = tl.load(w + next_offsets, mask=next_mask, other=0.0).to(tl.float32)
-    next_dn = tl.load(grad_n + (row + 1) * H + h, mask=next_inside, other=0.0)[:, None]
+    next_dn = tl.load(grad_n + at_head(chunk, h, t + 1, T, N, H), mask=next_inside, other=0.0)[:, None]
     next_square = next_x * next_x
     next_ds = -_through_energy(next_square, next_decay[:, None] * energy + next_square, next_dn)
     incoming = load_incoming(incoming_energy, chunk, h, H, D, DP)
     later_ds = scan(next_decay[:, None] * next_ds, next_decay[:, None], incoming, DECAYS, True)
     d_square += later_ds
+    if rho_sums is not None:
+        # rho drho as sum_t a_{t+1} (Sb_{t+1} s_t + ...): step 9 with t one lower; t = 0 is the caller's. Its two scans
+        # are summed apart, as the registers do not hold the tiles of both.
+        of_rho = tl.sum(later_ds * energy, 1)
 
     g = tl.load(grad_y + offsets, mask=mask, other=0.0).to(tl.float32)
-    p = tl.load(Pi + row * H + h, mask=inside, other=0.0)
-    m, mass, gate = gates(x, p, decay, chunk_weighted, chunk_mass, chunk, h, H, D, DP, DECAYS)
+    p = tl.load(Pi + at_head(chunk, h, t, T, N, H), mask=inside, other=0.0)
+    m, mass, gate = gates(x, p, decay, chunk_weighted, chunk_mass, chunk, h, N, H, D, DP, DECAYS)
     _, e, f = _gate_grads(x, g, p, m, mass, gate)
     dm = scan(e, next_decay[:, None], load_incoming(incoming_weighted, chunk, h, H, D, DP), DECAYS, True)
     d_square += p[:, None] * dm
     tl.store(grad_w + offsets, (2 * x * d_square - p[:, None] * gate * g).to(grad_w.dtype.element_ty), mask=mask)
 
     if rho_sums is not None:
-        # rho drho as sum_t a_{t+1} (Sb_{t+1} s_t + ...): step 9 with t one lower; t = 0 is the caller's.
-        dc = scan(f, next_decay, tl.load(incoming_mass + chunk * H + h), DECAYS, True)
-        per_token = tl.sum(later_ds * energy + (dm - e) * m, 1) + (dc - f) * (mass - EPS_MASS)
-        tl.store(rho_sums + chunk * H + h, tl.sum(tl.where(t + 1 < T, per_token, 0.0), 0))
+        dc = scan(f, next_decay, load_mass(incoming_mass, chunk, h, N, H), DECAYS, True)
+        of_rho += tl.sum((dm - e) * m, 1) + (dc - f) * (mass - EPS_MASS)
+        tl.store(rho_sums + chunk * H + h, tl.sum(tl.where(t + 1 < T, of_rho, 0.0), 0))

@@ -1,8 +1,9 @@
 """Triton kernels of causal TSSA. The equations and the steps' numbers are those of docs/tssa.md.
 
-Layout: w, y and their gradients are [B, T, H, D], Pi, n and grad_n [B, T, H], all contiguous. Time is cut into B N
-chunks of L tokens; [B, N, ...] holds one value per chunk. DP and HP are D and H padded to powers of two, as Triton's
-tiles must be.
+Layout in memory: w, y and their gradients are [B, T, H, D], Pi, n and grad_n [B, H, T]. Time is cut into B N chunks of
+L tokens. What there is of each chunk is [B, N, H, D], or [B, H, N] where it has no channels: a program that reads one
+head then reads numbers next to each other, and not one of each sector of 32 bytes. DP and HP are D and H padded to
+powers of two, as Triton's tiles must be.
 
 Each pass is three phases, because each of its two scans needs what the one before left at every token. A phase takes
 what comes into its chunk, and sums what leaves it if nothing came in; `carry_kernel` then chains the chunks:
@@ -22,6 +23,7 @@ import triton.language as tl
 
 from tostlm.tssa import reference
 
+CHANNELS = tl.constexpr(4)  # next to each other of a thread: the sums between chunks in fp32 are then read at once
 EPS = tl.constexpr(reference.EPS)
 EPS_MASS = tl.constexpr(reference.EPS_MASS)
 
@@ -59,6 +61,18 @@ def rows(chunk, T, N, L: tl.constexpr):
 
 
 @triton.jit
+def at_head(chunk, h, i, size, N, H: tl.constexpr):
+    """Where the ith of `size` numbers of head h, of the chunk's sequence, is in memory of [B, H, size]."""
+    return (chunk // N * H + h) * size + i
+
+
+@triton.jit
+def at_chunk(chunk, h, N, H: tl.constexpr):
+    """Where the number of a chunk and head is in memory of [B, H, N]."""
+    return at_head(chunk, h, chunk % N, N, N, H)
+
+
+@triton.jit
 def decay_at(rho, document_start, h, row, inside):
     """What the running sums are multiplied by before each token [L]; 1 outside of the chunk."""
     decay = tl.full(row.shape, 1.0, tl.float32)
@@ -70,23 +84,35 @@ def decay_at(rho, document_start, h, row, inside):
 
 
 @triton.jit
+def channels(DP: tl.constexpr):
+    """The numbers of a head's channels, as threads share them."""
+    return tl.max_contiguous(tl.arange(0, DP), min(CHANNELS, DP))
+
+
+@triton.jit
 def tile(row, inside, h, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
     """Offsets and mask [L, DP] of one head's channels."""
-    d = tl.arange(0, DP)
+    d = channels(DP)
     return row[:, None] * (H * D) + h * D + d[None, :], inside[:, None] & (d < D)[None, :]
+
+
+@triton.jit
+def load_mass(mass, chunk, h, N, H: tl.constexpr):
+    """What comes into the chunk of a head's mass."""
+    return tl.load(mass + at_chunk(chunk, h, N, H))
 
 
 @triton.jit
 def load_incoming(incoming, chunk, h, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
     """What comes into the chunk, [1, DP]."""
-    d = tl.arange(0, DP)
+    d = channels(DP)
     return tl.load(incoming + (chunk * H + h) * D + d, mask=d < D, other=0.0)[None, :]
 
 
 @triton.jit
 def store_sum(sums, x, chunk, h, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
     """What leaves the chunk, x [L, DP] summed."""
-    d = tl.arange(0, DP)
+    d = channels(DP)
     tl.store(sums + (chunk * H + h) * D + d, tl.sum(x, 0), mask=d < D)
 
 
@@ -99,8 +125,8 @@ def column(x, h, HP: tl.constexpr):
 @triton.jit(do_not_specialize=RUNTIME)
 def carry_kernel(
     sums, incoming, first, last,  # [B, N, H, D] twice, and [B, H, D] fp64 twice
-    mass_sums, mass_incoming, mass_first, mass_last,  # the same without D, or None
-    products,  # [B, N, H] fp64, of the chunks' decays
+    mass_sums, mass_incoming, mass_first, mass_last,  # [B, H, N] twice, and [B, H] fp64 twice; or None
+    products,  # [B, H, N] fp64, of the chunks' decays
     N, H: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, DECAYS: tl.constexpr,
     REVERSE: tl.constexpr,
 ):  # fmt: skip
@@ -108,34 +134,39 @@ def carry_kernel(
     b_h = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * WIDTH
     if start < D:
-        _carry(sums, incoming, first, last, products, b_h, start, N, H, D, WIDTH, STEP, DECAYS, REVERSE)
+        row = b_h // H * N * H + b_h % H
+        _carry(sums, incoming, first, last, products, b_h, row, H, start, N, D, WIDTH, STEP, DECAYS, REVERSE)
     elif mass_sums is not None:
-        _carry(mass_sums, mass_incoming, mass_first, mass_last, products, b_h, 0, N, H, 1, 1, STEP, DECAYS, REVERSE)
+        _carry(
+            mass_sums, mass_incoming, mass_first, mass_last, products, b_h, b_h * N, 1, 0, N, 1, 1, STEP, DECAYS,
+            REVERSE,
+        )  # fmt: skip
 
 
 @triton.jit
 def _carry(
-    sums, incoming, first, last, products, b_h, start, N, H: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-    STEP: tl.constexpr, DECAYS: tl.constexpr, REVERSE: tl.constexpr,
+    sums, incoming, first, last, products, b_h, row, CHUNK_ROWS: tl.constexpr, start, N, D: tl.constexpr,
+    WIDTH: tl.constexpr, STEP: tl.constexpr, DECAYS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    d = start + tl.arange(0, WIDTH)
+    """The chain of one head: its chunks are CHUNK_ROWS rows of D numbers apart, the first at `row`."""
+    d = start + channels(WIDTH)
     i = tl.arange(0, STEP)
     carry = tl.load(first + b_h * D + d, mask=d < D, other=0.0)
     for step in range(0, N + 1, STEP):
-        # Row n is what comes into the nth chunk on the way: it takes the sum of the chunk before it. Rows beyond N
-        # repeat row N, which is what leaves the last chunk.
+        # n is the nth chunk on the way: it takes the sum of the one before it. Those beyond N repeat what comes into
+        # the Nth, which is what leaves the last chunk.
         n = step + i
+        chunk = N - 1 - n if REVERSE else n
+        passed = chunk + 1 if REVERSE else chunk - 1
         known = (n > 0) & (n <= N)
-        row = (b_h // H * N + (N - 1 - n if REVERSE else n)) * H + b_h % H
-        passed = row + H if REVERSE else row - H
-        mask = known[:, None] & (d < D)[None, :]
-        x = tl.load(sums + passed[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float64)
+        at = (row + passed * CHUNK_ROWS)[:, None] * D + d[None, :]
+        x = tl.load(sums + at, mask=known[:, None] & (d < D)[None, :], other=0.0).to(tl.float64)
         product = tl.full((STEP,), 1.0, tl.float64)
         if DECAYS:
-            product = tl.load(products + passed, mask=known, other=1.0)
+            product = tl.load(products + b_h * N + passed, mask=known, other=1.0)
         x = scan(x, product[:, None], carry[None, :], DECAYS, False)
-        mask = (n < N)[:, None] & (d < D)[None, :]
-        tl.store(incoming + row[:, None] * D + d[None, :], x.to(tl.float32), mask=mask)
+        at = (row + chunk * CHUNK_ROWS)[:, None] * D + d[None, :]
+        tl.store(incoming + at, x.to(tl.float32), mask=(n < N)[:, None] & (d < D)[None, :])
         carry = tl.sum(tl.where((i == STEP - 1)[:, None], x, 0.0), 0)
     tl.store(last + b_h * D + d, carry, mask=d < D)
 
@@ -154,7 +185,8 @@ def energy_sums_kernel(
     if DECAYS:
         decay = decay_at(rho, document_start, h, row, inside)
         square *= tl.cumprod(decay_at(rho, document_start, h, row + 1, next_inside), 0, reverse=True)[:, None]
-        tl.store(products + chunk * H + h, tl.reduce(decay.to(tl.float64), 0, multiply))
+        product = tl.reduce(decay.to(tl.float64), 0, multiply)
+        tl.store(products + at_chunk(chunk, h, N, H), product)
     store_sum(sums, square, chunk, h, H, D, DP)
 
 
@@ -167,7 +199,8 @@ def memberships_kernel(
     chunk = tl.program_id(0).to(tl.int64)
     t, row, inside, next_inside = rows(chunk, T, N, L)
     heads = tl.arange(0, HP)
-    per_head, per_head_mask = row[:, None] * H + heads[None, :], inside[:, None] & (heads < H)[None, :]
+    per_head = at_head(chunk, heads[None, :], t[:, None], T, N, H)
+    per_head_mask = inside[:, None] & (heads < H)[None, :]
     n_tile = tl.zeros((L, HP), tl.float32)
     for h in range(H):
         offsets, mask = tile(row, inside, h, H, D, DP)
@@ -191,18 +224,18 @@ def memberships_kernel(
         if DECAYS:
             p *= tl.cumprod(decay_at(rho, document_start, h, row + 1, next_inside), 0, reverse=True)
         store_sum(sums_weighted, x * x * p[:, None], chunk, h, H, D, DP)
-        tl.store(sums_mass + chunk * H + h, tl.sum(p, 0))
+        tl.store(sums_mass + at_chunk(chunk, h, N, H), tl.sum(p, 0))
 
 
 @triton.jit
 def gates(
-    x, p, decay, chunk_weighted, chunk_mass, chunk, h, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    x, p, decay, chunk_weighted, chunk_mass, chunk, h, N, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     DECAYS: tl.constexpr,
 ):  # fmt: skip
     """m_t [L, DP], c'_t [L] and A_t [L, DP] of a chunk."""
     start = load_incoming(chunk_weighted, chunk, h, H, D, DP)
     m = scan(x * x * p[:, None], decay[:, None], start, DECAYS, False)
-    mass = scan(p, decay, tl.load(chunk_mass + chunk * H + h), DECAYS, False) + EPS_MASS
+    mass = scan(p, decay, load_mass(chunk_mass, chunk, h, N, H), DECAYS, False) + EPS_MASS
     return m, mass, mass[:, None] / (mass[:, None] + m)
 
 
@@ -213,12 +246,12 @@ def outputs_kernel(
 ):  # fmt: skip
     """Phase 3 of the forward pass: y."""
     chunk, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0) % H
-    _, row, inside, _ = rows(chunk, T, N, L)
+    t, row, inside, _ = rows(chunk, T, N, L)
     offsets, mask = tile(row, inside, h, H, D, DP)
     x = tl.load(w + offsets, mask=mask, other=0.0).to(tl.float32)
-    p = tl.load(Pi + row * H + h, mask=inside, other=0.0)
+    p = tl.load(Pi + at_head(chunk, h, t, T, N, H), mask=inside, other=0.0)
     decay = decay_at(rho, document_start, h, row, inside)
-    _, _, gate = gates(x, p, decay, chunk_weighted, chunk_mass, chunk, h, H, D, DP, DECAYS)
+    _, _, gate = gates(x, p, decay, chunk_weighted, chunk_mass, chunk, h, N, H, D, DP, DECAYS)
     tl.store(y + offsets, (-x * p[:, None] * gate).to(y.dtype.element_ty), mask=mask)
 
 
@@ -230,7 +263,7 @@ def one_token_kernel(
 ):  # fmt: skip
     """The whole forward pass of one token, a sequence a program: what decoding calls."""
     b = tl.program_id(0).to(tl.int64)
-    h, d = tl.arange(0, HP), tl.arange(0, DP)
+    h, d = tl.arange(0, HP), tl.max_contiguous(tl.arange(0, DP), 2)  # two of the state in fp64 are read at once
     is_head = h < H
     at_head = b * H + h
     mask = is_head[:, None] & (d < D)[None, :]
