@@ -54,7 +54,9 @@ def quickstart(configs: Path | None, processes: int) -> None:
         write_atomically(perplexity, text)
 
     def measure_throughput() -> None:
-        text = report_training([tost_file, gpt2_file], BENCH_CONTEXTS, 8192, 2, None, root / "throughput.json")
+        text = report_training(
+            [str(tost_file), str(gpt2_file)], BENCH_CONTEXTS, 8192, 2, None, False, root / "throughput.json"
+        )
         write_atomically(throughput, text)
 
     step("tokenizer", tokenizer, lambda: train_tokenizer(documents([SOURCE]), tost.model.vocab_size, tokenizer))

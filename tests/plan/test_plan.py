@@ -68,7 +68,9 @@ def test_mistakes(run: Run, arguments: list[str], words: list[str]) -> None:
 
 
 def test_a_measured_rate_takes_the_rooflines_place(run: Run, tmp_path: Path) -> None:
-    rates = [{"model": name, "context": n, "tokens_per_second": n * 1000.0} for name in ("run", "b") for n in (32, 64)]
+    rates = [
+        {"model": name, "context": n, "pass_tokens_per_second": n * 1000.0} for name in ("run", "b") for n in (32, 64)
+    ]
     (tmp_path / "bench.json").write_text(json.dumps({"rates": rates}))
     (plan,) = plan_runs(run.file, [], [1], 2, "h100-80gb", tmp_path / "bench.json")
     assert plan.step.products == pytest.approx(256 / 64000) and plan.step.streaming == 0

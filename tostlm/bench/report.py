@@ -30,6 +30,14 @@ def clock(device: torch.device) -> float:
     return time.process_time() if device.type == "cpu" else now(device)
 
 
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes of memory that a device has left for this process."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+
+
 def take_turns(runs: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:
     """Return what each function returned in `repeats` turns, after one that warms up.
 

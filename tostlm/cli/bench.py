@@ -20,17 +20,25 @@ THREADS = typer.Option(min=1, max=1024, help="threads; default: one per core")
 
 @bench_app.command("train")
 def bench_train(
-    configs: Configs,
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="configs, as files or shipped names; transformers:CONFIG for its GPT-2 of that shape; folders of "
+            "Hugging Face's",
+        ),
+    ],
     contexts: Annotated[str, typer.Option(help="context lengths in tokens, with commas between")] = "512,2048,8192",
-    tokens: Annotated[int, typer.Option(min=1, help="tokens of a pass")] = 8192,
-    repeats: Annotated[int, typer.Option(min=1, help="timed passes of each model")] = 5,
+    tokens: Annotated[int, typer.Option(min=1, help="tokens of a step")] = 8192,
+    repeats: Annotated[int, typer.Option(min=1, help="timed steps of each model")] = 5,
     threads: Annotated[int | None, THREADS] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="compile the models")] = False,
     out: Out = None,
 ) -> None:
-    """Time training passes of several models, interleaved, at growing contexts: tokens per second."""
+    """Time training steps of several models, interleaved, at growing contexts: tokens per second, and memory."""
     from tostlm.bench import report_training
 
-    print(report_training(configs, parse_numbers(contexts, "--contexts"), tokens, repeats, threads, out))
+    print(report_training(models, parse_numbers(contexts, "--contexts"), tokens, repeats, threads, compiled, out))
 
 
 @bench_app.command("decode")

@@ -5,9 +5,11 @@ from tostlm.plan.memory import Memory, memory
 from tostlm.plan.plan import Plan, plan_runs
 from tostlm.plan.report import report_plans
 from tostlm.plan.sizes import checkpoint_bytes, total_parameters
+from tostlm.plan.trace import LiveBytes
 
 __all__ = [
     "USABLE",
+    "LiveBytes",
     "Memory",
     "Plan",
     "checkpoint_bytes",

@@ -81,7 +81,7 @@ def _overlaps(config: RunConfig) -> bool:
 
 
 def measured_rate(bench: Path, names: tuple[str, ...], context: int) -> float:
-    """Return the tokens per second that `tostlm bench train --out FILE` measured, at the nearest context.
+    """Return the tokens per second of passes that `tostlm bench train --out FILE` measured, at the nearest context.
 
     Args:
         bench: the file.
@@ -93,7 +93,8 @@ def measured_rate(bench: Path, names: tuple[str, ...], context: int) -> float:
     """
     try:
         rates = json.loads(bench.read_text())["rates"]
-        found = {rate["context"]: float(rate["tokens_per_second"]) for rate in rates if rate["model"] in names}
+        found = {rate["context"]: rate["pass_tokens_per_second"] for rate in rates if rate["model"] in names}
+        found = {context: float(rate) for context, rate in found.items() if rate is not None}
         known = sorted({str(rate["model"]) for rate in rates})
     except OSError as error:
         raise UserError(f"--bench {bench} cannot be read: {error.strerror}") from None
@@ -101,4 +102,4 @@ def measured_rate(bench: Path, names: tuple[str, ...], context: int) -> float:
         raise UserError(f"--bench {bench} is no file of `tostlm bench train --out`") from None
     if not found:
         raise UserError(f"--bench {bench} has no rate of {names[0]}; it has {', '.join(known) or 'none at all'}")
-    return found[min(found, key=lambda measured: abs(measured - context))]
+    return float(found[min(found, key=lambda measured: abs(measured - context))])

@@ -252,7 +252,7 @@ def _task_folder(kind: str, parsed: Mapping[str, Any]) -> Path:
     if kind == "study":
         return load_study(Path(parsed["file"])).study_dir
     if kind == "bench":
-        return load_config(Path(parsed["configs"][0])).run_dir
+        return load_config(Path(parsed["models"][0])).run_dir
     read = Path(parsed["source"] if kind == "convert" else parsed["models"][0])
     return run_folder(read if is_foreign(read) else resolve(read))
 
