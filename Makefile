@@ -1,6 +1,7 @@
 # make quickstart   set up .venv and run the whole pipeline once, on real text, in minutes without a GPU
 # make test         everything CI runs
 # make test-slow    the long tests
+# make gpu-check    on a GPU: parity, benchmarks and a run of 100 steps, into docs/results/gpu-NAME.json
 # make format       format the code with ruff
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ APT := TOSTLM_TEST_INSTALL=1
 # A file is one process's, and tests/conftest.py says which come first.
 BY_FILE := --dist loadfile --no-loadscope-reorder
 
-.PHONY: install quickstart test test-slow format clean
+.PHONY: install quickstart test test-slow gpu-check format clean
 
 install: $(VENV)/.installed-dev
 
@@ -33,6 +34,9 @@ test: install
 
 test-slow: install
 	$(APT) $(BIN)/pytest -m slow
+
+gpu-check: install
+	$(BIN)/python -m tests.gpu_check
 
 format: install
 	$(BIN)/ruff check --fix .
