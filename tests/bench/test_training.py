@@ -86,7 +86,7 @@ def test_what_does_not_fit_is_a_row_and_the_others_go_on(monkeypatch: pytest.Mon
 
 
 def test_ratios_are_of_the_first_model() -> None:
-    lines = table([Rate("a", 64, 3000, 4000, 2048, 1024), Rate("b", 64, 1500, 2000, 1 << 20, 0)]).splitlines()
+    lines = table([Rate("a", 64, 64, 3000, 4000, 2048, 1024), Rate("b", 64, 64, 1500, 2000, 1 << 20, 0)]).splitlines()
     assert lines[0].split() == ["context", "model", "tokens/s", "first", "/", "it", "peak", "saved"]
     assert lines[1].split() == ["64", "a", "3,000", "1.00x", "2", "KiB", "1", "KiB"]
     assert lines[2].split()[:4] == ["64", "b", "1,500", "2.00x"]

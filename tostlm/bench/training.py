@@ -28,6 +28,7 @@ class Rate(NamedTuple):
 
     model: str
     context: int
+    tokens: int  # of a step
     tokens_per_second: float | None = None  # of whole steps, the median of interleaved ones
     pass_tokens_per_second: float | None = None  # of passes forward and back alone
     peak_bytes: int | None = None  # of tensors, with weights and optimizer, at most during a step
@@ -87,15 +88,13 @@ def bench_training(
         }
         memory = {name: step.memory() for name, step in steps.items() if step.runs()}
         timed = take_turns({name: partial(steps[name].time) for name in memory}, repeats) if memory else {}
-        rates = []
+        rates, size = [], sequences * context
         for name in contenders:
             if name in timed:
-                of_pass, of_step = (
-                    sequences * context / statistics.median(times) for times in zip(*timed[name], strict=True)
-                )
-                rates.append(Rate(name, context, of_step, of_pass, *memory[name]))
+                passed, whole = (statistics.median(times) for times in zip(*timed[name], strict=True))
+                rates.append(Rate(name, context, size, size / whole, size / passed, *memory[name]))
             else:
-                rates.append(Rate(name, context, failure=failures.get(name, "out of memory")))
+                rates.append(Rate(name, context, size, failure=failures.get(name, "out of memory")))
         yield rates
 
 

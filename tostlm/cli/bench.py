@@ -1,4 +1,5 @@
-"""Subcommands for benchmarks: bench train, bench decode, bench mixers, bench operator, bench loss, bench data."""
+"""Subcommands for benchmarks: bench train, bench decode, bench mixers, bench operator, bench loss, bench data,
+bench report."""
 
 from __future__ import annotations
 
@@ -138,6 +139,17 @@ def bench_data(
     print(
         report_data(source, Tokenizer.load(tokenizer), text_bytes, document_characters, workers, context, repeats, out)
     )
+
+
+@bench_app.command("report")
+def bench_report(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="of `tostlm bench train --out FILE`")],
+    out: Annotated[Path, typer.Option(help="the page, a .md file; its plots lie beside it")],
+) -> None:
+    """Write a page on training benchmarks: exponents of time and memory in the context, and who overtakes whom."""
+    from tostlm.bench import report_scaling
+
+    print(report_scaling(files, out), end="")
 
 
 def _parse_shape(shape: str, option: str) -> tuple[int, int]:
