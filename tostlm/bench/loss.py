@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tostlm.bench.report import clock, report, take_turns
+from tostlm.bench.report import begin, clock, report, take_turns
 from tostlm.device import best_device
 from tostlm.errors import UserError
-from tostlm.files import require_file_writable
 from tostlm.model.loss import mean_cross_entropy
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -57,9 +56,7 @@ def report_loss(
     for name in dtypes:
         if name not in DTYPES:
             raise UserError(f"--dtypes {name} is not known; use {', '.join(DTYPES)}")
-    if out:
-        require_file_writable(out)
-    torch.set_num_threads(threads)
+    begin(threads, out)
     device = best_device()
     costs = [
         cost

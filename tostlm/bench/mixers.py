@@ -11,10 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from tostlm.bench.report import clock, report, take_turns
+from tostlm.bench.report import begin, clock, report, take_turns
 from tostlm.device import best_device
 from tostlm.errors import UserError
-from tostlm.files import require_file_writable
 from tostlm.model import MIXERS, Mixer, ModelConfig, create_lm
 from tostlm.model.positions import SequencePositions
 
@@ -48,9 +47,7 @@ def report_mixers(
     for name in mixers:
         if name not in MIXERS:
             raise UserError(f"--mixers {name} is not known; use {', '.join(sorted(MIXERS))}")
-    if out:
-        require_file_writable(out)
-    torch.set_num_threads(threads)
+    begin(threads, out)
     device = best_device()
     costs = [cost for tokens in lengths for cost in bench_mixers(mixers, width, heads, tokens, repeats, device)]
     return report(table(costs), device, out, width=width, heads=heads, costs=[cost._asdict() for cost in costs])

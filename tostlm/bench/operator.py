@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tostlm.bench.report import now, report, take_turns
+from tostlm.bench.report import begin, now, report, take_turns
 from tostlm.device import best_device
-from tostlm.files import require_file_writable, write_atomically
+from tostlm.files import write_atomically
 from tostlm.plots import new_figure, png_bytes, require_matplotlib
 from tostlm.tssa import tssa
 from tostlm.tssa.reference import EPS, EPS_MASS
@@ -71,10 +71,9 @@ def report_operator(
         UserError: `out` cannot be written.
         ValueError: a backend is not known or does not run here.
     """
+    begin(threads, out)
     if out:
-        require_file_writable(out)
         require_matplotlib()
-    torch.set_num_threads(threads)
     device = best_device()
     backends = backends or ["torch", "triton" if device.type == "cuda" else "cpp"]
     timings = []

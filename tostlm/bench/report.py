@@ -47,6 +47,18 @@ def take_turns(runs: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, l
     return {name: [turn[name] for turn in turns[1:]] for name in runs}
 
 
+def begin(threads: int | None, out: Path | None) -> None:
+    """Let torch use so many threads, or as many as by default, and check that a file can be written at the end.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    if out:
+        require_file_writable(out)
+
+
 def open_configs(configs: Sequence[Path], threads: int | None, out: Path | None) -> dict[str, RunConfig]:
     """Return run configs by the names to report, once the benchmark can begin.
 
@@ -58,10 +70,7 @@ def open_configs(configs: Sequence[Path], threads: int | None, out: Path | None)
     Raises:
         UserError: a config is wrong, or the file cannot be written.
     """
-    if threads:
-        torch.set_num_threads(threads)
-    if out:
-        require_file_writable(out)
+    begin(threads, out)
     return dict(zip(distinct_names(configs), map(load_config, configs), strict=True))
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tostlm.bench.contenders import Contender, open_contenders
-from tostlm.bench.report import clock, free_bytes, report, take_turns
+from tostlm.bench.report import begin, clock, free_bytes, report, take_turns
 from tostlm.device import best_device
-from tostlm.files import format_bytes, require_file_writable
+from tostlm.files import format_bytes
 from tostlm.plan import LiveBytes
 
 TRACED_TOKENS = 2048  # of a context, at most: the memory of longer ones at as many tokens is alike
@@ -52,10 +52,7 @@ def report_training(
     Raises:
         UserError: a model is unknown, or the file cannot be written.
     """
-    if threads:
-        torch.set_num_threads(threads)
-    if out:
-        require_file_writable(out)
+    begin(threads, out)
     contenders, device = open_contenders(models, compiled), best_device()
     rates: list[Rate] = []
     for found in bench_training(contenders, contexts, tokens, repeats, device):
