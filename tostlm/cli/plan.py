@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tostlm.cli.app import ConfigFile, Overrides, app, parse_numbers
+from tostlm.errors import EXIT_USER_ERROR
 
 
 @app.command("plan")
@@ -24,11 +25,11 @@ def plan(
     storage: Annotated[float, typer.Option(min=0.001, help="GB a second that checkpoints are written with")] = 2.0,
     json: Annotated[bool, typer.Option("--json", help="all numbers as JSON")] = False,
 ) -> None:
-    """Reckon a run's memory, step time, traffic, days and price; exit with 1 if it does not fit."""
+    """Reckon a run's memory, step time, traffic, days and price; exit with 2 if it does not fit."""
     from tostlm.plan import plan_runs, report_plans
 
     counts = parse_numbers(nodes, "--nodes", least=1)
     plans = plan_runs(config, overrides or [], counts, gpus_per_node, device, bench, price, storage * 1e9)
     print(report_plans(config.stem, plans, json))
     if not all(each.fits for each in plans):
-        raise typer.Exit(1)
+        raise typer.Exit(EXIT_USER_ERROR)
