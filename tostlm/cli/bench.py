@@ -1,5 +1,5 @@
-"""Subcommands for benchmarks: bench train, bench decode, bench mixers, bench operator, bench loss, bench data,
-bench report."""
+"""Subcommands for benchmarks: bench train, bench decode, bench mixers, bench operator, bench loop, bench loss, bench
+data, bench report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from tostlm.cli.app import bench_app, parse_numbers
+from tostlm.cli.app import ConfigFile, Overrides, bench_app, join_or_launch, parse_numbers
 from tostlm.errors import UserError
 
 Configs = Annotated[
@@ -115,6 +115,28 @@ def bench_loss(
 
     lengths = parse_numbers(tokens, "--tokens")
     print(report_loss(width, vocab_size, lengths, dtypes.split(","), repeats, threads, out))
+
+
+@bench_app.command("loop")
+def bench_loop(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="processes; default: one per GPU, or one")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="timed steps of each")] = 10,
+    threads: Annotated[int, THREADS] = 1,
+    out: Out = None,
+) -> None:
+    """Time the training loop's steps beside those of a bare loop of PyTorch's, interleaved, on a run's data."""
+    from tostlm.config import batch_plan, load_config
+
+    run = load_config(config, overrides or [])
+    options = ["--repeats", str(repeats), "--threads", str(threads), *(["--out", str(out)] if out else [])]
+    command = ["bench", "loop", str(config), *(overrides or []), *options]
+    rank = join_or_launch(command, nproc, lambda ranks: batch_plan(run, ranks))
+    from tostlm.bench.loop import report_loop
+
+    if (text := report_loop(run, rank, repeats, threads, out)) is not None:
+        print(text)
 
 
 @bench_app.command("data")
