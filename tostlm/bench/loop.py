@@ -30,6 +30,7 @@ class Loops(NamedTuple):
 
     own: float  # tokens per second of a rank, the median of interleaved steps
     bare: float
+    ratio: float  # of their speeds, the median over pairs of steps made one after the other
     losses: tuple[float, float]  # of the last step, of tostlm's loop and of the bare one
 
 
@@ -52,7 +53,7 @@ def report_loop(config: RunConfig, ranks: RankInfo, repeats: int, threads: int, 
     rows = [
         f"{'tostlm train':<24}{found.own:>12,.0f} tokens/s a rank, loss {found.losses[0]:.5f}",
         f"{bare:<24}{found.bare:>12,.0f} tokens/s a rank, loss {found.losses[1]:.5f}",
-        f"{'tostlm / bare':<24}{found.own / found.bare:>12.3f}",
+        f"{'tostlm / bare':<24}{found.ratio:>12.3f}",
     ]
     about = {"config": config.run_dir.name, "precision": config.precision, "stage": config.zero_stage}
     return report("\n".join(rows), device, out, **about, ranks=ranks.world_size, **found._asdict())
@@ -104,7 +105,8 @@ def bench_loop(config: RunConfig, ranks: RankInfo, repeats: int, device: torch.d
     dist.all_reduce(bare_loss)
     tokens = data.plan.accumulation * config.train.micro_batch_tokens
     own, other = (tokens / statistics.median(timed[name]) for name in ("own", "bare"))
-    return Loops(own, other, (losses["own"], float(bare_loss)))
+    ratio = statistics.median(b / a for a, b in zip(timed["own"], timed["bare"], strict=True))
+    return Loops(own, other, ratio, (losses["own"], float(bare_loss)))
 
 
 def _bare_step(config: RunConfig, ranks: RankInfo, device: torch.device) -> Callable[[list[Batch]], float]:
