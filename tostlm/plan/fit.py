@@ -41,11 +41,22 @@ def require_fit(config: RunConfig, world_size: int, memory_bytes: float, on_gpu:
 
 def way_out(config: RunConfig, world_size: int, memory_bytes: float, on_gpu: bool) -> str:
     """Return the settings, as on the command line, that let a run fit; the first of those that cost least time."""
-    for changes in _smaller(config, world_size):
+    found = _first_that_fits(_smaller(config, world_size), config, world_size, memory_bytes, on_gpu)
+    if found is None:
+        return (
+            "no ZeRO stage, micro-batch or activation checkpointing makes it fit: start more ranks, or larger devices"
+        )
+    return f"set {_settings(found)}"
+
+
+def _first_that_fits(
+    candidates: Iterable[Changes], config: RunConfig, world_size: int, memory_bytes: float, on_gpu: bool
+) -> Changes | None:
+    for changes in candidates:
         changed = changed_config(config, changes)
         if _divides(changed, world_size) and fits(changed, world_size, memory_bytes, on_gpu):
-            return f"set {_settings(changes)}"
-    return "no ZeRO stage, micro-batch or activation checkpointing makes it fit: start more ranks, or larger devices"
+            return changes
+    return None
 
 
 def _smaller(config: RunConfig, world_size: int) -> Iterator[Changes]:
@@ -112,14 +123,6 @@ def _divides(config: RunConfig, world_size: int) -> bool:
 
 def advice(config: RunConfig, world_size: int, memory_bytes: float, on_gpu: bool) -> list[str]:
     """Return what a user may want to change: the smallest stage, largest micro-batch and whole contexts that fit."""
-
-    def first_that_fits(candidates: Iterable[Changes]) -> Changes | None:
-        for changes in candidates:
-            changed = changed_config(config, changes)
-            if _divides(changed, world_size) and fits(changed, world_size, memory_bytes, on_gpu):
-                return changes
-        return None
-
     if not fits(config, world_size, memory_bytes, on_gpu):
         return [way_out(config, world_size, memory_bytes, on_gpu)]
     train, context = config.train, config.data.context_tokens
@@ -131,7 +134,10 @@ def advice(config: RunConfig, world_size: int, memory_bytes: float, on_gpu: bool
         "fits too, in fewer passes": [{MICRO_BATCH: tokens} for tokens in reversed(larger)],
         "fits too: contexts need not be split": whole,
     }
-    found = ((first_that_fits(candidates), why) for why, candidates in better.items())
+    found = (
+        (_first_that_fits(candidates, config, world_size, memory_bytes, on_gpu), why)
+        for why, candidates in better.items()
+    )
     return [f"{_settings(changes)} {why}" for changes, why in found if changes is not None]
 
 
