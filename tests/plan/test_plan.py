@@ -147,6 +147,8 @@ class TestAdvice:
         found = self.advice(config, 4, 1e12)
         assert found[0] == "deepspeed.zero_optimization.stage=0 is enough"
         assert found[1] == "train.micro_batch_tokens=1024 fits too, in fewer passes"
+        offload = "deepspeed.zero_optimization.offload_optimizer.device=cpu"
+        assert "stage" not in " ".join(self.advice(run.config(*LARGE, offload), 4, 1e12))
         split = run.config(*LARGE, "train.context_parallel_size=2", "train.micro_batch_tokens=32")
         assert "contexts need not be split" in self.advice(split, 4, 1e12)[-1]
 

@@ -128,7 +128,8 @@ def advice(config: RunConfig, world_size: int, memory_bytes: float, on_gpu: bool
     train, context = config.train, config.data.context_tokens
     larger = [tokens for tokens in micro_batches_of(config, world_size) if tokens > train.micro_batch_tokens]
     whole = [{GROUP: 1, MICRO_BATCH: context}] if train.context_parallel_size > 1 else []
-    stages = range(config.zero_stage) if world_size > 1 else ()
+    offloads = config.optimizer_on_cpu or config.parameters_on_cpu  # which lower stages cannot
+    stages = range(config.zero_stage) if world_size > 1 and not offloads else ()
     better = {
         "is enough": [{STAGE: stage} for stage in stages],
         "fits too, in fewer passes": [{MICRO_BATCH: tokens} for tokens in reversed(larger)],
