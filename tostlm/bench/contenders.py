@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from tostlm.config import RunConfig, load_config, matmul_dtype
 from tostlm.errors import UserError, error_summary
+from tostlm.eval.models import POSITIONS
 from tostlm.files import distinct_names
 from tostlm.formats import is_hugging_face
 from tostlm.model import LM, ModelConfig, create_lm
 
 PREFIX = "transformers:"  # of a config whose shape transformers' GPT-2 gets
-# The names under which transformers' configs have the longest context of a model.
-POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 class Contender(NamedTuple):
