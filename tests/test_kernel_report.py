@@ -16,7 +16,12 @@ OVER_THE_FLOOR = 1.5
 LAUNCHES = 5  # of a layer's pass
 
 
-@pytest.fixture(scope="module", params=GPUS, ids=list(GPUS.values()))
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(gpu, id=name, marks=() if name == "sm_90a" else pytest.mark.slow) for gpu, name in GPUS.items()
+    ],
+)
 def passes(request: pytest.FixtureRequest) -> dict[str, list[Figures]]:
     return {name: [measure(launch, request.param) for launch in some] for name, some in launches().items()}
 

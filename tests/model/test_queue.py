@@ -4,6 +4,7 @@ Fake tensors have no data, so what reads some is an error here.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,15 +12,19 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from tostlm.model import LM, MIXERS, ModelConfig
 
-PLAIN = ModelConfig(2, 64, 2, 128, None, (MIXERS["tssa"].options_class(),))
-MODERN = replace(PLAIN, norm="rmsnorm", mlp="swiglu", embed_norm=True, logit_softcap=30.0, z_loss=1e-4, embed_skip=True)
+SWITCHES: dict[str, Any] = {
+    "norm": "rmsnorm",
+    "mlp": "swiglu",
+    "embed_norm": True,
+    "logit_softcap": 30.0,
+    "z_loss": 1e-4,
+}
 
 
 @pytest.mark.parametrize("mixer", sorted(MIXERS))
-@pytest.mark.parametrize("shape", [PLAIN, MODERN], ids=["plain", "modern"])
-def test_a_pass_reads_none_of_its_results(mixer: str, shape: ModelConfig) -> None:
+def test_a_pass_reads_none_of_its_results(mixer: str) -> None:
     with FakeTensorMode():
-        lm = LM(replace(shape, layers=(MIXERS[mixer].options_class(),)))
+        lm = LM(replace(ModelConfig(2, 64, 2, 128, None, (MIXERS[mixer].options_class(),)), **SWITCHES))
         tokens = torch.zeros(2, 256, dtype=torch.int64)
         # Attention finds the documents' lengths, of which there is one number for each, on the host.
         starts = None if MIXERS[mixer].needs_spans else torch.zeros(2, 256, dtype=torch.bool)

@@ -56,7 +56,7 @@ def sent(run: Run, stages: Sequence[int], batch: int, rank: int, world_size: int
     return found
 
 
-@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("passes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_traffic_of_a_step_at_every_stage(run: Run, tmp_path: Path, passes: int) -> None:
     batch = 2 * 128 * passes
     found = on_ranks(2, partial(sent, run, range(4), batch), tmp_path)[0]

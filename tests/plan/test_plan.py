@@ -161,8 +161,7 @@ def test_require_fit_names_what_is_missing(run: Run) -> None:
 
 
 def shipped(names: list[str]) -> list[object]:
-    first = ("tost-base", "tost-long-large")
-    return [pytest.param(name, marks=() if name in first else pytest.mark.slow) for name in names]
+    return [pytest.param(name, marks=() if name == "tost-base" else pytest.mark.slow) for name in names]
 
 
 @pytest.mark.parametrize(
