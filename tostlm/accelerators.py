@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 GIB = 1 << 30
 
 
@@ -19,9 +21,9 @@ class Accelerator(NamedTuple):
     network: float  # bytes a second to those of other nodes: a network card of 400 Gb/s for each, if not said otherwise
     watts: float  # at full load, without its host
 
-    def peak(self, fp32: bool) -> float:
-        """Return the operations a second in fp32, or else in bf16."""
-        return self.fp32_flops if fp32 else self.bf16_flops
+    def peak(self, dtype: torch.dtype) -> float:
+        """Return the operations a second in fp32, or in a narrower dtype, each as fast as bf16."""
+        return self.fp32_flops if dtype == torch.float32 else self.bf16_flops
 
 
 # By the names that users give. A data sheet's links are the sum of both directions, its memory is in GiB.

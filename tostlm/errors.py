@@ -38,6 +38,12 @@ def error_summary(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error is of Python or torch that memory ran out, on the host or on a GPU."""
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in ("allocate", "out of memory"))
+    return said or isinstance(error, MemoryError)
+
+
 def is_lost_peer(error: BaseException | None) -> bool:
     """Return whether an error, or one that caused it, is a collective that lost the process at its other end."""
     while error is not None:

@@ -18,6 +18,7 @@ from tostlm.errors import (
     UserError,
     error_summary,
     is_lost_peer,
+    is_out_of_memory,
     report,
 )
 from tostlm.launch import EXIT_REPORT, exit_rank
@@ -58,7 +59,7 @@ def _run() -> int:
     except (MemoryError, RuntimeError) as error:
         if "RANK" in os.environ and is_lost_peer(error):  # before training; its launcher reports the reason
             return EXIT_LOST_UNNAMED if LAUNCHED in os.environ else EXIT_LOST_RANK
-        if not isinstance(error, MemoryError) and "allocate" not in str(error) and "out of memory" not in str(error):
+        if not is_out_of_memory(error):
             return _report_bug()
         what = f"out of memory ({error_summary(error)})"
         code = _fail(f"{what}; use a smaller model, context or micro-batch, unless another process holds the memory")

@@ -12,10 +12,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from tostlm.bench.report import clock, now, report, take_turns
+from tostlm.bench.report import begin, clock, now, report, take_turns
 from tostlm.config import RunConfig, matmul_dtype
 from tostlm.errors import UserError
-from tostlm.files import require_file_writable
 from tostlm.launch import RankInfo
 from tostlm.model import create_lm, parameter_groups
 from tostlm.train.batches import Batch, RankBatches, RecurrentState, micro_batches, open_data
@@ -41,9 +40,7 @@ def report_loop(config: RunConfig, ranks: RankInfo, repeats: int, threads: int, 
         UserError: a bare loop makes no such run, its data do not fit it, or the file cannot be written.
     """
     _require_comparable(config)
-    if out:
-        require_file_writable(out)
-    torch.set_num_threads(threads)
+    begin(threads, out)
     device = init_distributed(ranks)
     found = bench_loop(config, ranks, repeats, device)
     dist.destroy_process_group()

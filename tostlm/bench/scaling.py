@@ -90,16 +90,21 @@ def crossover(first: Sequence[Rate], other: Sequence[Rate]) -> float | None:
 
     Between two contexts the ratio of their speeds is taken as a line in logarithms.
     """
-    speeds = {rate.context: rate.tokens_per_second or math.nan for rate in other}
-    ratios = [
-        (math.log(rate.context), math.log((rate.tokens_per_second or math.nan) / speeds[rate.context]))
-        for rate in first
-        if rate.context in speeds
-    ]
+    ratios = [(math.log(context), math.log(ratio)) for context, ratio in _ratios(first, other).items()]
     for (x0, y0), (x1, y1) in pairwise(ratios):
         if y0 < 0 <= y1:
             return math.exp(x0 - y0 * (x1 - x0) / (y1 - y0))
     return None
+
+
+def _ratios(first: Sequence[Rate], other: Sequence[Rate]) -> dict[int, float]:
+    """Return how many times as fast one model is as another, by the contexts that both have."""
+    speeds = {rate.context: _speed(rate) for rate in other}
+    return {rate.context: _speed(rate) / speeds[rate.context] for rate in first if rate.context in speeds}
+
+
+def _speed(rate: Rate) -> float:
+    return rate.tokens_per_second or math.nan
 
 
 def _section(bench: Bench, picture: str) -> str:
@@ -107,7 +112,7 @@ def _section(bench: Bench, picture: str) -> str:
     lines = ["| model | time grows as T to the | memory grows as T to the |", "|---|---:|---:|"]
     for model in bench.models:
         own = bench.finished(model)
-        time = exponent(own, lambda rate: 1 / (rate.tokens_per_second or math.nan))
+        time = exponent(own, lambda rate: 1 / _speed(rate))
         memory = exponent(own, lambda rate: (rate.saved_bytes or math.nan) / rate.tokens)
         lines.append(f"| {model} | {_number(time)} | {_number(memory)} |")
     crossings = [_crossing(first, other, bench) for other in others]
@@ -122,12 +127,10 @@ def _crossing(first: str, other: str, bench: Bench) -> str:
     found = crossover(bench.finished(first), bench.finished(other))
     if found is not None:
         return f"{first} overtakes {other} at {found:,.0f} tokens of context."
-    both = [rate for rate in bench.finished(first) if rate.context in {r.context for r in bench.finished(other)}]
-    if not both:
+    ratios = list(_ratios(bench.finished(first), bench.finished(other)).values())
+    if not ratios:
         return f"{first} and {other} have no context in common."
-    speed = {rate.context: rate.tokens_per_second or math.nan for rate in bench.finished(other)}
-    faster = (both[-1].tokens_per_second or math.nan) >= speed[both[-1].context]
-    return f"{first} is {'faster' if faster else 'slower'} than {other} at every context."
+    return f"{first} is {'faster' if ratios[-1] >= 1 else 'slower'} than {other} at every context."
 
 
 def _number(value: float | None) -> str:
@@ -140,7 +143,7 @@ def _draw(bench: Bench) -> bytes:
             Curve(model, [Point(rate.context, of(rate)) for rate in bench.finished(model)]) for model in bench.models
         ]
 
-    speed = curves(lambda rate: rate.tokens_per_second or math.nan)
+    speed = curves(_speed)
     memory = curves(lambda rate: (rate.peak_bytes or math.nan) / (1 << 30))
     context = "context in tokens"
     return draw_panels(

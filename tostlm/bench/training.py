@@ -16,10 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tostlm.bench.contenders import Contender, open_contenders
 from tostlm.bench.report import begin, clock, free_bytes, report, take_turns
 from tostlm.device import best_device
-from tostlm.files import format_bytes
-from tostlm.plan import LiveBytes
+from tostlm.errors import is_out_of_memory
+from tostlm.files import aligned, format_bytes
+from tostlm.plan.trace import TRACED_TOKENS, LiveBytes
 
-TRACED_TOKENS = 2048  # of a context, at most: the memory of longer ones at as many tokens is alike
 NONE = "-"
 
 
@@ -115,7 +115,7 @@ class _Step:
             self._optimizer = torch.optim.AdamW(self._module.parameters(), lr=1e-6, fused=fused)
             self.time()
         except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and "memory" not in str(error) and "allocate" not in str(error):
+            if not is_out_of_memory(error):
                 raise
             self._module = nn.Module()  # and the memory of the other goes
             return False
@@ -165,7 +165,8 @@ def _too_large(
 ) -> dict[str, str]:
     """Return why models do not fit into the memory that is free, all of them at once, by name.
 
-    Each makes steps on tensors without data, which take no memory.
+    Each makes steps on tensors without data, which take no memory; a longer context takes at as many tokens what one of
+    TRACED_TOKENS does.
     """
     free, traced = free_bytes(device), min(context, TRACED_TOKENS)
     peaks, states = {}, {}
@@ -196,9 +197,4 @@ def table(rates: Sequence[Rate]) -> str:
                 continue
             ratio = NONE if first is None else f"{first / speed:.2f}x"
             rows.append([str(context), rate.model, f"{speed:,.0f}", ratio, format_bytes(peak), format_bytes(saved)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join([row[0].rjust(widths[0]), row[1].ljust(widths[1]), *map(str.rjust, row[2:], widths[2:])])
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
+    return aligned(rows, left=(1,))

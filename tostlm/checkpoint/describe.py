@@ -26,7 +26,7 @@ from tostlm.checkpoint.layout import (
 from tostlm.checkpoint.rollback import PASSED_OVER
 from tostlm.config import RunConfig, load_config
 from tostlm.errors import UserError
-from tostlm.files import format_bytes
+from tostlm.files import aligned, format_bytes
 from tostlm.model import count_body_parameters, count_parameters, state_bytes
 
 # What the names of folders that no run resumes from begin or end with.
@@ -111,15 +111,7 @@ def table(rows: list[ListedCheckpoint]) -> str:
         )
         for row in rows
     ]
-    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if 0 < place < 4 else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in (head, *cells)
-    ]
-    return "\n".join(lines)
+    return aligned([head, *cells], left=(0, 4, 5))
 
 
 def describe(path: Path, tokenizer: Path | None = None) -> str:

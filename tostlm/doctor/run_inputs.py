@@ -25,7 +25,7 @@ from tostlm.doctor.hardware import Device
 from tostlm.errors import UserError
 from tostlm.files import require_writable, write_atomically
 from tostlm.launch import RankInfo
-from tostlm.plan import checkpoint_bytes, memory, require_fit
+from tostlm.plan import checkpoint_bytes, fits, memory, way_out
 from tostlm.train.batches import open_data
 
 PACKAGES = ("torch", "deepspeed", "tostlm")
@@ -81,12 +81,11 @@ def check_config(config: RunConfig, devices: Sequence[Device], hosts: Sequence[s
         device.memory_bytes / (ranks_on[host] if device.kind == "cpu" else 1)
         for device, host in zip(devices, hosts, strict=True)
     )
-    on_gpu, room = devices[0].kind != "cpu", format_quantity(available, "B")
-    measured += f"; a step takes {format_quantity(memory(config, world_size, on_gpu).total, 'B')} of {room} per rank"
-    try:
-        require_fit(config, world_size, available, on_gpu, f"the {room} there")
-    except UserError as error:
-        return Finding("config", "FAIL", measured, str(error).split("; ")[-1])
+    on_gpu = devices[0].kind != "cpu"
+    need = memory(config, world_size, on_gpu).total
+    measured += f"; a step takes {format_quantity(need, 'B')} of {format_quantity(available, 'B')} per rank"
+    if not fits(need, available):
+        return Finding("config", "FAIL", measured, way_out(config, world_size, available, on_gpu))
     return Finding("config", "ok", measured)
 
 

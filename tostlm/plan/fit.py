@@ -19,9 +19,9 @@ GROUP = "train.context_parallel_size"
 USABLE = 0.92  # of a device's memory: the rest is torch's, NCCL's, and what an allocator cannot use
 
 
-def fits(config: RunConfig, world_size: int, memory_bytes: float, on_gpu: bool) -> bool:
-    """Return whether ranks with so many bytes of memory each can train a run; they have to divide its batch."""
-    return memory(config, world_size, on_gpu).total <= USABLE * memory_bytes
+def fits(need: float, memory_bytes: float) -> bool:
+    """Return whether a device with so many bytes of memory has `need` bytes for a run."""
+    return need <= USABLE * memory_bytes
 
 
 def require_fit(config: RunConfig, world_size: int, memory_bytes: float, on_gpu: bool, limit: str) -> None:
@@ -32,7 +32,7 @@ def require_fit(config: RunConfig, world_size: int, memory_bytes: float, on_gpu:
         limit: what the error calls that memory.
     """
     need = memory(config, world_size, on_gpu).total
-    if need > USABLE * memory_bytes:
+    if not fits(need, memory_bytes):
         raise UserError(
             f"the run takes {need / GIB:.3g} GiB per rank on {world_size} ranks, above {limit}, of which "
             f"{1 - USABLE:.0%} are needed otherwise; {way_out(config, world_size, memory_bytes, on_gpu)}"
@@ -54,7 +54,7 @@ def _first_that_fits(
 ) -> Changes | None:
     for changes in candidates:
         changed = changed_config(config, changes)
-        if _divides(changed, world_size) and fits(changed, world_size, memory_bytes, on_gpu):
+        if _divides(changed, world_size) and fits(memory(changed, world_size, on_gpu).total, memory_bytes):
             return changes
     return None
 
@@ -123,7 +123,7 @@ def _divides(config: RunConfig, world_size: int) -> bool:
 
 def advice(config: RunConfig, world_size: int, memory_bytes: float, on_gpu: bool) -> list[str]:
     """Return what a user may want to change: the smallest stage, largest micro-batch and whole contexts that fit."""
-    if not fits(config, world_size, memory_bytes, on_gpu):
+    if not fits(memory(config, world_size, on_gpu).total, memory_bytes):
         return [way_out(config, world_size, memory_bytes, on_gpu)]
     train, context = config.train, config.data.context_tokens
     larger = [tokens for tokens in micro_batches_of(config, world_size) if tokens > train.micro_batch_tokens]

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from tostlm.accelerators import ACCELERATORS, Cluster
 from tostlm.config import RunConfig, batch_plan, load_config, matmul_dtype, nearest
 from tostlm.errors import UserError
@@ -108,7 +106,7 @@ def plan_run(config: RunConfig, nodes: int, per_node: int, device_name: str, rat
         sent_bytes=moved.sent(ranks),
         step=step,
         tokens_per_second=tokens_per_second,
-        utilization=flops * tokens_per_second / ranks / device.peak(matmul_dtype(config) == torch.float32),
+        utilization=flops * tokens_per_second / ranks / device.peak(matmul_dtype(config)),
         days=hours / 24,
         gpu_hours=hours * ranks,
         kilowatt_hours=hours * ranks * device.watts / 1000,

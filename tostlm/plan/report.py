@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tostlm.files import format_bytes
+from tostlm.files import aligned, format_bytes
 from tostlm.plan.memory import Memory
 from tostlm.plan.plan import Plan
 from tostlm.plan.timing import StepTime
@@ -25,9 +25,7 @@ def report_plans(name: str, plans: Sequence[Plan], as_json: bool) -> str:
     )
     rows = [["", *map(_place, plans)], *([title, *map(cell, plans)] for title, cell in _rows())]
     rows = [row for row in rows if any(row[1:])]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    return "\n".join([head, *(line.rstrip() for line in lines), *_advice(plans)])
+    return "\n".join([head, aligned(rows, left=(0,)), *_advice(plans)])
 
 
 def _rows() -> list[tuple[str, Cell]]:

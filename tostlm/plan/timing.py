@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from tostlm.accelerators import Cluster
 from tostlm.config import RunConfig, batch_plan, matmul_dtype
 from tostlm.errors import UserError
@@ -40,11 +38,6 @@ class StepTime(NamedTuple):
         """The sum of the parts."""
         return sum(self)
 
-    @property
-    def longest(self) -> str:
-        """The name of the part that takes the longest."""
-        return max(self._fields, key=lambda name: getattr(self, name))
-
 
 def step_time(config: RunConfig, traffic: Traffic, cluster: Cluster, activation_bytes: int, rates: Rates) -> StepTime:
     """Return how long a step takes.
@@ -57,7 +50,7 @@ def step_time(config: RunConfig, traffic: Traffic, cluster: Cluster, activation_
     tokens, streaming = passes * config.train.micro_batch_tokens, 0.0
     if rates.tokens_per_second is None:
         flops = training_flops_per_token(config.model, config.data.context_tokens) * _with_recomputation(config)
-        products = tokens * flops / (device.peak(matmul_dtype(config) == torch.float32) * rates.products)
+        products = tokens * flops / (device.peak(matmul_dtype(config)) * rates.products)
         streaming = 3 * passes * activation_bytes / bytes_per_second
     else:
         products = tokens / rates.tokens_per_second

@@ -77,10 +77,9 @@ def _trace(
     config: ModelConfig, kind: _Kind, sequences: int, tokens: int, weights: torch.dtype, autocast: torch.dtype | None
 ) -> BlockMemory:
     """Return what one block holds in a training pass over so many sequences of `tokens`."""
-    layer = next(n for n, options in enumerate(config.layer_plan) if _Kind(options, n > 0) == kind)
     with FakeTensorMode():
         with _default_dtype(weights):
-            block, first = Block(config, kind.options, layer), Block(config, config.layer_plan[0], 0)
+            block, first = Block(config, kind.options, int(kind.later)), Block(config, config.layer_plan[0], 0)
         x = torch.empty(sequences, tokens, config.width, dtype=weights, requires_grad=True)
         positions = SequencePositions.build(
             torch.empty(sequences, tokens, dtype=torch.int64), 0, None, None, block.mixer.needs_spans, None

@@ -72,11 +72,8 @@ def backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 @backward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, Pi, backend = (
-        Inputs(*arguments[:5]),
-        arguments[5],
-        choose(arguments[0], arguments[1].shape[0], arguments[15]),
-    )
+    inputs, Pi = Inputs(*arguments[:5]), arguments[5]
+    backend = choose(inputs.w, inputs.temp.shape[0], arguments[15])
     grad_w = torch.empty_like(inputs.w, memory_format=torch.contiguous_format)
     grad_temp, grad_rho = (Pi.new_empty(inputs.temp.shape) for _ in range(2))
     grad_n = empty_per_head(inputs, Pi.shape[1], Pi.dtype, backend.heads_first)
